@@ -1,0 +1,126 @@
+"""The command line: `megaflow` and `python -m megaflow` are this file. Every command's code is imported when it is called."""
+
+import argparse
+import json
+import sys
+
+from megaflow import __version__
+from megaflow.errors import UserError
+
+EPILOG = """a.b=c overrides any key of a config; `megaflow config --keys` lists all keys.
+exit codes: 0 done, 1 failed, 2 bad input (one sentence says what), 75 stopped by SIGTERM or SIGUSR1 after saving: the same command continues"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line; building it imports nothing heavy."""
+    top = argparse.ArgumentParser(
+        prog="megaflow", description="Pretraining of flow language models, from raw text to one-step text.", epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("--version", action="version", version=f"megaflow {__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def with_config(name: str, help: str, optional: bool = False) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=help, description=help)
+        command.add_argument("config", metavar="CONFIG", nargs="?" if optional else None, help="YAML file")
+        command.add_argument("overrides", metavar="a.b=c", nargs="*", help="values over those of the file")
+        return command
+
+    with_config("prepare", "raw text to token shards")
+    with_config("pretrain", "stage 1: a flow, or the autoregressive baseline, on token shards")
+    with_config("distill", "stage 2: a flow map from a trained flow (distill.teacher=RUN)")
+    show = with_config("config", "print the resolved config and where each value came from", optional=True)
+    show.add_argument("--keys", action="store_true", help="list every key, what it means and accepts")
+
+    sample = commands.add_parser("sample", help="text from a run", description="Text from a run.")
+    sample.add_argument("run", metavar="RUN", help="run directory")
+    sample.add_argument("--count", type=int, default=4, help="texts (default 4)")
+    sample.add_argument("--steps", type=int, default=None, help="steps of a flow (default 64) or flow map (default 1)")
+    sample.add_argument("--method", choices=("auto", "ode", "flow_map", "stochastic", "ancestral"), default="auto", help="sampler (default: auto)")
+    sample.add_argument("--gamma", type=float, default=None, help="share of fresh noise of --method stochastic, 0 to 1 (default 0.75)")
+    sample.add_argument("--temperature", type=float, default=1.0, help="of the posteriors (default 1)")
+    sample.add_argument("--seed", type=int, default=0, help="of noise and draws (default 0)")
+    sample.add_argument("--json", action="store_true", help="JSON with tokens instead of plain text")
+
+    evaluate = commands.add_parser("evaluate", help="likelihood and judged samples of a run", description="Likelihood and judged samples of a run.")
+    evaluate.add_argument("run", metavar="RUN", help="run directory; the result is also written to RUN/evaluation.json")
+    evaluate.add_argument("--steps", default="1,2,4,16,64", help="step counts to sample with (default 1,2,4,16,64)")
+    evaluate.add_argument("--samples", type=int, default=64, help="texts per step count (default 64)")
+    evaluate.add_argument("--rows", type=int, default=512, help="validation rows of the likelihood (default 512)")
+    evaluate.add_argument("--draws", type=int, default=8, help="draws of noise and time per row (default 8)")
+    evaluate.add_argument("--seed", type=int, default=0, help="of noise and draws (default 0)")
+    evaluate.add_argument("--json", metavar="FILE", default=None, help="write the JSON to another place")
+
+    report = commands.add_parser("report", help="metrics.json and report.html of a folder of runs", description="Gather DIR/{data,flow,autoregressive,flow_map}.")
+    report.add_argument("dir", metavar="DIR", help="folder that holds data, flow, autoregressive and flow_map")
+    return top
+
+
+def main() -> None:
+    """Run a command. Bad input is one sentence on stderr and exit code 2, never a traceback."""
+    arguments = parser().parse_args()
+    try:
+        code = run(arguments)
+    except UserError as error:
+        print(f"megaflow: {error}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print("megaflow: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        code = 130
+    except BrokenPipeError:  # the reader of our output has seen enough
+        sys.stderr.close()
+        code = 0
+    sys.exit(code)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """One branch a command. Raises UserError."""
+    if arguments.command == "prepare":
+        from megaflow.config.load import load
+        from megaflow.data.prepare import prepare
+
+        prepare(load(arguments.config, arguments.overrides).config.data)
+        return 0
+    if arguments.command in ("pretrain", "distill"):
+        from megaflow.train import stages
+        from megaflow.train.loop import NotFinite
+
+        try:
+            return getattr(stages, arguments.command)(arguments.config, arguments.overrides)
+        except NotFinite as error:
+            print(f"megaflow: {error}", file=sys.stderr)
+            return 1
+    if arguments.command == "config":
+        from megaflow.config import show
+
+        print(show.all_keys() if arguments.keys else show.resolved(arguments.config, arguments.overrides))
+        return 0
+    if arguments.command == "sample":
+        from megaflow.evaluate.generate import sample
+
+        found = sample(
+            arguments.run, arguments.count, arguments.steps, arguments.method, arguments.temperature, arguments.gamma, arguments.seed
+        )
+        print(json.dumps(found, ensure_ascii=False) if arguments.json else "\n\n".join(found["texts"]))
+        return 0
+    if arguments.command == "evaluate":
+        from megaflow.evaluate.evaluation import evaluate, table
+
+        steps = [whole(part, "--steps") for part in arguments.steps.split(",")]
+        print(table(evaluate(arguments.run, steps, arguments.samples, arguments.rows, arguments.draws, arguments.seed, arguments.json)))
+        return 0
+    from megaflow.evaluate.gather import report
+
+    report(arguments.dir)
+    return 0
+
+
+def whole(text: str, option: str) -> int:
+    """A positive integer of an option. Raises UserError."""
+    if not text.strip().isdigit() or int(text) < 1:
+        raise UserError(f"{option}: {text!r} is not a positive whole number")
+    return int(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""What the values of a config mean together: contradictions, and what `auto` stands for once the data is known."""
+
+import copy
+from typing import Any
+
+from megaflow.config.load import ConfigError, Loaded
+from megaflow.config.schema import Config
+
+IDENTITY_UP_TO = 256
+"""Largest vocabulary whose one-hot state is carried as it is; above, a frame costs less and loses nothing."""
+
+
+def resolve(loaded: Loaded, vocab: int) -> Loaded:
+    """Replace every `auto` by what it stands for with this vocabulary, and refuse contradictions. Raises ConfigError.
+
+    The origin of a replaced value becomes 'auto'.
+    """
+    config, origin = copy.deepcopy(loaded.config), dict(loaded.origin)
+
+    def settle(section: Any, name: str, dotted: str, value: Any) -> None:
+        if getattr(section, name) == "auto":
+            setattr(section, name, value)
+            origin[dotted] = "auto"
+
+    flow, model, train, optim = config.flow, config.model, config.train, config.optim
+    settle(flow, "code", "flow.code", "identity" if vocab <= IDENTITY_UP_TO else "frame")
+    settle(flow, "code_dim", "flow.code_dim", vocab if flow.code == "identity" else min(64, max(2, vocab // 2)))
+    settle(model, "input", "model.input", "belief")
+    settle(flow, "skip", "flow.skip", "off" if model.input == "linear" and flow.code == "identity" else "on")
+    settle(optim, "warmup_steps", "optim.warmup_steps", min(2500, train.steps // 10))
+    settle(train, "validate_every", "train.validate_every", max(1, train.steps // 20))
+    contradictions(config, vocab)
+    return Loaded(config, origin)
+
+
+def contradictions(config: Config, vocab: int | None = None) -> None:
+    """Refuse values that cannot hold together. With `vocab` unknown only what does not depend on it. Raises ConfigError."""
+    model, flow, train = config.model, config.flow, config.train
+    if model.hidden % model.heads:
+        raise ConfigError(f"model.hidden={model.hidden} is not a multiple of model.heads={model.heads}: every head needs the same width")
+    if model.hidden // model.heads % 2:
+        raise ConfigError(
+            f"model.hidden={model.hidden} over model.heads={model.heads} gives heads of {model.hidden // model.heads} dimensions; "
+            "rotary positions need an even number"
+        )
+    if model.family == "flow" and vocab is not None:
+        if flow.code == "identity" and flow.code_dim != vocab:
+            raise ConfigError(f"flow.code=identity has as many dimensions as tokens, {vocab}; flow.code_dim={flow.code_dim} contradicts it")
+        if flow.code == "frame" and flow.code_dim >= vocab:
+            raise ConfigError(f"flow.code=frame needs flow.code_dim below the vocabulary of {vocab}, not {flow.code_dim}; or use flow.code=identity")
+        if flow.skip == "off" and flow.code == "frame":
+            raise ConfigError("flow.skip=off contradicts flow.code=frame: without the channel term a coded flow never resolves its tokens and has no bound")
+    if config.distill.boundary_fraction and train.global_batch < 4:
+        raise ConfigError(f"train.global_batch={train.global_batch} cannot hold diagonal, inner and boundary rows; use 4 or more")
+
+
+def batch_split(config: Config, processes: int) -> tuple[int, int]:
+    """(rows a process holds at once, passes it accumulates) for a global batch. Raises ConfigError where it does not divide.
+
+    train.micro_batch is an upper limit: the largest divisor of a process's rows that does not exceed it is taken.
+    """
+    rows, remainder = divmod(config.train.global_batch, processes)
+    if remainder or rows == 0:
+        raise ConfigError(
+            f"train.global_batch={config.train.global_batch} does not divide over {processes} data-parallel processes; "
+            f"use a multiple of {processes}"
+        )
+    micro = max(size for size in range(1, min(rows, config.train.micro_batch) + 1) if rows % size == 0)
+    return micro, rows // micro

@@ -1,0 +1,176 @@
+"""YAML files, `base:` files and `a.b=c` overrides become one strict, typed Config, and every value knows where it came from.
+
+Layers, later ones win: defaults < base files (depth first, in order) < the file itself < overrides. Anything that is not in the
+schema, has the wrong type or lies outside its range is one ConfigError sentence that names the file, the key, what was expected
+and the nearest key.
+"""
+
+import dataclasses
+import difflib
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from megaflow.config.schema import Config, keys
+from megaflow.errors import UserError
+
+
+class ConfigError(UserError):
+    """A config that cannot be used, said in one sentence."""
+
+
+@dataclasses.dataclass
+class Loaded:
+    """A config and the origin of each of its leaf keys: 'default', a file's path, 'command line', 'teacher …' or 'auto'."""
+
+    config: Config
+    origin: dict[str, str]
+
+
+def load(path: str | Path, overrides: list[str] | None = None, inherited: dict[str, Any] | None = None, inherited_from: str = "") -> Loaded:
+    """Read a config file, its bases and overrides. `inherited` is a flat layer {'model.hidden': 256, …} above the defaults only.
+
+    Raises ConfigError.
+    """
+    layers: list[tuple[str, dict[str, Any]]] = []
+    if inherited:
+        layers.append((inherited_from, inherited))
+    layers += _file_layers(Path(path), ())
+    layers += [("command line", {name: value}) for name, value in map(_override, overrides or [])]
+    return assemble(layers)
+
+
+def assemble(layers: list[tuple[str, dict[str, Any]]]) -> Loaded:
+    """Put flat layers of (origin, {key: value}) over the defaults, checking each value where it enters. Raises ConfigError."""
+    schema = keys()
+    values = {name: (item.default_factory() if item.default is dataclasses.MISSING else item.default) for name, item in schema.items()}
+    origin = dict.fromkeys(values, "default")
+    for source, layer in layers:
+        for name, value in layer.items():
+            values[name] = checked(source, name, value)
+            origin[name] = source
+    return Loaded(_build(Config, values, ""), origin)
+
+
+def checked(source: str, name: str, value: Any) -> Any:
+    """The value as its key's type, or a ConfigError that says what was expected. int passes for float; nothing else is converted."""
+    schema = keys()
+    if name not in schema:
+        near = difflib.get_close_matches(name, schema, n=1, cutoff=0.5) or difflib.get_close_matches(
+            name.rsplit(".", 1)[-1], [k.rsplit(".", 1)[-1] for k in schema], n=1
+        )
+        section = [k for k in schema if k.startswith(name + ".")]
+        if section:
+            raise ConfigError(f"{source}: {name} is a section, not a value; set one of its keys, such as {section[0]}")
+        hint = next((k for k in schema if near and k.endswith(near[0])), None)
+        raise ConfigError(f"{source}: there is no key {name}" + (f"; the nearest is {hint}" if hint else "; megaflow config --keys lists all of them"))
+    item = schema[name]
+    rule = item.metadata
+    expected = describe(item)
+    wrong = ConfigError(f"{source}: {name} must be {expected}, not {value!r}")
+    if rule["auto"] and value == "auto":
+        return value
+    kind = int if item.type is Any else item.type  # every key that accepts auto counts something
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if kind == list[str]:
+        value = [value] if isinstance(value, str) else value
+        if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
+            raise wrong
+        return value
+    if type(value) is not kind:
+        raise wrong
+    if rule["choices"] is not None and value not in rule["choices"]:
+        near = difflib.get_close_matches(str(value), [str(c) for c in rule["choices"]], n=1)
+        raise ConfigError(f"{wrong}" + (f"; did you mean {near[0]}?" if near else ""))
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        low, high, above = rule["low"], rule["high"], rule["above"]
+        inside = value == value and (low is None or value >= low) and (high is None or value <= high) and (above is None or value > above)
+        if not inside:
+            raise wrong
+    return value
+
+
+def describe(item: dataclasses.Field) -> str:
+    """What a key accepts, in words: 'an integer of at least 1, or auto'."""
+    rule = item.metadata
+    if rule["choices"] is not None:
+        words = str(rule["choices"][0]) if len(rule["choices"]) == 1 else "one of " + ", ".join(map(str, rule["choices"]))
+    else:
+        words = {int: "an integer", Any: "an integer", float: "a number", str: "a string", bool: "true or false"}.get(item.type, "a list of strings")
+        limits = [f"at least {rule['low']:g}" if rule["low"] is not None else "", f"above {rule['above']:g}" if rule["above"] is not None else ""]
+        limits += [f"at most {rule['high']:g}" if rule["high"] is not None else ""]
+        limits = [limit for limit in limits if limit]
+        if limits:
+            words += " of " + " and ".join(limits)
+    return words + (", or auto" if rule["auto"] else "")
+
+
+def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
+    """A nested mapping or a config dataclass as {'a.b.c': value}."""
+    if dataclasses.is_dataclass(node):
+        node = {item.name: getattr(node, item.name) for item in dataclasses.fields(node)}
+    flat: dict[str, Any] = {}
+    for name, value in node.items():
+        if isinstance(value, dict) or dataclasses.is_dataclass(value):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def to_yaml(config: Config) -> str:
+    """The whole tree as YAML; reading it back gives the same config."""
+    return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
+
+
+def _build(kind: type, values: dict[str, Any], prefix: str) -> Any:
+    made = {}
+    for item in dataclasses.fields(kind):
+        made[item.name] = _build(item.type, values, f"{prefix}{item.name}.") if dataclasses.is_dataclass(item.type) else values[prefix + item.name]
+    return kind(**made)
+
+
+def _file_layers(path: Path, above: tuple[Path, ...]) -> list[tuple[str, dict[str, Any]]]:
+    """Layers of one file: those of its bases, then its own. `above` are the files that lead here, to find circles."""
+    if path.resolve() in above:
+        raise ConfigError(f"{path}: base files lead back to this file ({' -> '.join(p.name for p in above)})")
+    if not path.is_file():
+        where = f", named as base by {above[-1]}" if above else ""
+        raise ConfigError(f"{path}: no such config file{where}")
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # a YAML parser's errors have no common base class that OmegaConf promises
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: a config is a mapping of sections such as run: and train:, not {type(content).__name__}")
+    bases = content.pop("base", [])
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise ConfigError(f"{path}: base must be a path or a list of paths, relative to this file")
+    layers: list[tuple[str, dict[str, Any]]] = []
+    for base in bases:
+        layers += _file_layers(path.parent / base, (*above, path.resolve()))
+    for name, value in content.items():
+        if not isinstance(name, str) or (not isinstance(value, dict) and any(k.startswith(f"{name}.") for k in keys())):
+            raise ConfigError(f"{path}: {name} must be a section of keys, not {value!r}")
+    return [*layers, (str(path), flatten(content))]
+
+
+def _override(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    name = name.strip()
+    if not equals or not name:
+        raise ConfigError(f"command line: {text!r} is not an override; write key=value, such as train.steps=100")
+    try:
+        parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]), resolve=True)["value"]  # type: ignore[index, call-overload]
+    except Exception as error:  # same reason as above
+        raise ConfigError(f"command line: the value of {name} cannot be read: {' '.join(str(error).split())}") from None
+    schema = keys()
+    if name in schema and schema[name].type is str and not isinstance(parsed, str):
+        parsed = value  # a run called 1 or an empty path stays a string
+    return name, parsed

@@ -1,0 +1,157 @@
+"""Every key a config may hold: one dataclass per part, one field per key.
+
+A field says what it means, which values it takes and whether `auto` is one of them, so that the loader can
+refuse a wrong value with one sentence (see load.py) and `megaflow config --help` can list all of them.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def key(
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[Any, ...] | None = None,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    auto: bool = False,
+) -> Any:
+    """A config field: its default, its meaning and the values it accepts (`above` is an open lower end)."""
+    metadata = {"help": help, "choices": choices, "low": low, "high": high, "above": above, "auto": auto}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class RunConfig:
+    dir: str = key("runs/run", "directory of the run; nothing is written outside it")
+    seed: int = key(0, "seed of weights, order of samples, noise and times", low=0)
+
+
+@dataclass
+class DataConfig:
+    path: str = key("runs/data", "folder of token shards: written by prepare, read by training")
+    source: list[str] = key([], "files or glob patterns of raw text that prepare reads")
+    source_format: str = key("auto", "format of the sources; auto goes by file name", choices=("auto", "text", "jsonl", "parquet"))
+    text_field: str = key("text", "field of JSONL or column of Parquet that holds the text")
+    document_separator: str = key("", "string between documents of a plain text file; empty: a file is one document")
+    normalize: str = key("none", "letters: lower-case a-z, everything else one space (27 symbols)", choices=("none", "letters"))
+    tokenizer: str = key("bpe", "characters, bytes, bpe (trained by prepare), gpt2, bert, or the path of a tokenizer.json")
+    tokenizer_path: str = key("", "folder with the vocabulary files of gpt2 (encoder.json, vocab.bpe) or bert (vocab.txt)")
+    vocab_size: int = key(4096, "size of the BPE that prepare trains", low=257)
+    length: int = key(64, "tokens in a row", low=2)
+    packing: str = key("wrap", "wrap: documents end to end, cut to length; document: one a row, padded", choices=("wrap", "document"))
+    validation_fraction: float = key(0.05, "share of documents held out", above=0.0, high=0.5)
+    on_bad_line: str = key("skip", "what a broken line of JSONL does", choices=("skip", "stop"))
+    workers: Any = key("auto", "processes that tokenize", low=1, auto=True)
+
+
+@dataclass
+class ModelConfig:
+    family: str = key("flow", "what is trained on this trunk", choices=("flow", "autoregressive"))
+    layers: int = key(4, "transformer blocks", low=1)
+    hidden: int = key(128, "width of the trunk", low=8)
+    heads: int = key(4, "attention heads", low=1)
+    mlp_ratio: int = key(4, "width of the MLP over the width of the trunk", low=1)
+    input: str = key("auto", "what the trunk reads of the state", choices=("auto", "belief", "linear", "both"))
+    belief_dim: int = key(128, "dimensions of the belief (or token) embedding before the trunk's width", low=1)
+    attention: str = key("auto", "attention kernel", choices=("auto", "flash", "sdpa", "plain"))
+
+
+@dataclass
+class ClockConfig:
+    name: str = key("ce_linear", "law of training times and grid of samplers", choices=("uniform", "argmax", "ce_linear"))
+    uniform_share: float = key(0.1, "share of draws uniform in log-SNR, mixed into ce_linear and argmax", low=0.0, high=1.0)
+    bins: int = key(200, "bins of log-SNR that ce_linear measures the cross-entropy in", low=20)
+    refit_every: int = key(25, "steps between refits of ce_linear", low=1)
+    memory: float = key(0.98, "decay per step of ce_linear's running average", low=0.0, high=0.9999)
+
+
+@dataclass
+class FlowConfig:
+    code: str = key("auto", "identity: the one-hot state; frame: a fixed tight frame of code_dim dimensions", choices=("auto", "identity", "frame"))
+    code_dim: Any = key("auto", "dimensions of the state", low=2, auto=True)
+    interpolant: str = key("linear", "path from noise to data", choices=("linear",))
+    prior: str = key("gaussian", "law of the noise", choices=("gaussian",))
+    objective: str = key("cross_entropy", "loss of stage 1", choices=("cross_entropy",))
+    weighting: str = key("none", "weight of a token's loss", choices=("none",))
+    skip: str = key("auto", "the exact channel term in the logits", choices=("auto", "on", "off"))
+    clock: ClockConfig = field(default_factory=ClockConfig)
+
+
+@dataclass
+class OptimConfig:
+    learning_rate: float = key(3e-3, "peak learning rate of AdamW", above=0.0)
+    schedule: str = key("cosine", "decay after the warm-up", choices=("constant", "cosine", "linear"))
+    final_fraction: float = key(0.1, "learning rate at the last step over its peak", low=0.0, high=1.0)
+    warmup_steps: Any = key("auto", "steps of linear warm-up; auto: 2500, at most a tenth of the run", low=0, auto=True)
+    beta1: float = key(0.9, "AdamW's first decay", low=0.0, high=0.9999)
+    beta2: float = key(0.99, "AdamW's second decay", low=0.0, high=0.99999)
+    weight_decay: float = key(0.0, "AdamW's decoupled decay", low=0.0)
+    clip_norm: float = key(1.0, "largest norm of the gradient; 0: never clipped", low=0.0)
+    ema_decay: float = key(0.9999, "decay of the averaged weights, at most (1 + n) / (10 + n) after n steps", low=0.0, high=0.999999)
+
+
+@dataclass
+class ParallelConfig:
+    tensor: int = key(1, "tensor-parallel processes", choices=(1,))
+    zero: int = key(0, "ZeRO stage: 0 replicates, 1 shards the optimizer, 2 the gradients too", choices=(0, 1, 2))
+
+
+@dataclass
+class TrainConfig:
+    steps: int = key(1000, "optimizer steps of the whole run", low=1)
+    global_batch: int = key(32, "rows in a step, whatever the layout", low=1)
+    micro_batch: int = key(32, "most rows a process holds at once; accumulation follows", low=1)
+    precision: str = key("fp32", "arithmetic of the trunk; weights, channel and reductions stay fp32", choices=("fp32", "bf16"))
+    checkpoint_every: int = key(200, "steps between checkpoints", low=1)
+    keep_checkpoints: int = key(2, "checkpoints that are kept", low=1)
+    validate_every: Any = key("auto", "steps between validations; auto: a twentieth of the run", low=1, auto=True)
+    validation_rows: int = key(64, "validation rows a validation reads", low=1)
+
+
+@dataclass
+class DistillConfig:
+    teacher: str = key("", "run of the flow that is distilled")
+    objective: str = key("psd", "psd: the semigroup identity in KL form", choices=("psd",))
+    diagonal_fraction: float = key(0.5, "share of rows with s = t, anchored to the teacher", low=0.0, high=1.0)
+    boundary_fraction: float = key(0.03125, "share of the other rows with (s, t) = (0, 1)", low=0.0, high=1.0)
+    weighting: str = key("adaptive", "adaptive: detached (|q - p|^2 + c)^-r of the distance to the target", choices=("none", "adaptive"))
+    adaptive_power: float = key(0.5, "r of the adaptive weight", low=0.0, high=1.0)
+    adaptive_constant: float = key(0.01, "c of the adaptive weight", above=0.0)
+    state_input: str = key("linear", "what the map reads of the state besides the belief", choices=("linear", "hot_belief", "none"))
+
+
+@dataclass
+class LogConfig:
+    every: int = key(1, "steps between lines of metrics.jsonl", low=1)
+    wandb: str = key("offline", "Weights & Biases; offline writes below the run directory", choices=("off", "offline", "online"))
+    project: str = key("megaflow", "Weights & Biases project")
+
+
+@dataclass
+class Config:
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    flow: FlowConfig = field(default_factory=FlowConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+
+def keys(node: type = Config, prefix: str = "") -> dict[str, dataclasses.Field]:
+    """Every leaf key of the tree, dotted, with its field: {'run.dir': Field, …}."""
+    found: dict[str, dataclasses.Field] = {}
+    for item in dataclasses.fields(node):
+        if dataclasses.is_dataclass(item.type):
+            found |= keys(item.type, f"{prefix}{item.name}.")
+        else:
+            found[prefix + item.name] = item
+    return found

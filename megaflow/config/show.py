@@ -1,0 +1,46 @@
+"""`megaflow config`: the resolved tree with origins, and the list of all keys."""
+
+import os
+from typing import Any
+
+from megaflow.config.check import contradictions, resolve
+from megaflow.config.load import ConfigError, describe, flatten, load
+from megaflow.config.schema import keys
+
+
+def resolved(path: str | None, overrides: list[str]) -> str:
+    """Every key with its value and origin, as YAML with comments. `auto` is resolved where data.path is already prepared."""
+    if path is None:
+        raise ConfigError("megaflow config needs a CONFIG file, or --keys")
+    loaded = load(path, overrides)
+    contradictions(loaded.config)
+    if os.path.isfile(os.path.join(loaded.config.data.path, "prepared.json")):
+        from megaflow.data.shards import read_manifest
+
+        loaded = resolve(loaded, read_manifest(loaded.config.data.path)["tokenizer"]["vocab_size"])
+    lines, section = [], ()
+    for name, value in flatten(loaded.config).items():
+        *parents, leaf = name.split(".")
+        for depth, parent in enumerate(parents):
+            if tuple(parents[: depth + 1]) != section[: depth + 1]:
+                lines.append("  " * depth + parent + ":")
+        section = tuple(parents)
+        lines.append(f"{'  ' * len(parents)}{leaf}: {_yaml(value)}".ljust(48) + f"# {loaded.origin[name]}")
+    return "\n".join(lines)
+
+
+def all_keys() -> str:
+    """One line a key: name, what it accepts, default, meaning."""
+    return "\n".join(
+        f"{name:<28} {item.metadata['help']}\n{'':<28}   {describe(item)}; default {_yaml(_default(item))}" for name, item in keys().items()
+    )
+
+
+def _default(item: Any) -> Any:
+    return item.default_factory() if callable(item.default_factory) else item.default
+
+
+def _yaml(value: Any) -> str:
+    import json
+
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, (str, list, bool)) else repr(value)

@@ -1,0 +1,188 @@
+"""A prepared folder: rows of tokens written as MDS shards, and the manifest that says what they are.
+
+    prepared.json                    the manifest: sources, settings, tokenizer, counts, sha256 of every other file
+    tokenizer.json                   the tokenizer
+    train/, validation/              MDS shards, one sample a row: tokens (int32, LENGTH), length (tokens that count)
+    unigram.npy                      int64 (V,): how often each token counts in the training rows
+    length_counts.npy                packing=document only, int64 (LENGTH + 1,): training rows of each length
+
+Row r of a split is sample r of its shards in order; ids beyond a row's length are 0.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megaflow.data.tokenizer import TOKENIZER_FILE, character_count
+from megaflow.errors import UserError
+from megaflow.progress import Progress
+
+MANIFEST_FILE = "prepared.json"
+UNIGRAM_FILE = "unigram.npy"
+LENGTH_COUNTS_FILE = "length_counts.npy"
+SPLITS = ("train", "validation")
+VERSION = 1
+# small enough that the shuffle, which moves samples within blocks of 2^18, mixes several shards
+SHARD_BYTES = 1 << 24
+
+
+class SplitWriter:
+    """Packs the tokens of one split into rows and writes them as MDS shards below `folder`/`split`.
+
+    Give it every document's pieces in order with `add`, each document closed by `end_document`; `finish` returns
+    the counts. A row is LENGTH ids and how many of them count; the others are 0 and no loss counts them.
+    """
+
+    def __init__(self, folder: str | Path, split: str, length: int, packing: str, vocab_size: int) -> None:
+        from streaming import MDSWriter
+
+        columns = {"tokens": f"ndarray:int32:{length}", "length": "int"}
+        self.writer = MDSWriter(columns=columns, out=str(Path(folder) / split), size_limit=SHARD_BYTES)
+        self.length, self.packing = length, packing
+        self.unigram = np.zeros(vocab_size, np.int64)
+        self.length_counts = np.zeros(length + 1, np.int64)
+        self.documents, self.characters = 0, 0
+        self.rest: list[np.ndarray] = []
+        self.rest_tokens = 0
+        # where the last full row ends: the piece, what `add` was told of it, how many of its tokens, characters before it
+        self.last_cut: tuple[np.ndarray, int, bool, int, int] | None = None
+
+    def add(self, ids: np.ndarray, characters: int, first: bool) -> None:
+        """Tokens (n,) int32 that stand for `characters` characters; `first`: they begin a document."""
+        self.rest.append(ids)
+        self.rest_tokens += len(ids)
+        if self.packing == "wrap" and self.rest_tokens >= self.length:
+            kept = self._write_full_rows()
+            self.rest_tokens -= kept
+            self.last_cut = ids, characters, first, len(ids) - self.rest_tokens, self.characters
+        self.characters += characters
+
+    def end_document(self, closing: int | None) -> None:
+        """Close a document with the token `closing` (one character in decoded text), or with none."""
+        if closing is not None:
+            self.add(np.array([closing], np.int32), 1, False)
+        if self.packing == "document" and self.rest_tokens:
+            self._write_full_rows()
+            (tail,) = self.rest
+            if len(tail):
+                self._write(np.pad(tail, (0, self.length - len(tail))), len(tail))
+            self.rest, self.rest_tokens = [], 0
+        self.documents += 1
+
+    def finish(self, tokenizer: Any) -> dict[str, int]:
+        """Write the index; documents, rows, tokens that count, characters they decode to, tokens dropped."""
+        self.writer.finish()
+        return {
+            "documents": self.documents,
+            "rows": int(self.length_counts.sum()),
+            "tokens": int(self.unigram.sum()),
+            "characters": self._counted_characters(tokenizer),
+            "dropped_tokens": self.rest_tokens,
+        }
+
+    def _counted_characters(self, tokenizer: Any) -> int:
+        """Characters of all tokens in rows: what was added, less what the dropped tokens stand for."""
+        if self.packing == "document":
+            return self.characters
+        if self.last_cut is None:
+            return 0
+        ids, characters, first, kept, before = self.last_cut
+        return before + (characters if kept == len(ids) else character_count(tokenizer, ids[:kept], first))
+
+    def _write_full_rows(self) -> int:
+        """Write every full row of what is waiting; returns the tokens written and leaves the others waiting."""
+        stream = np.concatenate(self.rest)
+        kept = len(stream) // self.length * self.length
+        for row in stream[:kept].reshape(-1, self.length):
+            self._write(row, self.length)
+        self.rest = [stream[kept:]]
+        return kept
+
+    def _write(self, row: np.ndarray, length: int) -> None:
+        self.writer.write({"tokens": row, "length": length})
+        np.add.at(self.unigram, row[:length], 1)
+        self.length_counts[length] += 1
+
+
+def describe_file(path: str | Path) -> dict[str, Any]:
+    """Size and sha256 of a file, which is on disk for good when this returns."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+        os.fsync(file.fileno())
+        return {"bytes": file.tell(), "sha256": digest.hexdigest()}
+
+
+def write_manifest(folder: str | Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Write `folder`/prepared.json, `manifest` with size and sha256 of every other file of the folder, and return it."""
+    folder = Path(folder)
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    manifest = {"version": VERSION, **manifest, "files": {name: describe_file(folder / name) for name in names}}
+    (folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    describe_file(folder / MANIFEST_FILE)
+    return manifest
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """The manifest of a prepared folder; raises UserError if there is no such folder, or it is not one, or is damaged."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}: run megaflow prepare, or set data.path to a prepared folder.")
+    needed = [MANIFEST_FILE, TOKENIZER_FILE, UNIGRAM_FILE, *(f"{split}/index.json" for split in SPLITS)]
+    if missing := [name for name in needed if not (folder / name).is_file()]:
+        raise UserError(f"{folder} is not a prepared folder, it lacks {', '.join(missing)}: run megaflow prepare.")
+    path = folder / MANIFEST_FILE
+    try:
+        manifest = json.loads(path.read_text("utf-8"))
+        version = manifest["version"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path} is damaged: delete {folder} and run megaflow prepare again.") from error
+    if version != VERSION:
+        raise UserError(f"{path} has version {version}, this MegaFlow reads {VERSION}: prepare the text again into another data.path.")
+    return manifest
+
+
+def open_prepared(folder: str | Path) -> dict[str, Any]:
+    """The manifest of a prepared folder after checking that every file is there and has its size; UserError otherwise."""
+    manifest = read_manifest(folder)
+    for name, expected in manifest["files"].items():
+        path = Path(folder) / name
+        size = path.stat().st_size if path.is_file() else None
+        if size is None:
+            raise UserError(f"{path} is missing: delete {folder} and run megaflow prepare again.")
+        if size != expected["bytes"]:
+            raise UserError(f"{path} has {size} bytes instead of {expected['bytes']}: delete {folder} and run megaflow prepare again.")
+    return manifest
+
+
+def verify(folder: str | Path) -> dict[str, Any]:
+    """The manifest after reading every file and checking its sha256; raises UserError naming the first one that differs."""
+    manifest = open_prepared(folder)
+    files: dict[str, Any] = manifest["files"]
+    progress, done = Progress("verify shards", sum(file["bytes"] for file in files.values()) / 1e6, "MB"), 0
+    for name, expected in files.items():
+        if describe_file(Path(folder) / name)["sha256"] != expected["sha256"]:
+            raise UserError(f"{Path(folder) / name} is not what prepare wrote (sha256 differs): delete {folder} and prepare it again.")
+        done += expected["bytes"]
+        progress.update(done / 1e6)
+    return manifest
+
+
+def require_rows(counts: dict[str, dict[str, int]], length: int) -> None:
+    """Raises UserError for a split without a row, given the counts of each split."""
+    for split in SPLITS:
+        if counts[split]["rows"] == 0:
+            tokens = counts[split]["dropped_tokens"]
+            change = "raise" if split == "validation" else "lower"
+            advice = f"{change} data.validation_fraction, lower data.length, or add text"
+            raise UserError(f"the {split} split has {tokens} tokens, less than one row of data.length={length}: {advice}.")
+
+
+def unigram_counts(folder: str | Path) -> np.ndarray:
+    """How often each token counts in the training rows: (V,) int64."""
+    return np.load(Path(folder) / UNIGRAM_FILE)

@@ -1,0 +1,358 @@
+"""Tokenizers: every kind becomes one tokenizers.Tokenizer, kept as tokenizer.json beside the shards.
+
+    characters   one token per character of the text (letters: exactly a-z and space, and no end token)
+    bytes        one token per UTF-8 byte
+    bpe          byte-level BPE, trained by prepare on the training documents
+    gpt2, bert   GPT-2's BPE and BERT's lower-casing WordPiece, from the vocabulary files their authors published
+    a path       any tokenizer.json of the Hugging Face tokenizers library
+
+Encoding never adds tokens at the ends and never reads a special token out of text: a document that spells
+`<|end|>` is seven characters, not an end of document.
+"""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import re
+import signal
+import string
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from megaflow.config.schema import DataConfig
+from megaflow.errors import UserError
+
+TOKENIZER_FILE = "tokenizer.json"
+END = "<|end|>"
+# the first of these that a tokenizer knows is its end-of-document token
+END_TOKENS = (END, "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
+LETTERS = " " + string.ascii_lowercase
+KINDS = ("characters", "bytes", "bpe", "gpt2", "bert")
+# kinds whose decoding gives the text back, so that characters can be counted before encoding
+EXACT_KINDS = ("characters", "bytes", "bpe", "gpt2")
+# a place where no pre-tokenizer of KINDS joins what is left of it with what is right of it
+SAFE_CUT = re.compile(r"(?<=\w)(?=[ \n])")
+PIECE = 1 << 16
+BATCH = 1 << 18
+
+
+def tokenizer_kind(config: DataConfig) -> str:
+    """One of KINDS, or 'file' for the path of a tokenizer.json."""
+    return config.tokenizer if config.tokenizer in KINDS else "file"
+
+
+def given_tokenizer(config: DataConfig) -> Tokenizer | None:
+    """The tokenizer if it does not depend on the text; None for bpe, and for characters of unknown alphabet.
+
+    Raises UserError for vocabulary files that are missing or are not what they should be.
+    """
+    kind = tokenizer_kind(config)
+    if kind == "characters":
+        return characters_tokenizer(LETTERS, end=False) if config.normalize == "letters" else None
+    if kind == "bytes":
+        return _bytes_tokenizer()
+    if kind == "gpt2":
+        return _gpt2_tokenizer(config.tokenizer_path)
+    if kind == "bert":
+        return _bert_tokenizer(config.tokenizer_path)
+    return _foreign_tokenizer(config.tokenizer) if kind == "file" else None
+
+
+def characters_tokenizer(alphabet: Iterable[str], end: bool = True) -> Tokenizer:
+    """One token per character, ids in the order of `alphabet`, then the end token if there is to be one."""
+    tokenizer = Tokenizer(models.WordLevel({character: place for place, character in enumerate(alphabet)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("(?m)."), "isolated")  # (?m): Oniguruma's dot takes newlines too
+    tokenizer.decoder = decoders.Fuse()
+    return _finished(tokenizer, END if end else None)
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE of at most `vocab_size` tokens, the end token the last of them; the same texts give the same BPE."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(iter(texts), trainer)
+    return _finished(tokenizer, END)
+
+
+def _bytes_tokenizer() -> Tokenizer:
+    # ByteLevel writes byte b as one printable character; id = byte
+    symbols = _byte_symbols()
+    tokenizer = Tokenizer(models.BPE({symbol: byte for byte, symbol in enumerate(symbols)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return _finished(tokenizer, END)
+
+
+def _byte_symbols() -> list[str]:
+    """ByteLevel's character for each byte: itself if printable, else the next free one from U+0100 on."""
+    printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)}
+    others = iter(range(256, 512))
+    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
+
+
+def _gpt2_tokenizer(folder: str) -> Tokenizer:
+    vocabulary, merges = _files(folder, "gpt2", "encoder.json", "vocab.bpe")
+    try:
+        tokenizer = Tokenizer(models.BPE.from_file(str(vocabulary), str(merges)))
+    except Exception as error:  # the library raises plain Exception
+        raise UserError(f"{vocabulary} and {merges} are not GPT-2's vocabulary: {error}.") from error
+    if missing := sorted(set(_byte_symbols()) - set(tokenizer.get_vocab())):
+        raise UserError(f"{vocabulary} lacks {len(missing)} of the 256 bytes and cannot write every text: use GPT-2's encoder.json.")
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return _finished(tokenizer, "<|endoftext|>")
+
+
+def _bert_tokenizer(folder: str) -> Tokenizer:
+    (vocabulary,) = _files(folder, "bert", "vocab.txt")
+    try:
+        tokenizer = Tokenizer(models.WordPiece.from_file(str(vocabulary), unk_token="[UNK]"))
+    except Exception as error:
+        raise UserError(f"{vocabulary} is not a WordPiece vocabulary: {error}.") from error
+    for token in ("[UNK]", "[SEP]"):
+        if tokenizer.token_to_id(token) is None:
+            raise UserError(f"{vocabulary} has no line {token}: use BERT's vocab.txt.")
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    return _finished(tokenizer, "[SEP]")
+
+
+def _foreign_tokenizer(path: str) -> Tokenizer:
+    if not os.path.isfile(path):
+        raise UserError(f"data.tokenizer={path} is neither one of {', '.join(KINDS)} nor a file: give the path of a tokenizer.json.")
+    try:
+        spec = json.loads(Path(path).read_text("utf-8"))
+        # prefixes, suffixes, truncation and padding are the business of whoever writes rows: here that is packing
+        spec |= {"post_processor": None, "truncation": None, "padding": None}
+        tokenizer = Tokenizer.from_str(json.dumps(spec))
+    except Exception as error:
+        raise UserError(f"{path} is not a tokenizer.json of the Hugging Face tokenizers library: {error}.") from error
+    known = next((token for token in END_TOKENS if tokenizer.token_to_id(token) is not None), END)
+    return _finished(tokenizer, known)
+
+
+def _files(folder: str, kind: str, *names: str) -> list[Path]:
+    paths = [Path(folder) / name for name in names]
+    missing = [path.name for path in paths if not path.is_file()]
+    if not folder or missing:
+        place = f"{folder} lacks {' and '.join(missing)}" if folder else "data.tokenizer_path is empty"
+        raise UserError(f"{place}: data.tokenizer={kind} needs data.tokenizer_path to be a folder with {' and '.join(names)}.")
+    return paths
+
+
+def _finished(tokenizer: Tokenizer, end_token: str | None) -> Tokenizer:
+    if end_token is not None:
+        tokenizer.add_special_tokens([AddedToken(end_token, special=True, normalized=False)])
+    tokenizer.encode_special_tokens = True  # text that spells a special token stays text; the file does not keep this flag
+    return tokenizer
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
+    """Write `folder`/tokenizer.json."""
+    tokenizer.save(str(Path(folder) / TOKENIZER_FILE))
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """The tokenizer of a folder of shards (or of a checkpoint); raises UserError if there is none or it is damaged."""
+    path = Path(folder) / TOKENIZER_FILE
+    if not path.is_file():
+        raise UserError(f"{folder} has no {TOKENIZER_FILE}: run megaflow prepare first.")
+    try:
+        return _finished(Tokenizer.from_file(str(path)), None)
+    except Exception as error:
+        raise UserError(f"{path} is damaged: {error}.") from error
+
+
+def tokenizer_hash(tokenizer: Tokenizer) -> str:
+    """sha256 of the tokenizer's JSON with sorted keys: equal exactly if two tokenizers have the same definition."""
+    canonical = json.dumps(json.loads(tokenizer.to_str()), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode("utf-8")).hexdigest()
+
+
+def vocabulary_size(tokenizer: Tokenizer) -> int:
+    """One more than the largest id: the V of a model that reads these tokens."""
+    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+
+def end_id(tokenizer: Tokenizer) -> int | None:
+    """Id of the end-of-document token; None for the 27 letters, which have none."""
+    return next((place for token in END_TOKENS if (place := tokenizer.token_to_id(token)) is not None), None)
+
+
+def encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Ids of `text`, no end token; raises UserError for a character that a character tokenizer never saw."""
+    try:
+        return tokenizer.encode(text, add_special_tokens=False).ids
+    except Exception as error:
+        unknown = sorted(set(text) - set(tokenizer.get_vocab()))
+        shown = ", ".join(repr(character) for character in unknown[:5])
+        raise UserError(f"the tokenizer has no token for {shown or 'a part'} of {text[:40]!r}: leave it out of the text.") from error
+
+
+def decode(tokenizer: Tokenizer, ids: Sequence[int] | np.ndarray) -> str:
+    """The text of `ids`, the end token as one newline; `decode(encode(text)) == text` for characters, bytes, bpe and gpt2."""
+    end = end_id(tokenizer)
+    runs: list[list[int]] = [[]]
+    for token in ids:
+        if token == end:
+            runs.append([])
+        else:
+            runs[-1].append(int(token))
+    return "\n".join(tokenizer.decode(run, skip_special_tokens=False) for run in runs)
+
+
+class Piece(NamedTuple):
+    """A part of a document that can be encoded on its own, with what is needed to put the document together again."""
+
+    text: str
+    split: str
+    first: bool
+    last: bool
+
+
+def pieces(text: str, split: str, kind: str, size: int = PIECE) -> Iterator[Piece]:
+    """`text` cut into pieces of about `size` characters whose encodings, end to end, are the encoding of `text`.
+
+    A book of a gigabyte would otherwise need a hundred times that in one process while the others wait. Nothing
+    is known of a foreign tokenizer (it may put a mark before every text), so its documents stay whole.
+    """
+    start = 0
+    while kind != "file" and len(text) - start > size:
+        if kind in ("characters", "bytes"):
+            end = start + size
+        else:
+            place = SAFE_CUT.search(text, start + size)
+            end = place.start() if place else len(text)
+        if end == len(text):
+            break
+        yield Piece(text[start:end], split, start == 0, False)
+        start = end
+    yield Piece(text[start:], split, start == 0, True)
+
+
+def character_count(tokenizer: Tokenizer, ids: Sequence[int] | np.ndarray, first: bool) -> int:
+    """Characters that `ids`, all of one document, add to its decoding; `first`: the document begins with them."""
+    ids = [int(token) for token in ids]
+    if first or tokenizer.token_to_id("[UNK]") is None:
+        return len(tokenizer.decode(ids, skip_special_tokens=False))
+    # WordPiece puts a space before every word but the first: let another word go first
+    before = [tokenizer.token_to_id("[UNK]")]
+    return len(tokenizer.decode(before + ids, skip_special_tokens=False)) - len(tokenizer.decode(before, skip_special_tokens=False))
+
+
+def usable_cores() -> int:
+    """Cores this process may run on, at most 8: more only wait for the one process that reads."""
+    return min(8, len(os.sched_getaffinity(0)))
+
+
+def encode_pieces(folder: str | Path, kind: str, stream: Iterable[Piece], workers: int) -> Iterator[tuple[Piece, np.ndarray, int]]:
+    """(piece, its ids (n,) int32, its characters) of every piece of `stream`, in order, for any number of `workers`.
+
+    The tokenizer is read from `folder`, once by every process. Each worker holds one batch at a time, so memory
+    does not grow with the text. Raises UserError if a worker dies.
+    """
+    batches = _batches(stream)
+    if workers == 1:
+        tokenizer = load_tokenizer(folder)
+        for batch in batches:
+            yield from _joined(batch, _encode_texts(tokenizer, kind, _texts(batch)))
+        return
+    # A pipe for each worker and none shared: a worker that dies is an end of file here, and our death is one there.
+    # (A pool's processes share their queues, and wait for ever if one of them is killed while it writes.)
+    pool = [_start_worker(folder, kind) for _ in range(workers)]
+    idle = deque(pipe for _, pipe in pool)
+    waiting: deque[tuple[list[Piece], Connection]] = deque()
+    try:
+        for batch in batches:
+            done, pipe = ([], idle.popleft()) if idle else waiting.popleft()
+            encoded = _receive(pipe) if done else []
+            pipe.send(_texts(batch))
+            waiting.append((batch, pipe))
+            yield from _joined(done, encoded)
+        for done, pipe in waiting:
+            yield from _joined(done, _receive(pipe))
+    except (EOFError, ConnectionError) as error:
+        raise UserError("a process that tokenizes was killed, perhaps for lack of memory: lower data.workers.") from error
+    finally:
+        for process, pipe in pool:
+            pipe.close()
+            process.terminate()
+            process.join()
+
+
+def _texts(batch: list[Piece]) -> list[tuple[str, bool]]:
+    return [(piece.text, piece.first) for piece in batch]
+
+
+def _batches(stream: Iterable[Piece]) -> Iterator[list[Piece]]:
+    batch, size = [], 0
+    for piece in stream:
+        batch.append(piece)
+        size += len(piece.text)
+        if size >= BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _joined(batch: list[Piece], encoded: list[tuple[np.ndarray, int]]) -> Iterator[tuple[Piece, np.ndarray, int]]:
+    for piece, (ids, characters) in zip(batch, encoded, strict=True):
+        yield piece, ids, characters
+
+
+def _encode_texts(tokenizer: Tokenizer, kind: str, texts: list[tuple[str, bool]]) -> list[tuple[np.ndarray, int]]:
+    try:
+        encodings = tokenizer.encode_batch_fast([text for text, _ in texts], add_special_tokens=False)
+    except Exception as error:
+        raise UserError(f"the tokenizer cannot encode the text: {error}.") from error
+    encoded = []
+    for (text, first), encoding in zip(texts, encodings, strict=True):
+        count = len(text) if kind in EXACT_KINDS else character_count(tokenizer, encoding.ids, first)
+        encoded.append((np.array(encoding.ids, np.int32), count))
+    return encoded
+
+
+def _start_worker(folder: str | Path, kind: str) -> tuple[BaseProcess, Connection]:
+    context = multiprocessing.get_context("spawn")  # a forked child of a process with threads (Arrow, Rust) can hang
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_work, args=(str(folder), kind, theirs), daemon=True)
+    process.start()
+    theirs.close()  # or its death would not be an end of file for us
+    return process, ours
+
+
+def _work(folder: str, kind: str, pipe: Connection) -> None:
+    """A worker's life: a list of texts in, their encodings or an exception out, until the pipe closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of the terminal; the parent ends us in order
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one worker, one core
+    try:
+        tokenizer = load_tokenizer(folder)
+        while True:
+            texts = pipe.recv()
+            try:
+                result: Any = _encode_texts(tokenizer, kind, texts)
+            except Exception as error:
+                result = error
+            pipe.send(result)
+    except (EOFError, ConnectionError):
+        pass
+
+
+def _receive(pipe: Connection) -> list[tuple[np.ndarray, int]]:
+    result = pipe.recv()
+    if isinstance(result, Exception):
+        raise result
+    return result

@@ -1,0 +1,233 @@
+"""`megaflow evaluate RUN`: likelihood with its error, and samples judged at several numbers of steps.
+
+Everything is computed from the run's newest checkpoint (averaged weights) and the shards it was trained on; asking again for what is
+already there, of the same checkpoint with the same settings, computes nothing.
+"""
+
+import json
+import math
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megaflow.data.stream import TokenStream
+from megaflow.data.tokenizer import decode
+from megaflow.errors import UserError
+from megaflow.evaluate import judge as judges
+from megaflow.evaluate.generate import Run, generate, load_run, text_of
+from megaflow.evaluate.judge import Judge
+from megaflow.flow import clock as clocks
+from megaflow.flow.likelihood import Estimate, RangeTooShort
+from megaflow.model.bound import bound_of_rows
+from megaflow.parallel import random
+from megaflow.progress import Progress
+from megaflow.train.run import write_atomically
+from megaflow.train.stage_autoregressive import AutoregressiveStage
+
+JUDGE_CHARACTERS = 20_000_000
+"""The judge is fitted to at most this many characters of the training split, from its beginning."""
+
+SHOWN_TEXTS = 8
+
+
+def evaluate(
+    directory: str | Path, steps: list[int], samples: int, rows: int, draws: int, seed: int, out: str | None = None
+) -> dict[str, Any]:
+    """Evaluate a run and write RUN/evaluation.json (or `out`). Raises UserError."""
+    began = time.monotonic()
+    if min(samples, rows, draws) < 1:
+        raise UserError("--samples, --rows and --draws must be positive whole numbers")
+    run = load_run(directory)
+    settings = {"steps": steps, "samples": samples, "rows": rows, "draws": draws, "seed": seed}
+    identity = {"run": str(directory), "step": run.checkpoint.state["step"], "settings": settings}
+    path = Path(out) if out else run.directory / "evaluation.json"
+    if path.exists() and (old := json.loads(path.read_text())) and {k: old.get(k) for k in identity} == identity:
+        return old
+    held_out = validation(run, rows)
+    judge = fitted_judge(run)
+    result = {
+        **identity,
+        "kind": "autoregressive" if run.parts is None else ("flow_map" if run.is_map else "flow"),
+        "likelihood": likelihood(run, held_out, draws, seed),
+        "judge": {
+            "name": f"smoothed character n-gram, order {judge.order}, of the training split",
+            "sum_error": judges.sum_error(judge, [text[:judge.order] for text in held_out.texts[:64]]),
+        },
+        "samples": {},
+        "reference": reference(run, held_out, judge, samples, seed),
+    }
+    if run.parts is None:
+        result["samples"]["autoregressive"] = judged(run, generate(run, samples, None, "autoregressive", 1.0, None, seed), judge)
+    else:
+        progress = Progress(f"samples {run.directory.name}", sum(steps), "steps")
+        for done, count in enumerate(steps):
+            method = "flow_map" if run.is_map else "ode"
+            result["samples"][str(count)] = judged(run, generate(run, samples, count, method, 1.0, None, seed), judge)
+            progress.update(sum(steps[: done + 1]))
+        result["profile"] = profile(run)
+        result["trajectory"] = trajectory(run, seed)
+    result["seconds"] = time.monotonic() - began
+    result["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    write_atomically(path, json.dumps(result, ensure_ascii=False, indent=1, allow_nan=False))
+    return result
+
+
+class HeldOut:
+    """Validation rows: ids (R, L), lengths (R,) or None, their texts, and characters per counted token of the whole split."""
+
+    def __init__(self, run: Run, rows: int) -> None:
+        stream = TokenStream(run.config.data.path, "validation", run.config.run.seed, shuffle=False)
+        # rows spread evenly over the split, not its first ones
+        places = torch.linspace(0, len(stream) - 1, min(rows, len(stream))).round().long()
+        self.ids, lengths = stream.rows(places)
+        self.lengths = lengths if bool((lengths < self.ids.shape[1]).any()) else None
+        self.rows = [row[:length] for row, length in zip(self.ids.tolist(), lengths.tolist(), strict=True)]
+        self.texts = [text_of(run, row) for row in self.rows]
+        split = run.manifest["splits"]["validation"]
+        self.characters_per_token = split["characters"] / split["tokens"]
+
+    def bits_per_character(self, nats_per_token: float) -> float:
+        return nats_per_token / self.characters_per_token / math.log(2.0)
+
+
+def validation(run: Run, rows: int) -> HeldOut:
+    return HeldOut(run, rows)
+
+
+@torch.no_grad()
+def likelihood(run: Run, held_out: HeldOut, draws: int, seed: int) -> dict[str, Any]:
+    """Nats per token and bits per character: a bound with its Monte-Carlo error for flows, exact for the baseline."""
+    device = run.network.weight.device
+    ids = held_out.ids.to(device)
+    lengths = None if held_out.lengths is None else held_out.lengths.to(device)
+    if run.parts is None:
+        stage = AutoregressiveStage(run.config, run.network)
+        nats = sum(
+            stage.validate(ids[i : i + 64], None if lengths is None else lengths[i : i + 64])["validation_loss"] * counted(held_out, i)
+            for i in range(0, len(ids), 64)
+        ) / counted(held_out, 0, len(ids))
+        log_prior = run.network.log_prior.double().cpu()
+        entropy = -float(np.mean(np.concatenate([log_prior[torch.tensor(row)].numpy() for row in held_out.rows])))
+        found: dict[str, Any] = {"kind": "exact", "nats_per_token": nats, "standard_error_nats": 0.0, "tokens": counted(held_out, 0, len(ids))}
+    else:
+        progress = Progress(f"bound {run.directory.name}", len(ids), "rows")
+        try:
+            bound: Estimate = bound_of_rows(run.network, run.parts, run.clock, ids, lengths, draws, seed, progress=progress)
+        except RangeTooShort as error:
+            return {"kind": "none", "reason": str(error)}
+        entropy = bound.unigram
+        found = {
+            "kind": "bound",
+            "nats_per_token": bound.mean,
+            "standard_error_nats": bound.standard_error,
+            "row_error_nats": bound.row_error,
+            "last_cross_entropy": bound.last_cross_entropy,
+            "tokens": bound.tokens,
+            "standard_error_bits_per_char": held_out.bits_per_character(bound.standard_error),
+        }
+    found["bits_per_char"] = held_out.bits_per_character(found["nats_per_token"])
+    found["unigram_nats_per_token"] = entropy
+    found["unigram_bits_per_char"] = held_out.bits_per_character(entropy)
+    return found
+
+
+def counted(held_out: HeldOut, start: int, rows: int = 64) -> int:
+    return sum(len(row) for row in held_out.rows[start : start + rows])
+
+
+def fitted_judge(run: Run) -> Judge:
+    """The judge of the run's training split, fitted once and kept in the run."""
+    path = run.directory / "judge.npz"
+    if path.exists():
+        return judges.load(path)
+    stream = TokenStream(run.config.data.path, "train", run.config.run.seed, shuffle=False)
+    progress, pieces, characters = Progress("judge", len(stream), "rows"), [], 0
+    for start in range(0, len(stream), 1024):
+        ids, lengths = stream.rows(torch.arange(start, min(start + 1024, len(stream))))
+        flat = np.concatenate([row[:length] for row, length in zip(ids.numpy(), lengths.tolist(), strict=True)])
+        pieces.append(decode(run.tokenizer, flat))
+        characters += len(pieces[-1])
+        progress.update(min(start + 1024, len(stream)))
+        if characters > JUDGE_CHARACTERS:
+            break
+    judge = judges.fit("".join(pieces))
+    judges.save(judge, path)
+    return judge
+
+
+def judged(run: Run, rows: list[list[int]], judge: Judge) -> dict[str, Any]:
+    """Bits per character under the judge with its standard error over texts, entropy within a text, and the first texts."""
+    texts = [text_of(run, row) for row in rows]
+    per_text = np.array([[judges.bits(judge, text).sum(), len(text)] for text in texts if text])
+    mean = float(per_text[:, 0].sum() / per_text[:, 1].sum()) if len(per_text) else None
+    error = None
+    if len(per_text) > 1:
+        residual = per_text[:, 0] - mean * per_text[:, 1]
+        error = float(np.sqrt((residual**2).sum() * len(per_text) / (len(per_text) - 1)) / per_text[:, 1].sum())
+    return {
+        "judge_bits_per_char": mean,
+        "judge_standard_error": error,
+        "entropy": judges.token_entropy(rows),
+        "distinct": len(set(texts)),
+        "count": len(rows),
+        "texts": texts[:SHOWN_TEXTS],
+    }
+
+
+def reference(run: Run, held_out: HeldOut, judge: Judge, samples: int, seed: int) -> dict[str, Any]:
+    """Real validation text, and tokens drawn one by one from the unigram law, through the same judge."""
+    law = (run.network.log_prior if run.parts is None else run.parts.log_prior).double().cpu().exp()
+    source = random.generator(seed, "unigram texts")
+    drawn = torch.multinomial(law, samples * run.manifest["length"], replacement=True, generator=source).view(samples, -1)
+    spread = np.linspace(0, len(held_out.rows) - 1, min(samples, len(held_out.rows))).round().astype(int)
+    return {"data": judged(run, [held_out.rows[i] for i in spread], judge), "unigram": judged(run, drawn.tolist(), judge)}
+
+
+def profile(run: Run) -> dict[str, Any] | None:
+    """Cross-entropy against time as measured in training, and the clock that was fitted to it."""
+    stage = run.checkpoint.stage
+    found: dict[str, Any] = {"clock_t": run.clock.times.tolist(), "clock_cdf": run.clock.tau.tolist()}
+    if "profile_edges" in stage:
+        edges = stage["profile_edges"]
+        found["t"] = torch.sigmoid((edges[1:] + edges[:-1]) / 4.0).tolist()
+        found["cross_entropy"] = (stage["profile_total"] / stage["profile_weight"]).tolist()
+    return found
+
+
+def trajectory(run: Run, seed: int, steps: int = 16) -> dict[str, Any]:
+    """One text on its way: at every step the most likely token of every position and its probability."""
+    times, tokens, confidence = [], [], []
+
+    def see(step: int, time: float, posterior: Any) -> None:
+        times.append(time)
+        tokens.append([run.tokenizer.decode([i], skip_special_tokens=False) for i in posterior.tokens[0].tolist()])
+        confidence.append([round(p, 4) for p in posterior.confidence[0].tolist()])
+
+    generate(run, 1, steps, "flow_map" if run.is_map else "ode", 1.0, None, seed, see)
+    return {"times": times, "tokens": tokens, "confidence": confidence}
+
+
+def table(result: dict[str, Any]) -> str:
+    """The evaluation as a person reads it."""
+    found = result["likelihood"]
+    lines = [f"{result['run']}  step {result['step']}  {result['kind']}"]
+    if found["kind"] == "none":
+        lines.append(f"likelihood        none: {found['reason']}")
+    else:
+        word = "bound" if found["kind"] == "bound" else "exact"
+        lines.append(f"likelihood        {found['bits_per_char']:.4f} bits/char ({word}; {found['nats_per_token']:.4f} nats/token)")
+        if word == "bound":
+            lines.append(f"  standard error  {found['standard_error_bits_per_char']:.4f} bits/char of noise and times")
+        lines.append(f"unigram entropy   {found['unigram_bits_per_char']:.4f} bits/char")
+    lines.append(f"judge             {result['judge']['name']}; sums to one within {result['judge']['sum_error']:.0e}")
+    lines.append(f"{'text':<18}{'judge bits/char':>16}{'+-':>8}{'entropy nats':>14}{'distinct':>10}")
+    shown = {f"{k} steps" if k.isdigit() else k: v for k, v in result["samples"].items()} | result["reference"]
+    for name, value in shown.items():
+        bits = "none" if value["judge_bits_per_char"] is None else f"{value['judge_bits_per_char']:.3f}"
+        error = "" if value["judge_standard_error"] is None else f"{value['judge_standard_error']:.3f}"
+        lines.append(f"{name:<18}{bits:>16}{error:>8}{value['entropy']:>14.3f}{value['distinct']:>6}/{value['count']}")
+    return "\n".join(lines)

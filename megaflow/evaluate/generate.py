@@ -1,0 +1,193 @@
+"""Text from a run: its network, a grid of its clock, a sampler, and its tokenizer."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megaflow.config.schema import Config
+from megaflow.data.shards import LENGTH_COUNTS_FILE, open_prepared
+from megaflow.data.tokenizer import decode, end_id, load_tokenizer
+from megaflow.errors import UserError
+from megaflow.flow import clock as clocks
+from megaflow.flow import head as heads
+from megaflow.flow import sampler
+from megaflow.flow.clock import Clock
+from megaflow.flow.code import lookup
+from megaflow.flow.sampler import Callback, Posterior
+from megaflow.model.autoregressive import Autoregressive
+from megaflow.model.parts import Parts
+from megaflow.model.text_dit import TextDiT
+from megaflow.model.trunk import Cache
+from megaflow.parallel import random
+from megaflow.train.checkpoint import Checkpoint
+from megaflow.train.run import read_config, stage_of
+from megaflow.train.stages import trained_autoregressive, trained_flow
+
+BATCH = 64
+
+
+@dataclass
+class Run:
+    """A trained run, loaded for sampling and evaluation. parts and clock are None for the autoregressive baseline."""
+
+    directory: Path
+    config: Config
+    stage: str
+    network: TextDiT | Autoregressive
+    parts: Parts | None
+    clock: Clock | None
+    manifest: dict[str, Any]
+    tokenizer: Any
+    checkpoint: Checkpoint
+
+    @property
+    def is_map(self) -> bool:
+        return self.stage == "distill"
+
+
+def load_run(directory: str | Path) -> Run:
+    """Any run, baseline included, with its averaged weights. Raises UserError."""
+    directory = Path(directory)
+    config, stage = read_config(directory).config, stage_of(directory)
+    manifest = open_prepared(config.data.path)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = load_tokenizer(config.data.path)
+    if config.model.family == "autoregressive":
+        network, found = trained_autoregressive(directory, config, device)
+        return Run(directory, config, stage, network, None, None, manifest, tokenizer, found)
+    flow, parts, clock, found = trained_flow(directory, config, stage == "distill", device)
+    return Run(directory, config, stage, flow, parts, clock, manifest, tokenizer, found)
+
+
+def sample(
+    directory: str | Path, count: int, steps: int | None, method: str = "auto", temperature: float = 1.0, gamma: float | None = None, seed: int = 0
+) -> dict[str, Any]:
+    """`megaflow sample RUN`: texts, their tokens and how they were made. Raises UserError."""
+    if count < 1:
+        raise UserError(f"--count: {count} is not a positive number of texts")
+    run = load_run(directory)
+    method, steps, gamma = chosen(run, method, steps, gamma)
+    rows = generate(run, count, steps, method, temperature, gamma, seed)
+    return {
+        "run": str(directory), "step": run.checkpoint.state["step"], "method": method, "steps": steps, "temperature": temperature, "gamma": gamma, "seed": seed,
+        "texts": [text_of(run, row) for row in rows], "tokens": rows,
+    }  # fmt: skip
+
+
+def chosen(run: Run, method: str, steps: int | None, gamma: float | None) -> tuple[str, int | None, float | None]:
+    """The sampler's settings after `auto`; refuses what this run cannot do. Raises UserError."""
+    if run.parts is None:
+        if method != "auto" or steps is not None or gamma is not None:
+            raise UserError(f"{run.directory} is autoregressive: it writes one token after another and takes no --method, --steps or --gamma")
+        return "autoregressive", None, None
+    if method == "auto":
+        method = "stochastic" if gamma is not None else ("flow_map" if run.is_map else "ode")
+    if method == "flow_map" and not run.is_map:
+        raise UserError(f"{run.directory} is a flow, not a flow map: use --method ode, stochastic or ancestral, or distill it first")
+    if gamma is not None and method != "stochastic":
+        raise UserError(f"--gamma belongs to --method stochastic, not {method}")
+    if method == "stochastic":
+        gamma = 0.75 if gamma is None else gamma
+        if not 0.0 <= gamma <= 1.0:
+            raise UserError(f"--gamma: {gamma} is not between 0 and 1")
+    steps = (1 if run.is_map else 64) if steps is None else steps
+    if steps < 1:
+        raise UserError(f"--steps: {steps} is not a positive number of steps")
+    return method, steps, gamma
+
+
+@torch.no_grad()
+def generate(
+    run: Run, count: int, steps: int | None, method: str, temperature: float, gamma: float | None, seed: int, callback: Callback | None = None
+) -> list[list[int]]:
+    """`count` rows of tokens, each a function of (seed, its index) alone; `callback` sees the steps of the first batch."""
+    if not temperature > 0.0:
+        raise UserError(f"--temperature: {temperature} is not above 0")
+    rows: list[list[int]] = []
+    for start in range(0, count, BATCH):
+        places = list(range(start, min(start + BATCH, count)))
+        lengths = row_lengths(run, places, seed)
+        if run.parts is None:
+            ids = write_autoregressively(run, places, temperature, seed)
+        else:
+            see = callback if callback is not None and start == 0 else sampler.silent
+            ids = write_by_flow(run, places, lengths, steps or 1, method, temperature, gamma, seed, see)
+        rows += [row if length is None else row[:length] for row, length in zip(ids.tolist(), lengths or [None] * len(places), strict=True)]
+    return rows
+
+
+def write_by_flow(
+    run: Run, places: list[int], lengths: list[int] | None, steps: int, method: str, temperature: float, gamma: float | None, seed: int, see: Callback
+) -> Tensor:
+    """(B, L) tokens by one of the samplers, on `steps` steps of the run's own clock."""
+    network, parts, device = run.network, run.parts, run.network.weight.device
+    shape = (run.manifest["length"], parts.code.dim)
+    counted = None if lengths is None else torch.tensor(lengths, device=device)
+
+    def fresh(step: int) -> Tensor:
+        return random.normal(places, shape, seed, "sampler noise", step).to(device)
+
+    denoise = denoiser(run, places, counted, temperature, seed, draws=method == "ancestral")
+    y = random.normal(places, shape, seed, "initial noise").to(device)
+    times = clocks.grid(run.clock, steps).tolist()
+    if method == "ode":
+        return sampler.ode(denoise, y, times, see)
+    if method == "flow_map":
+        return sampler.flow_map(denoise, y, times, see)
+    if method == "stochastic":
+        towards = denoise if run.is_map else (lambda y, s, t: denoise(y, s, s))
+        return sampler.stochastic(towards, y, times, gamma, fresh, see)
+    return sampler.ancestral(denoise, lambda ids: lookup(parts.code, ids), y, times, fresh, see)
+
+
+def denoiser(run: Run, places: list[int], lengths: Tensor | None, temperature: float, seed: int, draws: bool) -> Callable[[Tensor, float, float], Posterior]:
+    """The network as samplers see it. `draws`: tokens are drawn from the posterior instead of its most likely ones."""
+    network = run.network
+    calls = iter(range(10**9))
+
+    def denoise(y: Tensor, s: float, t: float) -> Posterior:
+        start, end = (torch.full((len(y),), x, dtype=torch.float64, device=y.device) for x in (s, t))
+        hidden = network(y, start, end if run.is_map else None, lengths)
+        read, shape = network.read(hidden, y, start), y.shape[:2]
+        mean, tokens, confidence = heads.posterior(network.head(), read, temperature)
+        if draws:
+            step = next(calls)
+            uniform = torch.stack([torch.rand(shape[1], generator=random.generator(seed, "token draws", step, place)) for place in places])
+            tokens, confidence = heads.draw(network.head(), read, uniform.flatten().to(y.device), temperature)
+        return Posterior(mean.view(y.shape), tokens.view(shape), confidence.view(shape))
+
+    return denoise
+
+
+def write_autoregressively(run: Run, places: list[int], temperature: float, seed: int) -> Tensor:
+    """(B, L) tokens drawn one after another, keys and values cached."""
+    network, cache, width = run.network, Cache(), run.manifest["length"]
+    uniform = torch.stack([torch.rand(width, generator=random.generator(seed, "token draws", place)) for place in places])
+    previous, columns = None, []
+    for position in range(width):
+        hidden = network.step(previous, len(places), cache)
+        previous, _ = heads.draw(network.head(), heads.Read(hidden), uniform[:, position].to(hidden.device), temperature)
+        columns.append(previous)
+    return torch.stack(columns, 1)
+
+
+def row_lengths(run: Run, places: list[int], seed: int) -> list[int] | None:
+    """Lengths of rows of single documents, drawn from the training rows' lengths; None where every row is full."""
+    if run.manifest["packing"] == "wrap":
+        return None
+    counts = np.load(Path(run.config.data.path) / LENGTH_COUNTS_FILE)
+    cumulative = np.cumsum(counts / counts.sum())
+    return [int(min(np.searchsorted(cumulative, random.uniform(seed, "length", place), side="right"), len(counts) - 1)) for place in places]
+
+
+def text_of(run: Run, row: list[int]) -> str:
+    """Decoded text of a row. A row of one document (packing=document) ends before its end token."""
+    end = end_id(run.tokenizer)
+    if run.manifest["packing"] == "document" and end is not None and end in row:
+        row = row[: row.index(end)]
+    return decode(run.tokenizer, row)

@@ -1,0 +1,149 @@
+"""The report: one self-contained HTML page with the figures, tables and texts of a run.
+
+What `data` may hold. Every part is optional, and so is every number in it: what is missing is said on the page to be so, never filled in.
+A part or a model that has no place here raises ValueError, since it would be dropped in silence. Names of models are `flow`, `flow_map` and
+`autoregressive`.
+
+    title        str
+    about        {"text": str (what was learned from), "training_tokens", "validation_tokens", "vocab_size", "length": int,
+                  "tokenizer": str, "characters_per_token": float, "machine": str}
+    stages       [{"name": str, "parameters", "steps", "tokens": int, "seconds", "tokens_per_second": float, "peak_memory_bytes": int}, …],
+                 in the order they were run
+    likelihood   {"unigram" | model: {"nats_per_token", "nats_standard_error", "bits_per_char", "bits_standard_error": float},
+                  "note": str (rows, weights, range of log-SNR: said below the table)}, on the validation split
+    curves       {model: {"tokens", "loss": [N], "validation_tokens", "validation_loss": [M]}}, nats per token
+    profile      {"t", "cross_entropy": [K] (nats per token in each bin), "clock_t", "clock_cdf": [K'], "clock": str (its name)}
+    samples      {"flow" | "flow_map": {"<steps>": SAMPLES}, "autoregressive" | "data" | "unigram": SAMPLES}
+                 SAMPLES = {"judge_bits_per_char", "judge_standard_error", "entropy" (nats), "entropy_standard_error": float,
+                 "count": int (texts judged), "texts": [str, …] (from the first drawn on)}
+    trajectory   {"model": str, "times": [S], "tokens": [S][L] of str, "confidence": [S][L] in [0, 1]}, one text, the argmax at every
+                 solver step; a time is that of the state the step reads
+    judge        {"order", "symbols", "training_characters", "contexts_checked": int, "sum_error": float (see judge.sum_error)}
+    commands     [str, …], that lead from nothing to this page
+    versions     {package: version}
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+
+from megaflow.evaluate import figures
+from megaflow.progress import duration
+
+PARTS = ("title", "about", "stages", "likelihood", "curves", "profile", "samples", "trajectory", "judge", "commands", "versions")
+NAMES = {
+    "flow": "flow",
+    "flow_map": "flow map",
+    "autoregressive": "autoregressive",
+    "data": "real text",
+    "unigram": "unigram draws",
+}
+MEANING = {"unigram": "exact", "flow": "upper bound", "flow_map": "upper bound", "autoregressive": "exact"}
+MOST_TEXTS = 3  # of a kind on the page
+MOST_ROWS = 12  # of a trajectory on the page
+
+
+def write_report(data: dict[str, Any], out: Path | str) -> None:
+    """Render the page to `out`. The same data gives the same bytes. Raises ValueError if the data break the contract above."""
+    known = {"samples": NAMES, "curves": ("flow", "flow_map", "autoregressive"), "likelihood": (*MEANING, "note")}
+    unknown = [key for key in data if key not in PARTS]
+    unknown += [f"{part}.{key}" for part, names in known.items() for key in data.get(part) or {} if key not in names]
+    if unknown:
+        raise ValueError(f"the report has no place for {', '.join(unknown)}")
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    page = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    page.filters |= {"fixed": fixed, "count": count, "gibibytes": gibibytes, "duration": duration, "visible": visible}
+    parts = {part: data.get(part) for part in PARTS}
+    Path(out).write_text(page.get_template("report.html.j2").render(**parts, **_view(data)), encoding="utf-8")
+
+
+def fixed(value: float | None, digits: int = 3) -> str:
+    """'1.571'; a dash for what was not measured."""
+    if value is None:
+        return "–"
+    return f"{value:.{digits}f}" if math.isfinite(value) else "undefined"
+
+
+def count(value: float | None) -> str:
+    """'4,295,537'; a dash for what was not measured."""
+    return "–" if value is None else f"{value:,.0f}"
+
+
+def gibibytes(value: float | None) -> str:
+    """'1.25' GiB of a number of bytes; a dash for what was not measured."""
+    return "–" if value is None else f"{value / 2**30:.2f}"
+
+
+def visible(token: str) -> str:
+    """A token with its white space made visible."""
+    marked = token.replace("\n", "↵").replace("\t", "⇥")
+    return marked if marked.strip() else marked.replace(" ", "␣") or "∅"
+
+
+def constant_samples(samples: dict[str, Any]) -> set[tuple[str, int]]:
+    """(family, steps) whose texts, two or more, are all the same: the network's answer did not depend on the noise."""
+    return {
+        (family, int(steps))
+        for family in ("flow", "flow_map")
+        for steps, entry in (samples.get(family) or {}).items()
+        if len(entry.get("texts") or []) > 1 and len(set(entry["texts"])) == 1
+    }
+
+
+def _view(data: dict[str, Any]) -> dict[str, Any]:
+    """What the template shows beside the data themselves: figures, rows of tables, texts in their order."""
+    samples, profile, curves = (data.get(part) or {} for part in ("samples", "profile", "curves"))
+    constant = constant_samples(samples)
+    unigram = ((data.get("likelihood") or {}).get("unigram") or {}).get("nats_per_token")
+    panels = {"learning": [(NAMES[name], _safe(figures.learning(name, curves[name]))) for name in NAMES if curves.get(name)]}
+    panels["cross_entropy"] = _safe(figures.cross_entropy(profile, unigram)) if profile.get("cross_entropy") else None
+    panels["clock"] = _safe(figures.clock(profile)) if profile.get("clock_cdf") else None
+    for field, error, label in (
+        ("judge_bits_per_char", "judge_standard_error", "judge (bits per character)"),
+        ("entropy", "entropy_standard_error", "entropy within a text (nats)"),
+    ):
+        measured = any(figures.drawable(entry.get(field)) for _, _, entry in _entries(samples))
+        panels[field] = _safe(figures.quality(samples, field, error, label, constant)) if measured else None
+    return {
+        "names": NAMES,
+        "meaning": MEANING,
+        "most_texts": MOST_TEXTS,
+        "most_points": figures.MOST_POINTS,
+        "cells": figures.CELLS,
+        "panels": panels,
+        "windows": {NAMES[name]: figures.window(len(curve["loss"])) for name, curve in curves.items() if curve},
+        "constant": constant,
+        "entries": _entries(samples),
+        "step_counts": sorted({int(steps) for family in ("flow", "flow_map") for steps in samples.get(family) or {}}),
+        "path": _trajectory(data["trajectory"]) if data.get("trajectory") else None,
+        "seconds": sum(stage.get("seconds") or 0.0 for stage in data.get("stages") or []),
+    }
+
+
+def _entries(samples: dict[str, Any]) -> list[tuple[str, int | None, dict[str, Any]]]:
+    """Every kind of samples as (name, steps or None, entry), in the order of the table."""
+    found: list[tuple[str, int | None, dict[str, Any]]] = []
+    for family in ("flow", "flow_map"):
+        found += [(family, int(steps), samples[family][steps]) for steps in sorted(samples.get(family) or {}, key=int)]
+    return found + [(name, None, samples[name]) for name in ("autoregressive", "data", "unigram") if samples.get(name)]
+
+
+def _trajectory(trajectory: dict[str, Any]) -> dict[str, Any]:
+    """At most MOST_ROWS of the steps, evenly chosen, the first and the last among them; a cell is (token, confidence, final?)."""
+    times, tokens, confidence = (trajectory[key] for key in ("times", "tokens", "confidence"))
+    if len({len(times), len(tokens), len(confidence)}) > 1:
+        raise ValueError("times, tokens and confidence of a trajectory have one row for every step")
+    rows = []
+    for step in np.unique(np.linspace(0, len(times) - 1, MOST_ROWS).round().astype(int)).tolist():
+        cells = [(token, sure, token == last) for token, sure, last in zip(tokens[step], confidence[step], tokens[-1], strict=True)]
+        rows.append({"step": step + 1, "time": times[step], "mean": sum(confidence[step]) / len(confidence[step]), "cells": cells})
+    return {"rows": rows, "steps": len(times), "length": len(tokens[-1]), "model": NAMES[trajectory.get("model", "flow")]}
+
+
+def _safe(svg: str) -> Markup:
+    """Our own drawing: the one thing on the page that is not escaped. It holds no text of the data."""
+    return Markup(svg)

@@ -1,0 +1,69 @@
+"""Codes: the matrix C (V, d_c) through which the one-hot flow is seen.
+
+The one-hot path seen through C, y_t = t C[token] + (1 - t) n with n ~ N(0, C^T C), is exact and closes: its update needs only
+psi C. All codes here are tight frames, C^T C = I, so that n is plain standard normal noise in d_c dimensions:
+
+    identity   d_c = V, C = I: the dense one-hot flow, right for small vocabularies. C is never stored.
+    frame      d_c < V, columns orthonormal, rows of (almost) equal norm sqrt(d_c / V).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Code:
+    """matrix: (V, d_c) in fp32, or None for the identity; leverage: (V,), the squared norms of the rows."""
+
+    vocab: int
+    dim: int
+    matrix: Tensor | None
+    leverage: Tensor
+
+    def to(self, device: torch.device | str) -> "Code":
+        matrix = None if self.matrix is None else self.matrix.to(device)
+        return Code(self.vocab, self.dim, matrix, self.leverage.to(device))
+
+    def double(self) -> "Code":
+        matrix = None if self.matrix is None else self.matrix.double()
+        return Code(self.vocab, self.dim, matrix, self.leverage.double())
+
+
+def identity(vocab: int) -> Code:
+    """The one-hot state itself: d_c = V, every leverage 1."""
+    return Code(vocab, vocab, None, torch.ones(vocab))
+
+
+def frame(vocab: int, dim: int, generator: torch.Generator, rounds: int = 60) -> Code:
+    """A random tight frame of `dim` < `vocab` dimensions with rows of almost equal norm.
+
+    Alternates between the two sets it must lie in (Tropp et al. 2005, "Designing structured tight frames"): rows of norm
+    sqrt(d_c / V), then the nearest matrix with orthonormal columns. Ends on the second, so C^T C = I to rounding; the norms that
+    are left are kept as they are in `leverage`, and every formula uses them.
+
+    Raises ValueError unless 0 < dim < vocab.
+    """
+    if not 0 < dim < vocab:
+        raise ValueError(f"a frame needs 0 < dim < vocab, not dim {dim} and vocab {vocab}")
+    matrix = torch.randn(vocab, dim, generator=generator, dtype=torch.float64)
+    for _ in range(rounds):
+        matrix = matrix / matrix.norm(dim=1, keepdim=True)
+        values, vectors = torch.linalg.eigh(matrix.T @ matrix)
+        matrix = matrix @ (vectors * values.rsqrt()) @ vectors.T
+    matrix = matrix.float()
+    return Code(vocab, dim, matrix, matrix.double().square().sum(1).float())
+
+
+def lookup(code: Code, ids: Tensor) -> Tensor:
+    """C[ids]: (…,) token ids -> (…, d_c)."""
+    if code.matrix is None:
+        return F.one_hot(ids, code.vocab).to(code.leverage.dtype)
+    return code.matrix[ids]
+
+
+def mean(code: Code, probabilities: Tensor) -> Tensor:
+    """p C: (…, V) probabilities -> their mean in the state's dimensions, (…, d_c)."""
+    return probabilities if code.matrix is None else probabilities @ code.matrix

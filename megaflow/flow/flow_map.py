@@ -1,0 +1,61 @@
+"""The flow map by its semigroup identity (FMM; FMLM and DFM in KL form on the mean denoiser).
+
+    psi_{s,t}(x) = a psi_{s,u}(x) + (1 - a) psi_{u,t}( X_{s,u}(x) ),     a = (u - s)(1 - t) / ((t - s)(1 - u))
+
+holds exactly for the true flow map, for real times s < u < t. Stage 2 trains the left side towards the right one, whose two terms
+come from the live network without gradient. At t = 1 the first share is zero and the target is psi_{u,1} alone.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from megaflow.flow import clock as clocks
+from megaflow.flow.clock import Clock
+
+
+def semigroup_share(s: Tensor, u: Tensor, t: Tensor) -> Tensor:
+    """a in [0, 1], the share of psi_{s,u} in psi_{s,t}; real times s < u < t, any shape."""
+    return (((u - s) * (1.0 - t)) / ((t - s) * (1.0 - u))).clamp(0.0, 1.0)
+
+
+class Times(NamedTuple):
+    """Real times of every row, s <= u <= t, each (B,) fp64; on diagonal rows all three are equal."""
+
+    s: Tensor
+    u: Tensor
+    t: Tensor
+
+
+def counts(total: int, diagonal_fraction: float, boundary_fraction: float) -> tuple[int, int]:
+    """How many of `total` rows are diagonal, and how many of the others run from 0 to 1: exact counts of a global batch.
+
+    A positive fraction gets at least one row where there are any, so that small batches keep their boundary rows.
+    """
+    diagonal = round(total * diagonal_fraction)
+    others = total - diagonal
+    boundary = round(others * boundary_fraction)
+    if boundary_fraction > 0.0 and others > 0:
+        boundary = max(boundary, 1)
+    return diagonal, boundary
+
+
+def draw_times(clock: Clock, kind: Tensor, first: Tensor, second: Tensor) -> Times:
+    """Times of rows from two uniform draws each (FMLM: gap first, then start, both on the clock; u is the midpoint on the clock).
+
+    kind: (B,) 0 diagonal, 1 inner, 2 boundary; first, second: (B,) in [0, 1). An inner row has gap `first` and starts at
+    `second` of what room the gap leaves; a diagonal row has the single time `first`.
+    """
+    s_clock = torch.where(kind == 1, second * (1.0 - first), first)
+    t_clock = torch.where(kind == 1, s_clock + first, first)
+    s, u, t = (clocks.inverse(clock, x) for x in (s_clock, (s_clock + t_clock) / 2.0, t_clock))
+    start = torch.zeros_like(s)
+    middle = clocks.inverse(clock, torch.full_like(s, 0.5))
+    boundary = kind == 2
+    return Times(torch.where(boundary, start, s), torch.where(boundary, middle, u), torch.where(boundary, start + 1.0, t))
+
+
+def adaptive_weight(square_distance: Tensor, power: float, constant: float) -> Tensor:
+    """(|q - p|^2 + c)^-r, detached (DFM, appendix B). square_distance: (n,)."""
+    return (square_distance.detach() + constant).pow(-power)

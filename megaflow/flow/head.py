@@ -1,0 +1,203 @@
+"""The head: from hidden states to everything a flow needs of the vocabulary, never as a (B, L, V) tensor.
+
+    logits_k = h . E_k + bias_k + [ c C_k . y - (c s / 2) leverage_k ]           the bracket where the skip is on
+
+a product of experts: the network learns what context adds to what the channel already says. In psi_{s,t} the channel is read at
+the time s of the state it sees, never at t. Every function takes flat tokens, goes through them in chunks and returns per-token
+results; the losses compute their gradients in the same pass, since a chunk of logits is not kept for a backward pass.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from megaflow.flow import code as codes
+from megaflow.flow.channel import add_evidence, chunks
+from megaflow.flow.code import Code
+
+
+@dataclass(frozen=True)
+class Head:
+    """weight: E (V, d); bias: (V,); code: None where there is no state to read (autoregressive)."""
+
+    weight: Tensor
+    bias: Tensor
+    code: Code | None
+    skip: bool
+
+    def detach(self) -> "Head":
+        return Head(self.weight.detach(), self.bias.detach(), self.code, self.skip)
+
+
+class Read(NamedTuple):
+    """What the logits are made of, per token: hidden (n, d) and, with the skip, the state y (n, d_c) and its time s (n,)."""
+
+    hidden: Tensor
+    y: Tensor | None = None
+    s: Tensor | None = None
+
+    def __getitem__(self, part: slice) -> "Read":  # type: ignore[override]
+        return Read(self.hidden[part], None if self.y is None else self.y[part], None if self.s is None else self.s[part])
+
+
+def logits(head: Head, read: Read) -> Tensor:
+    """(n, V) logits of one chunk, in fp32; in fp64 where the hidden states or, with the skip, the state and the code are."""
+    hidden, y, s = tuple(read)
+    if hidden.dtype in (torch.bfloat16, torch.float16):
+        out = (hidden @ head.weight.T).float().add_(head.bias.float())
+    else:
+        out = torch.addmm(head.bias, hidden, head.weight.T)
+    if head.skip and head.code is not None:
+        out = add_evidence(head.code, y, s, out.to(y.dtype))
+    return out
+
+
+def reduce(head: Head, read: Read, reduction: Callable[[Tensor, slice], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """Apply `reduction(logits, part)` to every chunk of tokens and join the per-token results. Without gradient."""
+    with torch.no_grad():
+        total = len(read.hidden)
+        parts = [reduction(logits(head, read[part]), part) for part in chunks(total, len(head.bias))]
+        return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+
+
+def posterior(head: Head, read: Read, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean of psi in the state's dimensions (n, d_c), most likely token (n,), its probability (n,)."""
+
+    def one(z: Tensor, part: slice) -> tuple[Tensor, ...]:
+        p = torch.softmax(z if temperature == 1.0 else z / temperature, -1)
+        confidence, token = p.max(-1)
+        return codes.mean(head.code, p), token, confidence
+
+    return reduce(head, read, one)  # type: ignore[return-value]
+
+
+def draw(head: Head, read: Read, uniform: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Tokens drawn from psi by inverting its distribution function at `uniform` (n,), and the probability of each."""
+
+    def one(z: Tensor, part: slice) -> tuple[Tensor, ...]:
+        cumulative = torch.softmax(z.double() if temperature == 1.0 else z.double() / temperature, -1).cumsum(-1)
+        total = cumulative[:, -1:]
+        token = torch.searchsorted(cumulative, uniform[part, None].double() * total, right=True).clamp(max=z.shape[-1] - 1)
+        below = torch.where(token > 0, cumulative.gather(1, (token - 1).clamp(min=0)), 0.0)
+        return token[:, 0], ((cumulative.gather(1, token) - below) / total)[:, 0].float()
+
+    return reduce(head, read, one)  # type: ignore[return-value]
+
+
+def denoising_error(head: Head, read: Read, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy -log psi[token] (n,) and squared error |C[token] - psi C|^2 (n,): the two integrands of the bound."""
+
+    def one(z: Tensor, part: slice) -> tuple[Tensor, ...]:
+        log_p = torch.log_softmax(z, -1)
+        error = codes.lookup(head.code, ids[part]).to(z.dtype) - codes.mean(head.code, log_p.exp())
+        return -log_p.gather(1, ids[part, None])[:, 0], error.square().sum(-1)
+
+    return reduce(head, read, one)  # type: ignore[return-value]
+
+
+def negative_log_likelihood(head: Head, read: Read, ids: Tensor) -> Tensor:
+    """-log psi[token], (n,), without gradient."""
+    return reduce(head, read, lambda z, part: (torch.logsumexp(z, -1) - z.gather(1, ids[part, None])[:, 0],))[0]
+
+
+class _Loss(torch.autograd.Function):
+    """Sum over tokens of a loss of the logits, its gradients taken chunk by chunk in the forward pass.
+
+    `measure(z, part)` returns per-token losses, what is to be logged beside them, and the gradient of the summed loss by the logits,
+    which it may write over z.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, head: Head, read: Read, measure: Callable) -> tuple[Tensor, Tensor]:
+        head = Head(weight, bias, head.code, head.skip)
+        total, graded = len(hidden), any(ctx.needs_input_grad[:3])
+        logged = []
+        loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        if graded:
+            # half precision is summed over chunks in fp32
+            wide = torch.promote_types(weight.dtype, torch.float32)
+            hidden_grad, weight_grad = torch.empty_like(hidden), torch.zeros_like(weight, dtype=wide)
+            bias_grad = torch.zeros_like(bias, dtype=wide)
+        for part in chunks(total, len(bias)):
+            losses, values, gradient = measure(logits(head, Read(hidden, read.y, read.s)[part]), part)
+            loss += losses.double().sum()
+            logged.append(values)
+            if graded:
+                bias_grad += gradient.sum(0)
+                gradient = gradient.to(weight.dtype)
+                torch.mm(gradient, weight, out=hidden_grad[part])
+                if weight.dtype == wide:
+                    weight_grad.addmm_(gradient.T, hidden[part])
+                else:
+                    weight_grad += gradient.T @ hidden[part]
+        if graded:
+            ctx.save_for_backward(hidden_grad, weight_grad.to(weight.dtype), bias_grad.to(bias.dtype))
+        values = torch.cat(logged)
+        ctx.mark_non_differentiable(values)
+        return loss.to(torch.float32 if hidden.dtype != torch.float64 else torch.float64), values
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        scale = gradients[0]
+        hidden_grad, weight_grad, bias_grad = ctx.saved_tensors
+        return *(g * scale.to(g.dtype) for g in (hidden_grad, weight_grad, bias_grad)), None, None, None
+
+
+def cross_entropy(head: Head, read: Read, ids: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """sum_i weight_i (-log psi_i[token_i]), and the unweighted terms (n,) for logging.
+
+    The objective of stage 1 (VFM; the minimiser is the posterior of each position). Differentiable in hidden, E and bias.
+    ids: (n,); weight: (n,), zero for tokens that do not count.
+    """
+
+    def measure(z: Tensor, part: slice) -> tuple[Tensor, Tensor, Tensor]:
+        log_normalizer = torch.logsumexp(z, -1, keepdim=True)
+        losses = (log_normalizer - z.gather(1, ids[part, None]))[:, 0]
+        gradient = z.sub_(log_normalizer).exp_()
+        gradient.scatter_add_(1, ids[part, None], torch.full_like(losses, -1.0)[:, None])
+        return losses * weight[part], losses, gradient.mul_(weight[part, None].to(z.dtype))
+
+    return _Loss.apply(read.hidden, head.weight, head.bias, head, read, measure)
+
+
+class Component(NamedTuple):
+    """One part of a target: share (n,) times the posterior of `head` at `read`."""
+
+    head: Head
+    read: Read
+    share: Tensor
+
+
+def mixture(components: list[Component], part: slice) -> Tensor:
+    """sum_j share_j psi_j over one chunk: (n, V) probabilities, without gradient."""
+    target: Tensor | None = None
+    with torch.no_grad():
+        for component in components:
+            p = torch.softmax(logits(component.head, component.read[part]), -1).mul_(component.share[part, None])
+            target = p if target is None else target.add_(p)
+    return target  # type: ignore[return-value]
+
+
+def divergence(
+    head: Head, read: Read, target: list[Component], weight: Tensor, reweight: Callable[[Tensor], Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """sum_i w_i KL(target_i || psi_i), and the unweighted divergences (n,) for logging.
+
+    The objective of stage 2 (FMLM and DFM, semigroup form); the target has no gradient, so that by the logits it is w (psi - target).
+    w is `weight` (n,), times `reweight(|psi - target|^2)` if given (DFM, appendix B: detached and adaptive).
+    """
+
+    def measure(z: Tensor, part: slice) -> tuple[Tensor, Tensor, Tensor]:
+        p = mixture(target, part)
+        log_q = torch.log_softmax(z, -1)
+        losses = (torch.xlogy(p, p) - p * log_q).sum(-1)
+        gradient = log_q.exp_().sub_(p)
+        w = weight[part].to(z.dtype)
+        if reweight is not None:
+            w = w * reweight(gradient.square().sum(-1))
+        return losses * w, losses, gradient.mul_(w[:, None])
+
+    return _Loss.apply(read.hidden, head.weight, head.bias, head, read, measure)

@@ -1,0 +1,102 @@
+"""The variational bound of a flow's likelihood, in nats per token, with its Monte-Carlo error (VDM, eqs. 11-18).
+
+    -log p(x) <= 1/2 e^lambda_min leverage_x  +  1/2 int SNR'(t) E |C_x - psi C|^2 dt  +  E CE(lambda_max)
+
+per token, in the state's dimensions: the d-form for coded states, the V-form where the code is the identity. It is the bound of the
+ancestral sampler; for exact posteriors it is the entropy, whatever the code: the code moves when information arrives, not how much.
+
+For the exact posterior under unigrams the sum is exactly -log pi(x) for every token. The same draws therefore give a paired
+estimate: unigram term + (network's integrand - channel's integrand), whose variance is that of the difference only.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megaflow.flow import clock as clocks
+from megaflow.flow.clock import Clock
+from megaflow.flow.code import Code
+from megaflow.flow.interpolant import snr_slope
+
+LARGEST_LAST_CE = 0.05
+"""A bound whose last cross-entropy is larger has left its range before the tokens were resolved, and is refused."""
+
+
+class RangeTooShort(ValueError):
+    """The cross-entropy at the end of the bound's range is above LARGEST_LAST_CE nats."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """Log-SNRs between which the integral is taken; all times of training and of the bound come from here."""
+
+    low: float
+    high: float
+
+
+def information_range(code: Code, resolved: float) -> Range:
+    """The range of log-SNR in which a code's channel does its work.
+
+    Below `low` the first term of the bound is under 1e-3 nats. `resolved` is the log-SNR at which the channel alone tells tokens
+    apart, as measured (see `resolving_log_snr`).
+    """
+    return Range(math.log(2e-3 / float(code.leverage.max())), resolved)
+
+
+def integration_times(clock: Clock, span: Range, places: Tensor, total: int, offset: float) -> tuple[Tensor, Tensor]:
+    """Stratified times within the range, drawn by the clock, and what one draw of |C_x - psi C|^2 weighs in the bound.
+
+    places: (n,) cells of `total`. Returns times (n,) and SNR'(t) / (2 q(t)) (n,), both fp64.
+    """
+    law = clocks.within(clock, span.low, span.high)
+    times = clocks.inverse(law, clocks.stratified(places, total, offset))
+    return times, snr_slope(times) / (2.0 * clocks.density(law, times))
+
+
+def prior_term(code: Code, ids: Tensor, span: Range) -> Tensor:
+    """1/2 e^lambda_min leverage of each token: (…,) nats, what the state at lambda_min already tells."""
+    return 0.5 * math.exp(span.low) * code.leverage[ids]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A bound in nats per token.
+
+    standard_error: of the Monte-Carlo part, draws of noise and times. row_error: of bound minus unigram entropy, were other rows of the
+    same text taken. unigram: -log pi on the same tokens. last_cross_entropy: at the range's end. tokens: how many were counted.
+    """
+
+    mean: float
+    standard_error: float
+    row_error: float
+    unigram: float
+    last_cross_entropy: float
+    tokens: int
+
+
+def estimate(unigram: Tensor, differences: Tensor, tokens: Tensor, last_cross_entropy: float) -> Estimate:
+    """The paired estimate: unigram entropy plus the mean difference between network's and channel's integrands.
+
+    unigram: (R,) -log pi of each row, summed over its tokens; differences: (draws, R) integrated differences, likewise; tokens: (R,)
+    counted tokens. Stratified draws make the error smaller than the one reported, which takes them as independent.
+
+    Raises RangeTooShort where the last cross-entropy shows that the range ended too early.
+    """
+    if not last_cross_entropy <= LARGEST_LAST_CE:
+        raise RangeTooShort(
+            f"the cross-entropy at the end of the range is {last_cross_entropy:.3f} nats a token, above {LARGEST_LAST_CE}: "
+            "the range ends before the tokens are resolved, so there is no bound"
+        )
+    unigram, differences, tokens = unigram.double(), differences.double(), tokens.double()
+    draws, rows = differences.shape
+    total = tokens.sum()
+    by_row = differences.mean(0)
+    shift = by_row.sum() / total
+    monte_carlo = (differences.var(0).sum() / draws).sqrt() / total if draws > 1 else torch.tensor(math.inf)
+    residual = by_row - shift * tokens
+    row_error = (residual.square().sum() * rows / max(rows - 1, 1)).sqrt() / total
+    entropy = unigram.sum() / total
+    mean = entropy + shift
+    return Estimate(mean.item(), monte_carlo.item(), row_error.item(), entropy.item(), last_cross_entropy, int(total.item()))

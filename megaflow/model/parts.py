@@ -1,0 +1,131 @@
+"""The fixed parts of a flow: its code, its prior, the range of log-SNR, and the measured profile that its clock is fitted to.
+
+Code, prior and range are made once, kept in the run as flow.safetensors and read from there ever after: a distilled map shares its
+teacher's bit for bit.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megaflow.config.schema import ClockConfig, FlowConfig
+from megaflow.errors import UserError
+from megaflow.flow import clock as clocks
+from megaflow.flow import code as codes
+from megaflow.flow.channel import channel_cross_entropy
+from megaflow.flow.clock import Clock
+from megaflow.flow.code import Code
+from megaflow.flow.interpolant import time_of
+from megaflow.flow.likelihood import Range, information_range
+from megaflow.parallel import random
+
+FILE = "flow.safetensors"
+RESOLVED = 1e-3
+"""The range ends where the channel alone leaves less than this, nats a token."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """code: C; log_prior: (V,) fp32 logarithms of the smoothed unigram law; span: range of log-SNR of training and bound."""
+
+    code: Code
+    log_prior: Tensor
+    span: Range
+
+
+def unigram(counts: np.ndarray) -> Tensor:
+    """Logarithms of the unigram law of (V,) counts, each token given half a count more so that none is impossible."""
+    smoothed = torch.from_numpy(counts).double() + 0.5
+    return (smoothed / smoothed.sum()).log().float()
+
+
+def make(flow: FlowConfig, counts: np.ndarray, seed: int) -> Parts:
+    """Code, prior and range for a vocabulary with these (V,) training counts."""
+    log_prior = unigram(counts)
+    vocab = len(counts)
+    code = codes.identity(vocab) if flow.code == "identity" else codes.frame(vocab, flow.code_dim, random.generator(seed, "code"))
+    low = information_range(code, 0.0).low
+    for high in torch.arange(low + 1.0, 40.0, 0.5).tolist():
+        if channel_profile(code, log_prior, torch.tensor([high]), 2048, seed)[0] < RESOLVED:
+            break
+    return Parts(code, log_prior, information_range(code, high + 0.5))
+
+
+def channel_profile(code: Code, log_prior: Tensor, log_snrs: Tensor, draws: int, seed: int) -> Tensor:
+    """Cross-entropy of the channel alone at each log-SNR (K,), nats a token, by Monte Carlo with common draws."""
+    source = random.generator(seed, "profile")
+    ids = torch.multinomial(log_prior.exp(), draws, replacement=True, generator=source)
+    noise = torch.randn(draws, code.dim, generator=source)
+    times = time_of(log_snrs.double())
+    return torch.stack([channel_cross_entropy(code, log_prior, ids, noise, t.expand(draws)).double().mean() for t in times])
+
+
+def save(parts: Parts, path: Path) -> None:
+    tensors = {"log_prior": parts.log_prior, "leverage": parts.code.leverage}
+    if parts.code.matrix is not None:
+        tensors["code"] = parts.code.matrix
+    save_file(tensors, path, {"low": repr(parts.span.low), "high": repr(parts.span.high), "dim": str(parts.code.dim)})
+
+
+def read(path: Path) -> Parts:
+    """Raises UserError where the file is missing or damaged."""
+    try:
+        with safe_open(path, "pt") as file:
+            meta, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except Exception as error:  # safetensors raises several unrelated classes
+        raise UserError(f"{path}: cannot read the flow's code and prior ({error}); restore the file or start the run afresh") from None
+    code = Code(len(tensors["leverage"]), int(meta["dim"]), tensors.get("code"), tensors["leverage"])
+    return Parts(code, tensors["log_prior"], Range(float(meta["low"]), float(meta["high"])))
+
+
+def same(a: Parts, b: Parts) -> bool:
+    """Bit-equal code, prior and range."""
+    pairs = [(a.log_prior, b.log_prior), (a.code.leverage, b.code.leverage)]
+    if (a.code.matrix is None) != (b.code.matrix is None):
+        return False
+    if a.code.matrix is not None:
+        pairs.append((a.code.matrix, b.code.matrix))
+    return a.span == b.span and all(torch.equal(x, y) for x, y in pairs)
+
+
+@dataclass
+class Profile:
+    """Running average of a model's cross-entropy in bins of log-SNR. edges: (K + 1,); total, weight: (K,), all fp64.
+
+    Before the first step it holds the channel's own profile, which is what an untrained network scores: the clock is measured from
+    the start, and every bin has been seen.
+    """
+
+    edges: Tensor
+    total: Tensor
+    weight: Tensor
+
+    @property
+    def cross_entropy(self) -> Tensor:
+        return self.total / self.weight
+
+    def observe(self, total: Tensor, weight: Tensor, memory: float) -> None:
+        """Take in one step: sums of cross-entropy and of tokens per bin (K,), as shares of the step's tokens."""
+        bins = len(self.total)
+        self.total = memory * self.total + (1.0 - memory) * bins * total
+        self.weight = memory * self.weight + (1.0 - memory) * bins * weight
+
+
+def initial_profile(parts: Parts, config: ClockConfig, seed: int) -> Profile:
+    edges = torch.linspace(parts.span.low, parts.span.high, config.bins + 1, dtype=torch.float64)
+    measured = channel_profile(parts.code, parts.log_prior, (edges[1:] + edges[:-1]) / 2.0, 512, seed)
+    return Profile(edges, measured.double(), torch.ones(config.bins, dtype=torch.float64))
+
+
+def fit_clock(config: ClockConfig, parts: Parts, profile: Profile) -> Clock:
+    """The clock that a config names, fitted to the profile where it is a measured one."""
+    if config.name == "uniform":
+        return clocks.uniform()
+    fitted = clocks.argmax(parts.code.vocab) if config.name == "argmax" else clocks.ce_linear(profile.edges, profile.cross_entropy)
+    flat = clocks.uniform_log_snr(parts.span.low, parts.span.high, config.bins)
+    return clocks.mixture([fitted, flat], [1.0 - config.uniform_share, config.uniform_share])

@@ -1,0 +1,160 @@
+"""Text-DiT: the flow network. It reads beliefs and writes beliefs.
+
+    state y (B, L, d_c) -> belief embedding (+ a linear reading of y) -> trunk, conditioned on (s, t) -> hidden (B, L, d) -> head
+
+The condition is a fixed bounded function of the real times: log-SNR, clipped to the range of the bound and scaled to [0, 1], ends
+included; never a clock that is being refitted. A flow map adds an embedding of t whose last layer starts at zero, so that it starts
+as its teacher's denoiser at s.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from megaflow.flow.channel import belief_embedding
+from megaflow.flow.code import Code
+from megaflow.flow.head import Head, Read
+from megaflow.flow.interpolant import LAST_TIME, channel_strength, log_snr
+from megaflow.flow.likelihood import Range
+from megaflow.model.trunk import Trunk
+
+CONDITION = 128
+FREQUENCIES = 16
+HOT_GAIN = 3.0
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a network: what its weights depend on."""
+
+    vocab: int
+    layers: int
+    hidden: int
+    heads: int
+    mlp_ratio: int
+    belief_dim: int
+
+
+class TimeEmbedding(nn.Module):
+    """(B,) times in [0, 1] to (B, CONDITION): Fourier features of the scaled log-SNR and a small MLP."""
+
+    def __init__(self, span: Range) -> None:
+        super().__init__()
+        self.span = span
+        self.first = nn.Linear(2 * FREQUENCIES, CONDITION)
+        self.second = nn.Linear(CONDITION, CONDITION)
+
+    def initialize(self, zero: bool) -> None:
+        nn.init.normal_(self.first.weight, std=self.first.in_features**-0.5)
+        nn.init.zeros_(self.first.bias)
+        nn.init.normal_(self.second.weight, std=0.0 if zero else self.second.in_features**-0.5)
+        nn.init.zeros_(self.second.bias)
+
+    def forward(self, t: Tensor) -> Tensor:
+        scaled = ((log_snr(t.double()) - self.span.low) / (self.span.high - self.span.low)).clamp(0.0, 1.0)
+        frequency = 0.5 * torch.logspace(0, 5, FREQUENCIES, base=2.0, dtype=torch.float64, device=t.device)
+        angle = math.pi * scaled[:, None] * frequency
+        features = torch.cat([angle.cos(), angle.sin()], 1).to(self.first.weight.dtype)
+        return self.second(F.silu(self.first(features)))
+
+
+class TextDiT(nn.Module):
+    """code, log_prior (V,) and span are fixed parts of the flow, kept in fp32 beside the weights.
+
+    reads: which of 'belief' and 'linear' (a linear reading of y) enter the trunk; map_reads: None for a plain flow, else what a
+    flow map reads besides, times (t - s) / (1 - s) and therefore silent on the diagonal: 'linear', 'hot_belief' or 'none'.
+    """
+
+    def __init__(
+        self, shape: Shape, code: Code, log_prior: Tensor, span: Range, skip: bool, reads: tuple[str, ...], map_reads: str | None, kernel: str
+    ) -> None:
+        super().__init__()
+        self.code, self.log_prior, self.span, self.skip = code, log_prior, span, skip
+        self.reads, self.map_reads = reads, map_reads
+        self.table = nn.Parameter(torch.empty(shape.vocab, shape.belief_dim)) if "belief" in reads else None
+        self.widen = nn.Linear(shape.belief_dim, shape.hidden, bias=False) if "belief" in reads else None
+        self.state = nn.Linear(code.dim, shape.hidden, bias=False) if "linear" in reads else None
+        self.map_state = nn.Linear(code.dim, shape.hidden, bias=False) if map_reads == "linear" else None
+        self.map_table = nn.Parameter(torch.empty(shape.vocab, shape.belief_dim)) if map_reads == "hot_belief" else None
+        self.map_widen = nn.Linear(shape.belief_dim, shape.hidden, bias=False) if map_reads == "hot_belief" else None
+        self.time = TimeEmbedding(span)
+        self.map_time = TimeEmbedding(span) if map_reads is not None else None
+        self.trunk = Trunk(shape.layers, shape.hidden, shape.heads, shape.mlp_ratio, CONDITION, kernel)
+        self.weight = nn.Parameter(torch.empty(shape.vocab, shape.hidden))
+        self.bias = nn.Parameter(torch.empty(shape.vocab))
+
+    def initialize(self) -> None:
+        """Draw the initial weights from torch's global generator."""
+        if self.table is not None:
+            nn.init.normal_(self.table)
+            nn.init.normal_(self.widen.weight, std=self.widen.in_features**-0.5)
+        if self.state is not None:
+            nn.init.normal_(self.state.weight, std=self.code.dim**-0.5)
+        self.time.initialize(zero=False)
+        self.trunk.initialize()
+        self.initialize_map()
+        nn.init.normal_(self.weight, std=HEAD_STD * self.weight.shape[1] ** -0.5)
+        with torch.no_grad():
+            self.bias.copy_(self.log_prior if self.skip or self.reads != ("linear",) else torch.zeros_like(self.bias))
+
+    def initialize_map(self) -> None:
+        """The parts that only a flow map has: zero, so that at first it is its teacher's denoiser at s."""
+        if self.map_time is not None:
+            self.map_time.initialize(zero=True)
+        if self.map_state is not None:
+            nn.init.zeros_(self.map_state.weight)
+        if self.map_table is not None:
+            with torch.no_grad():
+                self.map_table.copy_(self.table if self.table is not None else torch.randn_like(self.map_table))
+            nn.init.zeros_(self.map_widen.weight)
+
+    def head(self) -> Head:
+        return Head(self.weight, self.bias, self.code, self.skip)
+
+    def read(self, hidden: Tensor, y: Tensor, s: Tensor) -> Read:
+        """Flat tokens for the head: hidden (B, L, d), state y (B, L, d_c) and the time s (B,) of the state."""
+        return Read(hidden.flatten(0, 1), y.flatten(0, 1), _per_token(s, y))
+
+    def forward(self, y: Tensor, s: Tensor, t: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
+        """Hidden states (B, L, d) of psi_{s,t} at y (B, L, d_c). s, t: (B,) real times, fp64; t = None is the diagonal."""
+        x = self.embed(y, s, t)
+        condition = self.time(s)
+        if self.map_time is not None:
+            condition = condition + self.map_time(s if t is None else t)
+        return self.trunk(x, F.silu(condition), lengths=lengths)
+
+    def embed(self, y: Tensor, s: Tensor, t: Tensor | None) -> Tensor:
+        """What the trunk reads of a state: (B, L, d)."""
+        x: Tensor | float = 0.0
+        if self.table is not None:
+            flat = belief_embedding(self.code, self.log_prior, y.flatten(0, 1), _per_token(s, y), self.table)
+            x = self.widen(flat.view(*y.shape[:2], -1))
+        if self.state is not None:
+            x = x + self.state((y * self.state_scale(s)).to(self.state.weight.dtype))
+        if t is None or self.map_reads in (None, "none"):
+            return x
+        ahead = ((t - s) / (1.0 - s))[:, None, None]
+        if self.map_state is not None:
+            scaled = y * (self.state_scale(s) * ahead.to(y.dtype))
+            return x + self.map_state(scaled.to(self.map_state.weight.dtype))
+        gain = (HOT_GAIN / self.code.leverage.mean().sqrt()).expand(y.shape[0] * y.shape[1])
+        gain = torch.maximum(gain, channel_strength(_per_token(s, y)).to(gain.dtype))
+        hot = belief_embedding(self.code, self.log_prior, y.flatten(0, 1), _per_token(s, y), self.map_table, gain)
+        return x + ahead.to(hot.dtype) * self.map_widen(hot.view(*y.shape[:2], -1))
+
+    def state_scale(self, s: Tensor) -> Tensor:
+        """One over the known rms of y at time s, (B, 1, 1): sqrt((s^2 mean leverage + (1 - s)^2 d_c) / d_c), a frame's Gram being I."""
+        s = s.double()[:, None, None]
+        mean_square = s**2 * self.code.leverage.double().mean() / self.code.dim + (1.0 - s) ** 2
+        return mean_square.rsqrt().to(self.code.leverage.dtype)
+
+
+HEAD_STD = 0.1
+
+
+def _per_token(s: Tensor, y: Tensor) -> Tensor:
+    """(B,) times of rows to (B L,) times of tokens, in the state's precision; 1 - LAST_TIME resolves in fp32."""
+    return s.clamp(max=LAST_TIME).to(y.dtype)[:, None].expand(y.shape[:2]).flatten()

@@ -1,0 +1,142 @@
+"""The trunk: pre-norm transformer blocks with rotary positions and query-key normalisation.
+
+With a condition vector every block's norms are shifted, scaled and gated by it (adaptive layer norm, DiT); without one the norms
+have learned gains. Flow, flow map and baselines are this same trunk.
+
+Initial values, compared at small scale before they were settled (docs/pretraining.md): gates start open at 1 and the projections back
+into the residual stream small, which learns faster in short runs than gates of zero.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from megaflow.model.attention import attend
+
+RESIDUAL_SCALE = 0.3
+
+
+@dataclass
+class Cache:
+    """Keys and values of the positions seen so far, one (B, H, K, d_head) pair a block; for autoregressive sampling."""
+
+    keys: list[Tensor] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
+
+    @property
+    def length(self) -> int:
+        return self.keys[0].shape[2] if self.keys else 0
+
+    def extend(self, block: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        if block == len(self.keys):
+            self.keys.append(k)
+            self.values.append(v)
+        else:
+            self.keys[block] = torch.cat([self.keys[block], k], 2)
+            self.values[block] = torch.cat([self.values[block], v], 2)
+        return self.keys[block], self.values[block]
+
+
+def rotary(start: int, length: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (length, head_dim / 2) of positions start, start + 1, … (Su et al. 2021)."""
+    frequency = 10_000.0 ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
+    angle = torch.arange(start, start + length, device=device, dtype=torch.float32)[:, None] * frequency
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate pairs of dimensions of x (B, H, L, d_head) by the angles of their position."""
+    a, b = x.chunk(2, -1)
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+
+
+class Block(nn.Module):
+    """Attention and MLP, each on a normalised copy of the stream and added back to it."""
+
+    def __init__(self, hidden: int, heads: int, mlp_ratio: int, condition: int | None, kernel: str) -> None:
+        super().__init__()
+        self.heads, self.kernel = heads, kernel
+        self.qkv = nn.Linear(hidden, 3 * hidden, bias=False)
+        self.out = nn.Linear(hidden, hidden, bias=False)
+        self.up = nn.Linear(hidden, mlp_ratio * hidden)
+        self.down = nn.Linear(mlp_ratio * hidden, hidden)
+        self.query_gain = nn.Parameter(torch.ones(hidden // heads))
+        self.key_gain = nn.Parameter(torch.ones(hidden // heads))
+        if condition is None:
+            self.modulation = None
+            self.gains = nn.Parameter(torch.ones(2, hidden))
+        else:
+            self.modulation = nn.Linear(condition, 6 * hidden)
+            self.gains = None
+
+    def initialize(self) -> None:
+        for layer in (self.qkv, self.up):
+            nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
+        for layer in (self.out, self.down):
+            nn.init.normal_(layer.weight, std=RESIDUAL_SCALE * layer.in_features**-0.5)
+        nn.init.zeros_(self.up.bias)
+        nn.init.zeros_(self.down.bias)
+        if self.modulation is not None:
+            nn.init.zeros_(self.modulation.weight)
+            with torch.no_grad():  # shift 0, scale 0 (added to 1), gate 1
+                self.modulation.bias.copy_(torch.tensor([0.0, 0.0, 1.0]).repeat_interleave(self.out.in_features).repeat(2))
+
+    def forward(
+        self, x: Tensor, condition: Tensor | None, angles: tuple[Tensor, Tensor], causal: bool, keys: Tensor | None, cache: Cache | None, index: int
+    ) -> Tensor:
+        shape = x.shape[-1:]
+        if self.modulation is not None:
+            shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition)[:, None].chunk(6, -1)
+            x = torch.addcmul(x, gate1, self.attention(torch.addcmul(shift1, F.layer_norm(x, shape), 1 + scale1), angles, causal, keys, cache, index))
+            return torch.addcmul(x, gate2, self.mlp(torch.addcmul(shift2, F.layer_norm(x, shape), 1 + scale2)))
+        x = x + self.attention(F.layer_norm(x, shape, self.gains[0]), angles, causal, keys, cache, index)
+        return x + self.mlp(F.layer_norm(x, shape, self.gains[1]))
+
+    def attention(
+        self, x: Tensor, angles: tuple[Tensor, Tensor], causal: bool, keys: Tensor | None, cache: Cache | None, index: int
+    ) -> Tensor:
+        batch, length, hidden = x.shape
+        q, k, v = self.qkv(x).view(batch, length, 3, self.heads, hidden // self.heads).permute(2, 0, 3, 1, 4)
+        q = rotate(F.rms_norm(q, q.shape[-1:], self.query_gain), *angles)
+        k = rotate(F.rms_norm(k, k.shape[-1:], self.key_gain), *angles)
+        if cache is not None:
+            k, v = cache.extend(index, k, v)
+        return self.out(attend(self.kernel, q, k, v, causal, keys).transpose(1, 2).reshape(batch, length, hidden))
+
+    def mlp(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x), approximate="tanh"))
+
+
+class Trunk(nn.Module):
+    """layers blocks and a last norm: (B, L, d) and a condition (B, c) or None to hidden states (B, L, d)."""
+
+    def __init__(self, layers: int, hidden: int, heads: int, mlp_ratio: int, condition: int | None, kernel: str) -> None:
+        super().__init__()
+        self.head_dim = hidden // heads
+        self.blocks = nn.ModuleList(Block(hidden, heads, mlp_ratio, condition, kernel) for _ in range(layers))
+        self.last_modulation = None if condition is None else nn.Linear(condition, 2 * hidden)
+        self.last_gain = nn.Parameter(torch.ones(hidden)) if condition is None else None
+
+    def initialize(self) -> None:
+        for block in self.blocks:
+            block.initialize()
+        if self.last_modulation is not None:
+            nn.init.zeros_(self.last_modulation.weight)
+            nn.init.zeros_(self.last_modulation.bias)
+
+    def forward(
+        self, x: Tensor, condition: Tensor | None = None, causal: bool = False, lengths: Tensor | None = None, cache: Cache | None = None
+    ) -> Tensor:
+        """lengths: (B,) tokens that may be seen in each row, None where all are. With a cache, x holds the positions after it."""
+        start = 0 if cache is None else cache.length
+        angles = rotary(start, x.shape[1], self.head_dim, x.device)
+        keys = None if lengths is None else torch.arange(x.shape[1], device=x.device) < lengths[:, None]
+        for index, block in enumerate(self.blocks):
+            x = block(x, condition, angles, causal, keys, cache, index)
+        if self.last_modulation is None:
+            return F.layer_norm(x, x.shape[-1:], self.last_gain)
+        shift, scale = self.last_modulation(condition)[:, None].chunk(2, -1)
+        return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:]), 1 + scale)

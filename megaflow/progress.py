@@ -1,0 +1,50 @@
+"""Progress of long work on the console: how far, how fast, how long still.
+
+On a terminal the line is rewritten in place; in a log file a line is printed every few seconds.
+"""
+
+import sys
+import time
+from typing import TextIO
+
+
+def duration(seconds: float) -> str:
+    """'4s', '3m 05s', '2h 07m': a duration as a person would say it."""
+    whole = round(max(seconds, 0.0))
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m {whole % 60:02d}s"
+    return f"{whole // 3600}h {whole % 3600 // 60:02d}m"
+
+
+class Progress:
+    """Counts towards a total and says so, at most once per `interval` seconds.
+
+    `unit` names what is counted ('rows', 'steps'), `start` is where an earlier process stopped.
+    """
+
+    def __init__(self, label: str, total: float, unit: str, start: float = 0, stream: TextIO | None = None, interval: float | None = None) -> None:
+        self.label, self.total, self.unit, self.start = label, total, unit, start
+        self.stream = stream if stream is not None else sys.stderr
+        self.in_place = self.stream.isatty()
+        self.interval = interval if interval is not None else (0.2 if self.in_place else 10.0)
+        self.began = time.monotonic()
+        self.shown = -float("inf")
+
+    def update(self, done: float, note: str = "") -> None:
+        """Report that `done` of the total is finished; `note` is appended ('loss 3.21')."""
+        now = time.monotonic()
+        if now - self.shown < self.interval and done < self.total:
+            return
+        self.shown = now
+        speed = (done - self.start) / max(now - self.began, 1e-9)
+        left = duration((self.total - done) / speed) if speed > 0 else "?"
+        line = f"{self.label}  {done:,.0f}/{self.total:,.0f} {self.unit}  {100 * done / max(self.total, 1):3.0f}%  {speed:,.1f} {self.unit}/s  {left} left"
+        if note:
+            line += f"  {note}"
+        if self.in_place:
+            self.stream.write("\r\x1b[K" + line + ("\n" if done >= self.total else ""))
+        else:
+            self.stream.write(line + "\n")
+        self.stream.flush()

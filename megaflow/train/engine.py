@@ -1,0 +1,159 @@
+"""DeepSpeed's engine from a config, and logical weights and moments out of it and into it again.
+
+DeepSpeed is the engine in every case, one process on a CPU included. What is kept of it is what no layout owns: for every parameter
+name the full fp32 weight and AdamW's two moments. They go into checkpoints and come back under any ZeRO stage and any number of
+data-parallel processes.
+"""
+
+import logging
+import os
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megaflow.config.schema import Config, OptimConfig
+from megaflow.parallel.mesh import Mesh
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def quiet_deepspeed() -> Any:
+    """Import DeepSpeed such that it compiles nothing and prints only what is wrong. Returns the module."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    warnings.filterwarnings("ignore", module="deepspeed")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    import deepspeed
+    from deepspeed.ops import __compatible_ops__
+
+    __compatible_ops__["deepspeed_shm_comm"] = False  # it serves inference only, and would be compiled at start
+    deepspeed.utils.logger.setLevel(logging.ERROR)
+    return deepspeed
+
+
+class Trainee(nn.Module):
+    """The network as DeepSpeed sees it: a module whose forward pass is the stage's loss."""
+
+    def __init__(self, network: nn.Module, loss: Any) -> None:
+        super().__init__()
+        self.network = network
+        self.loss = loss
+
+    def forward(self, batch: Any) -> tuple[Tensor, Tensor]:
+        return self.loss(batch)
+
+
+def start(trainee: Trainee, config: Config, mesh: Mesh, micro: int, accumulation: int) -> Any:
+    """A DeepSpeed engine over the trainee, with AdamW, clipping, ZeRO and precision as configured."""
+    deepspeed = quiet_deepspeed()
+    optim = config.optim
+    optimizer = torch.optim.AdamW(
+        [p for p in trainee.parameters() if p.requires_grad],
+        lr=optim.learning_rate,
+        betas=(optim.beta1, optim.beta2),
+        weight_decay=optim.weight_decay,
+    )
+    settings = {
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": accumulation,
+        "train_batch_size": micro * accumulation * mesh.size,
+        "gradient_clipping": optim.clip_norm,
+        "zero_optimization": {"stage": config.parallel.zero},
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": config.train.precision == "bf16"},
+        "steps_per_print": 2**62,
+    }
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it even where there is one process
+    deepspeed.init_distributed("nccl" if mesh.device.type == "cuda" else "gloo", verbose=False, dist_init_required=False)
+    engine, *_ = deepspeed.initialize(model=trainee, optimizer=optimizer, config=settings)
+    return engine
+
+
+def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:
+    """Rate of step 0, 1, …: linear warm-up, then constant, cosine or linear decay to final_fraction of the peak at the last step."""
+    warmup = int(optim.warmup_steps)
+    if step < warmup:
+        return optim.learning_rate * (step + 1) / warmup
+    share = min((step - warmup) / max(steps - 1 - warmup, 1), 1.0)
+    if optim.schedule == "constant":
+        return optim.learning_rate
+    shape = 1.0 - share if optim.schedule == "linear" else 0.5 * (1.0 + torch.cos(torch.tensor(torch.pi * share, dtype=torch.float64)).item())
+    return optim.learning_rate * (optim.final_fraction + (1.0 - optim.final_fraction) * shape)
+
+
+def set_learning_rate(engine: Any, rate: float) -> None:
+    for group in engine.optimizer.param_groups:
+        group["lr"] = rate
+
+
+def step(engine: Any) -> float:
+    """Take the optimizer step of an accumulated gradient; returns the gradient's norm before clipping.
+
+    Under ZeRO 0 in fp32 DeepSpeed reports no norm, and the gradients, already summed over all processes, are at hand.
+    """
+    norm: float | None = None
+    if not _sharded(engine):
+        norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None]).item()
+    engine.step()
+    return float(engine.get_global_grad_norm()) if norm is None else norm
+
+
+def weights(engine: Any) -> dict[str, Tensor]:
+    """Full fp32 weight of every parameter, by name. A collective call where ZeRO shards."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    full = _named(engine)
+    if all(p.dtype == torch.float32 for p in full.values()):
+        return {name: p.detach() for name, p in full.items()}
+    return {name: safe_get_full_fp32_param(p).view_as(p) for name, p in full.items()}
+
+
+def moments(engine: Any) -> dict[str, Tensor]:
+    """AdamW's moments, as 'exp_avg.NAME' and 'exp_avg_sq.NAME', full and fp32. A collective call where ZeRO shards."""
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    if not _sharded(engine):
+        state = engine.optimizer.state
+        return {f"{key}.{name}": state[p][key] for key in MOMENTS for name, p in _named(engine).items()}
+    return {f"{key}.{name}": safe_get_full_optimizer_state(p, key).view_as(p) for key in MOMENTS for name, p in _named(engine).items()}
+
+
+@torch.no_grad()
+def restore(engine: Any, weight: dict[str, Tensor], moment: dict[str, Tensor], steps: int) -> None:
+    """Put logical weights and moments, as taken by `weights` and `moments` after `steps` steps, into an engine of any layout."""
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+    sharded = _sharded(engine)
+    if sharded:
+        _make_optimizer_states(engine, steps)
+    for name, p in _named(engine).items():
+        p.copy_(weight[name])
+        values = {key: moment[f"{key}.{name}"].to(p.device) for key in MOMENTS}
+        if sharded:
+            safe_set_full_fp32_param(p, weight[name].to(p.device))
+            for key, value in values.items():
+                safe_set_full_optimizer_state(p, value, key)
+        else:
+            engine.optimizer.state[p] = {"step": torch.tensor(float(steps)), **{key: value.clone() for key, value in values.items()}}
+
+
+def _named(engine: Any) -> dict[str, nn.Parameter]:
+    return {name.removeprefix("network."): p for name, p in engine.module.named_parameters() if p.requires_grad}
+
+
+def _sharded(engine: Any) -> bool:
+    """True where DeepSpeed wraps the optimizer and keeps flat fp32 partitions of its own."""
+    return hasattr(engine.optimizer, "optimizer")
+
+
+def _make_optimizer_states(engine: Any, steps: int) -> None:
+    """AdamW makes its state at its first step; make it now, so that there is something to restore into."""
+    inner = engine.optimizer.optimizer
+    for group in inner.param_groups:
+        for flat in group["params"]:
+            if not inner.state[flat]:
+                inner.state[flat] = {key: torch.zeros_like(flat) for key in MOMENTS}
+            inner.state[flat]["step"] = torch.tensor(float(steps))
+    engine.optimizer._lazy_init_hp_params_optimizer_state()

@@ -1,0 +1,218 @@
+"""The training loop, the same for every stage: rows -> loss -> engine -> averages -> metrics -> checkpoints."""
+
+import json
+import math
+import resource
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megaflow.config.check import batch_split
+from megaflow.config.schema import Config
+from megaflow.data.stream import TokenStream
+from megaflow.parallel import mesh as meshes
+from megaflow.parallel.mesh import Mesh
+from megaflow.progress import Progress
+from megaflow.train import checkpoint as checkpoints
+from megaflow.train import ema, engine
+from megaflow.train.checkpoint import Checkpoint
+from megaflow.train.run import Metrics, read_json, record_start, write_atomically
+from megaflow.train.stage import Batch, Stage
+
+STOPPED = 75
+"""Exit code of a run that a signal stopped after saving: the same command continues it (EX_TEMPFAIL of sysexits.h)."""
+
+
+class NotFinite(Exception):
+    """The loss is not a number any more."""
+
+
+class Stop:
+    """Remembers SIGTERM and SIGUSR1, so that the loop can save and leave between two steps."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.before = {number: signal.signal(number, self._remember) for number in (signal.SIGTERM, signal.SIGUSR1)}
+
+    def _remember(self, number: int, frame: Any) -> None:
+        self.asked = True
+
+    def restore(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def train(config: Config, stage: Stage, mesh: Mesh, began: float) -> int:
+    """Run a stage to its last step, from its newest checkpoint if it has one. Returns 0, or STOPPED after a signal.
+
+    `began` is the time.monotonic() at which this process's work on the run started. Raises NotFinite, UserError.
+    """
+    micro, accumulation = batch_split(config, mesh.size)
+    directory, steps = Path(config.run.dir), config.train.steps
+    stream = TokenStream(config.data.path, "train", config.run.seed)
+    held_out = validation_rows(config, mesh)
+    deep = engine.start(engine.Trainee(stage.network, stage.loss), config, mesh, micro, accumulation)
+    average = {name: weight.clone() for name, weight in engine.weights(deep).items()}
+    state = {"step": 0, "tokens": 0, "seconds": 0.0, "training_seconds": 0.0}
+    found = checkpoints.newest(directory)
+    if found is not None:
+        engine.restore(deep, found.weights, found.moments, found.state["step"])
+        average = {name: value.to(mesh.device) for name, value in found.averaged.items()}
+        stage.restore(found.stage)
+        state = found.state
+    seconds_before = state["seconds"]
+    metrics = None
+    if mesh.first:
+        record_start(directory, mesh.size, state["step"])
+        metrics = Metrics(config, state["step"])
+        announce(config, stage, state["step"], mesh)
+    stop, progress = Stop(), Progress(directory.name, steps, "steps", state["step"])
+
+    def save() -> None:
+        weights, moments = engine.weights(deep), engine.moments(deep)
+        state["seconds"] = seconds_before + time.monotonic() - began
+        if mesh.first:
+            checkpoints.save(directory, Checkpoint(weights, average, moments, stage.state(), dict(state)), config.train.keep_checkpoints)
+        meshes.barrier(mesh)
+
+    stopped = False
+    try:
+        while state["step"] < steps and not stopped:
+            step, start = state["step"], time.monotonic()
+            rate = engine.learning_rate(config.optim, step, steps)
+            engine.set_learning_rate(deep, rate)
+            loss, observed, counted, asked = accumulate(deep, stage, stream, config, mesh, step, micro, accumulation, stop)
+            if not math.isfinite(loss):
+                raise NotFinite(not_finite(directory, step, loss))
+            norm = engine.step(deep)
+            stage.learn(observed, step)
+            ema.update(average, engine.weights(deep), ema.decay(config.optim.ema_decay, step))
+            elapsed = time.monotonic() - start
+            state["step"], state["tokens"] = step + 1, state["tokens"] + counted
+            state["training_seconds"] += elapsed
+            last, stopped = step + 1 == steps, asked
+            line = {"step": step + 1, "tokens": state["tokens"], "loss": loss, "learning_rate": rate, "grad_norm": norm}
+            line["tokens_per_second"] = counted / elapsed
+            if metrics is not None and ((step + 1) % config.log.every == 0 or last):
+                metrics.write(line)
+            progress.update(step + 1, f"loss {loss:.4f}  {counted / elapsed:,.0f} tokens/s") if mesh.first else None
+            if (step + 1) % int(config.train.validate_every) == 0 or last:
+                validate(stage, average, held_out, metrics, state)
+            if (step + 1) % config.train.checkpoint_every == 0 or last or stopped:
+                save()
+        if mesh.first and not stopped and not (directory / "summary.json").exists():
+            summarize(directory, config, stage, state, mesh)
+    finally:
+        stop.restore()
+        if metrics is not None:
+            metrics.close()
+    if stopped and state["step"] < steps:
+        if mesh.first:
+            print(f"stopped by a signal after step {state['step']}; saved, the same command continues", file=sys.stderr)
+        return STOPPED
+    return 0
+
+
+def accumulate(
+    deep: Any, stage: Stage, stream: TokenStream, config: Config, mesh: Mesh, step: int, micro: int, accumulation: int, stop: Stop
+) -> tuple[float, Tensor, int, bool]:
+    """Forward and backward passes of one step. Returns the global batch's loss, observations, counted tokens, and whether to stop.
+
+    The gradient is the mean over all counted tokens of the global batch: DeepSpeed averages over passes and processes, which the
+    factor in front of the loss takes back.
+    """
+    rows = config.train.global_batch
+    first = step * rows + mesh.rank * micro * accumulation
+    places = torch.arange(first, first + micro * accumulation)
+    ids, lengths = stream.rows(places)
+    width = ids.shape[1]
+    padded = bool((lengths < width).any())
+    # two numbers must be known before the first pass: how much is padding, and whether any process has some
+    sums = meshes.total(mesh, torch.tensor([float(lengths.sum()), float(padded)], dtype=torch.float64))
+    counted, any_padded = int(sums[0]), bool(sums[1] > 0)
+    loss, observed = 0.0, None
+    for index in range(accumulation):
+        part = slice(index * micro, (index + 1) * micro)
+        weight = (torch.arange(width) < lengths[part, None]).flatten().float() / counted
+        batch = Batch(
+            ids[part].to(mesh.device),
+            lengths[part].to(mesh.device) if any_padded else None,
+            places[part],
+            step,
+            rows,
+            weight.to(mesh.device),
+        )
+        value, seen = deep(batch)
+        deep.backward(value * float(mesh.size * accumulation))
+        loss += value.item()
+        observed = seen if observed is None else observed + seen
+        if index + 1 < accumulation:
+            deep.step()
+    assert observed is not None
+    sums = meshes.total(mesh, torch.cat([torch.tensor([loss, float(stop.asked)], dtype=torch.float64), observed.flatten()]))
+    return sums[0].item(), sums[2:].view(observed.shape), counted, bool(sums[1] > 0)
+
+
+def validation_rows(config: Config, mesh: Mesh) -> tuple[Tensor, Tensor | None]:
+    """The first validation rows, the same ones at every validation of the run."""
+    stream = TokenStream(config.data.path, "validation", config.run.seed, shuffle=False)
+    ids, lengths = stream.rows(torch.arange(min(config.train.validation_rows, len(stream))))
+    padded = bool((lengths < ids.shape[1]).any())
+    return ids.to(mesh.device), lengths.to(mesh.device) if padded else None
+
+
+def validate(stage: Stage, average: dict[str, Tensor], rows: tuple[Tensor, Tensor | None], metrics: Metrics | None, state: dict) -> None:
+    """Validate the averaged weights, on the first process only: it alone has metrics."""
+    if metrics is not None:
+        with ema.in_place(stage.network, average), torch.no_grad():
+            metrics.write({"step": state["step"], "tokens": state["tokens"], **stage.validate(*rows)})
+
+
+def announce(config: Config, stage: Stage, step: int, mesh: Mesh) -> None:
+    """What is about to run, on the console."""
+    facts = stage.describe() | {
+        "parameters": f"{sum(p.numel() for p in stage.network.parameters()):,}",
+        "attention": attention_kernel(stage.network),
+        "processes": f"{mesh.size} on {mesh.device.type}, ZeRO {config.parallel.zero}, {config.train.precision}",
+        "batch": f"{config.train.global_batch} rows",
+    }
+    print(f"{config.run.dir}: " + ("starts" if step == 0 else f"continues after step {step}"), file=sys.stderr)
+    for name, value in facts.items():
+        print(f"  {name:<12}{value}", file=sys.stderr)
+
+
+def attention_kernel(network: Any) -> str:
+    return network.trunk.blocks[0].kernel
+
+
+def not_finite(directory: Path, step: int, loss: float) -> str:
+    good = checkpoints.steps(directory)
+    where = f"the last good checkpoint is {checkpoints.folder(directory, good[-1])}" if good else "there is no checkpoint yet"
+    return f"{directory}: the loss of step {step + 1} is {loss}; {where}; lower optim.learning_rate or look at the data of this step"
+
+
+def summarize(directory: Path, config: Config, stage: Stage, state: dict, mesh: Mesh) -> None:
+    """summary.json of a finished run. Peak memory is this process's resident set (and the GPU's, where there is one), in bytes."""
+    summary = {
+        "steps": state["step"],
+        "tokens": state["tokens"],
+        "seconds": state["seconds"],
+        "tokens_per_second": state["tokens"] / max(state["training_seconds"], 1e-9),
+        "parameters": sum(p.numel() for p in stage.network.parameters()),
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "processes": mesh.size,
+        "device": torch.cuda.get_device_name() if mesh.device.type == "cuda" else "cpu",
+    }
+    if mesh.device.type == "cuda":
+        summary["peak_device_memory_bytes"] = torch.cuda.max_memory_allocated()
+    write_atomically(directory / "summary.json", json.dumps(summary, indent=1))
+
+
+def finished(directory: Path, steps: int) -> bool:
+    """Whether the run has been trained for this many steps and summed up."""
+    return (directory / "summary.json").exists() and read_json(directory / "summary.json").get("steps") == steps

@@ -1,0 +1,204 @@
+"""The run directory: what a run is, whether this config may continue it, and who is writing to it.
+
+    config.yaml      the resolved config            origin.json    where each value came from
+    run.json         stage, git state, package versions, command line of every start
+    metrics.jsonl    one line a logged step; a curve without gaps or double steps, whatever happened to the process
+    checkpoints/     see checkpoint.py              flow.safetensors   the flow's fixed parts, see model/parts.py
+    summary.json     of a finished run: seconds, speed, memory
+"""
+
+import fcntl
+import json
+import os
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TextIO
+
+from megaflow.config.load import ConfigError, Loaded, assemble, checked, flatten, to_yaml
+from megaflow.config.schema import Config, keys
+from megaflow.errors import UserError
+
+MAY_CHANGE = ("parallel.", "log.", "train.checkpoint_every", "run.dir")
+"""Keys that a continued run may change; train.steps may grow."""
+
+PACKAGES = ("torch", "deepspeed", "mosaicml-streaming", "tokenizers", "safetensors", "numpy", "omegaconf", "transformers", "wandb", "flash-attn")
+
+
+def lock(directory: Path) -> TextIO:
+    """Hold the run for this process until the returned file is closed. Raises UserError where another process holds it."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        file = (directory / ".lock").open("a+")
+    except OSError as error:
+        raise UserError(f"{directory}: cannot write the run directory ({error.strerror}); choose another run.dir") from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.seek(0)
+        holder = file.read().strip() or "unknown"
+        raise UserError(f"{directory}: process {holder} is already working on this run; wait for it, or choose another run.dir") from None
+    file.seek(0)
+    file.truncate()
+    file.write(f"{os.getpid()} on {os.uname().nodename}")
+    file.flush()
+    return file
+
+
+def open_run(loaded: Loaded, stage: str) -> Loaded:
+    """Make the run directory, or check that this config continues the run that is there. Returns the config to use.
+
+    A continued run keeps its recorded `auto` values. Raises ConfigError naming the changed keys.
+    """
+    directory = Path(loaded.config.run.dir)
+    if not (directory / "config.yaml").exists():
+        for name, text in (("config.yaml", to_yaml(loaded.config)), ("origin.json", json.dumps(loaded.origin, indent=1))):
+            write_atomically(directory / name, text)
+        write_atomically(directory / "run.json", json.dumps({"stage": stage, "starts": []}, indent=1))
+        return loaded
+    recorded, kind = read_config(directory), read_json(directory / "run.json").get("stage")
+    if kind != stage:
+        raise ConfigError(f"{directory}: this run was started by megaflow {kind}, not by megaflow {stage}; choose another run.dir")
+    old, new = flatten(recorded.config), flatten(loaded.config)
+    changed = []
+    for name, value in new.items():
+        if loaded.origin[name] == "auto":
+            new[name] = old[name] if recorded.origin.get(name) == "auto" else value
+        if new[name] != old[name] and not name.startswith(MAY_CHANGE):
+            changed.append(name)
+    if "train.steps" in changed:
+        if new["train.steps"] < old["train.steps"]:
+            raise ConfigError(f"{directory}: train.steps may grow from {old['train.steps']}, not shrink to {new['train.steps']}")
+        changed.remove("train.steps")
+    if changed:
+        listed = ", ".join(f"{name} (was {old[name]!r}, now {new[name]!r})" for name in changed)
+        raise ConfigError(f"{directory}: this run was started with other values of {listed}; set them back or choose another run.dir")
+    merged = assemble([("run", new)])
+    merged.origin.update(loaded.origin)
+    write_atomically(directory / "config.yaml", to_yaml(merged.config))
+    write_atomically(directory / "origin.json", json.dumps(merged.origin, indent=1))
+    return merged
+
+
+def read_config(directory: str | Path) -> Loaded:
+    """The resolved config of an existing run. Raises UserError where there is no run, or it was written with other keys."""
+    directory = Path(directory)
+    if not (directory / "config.yaml").is_file():
+        what = "no such directory" if not directory.is_dir() else "not a run directory (it has no config.yaml)"
+        raise UserError(f"{directory}: {what}; give the run.dir of a pretrain or distill config")
+    from omegaconf import OmegaConf
+
+    values = flatten(OmegaConf.to_container(OmegaConf.load(directory / "config.yaml"), resolve=True))
+    for name, value in values.items():
+        checked(str(directory / "config.yaml"), name, value)
+    loaded = assemble([(str(directory / "config.yaml"), values)])
+    loaded.origin.update({k: v for k, v in read_json(directory / "origin.json").items() if k in keys()})
+    loaded.config.run.dir = str(directory)
+    return loaded
+
+
+def stage_of(directory: str | Path) -> str:
+    """'pretrain' or 'distill'."""
+    return read_json(Path(directory) / "run.json")["stage"]
+
+
+def record_start(directory: Path, processes: int, step: int) -> None:
+    """Append this start to run.json: when, from which step, by which command, code and packages."""
+    content = read_json(directory / "run.json")
+    content["starts"].append(
+        {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "step": step,
+            "processes": processes,
+            "command": sys.argv,
+            "git": git_state(),
+            "versions": versions(),
+        }
+    )
+    write_atomically(directory / "run.json", json.dumps(content, indent=1))
+
+
+def versions() -> dict[str, str]:
+    """Python and the packages that numbers depend on; those that are installed."""
+    found = {"python": sys.version.split()[0]}
+    for package in ("megaflow", *PACKAGES):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_state() -> dict[str, Any]:
+    """Commit of the code that runs and whether it was changed since; empty where it is not a git checkout."""
+    here = Path(__file__).resolve().parent
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        status = subprocess.run(["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, timeout=10, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return {"commit": commit, "changed_files": len(status.splitlines())}
+
+
+class Metrics:
+    """metrics.jsonl and Weights & Biases. Lines are flushed one by one; on resume, lines after the checkpoint are cut."""
+
+    def __init__(self, config: Config, step: int) -> None:
+        directory = Path(config.run.dir)
+        path = directory / "metrics.jsonl"
+        kept = [line for line in lines(path) if line.get("step", 0) <= step]
+        write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
+        self.file = path.open("a")
+        self.wandb = None if config.log.wandb == "off" else _wandb(config, directory)
+
+    def write(self, line: dict[str, Any]) -> None:
+        self.file.write(json.dumps(line) + "\n")
+        self.file.flush()
+        if self.wandb is not None:
+            self.wandb.log({k: v for k, v in line.items() if k != "step"}, step=line["step"])
+
+    def close(self) -> None:
+        self.file.close()
+        if self.wandb is not None:
+            self.wandb.finish(quiet=True)
+
+
+def _wandb(config: Config, directory: Path) -> Any:
+    for name in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):  # nothing is written outside the run
+        os.environ.setdefault(name, str((directory / "wandb").resolve()))
+    os.environ.setdefault("WANDB_SILENT", "true")
+    import wandb
+
+    return wandb.init(
+        project=config.log.project, name=directory.name, dir=str(directory), mode=config.log.wandb, config=flatten(config), resume="allow"
+    )
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a metrics.jsonl; a last line cut short by a kill is left out."""
+    if not path.exists():
+        return []
+    found = []
+    for text in path.read_text().splitlines():
+        try:
+            found.append(json.loads(text))
+        except ValueError:
+            continue
+    return found
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises UserError where the file is missing or not JSON."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); the run directory is damaged, start it afresh elsewhere") from None
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file by new content such that a reader, or a kill, sees the old or the new one."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    partial.replace(path)

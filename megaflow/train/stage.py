@@ -1,0 +1,64 @@
+"""What the loop asks of a stage, and the draws that all stages share.
+
+A stage owns a network and says what a step's loss is, what is learned from the step besides the weights (the clock), and how it is
+validated. The loop owns data, engine, checkpoints and metrics, and never looks inside.
+"""
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from megaflow.flow import clock as clocks
+from megaflow.parallel import random
+
+
+class Batch(NamedTuple):
+    """Rows that a process holds at once.
+
+    ids: (B, L) tokens; lengths: (B,) counted tokens of each row, None where all are; places: (B,) places in the run's global order;
+    step: optimizer step; rows: rows of the global batch; weight: (B L,) one over the global batch's counted tokens, 0 for padding.
+    """
+
+    ids: Tensor
+    lengths: Tensor | None
+    places: Tensor
+    step: int
+    rows: int
+    weight: Tensor
+
+
+class Stage(Protocol):
+    """One kind of training."""
+
+    network: nn.Module
+
+    def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Weighted sum over the batch's tokens, with gradient, and the stage's observations, a fixed-size fp64 vector that adds up."""
+
+    def learn(self, observed: Tensor, step: int) -> None:
+        """Take in a step's observations, summed over the global batch."""
+
+    def validate(self, ids: Tensor, lengths: Tensor | None) -> dict[str, float]:
+        """Metrics on validation rows with the network's present weights: at least `validation_loss`, nats per token."""
+
+    def state(self) -> dict[str, Tensor]:
+        """What must survive a restart besides weights and optimizer."""
+
+    def restore(self, state: dict[str, Tensor]) -> None: ...
+
+    def describe(self) -> dict[str, Any]:
+        """Facts for the console at the start: what was chosen."""
+
+
+def cells(seed: int, batch: Batch, purpose: str) -> Tensor:
+    """Low-discrepancy draws in [0, 1) over the global batch, one a row: (B,) fp64, a function of the samples' places."""
+    order = random.permutation(batch.rows, seed, purpose + " cells", batch.step)
+    offset = random.uniform(seed, purpose + " offset", batch.step)
+    return clocks.stratified(order[batch.places % batch.rows], batch.rows, offset)
+
+
+def noise(seed: int, batch: Batch, dim: int, device: torch.device) -> Tensor:
+    """Standard normal (B, L, d_c), each row a function of its place."""
+    shape = (batch.ids.shape[1], dim)
+    return random.normal(batch.places.tolist(), shape, seed, "noise", batch.step).to(device)

@@ -1,0 +1,44 @@
+"""The baseline: next-token cross-entropy on the same trunk, tokens and order."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megaflow.config.schema import Config
+from megaflow.flow import head as heads
+from megaflow.model.autoregressive import Autoregressive
+from megaflow.train.stage import Batch
+
+
+class AutoregressiveStage:
+    """See stage.Stage."""
+
+    def __init__(self, config: Config, network: Autoregressive) -> None:
+        self.config, self.network = config, network
+
+    def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        read = self.network.read(self.network(batch.ids, batch.lengths))
+        loss, _ = heads.cross_entropy(self.network.head(), read, batch.ids.flatten(), batch.weight)
+        return loss, torch.zeros(0, dtype=torch.float64)
+
+    def learn(self, observed: Tensor, step: int) -> None:
+        pass
+
+    @torch.no_grad()
+    def validate(self, ids: Tensor, lengths: Tensor | None) -> dict[str, float]:
+        read = self.network.read(self.network(ids, lengths))
+        nll = heads.negative_log_likelihood(self.network.head(), read, ids.flatten()).view(ids.shape).double()
+        if lengths is None:
+            return {"validation_loss": nll.mean().item()}
+        counted = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
+        return {"validation_loss": (nll * counted).sum().item() / int(counted.sum())}
+
+    def state(self) -> dict[str, Tensor]:
+        return {}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        pass
+
+    def describe(self) -> dict[str, Any]:
+        return {"state": "tokens, one after another"}

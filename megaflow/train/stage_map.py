@@ -1,0 +1,132 @@
+"""Stage 2: a flow map by the semigroup identity in KL form, from a frozen teacher (FMLM, DFM).
+
+Exact counts of the global batch's rows are diagonal (s = t, towards the teacher's posterior), inner (s < u < t, u midway on the clock)
+and boundary ((0, 1)). Inner and boundary targets come from the live network without gradient:
+
+    psi_{s,t}(y)  <-  a psi_{s,u}(y) + (1 - a) psi_{u,t}( X_{s,u}(y) )
+
+The codes, the prior and the clock are the teacher's, frozen.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megaflow.config.schema import Config
+from megaflow.model.bound import bound_of_rows
+from megaflow.flow import clock as clocks
+from megaflow.flow import flow_map
+from megaflow.flow import head as heads
+from megaflow.flow.clock import Clock
+from megaflow.flow.code import lookup
+from megaflow.flow.head import Component
+from megaflow.flow.interpolant import noisy_state, transport
+from megaflow.flow.likelihood import RangeTooShort
+from megaflow.model.text_dit import TextDiT
+from megaflow.parallel import random
+from megaflow.model.parts import Parts
+from megaflow.train.stage import Batch, cells, noise
+
+DIAGONAL, INNER, BOUNDARY = 0, 1, 2
+
+
+class MapStage:
+    """See stage.Stage. `teacher` holds its averaged weights and never changes."""
+
+    def __init__(self, config: Config, network: TextDiT, teacher: TextDiT, parts: Parts, clock: Clock) -> None:
+        self.config, self.network, self.parts, self.clock = config, network, parts, clock
+        self.teacher = teacher.requires_grad_(False)
+
+    def kinds(self, batch: Batch) -> Tensor:
+        """(B,) kind of each row. The kinds of a global batch are dealt by a permutation of its places, new every step, so that no
+        process always gets the same ones."""
+        distill = self.config.distill
+        diagonal, boundary = flow_map.counts(batch.rows, distill.diagonal_fraction, distill.boundary_fraction)
+        card = random.permutation(batch.rows, self.config.run.seed, "kinds", batch.step)[batch.places % batch.rows]
+        kinds = torch.full_like(card, INNER)
+        kinds[card < diagonal] = DIAGONAL
+        kinds[card >= batch.rows - boundary] = BOUNDARY
+        return kinds
+
+    def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        seed, device = self.config.run.seed, batch.ids.device
+        kinds = self.kinds(batch)
+        times = flow_map.draw_times(self.clock, kinds, cells(seed, batch, "gap"), cells(seed, batch, "start"))
+        times = flow_map.Times(*(x.to(device) for x in times))
+        y = noisy_state(lookup(self.parts.code, batch.ids), noise(seed, batch, self.parts.code.dim, device), times.s)
+        # rows of one kind go together, so that each kind pays only for the passes it needs
+        order = torch.argsort(kinds, stable=True).to(device)
+        split = int((kinds == DIAGONAL).sum())
+        on, off = order[:split], order[split:]
+        hidden = self.network(y[order], times.s[order], times.t[order], None if batch.lengths is None else batch.lengths[order])
+        width = batch.ids.shape[1]
+        losses, observed = [], torch.zeros(2, 2, dtype=torch.float64)
+        for index, (rows, part) in enumerate(((on, slice(0, split)), (off, slice(split, len(order))))):
+            if len(rows) == 0:
+                continue
+            target = self.diagonal_target(batch, y, times, rows) if index == 0 else self.semigroup_target(batch, y, times, rows)
+            read = self.network.read(hidden[part], y[rows], times.s[rows])
+            weight = batch.weight.view(batch.ids.shape)[rows].flatten()
+            loss, divergences = heads.divergence(self.network.head(), read, target, weight, self.reweight())
+            losses.append(loss)
+            observed[index, 0] = (divergences.double() * weight.double()).sum().item()
+            observed[index, 1] = weight.double().sum().item()
+        assert hidden.shape[1] == width
+        return torch.stack(losses).sum(), observed
+
+    def reweight(self) -> Any:
+        distill = self.config.distill
+        if distill.weighting == "none":
+            return None
+        return partial(flow_map.adaptive_weight, power=distill.adaptive_power, constant=distill.adaptive_constant)
+
+    @torch.no_grad()
+    def diagonal_target(self, batch: Batch, y: Tensor, times: flow_map.Times, rows: Tensor) -> list[Component]:
+        """The frozen teacher's posterior at (y, t)."""
+        lengths = None if batch.lengths is None else batch.lengths[rows]
+        hidden = self.teacher(y[rows], times.s[rows], lengths=lengths)
+        read = self.teacher.read(hidden, y[rows], times.s[rows])
+        return [Component(self.teacher.head(), read, torch.ones_like(read.s))]
+
+    @torch.no_grad()
+    def semigroup_target(self, batch: Batch, y: Tensor, times: flow_map.Times, rows: Tensor) -> list[Component]:
+        """The two terms of the identity, from the live network: psi_{s,u} at y, then psi_{u,t} where that leads."""
+        lengths = None if batch.lengths is None else batch.lengths[rows]
+        head = self.network.head().detach()
+        y, (s, u, t) = y[rows], (x[rows] for x in times)
+        first = self.network.read(self.network(y, s, u, lengths), y, s)
+        psi, _, _ = heads.posterior(head, first)
+        midway = transport(y, s, u, psi.view(y.shape))
+        second = self.network.read(self.network(midway, u, t, lengths), midway, u)
+        share = flow_map.semigroup_share(s, u, t).to(y.dtype)[:, None].expand(y.shape[:2]).flatten()
+        return [Component(head, first, share), Component(head, second, 1.0 - share)]
+
+    def learn(self, observed: Tensor, step: int) -> None:
+        pass
+
+    def validate(self, ids: Tensor, lengths: Tensor | None) -> dict[str, float]:
+        """The objective itself on validation rows with draws that never change, and the bound of the diagonal."""
+        counted = torch.ones_like(ids, dtype=torch.bool) if lengths is None else torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
+        weight = (counted / counted.sum()).flatten().float()
+        batch = Batch(ids, lengths, torch.arange(len(ids)), -1, len(ids), weight)
+        with torch.no_grad():
+            _, observed = self.loss(batch)
+        metrics = {"validation_loss": observed[:, 0].sum().item()}
+        try:
+            found = bound_of_rows(self.network, self.parts, self.clock, ids, lengths, draws=4, seed=self.config.run.seed)
+            metrics["validation_bound"] = found.mean
+        except RangeTooShort:
+            pass
+        return metrics
+
+    def state(self) -> dict[str, Tensor]:
+        return {"clock_times": self.clock.times, "clock_tau": self.clock.tau}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        assert torch.equal(state["clock_times"], self.clock.times) and torch.equal(state["clock_tau"], self.clock.tau)
+
+    def describe(self) -> dict[str, Any]:
+        distill = self.config.distill
+        return {"teacher": distill.teacher, "objective": distill.objective, "reads": f"belief and {distill.state_input} of the state"}

@@ -1,0 +1,174 @@
+"""The two commands that train, each readable from top to bottom: pretrain (stage 1 and the baseline) and distill (stage 2)."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from megaflow.config.check import contradictions, resolve
+from megaflow.config.load import ConfigError, Loaded, flatten, load
+from megaflow.config.schema import Config
+from megaflow.data.shards import open_prepared, unigram_counts
+from megaflow.errors import UserError
+from megaflow.flow.clock import Clock
+from megaflow.model import build, parts
+from megaflow.model.autoregressive import Autoregressive
+from megaflow.model.parts import Parts
+from megaflow.model.text_dit import TextDiT
+from megaflow.parallel import mesh as meshes
+from megaflow.parallel import random
+from megaflow.parallel.mesh import Mesh
+from megaflow.train import checkpoint as checkpoints
+from megaflow.train import ema
+from megaflow.train.checkpoint import Checkpoint
+from megaflow.train.loop import finished, train
+from megaflow.train.run import lock, open_run, read_config, read_json, stage_of, write_atomically
+from megaflow.train.stage import Stage
+from megaflow.train.stage_autoregressive import AutoregressiveStage
+from megaflow.train.stage_flow import FlowStage
+from megaflow.train.stage_map import MapStage
+
+
+def pretrain(path: str, overrides: list[str]) -> int:
+    """`megaflow pretrain CONFIG a.b=c …`: train a flow, or the autoregressive baseline, on token shards. Returns the exit code."""
+    began = time.monotonic()
+    return _train(load(path, overrides), "pretrain", began)
+
+
+def distill(path: str, overrides: list[str]) -> int:
+    """`megaflow distill CONFIG distill.teacher=RUN`: a flow map from a trained flow. Returns the exit code."""
+    began = time.monotonic()
+    own = load(path, overrides)
+    if not own.config.distill.teacher:
+        raise ConfigError(f"{path}: distill.teacher is not set; give the run directory of a trained flow, distill.teacher=RUN")
+    teacher = read_config(own.config.distill.teacher)
+    if stage_of(own.config.distill.teacher) != "pretrain" or teacher.config.model.family != "flow":
+        raise ConfigError(f"distill.teacher={own.config.distill.teacher} is not a pretrained flow; a flow map is distilled from one")
+    inherited = {k: v for k, v in flatten(teacher.config).items() if k.startswith(("model.", "flow.", "data."))}
+    loaded = load(path, overrides, inherited, f"teacher {own.config.distill.teacher}")
+    new = flatten(loaded.config)
+    differing = [k for k in inherited if new[k] != inherited[k] and not k.startswith("data.path")]
+    if differing:
+        name = differing[0]
+        raise ConfigError(
+            f"{loaded.origin[name]}: {name}={new[name]!r} contradicts the teacher's {inherited[name]!r}; network, flow and data are the teacher's"
+        )
+    loaded.origin.update({k: "auto" for k in inherited if teacher.origin.get(k) == "auto"})
+    return _train(loaded, "distill", began)
+
+
+def _train(loaded: Loaded, kind: str, began: float) -> int:
+    contradictions(loaded.config)
+    manifest = open_prepared(loaded.config.data.path)
+    loaded = resolve(loaded, manifest["tokenizer"]["vocab_size"])
+    directory = Path(loaded.config.run.dir)
+    with meshes.join() as mesh:
+        held = lock(directory) if mesh.first else None
+        try:
+            if mesh.first:
+                loaded = open_run(loaded, kind)
+            loaded = meshes.shared(mesh, loaded)  # type: ignore[assignment]
+            config = loaded.config
+            if finished(directory, config.train.steps):
+                if mesh.first:
+                    print(f"{directory}: finished at step {config.train.steps}; nothing to do (a larger train.steps goes on)", file=sys.stderr)
+                return 0
+            (directory / "summary.json").unlink(missing_ok=True)
+            check_tokenizer(directory, manifest, mesh)
+            torch.manual_seed(random.generator(config.run.seed, "weights").initial_seed())
+            stage = pretrain_stage(config, manifest, mesh) if kind == "pretrain" else distill_stage(config, mesh)
+            return train(config, stage, mesh, began)
+        finally:
+            if held is not None:
+                held.close()
+
+
+def pretrain_stage(config: Config, manifest: dict, mesh: Mesh) -> Stage:
+    """The flow or the baseline with freshly drawn weights, and the flow's fixed parts, made once and kept in the run."""
+    counts = unigram_counts(config.data.path)
+    if config.model.family == "autoregressive":
+        network = build.autoregressive_network(config, parts.unigram(counts), mesh.device)
+        network.initialize()
+        return AutoregressiveStage(config, network)
+    file = Path(config.run.dir) / parts.FILE
+    if mesh.first and not file.exists():
+        _save_parts(parts.make(config.flow, counts, config.run.seed), file)
+    meshes.barrier(mesh)
+    fixed = parts.read(file)
+    flow = build.flow_network(config, fixed, mesh.device)
+    flow.initialize()
+    return FlowStage(config, flow, _on_device(fixed, mesh))
+
+
+def distill_stage(config: Config, mesh: Mesh) -> Stage:
+    """The map, started from the teacher's averaged weights, with the teacher's code, prior, range and clock."""
+    source = Path(config.distill.teacher)
+    fixed = parts.read(source / parts.FILE)
+    file = Path(config.run.dir) / parts.FILE
+    if mesh.first and not file.exists():
+        _save_parts(fixed, file)
+    meshes.barrier(mesh)
+    if not parts.same(fixed, parts.read(file)):
+        raise UserError(f"{file}: code, prior or range differ from those of the teacher {source}; they must be its own, start the map afresh")
+    found = trained(source)
+    teacher = build.flow_network(config, fixed, mesh.device)
+    ema.load(teacher, found.averaged)
+    network = build.flow_network(config, fixed, mesh.device, is_map=True)
+    network.initialize()
+    start = dict(network.named_parameters())
+    ema.load(network, {name: found.averaged.get(name, p) for name, p in start.items()})
+    network.initialize_map()
+    clock = Clock(found.stage["clock_times"], found.stage["clock_tau"])
+    return MapStage(config, network, teacher.eval(), _on_device(fixed, mesh), clock)
+
+
+def trained_flow(directory: Path, config: Config, is_map: bool, device: torch.device) -> tuple[TextDiT, Parts, Clock, Checkpoint]:
+    """A run's network with its averaged weights, its fixed parts, its clock and its newest checkpoint. Raises UserError."""
+    fixed, found = parts.read(directory / parts.FILE), trained(directory)
+    network = build.flow_network(config, fixed, device, is_map)
+    ema.load(network, found.averaged)
+    moved = Parts(fixed.code.to(device), fixed.log_prior.to(device), fixed.span)
+    return network.eval(), moved, Clock(found.stage["clock_times"], found.stage["clock_tau"]), found
+
+
+def trained_autoregressive(directory: Path, config: Config, device: torch.device) -> tuple[Autoregressive, Checkpoint]:
+    """A baseline with its averaged weights, and its newest checkpoint. Raises UserError."""
+    found = trained(directory)
+    network = build.autoregressive_network(config, parts.unigram(unigram_counts(config.data.path)), device)
+    ema.load(network, found.averaged)
+    return network.eval(), found
+
+
+def trained(directory: Path) -> Checkpoint:
+    """The newest checkpoint's averaged weights and clock. Raises UserError where there is none yet."""
+    found = checkpoints.newest(directory, ("averaged", "stage"))
+    if found is None:
+        raise UserError(f"{directory}: this run has no checkpoint yet; train it first")
+    return found
+
+
+def check_tokenizer(directory: Path, manifest: dict, mesh: Mesh) -> None:
+    """Refuse shards whose tokenizer is not the one that this run's model was started with."""
+    file = directory / "tokenizer.json"
+    if not file.exists():
+        if mesh.first:
+            write_atomically(file, json.dumps(manifest["tokenizer"], indent=1))
+        return
+    was = read_json(file)["hash"]
+    if was != manifest["tokenizer"]["hash"]:
+        raise UserError(
+            f"{directory}: the shards' tokenizer ({manifest['tokenizer']['hash'][:12]}) differs from the model's ({was[:12]}); "
+            "use the shards this run was started on, or another run.dir"
+        )
+
+
+def _save_parts(fixed: Parts, file: Path) -> None:
+    partial = file.with_name(file.name + ".partial")
+    parts.save(fixed, partial)
+    partial.replace(file)
+
+
+def _on_device(fixed: Parts, mesh: Mesh) -> Parts:
+    return Parts(fixed.code.to(mesh.device), fixed.log_prior.to(mesh.device), fixed.span)

@@ -28,7 +28,7 @@ def resolve(loaded: Loaded, vocab: int) -> Loaded:
     settle(model, "input", "model.input", "belief")
     settle(flow, "skip", "flow.skip", "off" if model.input == "linear" and flow.code == "identity" else "on")
     settle(optim, "warmup_steps", "optim.warmup_steps", min(2500, train.steps // 10))
-    settle(train, "validate_every", "train.validate_every", max(1, train.steps // 20))
+    settle(train, "validate_every", "train.validate_every", max(50, train.steps // 20))
     contradictions(config, vocab)
     return Loaded(config, origin)
 
@@ -50,6 +50,11 @@ def contradictions(config: Config, vocab: int | None = None) -> None:
             raise ConfigError(f"flow.code=frame needs flow.code_dim below the vocabulary of {vocab}, not {flow.code_dim}; or use flow.code=identity")
         if flow.skip == "off" and flow.code == "frame":
             raise ConfigError("flow.skip=off contradicts flow.code=frame: without the channel term a coded flow never resolves its tokens and has no bound")
+    if config.optim.name == "muon" and (config.parallel.zero or train.precision != "fp32"):
+        raise ConfigError(
+            "optim.name=muon orthogonalises whole matrices, which are flat slices under ZeRO and in DeepSpeed's bf16 engine; "
+            "use parallel.zero=0 with train.precision=fp32, or optim.name=adamw"
+        )
     if config.distill.boundary_fraction and train.global_batch < 4:
         raise ConfigError(f"train.global_batch={train.global_batch} cannot hold diagonal, inner and boundary rows; use 4 or more")
 

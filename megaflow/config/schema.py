@@ -85,7 +85,8 @@ class FlowConfig:
 
 @dataclass
 class OptimConfig:
-    learning_rate: float = key(3e-3, "peak learning rate of AdamW", above=0.0)
+    name: str = key("adamw", "adamw, or muon for the matrices of the blocks and adamw for the rest", choices=("adamw", "muon"))
+    learning_rate: float = key(3e-3, "peak learning rate", above=0.0)
     schedule: str = key("cosine", "decay after the warm-up", choices=("constant", "cosine", "linear"))
     final_fraction: float = key(0.1, "learning rate at the last step over its peak", low=0.0, high=1.0)
     warmup_steps: Any = key("auto", "steps of linear warm-up; auto: 2500, at most a tenth of the run", low=0, auto=True)

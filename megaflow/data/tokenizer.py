@@ -278,13 +278,11 @@ def encode_pieces(folder: str | Path, kind: str, stream: Iterable[Piece], worker
         for batch in batches:
             done, pipe = ([], idle.popleft()) if idle else waiting.popleft()
             encoded = _receive(pipe) if done else []
-            pipe.send(_texts(batch))
+            _send(pipe, _texts(batch))
             waiting.append((batch, pipe))
             yield from _joined(done, encoded)
         for done, pipe in waiting:
             yield from _joined(done, _receive(pipe))
-    except (EOFError, ConnectionError) as error:
-        raise UserError("a process that tokenizes was killed, perhaps for lack of memory: lower data.workers.") from error
     finally:
         for process, pipe in pool:
             pipe.close()
@@ -347,12 +345,25 @@ def _work(folder: str, kind: str, pipe: Connection) -> None:
             except Exception as error:
                 result = error
             pipe.send(result)
-    except (EOFError, ConnectionError):
+    except (EOFError, OSError):
         pass
 
 
+KILLED = "a process that tokenizes was killed, perhaps for lack of memory: lower data.workers."
+
+
+def _send(pipe: Connection, texts: list[tuple[str, bool]]) -> None:
+    try:
+        pipe.send(texts)
+    except OSError as error:
+        raise UserError(KILLED) from error
+
+
 def _receive(pipe: Connection) -> list[tuple[np.ndarray, int]]:
-    result = pipe.recv()
+    try:
+        result = pipe.recv()
+    except (EOFError, OSError) as error:  # OSError: it died in the middle of its answer
+        raise UserError(KILLED) from error
     if isinstance(result, Exception):
         raise result
     return result

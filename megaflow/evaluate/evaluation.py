@@ -28,9 +28,10 @@ from megaflow.progress import Progress
 from megaflow.train.run import write_atomically
 from megaflow.train.stage_autoregressive import AutoregressiveStage
 
-JUDGE_CHARACTERS = 20_000_000
+JUDGE_CHARACTERS = 8_000_000
 """The judge is fitted to at most this many characters of the training split, from its beginning."""
 
+CONTEXTS_CHECKED = 256
 SHOWN_TEXTS = 8
 
 
@@ -55,7 +56,11 @@ def evaluate(
         "likelihood": likelihood(run, held_out, draws, seed),
         "judge": {
             "name": f"smoothed character n-gram, order {judge.order}, of the training split",
-            "sum_error": judges.sum_error(judge, [text[:judge.order] for text in held_out.texts[:64]]),
+            "order": judge.order,
+            "symbols": judge.symbols,
+            "training_characters": min(run.manifest["splits"]["train"]["characters"], JUDGE_CHARACTERS),
+            "contexts_checked": CONTEXTS_CHECKED,
+            "sum_error": judges.sum_error(judge, contexts(held_out, judge.order)),
         },
         "samples": {},
         "reference": reference(run, held_out, judge, samples, seed),
@@ -152,11 +157,18 @@ def fitted_judge(run: Run) -> Judge:
         pieces.append(decode(run.tokenizer, flat))
         characters += len(pieces[-1])
         progress.update(min(start + 1024, len(stream)))
-        if characters > JUDGE_CHARACTERS:
+        if characters >= JUDGE_CHARACTERS:
             break
-    judge = judges.fit("".join(pieces))
+    judge = judges.fit("".join(pieces)[:JUDGE_CHARACTERS])
     judges.save(judge, path)
     return judge
+
+
+def contexts(held_out: HeldOut, order: int) -> list[str]:
+    """CONTEXTS_CHECKED contexts of the judge from validation text, of every length it uses."""
+    text = "".join(held_out.texts)
+    starts = np.linspace(0, len(text) - order, CONTEXTS_CHECKED).round().astype(int)
+    return [text[start : start + index % order] for index, start in enumerate(starts)]
 
 
 def judged(run: Run, rows: list[list[int]], judge: Judge) -> dict[str, Any]:

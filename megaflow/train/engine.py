@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from megaflow.config.schema import Config, OptimConfig
 from megaflow.parallel.mesh import Mesh
+from megaflow.train.optimizer import Together, make
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTS = (*ADAM_MOMENTS, "momentum_buffer")
 
 
 def quiet_deepspeed() -> Any:
@@ -46,20 +48,14 @@ class Trainee(nn.Module):
 
 
 def start(trainee: Trainee, config: Config, mesh: Mesh, micro: int, accumulation: int) -> Any:
-    """A DeepSpeed engine over the trainee, with AdamW, clipping, ZeRO and precision as configured."""
+    """A DeepSpeed engine over the trainee, with optimizer, clipping, ZeRO and precision as configured."""
     deepspeed = quiet_deepspeed()
-    optim = config.optim
-    optimizer = torch.optim.AdamW(
-        [p for p in trainee.parameters() if p.requires_grad],
-        lr=optim.learning_rate,
-        betas=(optim.beta1, optim.beta2),
-        weight_decay=optim.weight_decay,
-    )
+    optimizer = make(trainee, config.optim)
     settings = {
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": accumulation,
         "train_batch_size": micro * accumulation * mesh.size,
-        "gradient_clipping": optim.clip_norm,
+        "gradient_clipping": config.optim.clip_norm,
         "zero_optimization": {"stage": config.parallel.zero},
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": config.train.precision == "bf16"},
@@ -111,13 +107,16 @@ def weights(engine: Any) -> dict[str, Tensor]:
 
 
 def moments(engine: Any) -> dict[str, Tensor]:
-    """AdamW's moments, as 'exp_avg.NAME' and 'exp_avg_sq.NAME', full and fp32. A collective call where ZeRO shards."""
+    """The optimizer's moments, as 'exp_avg.NAME', 'momentum_buffer.NAME', …, full and fp32. A collective call where ZeRO shards."""
     from deepspeed.utils import safe_get_full_optimizer_state
 
-    if not _sharded(engine):
-        state = engine.optimizer.state
-        return {f"{key}.{name}": state[p][key] for key in MOMENTS for name, p in _named(engine).items()}
-    return {f"{key}.{name}": safe_get_full_optimizer_state(p, key).view_as(p) for key in MOMENTS for name, p in _named(engine).items()}
+    found: dict[str, Tensor] = {}
+    for name, p in _named(engine).items():
+        if _sharded(engine):
+            found |= {f"{key}.{name}": safe_get_full_optimizer_state(p, key).view_as(p) for key in ADAM_MOMENTS}
+        else:
+            found |= {f"{key}.{name}": value for key, value in _state(engine, p).items() if key != "step"}
+    return found
 
 
 @torch.no_grad()
@@ -125,18 +124,26 @@ def restore(engine: Any, weight: dict[str, Tensor], moment: dict[str, Tensor], s
     """Put logical weights and moments, as taken by `weights` and `moments` after `steps` steps, into an engine of any layout."""
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
-    sharded = _sharded(engine)
-    if sharded:
+    if _sharded(engine):
         _make_optimizer_states(engine, steps)
     for name, p in _named(engine).items():
         p.copy_(weight[name])
-        values = {key: moment[f"{key}.{name}"].to(p.device) for key in MOMENTS}
-        if sharded:
+        values = {key: moment[f"{key}.{name}"].to(p.device) for key in MOMENTS if f"{key}.{name}" in moment}
+        if _sharded(engine):
             safe_set_full_fp32_param(p, weight[name].to(p.device))
             for key, value in values.items():
                 safe_set_full_optimizer_state(p, value, key)
         else:
-            engine.optimizer.state[p] = {"step": torch.tensor(float(steps)), **{key: value.clone() for key, value in values.items()}}
+            state = _state(engine, p)
+            state |= {key: value.clone() for key, value in values.items()}
+            if "exp_avg" in values:
+                state["step"] = torch.tensor(float(steps))
+
+
+def _state(engine: Any, p: nn.Parameter) -> dict[str, Any]:
+    """An unsharded parameter's optimizer state, itself and not a copy."""
+    optimizer = engine.optimizer
+    return optimizer.state_of(p) if isinstance(optimizer, Together) else optimizer.state[p]
 
 
 def _named(engine: Any) -> dict[str, nn.Parameter]:
@@ -154,6 +161,6 @@ def _make_optimizer_states(engine: Any, steps: int) -> None:
     for group in inner.param_groups:
         for flat in group["params"]:
             if not inner.state[flat]:
-                inner.state[flat] = {key: torch.zeros_like(flat) for key in MOMENTS}
+                inner.state[flat] = {key: torch.zeros_like(flat) for key in ADAM_MOMENTS}
             inner.state[flat]["step"] = torch.tensor(float(steps))
     engine.optimizer._lazy_init_hp_params_optimizer_state()

@@ -162,7 +162,7 @@ class Metrics:
     def close(self) -> None:
         self.file.close()
         if self.wandb is not None:
-            self.wandb.finish(quiet=True)
+            self.wandb.finish()
 
 
 def _wandb(config: Config, directory: Path) -> Any:

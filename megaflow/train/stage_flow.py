@@ -51,7 +51,7 @@ class FlowStage:
 
     def validate(self, ids: Tensor, lengths: Tensor | None) -> dict[str, float]:
         try:
-            found = bound_of_rows(self.network, self.parts, self.clock, ids, lengths, draws=4, seed=self.config.run.seed)
+            found = bound_of_rows(self.network, self.parts, self.clock, ids, lengths, draws=4, seed=self.config.run.seed, double=False)
         except RangeTooShort:
             return {"validation_loss": self.plain_cross_entropy(ids, lengths)}
         return {"validation_loss": found.mean, "validation_standard_error": found.standard_error}

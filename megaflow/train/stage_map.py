@@ -115,7 +115,7 @@ class MapStage:
             _, observed = self.loss(batch)
         metrics = {"validation_loss": observed[:, 0].sum().item()}
         try:
-            found = bound_of_rows(self.network, self.parts, self.clock, ids, lengths, draws=4, seed=self.config.run.seed)
+            found = bound_of_rows(self.network, self.parts, self.clock, ids, lengths, draws=4, seed=self.config.run.seed, double=False)
             metrics["validation_bound"] = found.mean
         except RangeTooShort:
             pass

@@ -347,22 +347,26 @@ class TestInterrupted:
         shards.verify(tmp_path / "data")
         assert not list(tmp_path.glob("data.partial-*"))
 
-    def test_a_killed_worker_is_an_error_not_a_wait(self, config, tmp_path, monkeypatch):
-        started = []
-        monkeypatch.setattr(tokenizer, "BATCH", 2000)
-        monkeypatch.setattr(
-            tokenizer, "_start_worker", lambda *args, start=tokenizer._start_worker: started.append(start(*args)) or started[-1]
-        )
-        receive = tokenizer._receive
+    @pytest.mark.parametrize("while_it_answers", [False, True])
+    def test_a_killed_worker_is_an_error_not_a_wait(self, config, tmp_path, monkeypatch, while_it_answers):
+        started, start, receive = [], tokenizer._start_worker, tokenizer._receive
 
-        def kill_first(pipe):
+        def start_and_note(*arguments):
+            started.append(start(*arguments))
+            return started[-1]
+
+        def kill_and_receive(pipe):
+            if while_it_answers:
+                assert pipe.poll(60)  # the answer is longer than a pipe holds: the worker is in the middle of it
             started[0][0].kill()
             return receive(pipe)
 
-        monkeypatch.setattr(tokenizer, "_receive", kill_first)
+        monkeypatch.setattr(tokenizer, "_start_worker", start_and_note)
+        monkeypatch.setattr(tokenizer, "_receive", kill_and_receive)
+        source = write_jsonl(tmp_path / "many.jsonl", [text * 100 for text in DOCUMENTS * 4])
         with pytest.raises(UserError, match="a process that tokenizes was killed.*lower data.workers"):
-            prepare(config(source=[write_jsonl(tmp_path / "many.jsonl", DOCUMENTS * 50)], workers=2))
-        assert not any(process.is_alive() for process, _ in started)
+            prepare(config(source=[source], workers=2))
+        assert len(started) == 2 and not any(process.is_alive() for process, _ in started)
         assert [path.name for path in tmp_path.iterdir()] == ["many.jsonl"]
 
     def test_the_folder_of_a_living_prepare_is_left_alone(self, config, tmp_path):

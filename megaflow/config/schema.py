@@ -59,6 +59,7 @@ class ModelConfig:
     mlp_ratio: int = key(4, "width of the MLP over the width of the trunk", low=1)
     input: str = key("auto", "what the trunk reads of the state", choices=("auto", "belief", "linear", "both"))
     belief_dim: int = key(128, "dimensions of the belief (or token) embedding before the trunk's width", low=1)
+    neighbors: int = key(1, "positions to each side that the input layer reads beside the token's own", low=0)
     attention: str = key("auto", "attention kernel", choices=("auto", "flash", "sdpa", "plain"))
 
 

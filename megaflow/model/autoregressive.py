@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megaflow.flow.head import Head, Read
-from megaflow.model.text_dit import HEAD_STD, Shape
+from megaflow.model.text_dit import HEAD_STD, Shape, windows
 from megaflow.model.trunk import Cache, Trunk
 
 
@@ -20,7 +20,8 @@ class Autoregressive(nn.Module):
         super().__init__()
         self.log_prior = log_prior
         self.table = nn.Parameter(torch.empty(shape.vocab, shape.belief_dim))
-        self.widen = nn.Linear(shape.belief_dim, shape.hidden, bias=False)
+        self.before = shape.window - 1
+        self.widen = nn.Linear(shape.window * shape.belief_dim, shape.hidden, bias=False)
         self.start = nn.Parameter(torch.empty(shape.belief_dim))
         self.trunk = Trunk(shape.layers, shape.hidden, shape.heads, shape.mlp_ratio, None, kernel)
         self.weight = nn.Parameter(torch.empty(shape.vocab, shape.hidden))
@@ -30,7 +31,7 @@ class Autoregressive(nn.Module):
         """Draw the initial weights from torch's global generator."""
         nn.init.normal_(self.table)
         nn.init.normal_(self.start)
-        nn.init.normal_(self.widen.weight, std=self.widen.in_features**-0.5)
+        nn.init.normal_(self.widen.weight, std=self.table.shape[1] ** -0.5)
         self.trunk.initialize()
         nn.init.normal_(self.weight, std=HEAD_STD * self.weight.shape[1] ** -0.5)
         with torch.no_grad():
@@ -43,7 +44,7 @@ class Autoregressive(nn.Module):
         """Padding follows the counted tokens of a row, so causality alone hides it; `lengths` is accepted for symmetry and unused."""
         embedded = F.embedding(ids[:, :-1], self.table)
         first = self.start.expand(len(ids), 1, -1).to(embedded.dtype)
-        return self.trunk(self.widen(torch.cat([first, embedded], 1)), causal=True)
+        return self.trunk(self.widen(windows(torch.cat([first, embedded], 1), self.before, 0)), causal=True)
 
     def read(self, hidden: Tensor) -> Read:
         return Read(hidden.flatten(0, 1))
@@ -51,4 +52,6 @@ class Autoregressive(nn.Module):
     def step(self, previous: Tensor | None, batch: int, cache: Cache) -> Tensor:
         """Hidden state (B, d) of the next position, given the token before it (B,), or None at the first."""
         embedded = self.start.expand(batch, -1) if previous is None else F.embedding(previous, self.table)
-        return self.trunk(self.widen(embedded[:, None]), causal=True, cache=cache)[:, 0]
+        recent = F.pad(embedded[:, None], (0, 0, self.before, 0)) if cache.recent is None else torch.cat([cache.recent, embedded[:, None]], 1)
+        cache.recent = recent[:, recent.shape[1] - self.before :]
+        return self.trunk(self.widen(recent.flatten(1)[:, None]), causal=True, cache=cache)[:, 0]

@@ -11,7 +11,7 @@ from megaflow.model.text_dit import Shape, TextDiT
 
 
 def shape_of(model: ModelConfig, vocab: int) -> Shape:
-    return Shape(vocab, model.layers, model.hidden, model.heads, model.mlp_ratio, model.belief_dim)
+    return Shape(vocab, model.layers, model.hidden, model.heads, model.mlp_ratio, model.belief_dim, model.neighbors)
 
 
 def flow_network(config: Config, parts: Parts, device: torch.device, is_map: bool = False) -> TextDiT:

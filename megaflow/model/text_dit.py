@@ -36,6 +36,12 @@ class Shape:
     heads: int
     mlp_ratio: int
     belief_dim: int
+    neighbors: int = 0
+
+    @property
+    def window(self) -> int:
+        """Positions whose embeddings enter one position of the trunk."""
+        return 2 * self.neighbors + 1
 
 
 class TimeEmbedding(nn.Module):
@@ -73,9 +79,9 @@ class TextDiT(nn.Module):
     ) -> None:
         super().__init__()
         self.code, self.log_prior, self.span, self.skip = code, log_prior, span, skip
-        self.reads, self.map_reads = reads, map_reads
+        self.reads, self.map_reads, self.neighbors = reads, map_reads, shape.neighbors
         self.table = nn.Parameter(torch.empty(shape.vocab, shape.belief_dim)) if "belief" in reads else None
-        self.widen = nn.Linear(shape.belief_dim, shape.hidden, bias=False) if "belief" in reads else None
+        self.widen = nn.Linear(shape.window * shape.belief_dim, shape.hidden, bias=False) if "belief" in reads else None
         self.state = nn.Linear(code.dim, shape.hidden, bias=False) if "linear" in reads else None
         self.map_state = nn.Linear(code.dim, shape.hidden, bias=False) if map_reads == "linear" else None
         self.map_table = nn.Parameter(torch.empty(shape.vocab, shape.belief_dim)) if map_reads == "hot_belief" else None
@@ -90,7 +96,7 @@ class TextDiT(nn.Module):
         """Draw the initial weights from torch's global generator."""
         if self.table is not None:
             nn.init.normal_(self.table)
-            nn.init.normal_(self.widen.weight, std=self.widen.in_features**-0.5)
+            nn.init.normal_(self.widen.weight, std=self.table.shape[1] ** -0.5)
         if self.state is not None:
             nn.init.normal_(self.state.weight, std=self.code.dim**-0.5)
         self.time.initialize(zero=False)
@@ -120,18 +126,18 @@ class TextDiT(nn.Module):
 
     def forward(self, y: Tensor, s: Tensor, t: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
         """Hidden states (B, L, d) of psi_{s,t} at y (B, L, d_c). s, t: (B,) real times, fp64; t = None is the diagonal."""
-        x = self.embed(y, s, t)
+        x = self.embed(y, s, t, lengths)
         condition = self.time(s)
         if self.map_time is not None:
             condition = condition + self.map_time(s if t is None else t)
         return self.trunk(x, F.silu(condition), lengths=lengths)
 
-    def embed(self, y: Tensor, s: Tensor, t: Tensor | None) -> Tensor:
+    def embed(self, y: Tensor, s: Tensor, t: Tensor | None, lengths: Tensor | None = None) -> Tensor:
         """What the trunk reads of a state: (B, L, d)."""
         x: Tensor | float = 0.0
         if self.table is not None:
             flat = belief_embedding(self.code, self.log_prior, y.flatten(0, 1), _per_token(s, y), self.table)
-            x = self.widen(flat.view(*y.shape[:2], -1))
+            x = self.widen(windows(flat.view(*y.shape[:2], -1), self.neighbors, self.neighbors, lengths))
         if self.state is not None:
             x = x + self.state((y * self.state_scale(s)).to(self.state.weight.dtype))
         if t is None or self.map_reads in (None, "none"):
@@ -153,6 +159,20 @@ class TextDiT(nn.Module):
 
 
 HEAD_STD = 0.1
+
+
+def windows(x: Tensor, before: int, after: int, lengths: Tensor | None = None) -> Tensor:
+    """Every position beside its neighbours: (B, L, d) -> (B, L, (before + 1 + after) d), zeros beyond the ends of a row.
+
+    A causal decoder's residual stream holds the last token from the start, so that it learns bigrams at once; a bidirectional one
+    has to find its neighbours by attention first, and sits on the unigram plateau until it has. This hands them over.
+    """
+    if before == after == 0:
+        return x
+    if lengths is not None:
+        x = x * (torch.arange(x.shape[1], device=x.device) < lengths[:, None])[..., None]
+    padded = F.pad(x, (0, 0, before, after))
+    return torch.cat([padded[:, i : i + x.shape[1]] for i in range(before + 1 + after)], -1)
 
 
 def _per_token(s: Tensor, y: Tensor) -> Tensor:

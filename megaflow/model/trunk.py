@@ -20,10 +20,12 @@ RESIDUAL_SCALE = 0.3
 
 @dataclass
 class Cache:
-    """Keys and values of the positions seen so far, one (B, H, K, d_head) pair a block; for autoregressive sampling."""
+    """Keys and values of the positions seen so far, one (B, H, K, d_head) pair a block, and the last positions' embeddings; for
+    autoregressive sampling."""
 
     keys: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
+    recent: Tensor | None = None
 
     @property
     def length(self) -> int:

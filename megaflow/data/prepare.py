@@ -6,10 +6,12 @@ the target, which gets its name in one step at the end: whatever happens before 
 """
 
 import hashlib
+import json
 import os
 import shutil
 import socket
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,6 +37,7 @@ def prepare(config: DataConfig) -> dict[str, Any]:
     Returns at once if it is there already and was made with the same settings from the same text. Raises UserError
     if it was made otherwise, for sources that cannot be read, and for a split without a row.
     """
+    began = time.monotonic()
     files = sources.find_sources(config.source, config.source_format)
     given = tokenizers.given_tokenizer(config)
     _remove_stale(Path(config.path))
@@ -71,6 +74,7 @@ def prepare(config: DataConfig) -> dict[str, Any]:
             "blank_documents": survey.blank,
         }
         manifest = shards.write_manifest(folder, manifest)
+        (folder / shards.SECONDS_FILE).write_text(json.dumps(time.monotonic() - began))
     for split, counts in splits.items():
         line = ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in counts.items())
         print(f"{config.path}/{split}  {line}", file=sys.stderr)

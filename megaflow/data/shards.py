@@ -4,6 +4,7 @@
     tokenizer.json                   the tokenizer
     train/, validation/              MDS shards, one sample a row: tokens (int32, LENGTH), length (tokens that count)
     unigram.npy                      int64 (V,): how often each token counts in the training rows
+    seconds.json                     how long prepare took
     length_counts.npy                packing=document only, int64 (LENGTH + 1,): training rows of each length
 
 Row r of a split is sample r of its shards in order; ids beyond a row's length are 0.
@@ -24,6 +25,7 @@ from megaflow.progress import Progress
 MANIFEST_FILE = "prepared.json"
 UNIGRAM_FILE = "unigram.npy"
 LENGTH_COUNTS_FILE = "length_counts.npy"
+SECONDS_FILE = "seconds.json"
 SPLITS = ("train", "validation")
 VERSION = 1
 # small enough that the shuffle, which moves samples within blocks of 2^18, mixes several shards

@@ -10,7 +10,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from megaflow.data.shards import read_manifest
+from megaflow.data.shards import SECONDS_FILE, read_manifest
 from megaflow.errors import UserError
 from megaflow.train.run import lines, read_json, versions, write_atomically
 
@@ -31,16 +31,16 @@ def report(directory: str | Path) -> None:
     for name in found:
         if name not in evaluations:
             print(f"{found[name]} is not evaluated; megaflow evaluate {found[name]}")
-    stages = stage_seconds(manifest, summaries, evaluations)
+    stages = stage_seconds(directory, summaries, evaluations)
     measured = metrics(manifest, summaries, evaluations, stages)
     write_atomically(directory / "metrics.json", json.dumps(measured, indent=1, ensure_ascii=False))
     write_report(page(directory, manifest, found, summaries, evaluations, stages), directory / "report.html")
     print(f"{directory / 'metrics.json'}\n{directory / 'report.html'}")
 
 
-def stage_seconds(manifest: dict, summaries: dict, evaluations: dict) -> dict[str, float]:
+def stage_seconds(directory: Path, summaries: dict, evaluations: dict) -> dict[str, float]:
     """Seconds of every stage, in the order they run; installation is not among them."""
-    seconds = {"prepare": manifest.get("seconds", 0.0)}
+    seconds = {"prepare": json.loads((directory / "data" / SECONDS_FILE).read_text())}
     seconds |= {f"train {name}": summaries[name]["seconds"] for name in RUNS if name in summaries}
     return seconds | {f"evaluate {name}": evaluations[name]["seconds"] for name in RUNS if name in evaluations}
 

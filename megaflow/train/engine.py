@@ -63,6 +63,7 @@ def start(trainee: Trainee, config: Config, mesh: Mesh, micro: int, accumulation
     }
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it even where there is one process
     deepspeed.init_distributed("nccl" if mesh.device.type == "cuda" else "gloo", verbose=False, dist_init_required=False)
+    deepspeed.utils.groups._WORLD_GROUP = None  # it keeps its clone of the group that an earlier run in this process has left
     engine, *_ = deepspeed.initialize(model=trainee, optimizer=optimizer, config=settings)
     return engine
 

@@ -1,0 +1,139 @@
+"""The channel: beliefs are exact posteriors, and their mean embedding is the dense product, in value and gradient."""
+
+import pytest
+import torch
+
+from megaflow.flow import channel, interpolant
+from megaflow.flow import code as codes
+
+VOCAB, DIM = 13, 5
+
+
+@pytest.fixture(params=["identity", "frame"])
+def code(request):
+    made = codes.identity(VOCAB) if request.param == "identity" else codes.frame(VOCAB, DIM, torch.Generator().manual_seed(1))
+    return made.double()
+
+
+@pytest.fixture
+def generator():
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def log_prior(generator):
+    return torch.log_softmax(2.0 * torch.randn(VOCAB, generator=generator, dtype=torch.float64), 0)
+
+
+def seen(code, tokens, generator):
+    """(y, t): states of random tokens at times from 0 to where nothing is left to guess."""
+    t = torch.linspace(0.0, 0.995, tokens, dtype=torch.float64)
+    ids = torch.randint(VOCAB, (tokens,), generator=generator)
+    noise = torch.randn(tokens, code.dim, generator=generator, dtype=torch.float64)
+    return t[:, None] * codes.lookup(code, ids) + (1.0 - t[:, None]) * noise, t
+
+
+def test_belief_is_the_posterior_under_the_gaussian_likelihood(code, log_prior, generator):
+    y, t = seen(code, 200, generator)
+    rows = codes.lookup(code, torch.arange(VOCAB))
+    log_likelihood = torch.distributions.Normal(t[:, None, None] * rows, (1.0 - t)[:, None, None]).log_prob(y[:, None]).sum(-1)
+    exact = torch.softmax(log_prior + log_likelihood, -1)
+    torch.testing.assert_close(channel.belief(code, log_prior, y, t), exact, rtol=0, atol=1e-10)
+    assert exact[0].max() < 0.9 and exact[-1].max() > 0.999
+
+
+def test_belief_at_time_zero_is_the_prior_and_at_the_end_the_token(code, log_prior):
+    y = codes.lookup(code, torch.arange(VOCAB))
+    start, end = torch.zeros(VOCAB, dtype=torch.float64), torch.ones(VOCAB, dtype=torch.float64)
+    torch.testing.assert_close(channel.belief(code, log_prior, 3.0 * y, start), log_prior.exp().expand(VOCAB, -1))
+    torch.testing.assert_close(channel.belief(code, log_prior, y, end), torch.eye(VOCAB, dtype=torch.float64))
+
+
+def test_belief_in_single_precision_holds_to_the_end_of_the_bound(code, log_prior, generator):
+    """Its errors are those of fp32 logits of size c = 1e4, not more."""
+    y, t = seen(code, 200, generator)
+    single = codes.Code(VOCAB, code.dim, None if code.matrix is None else code.matrix.float(), code.leverage.float())
+    ours = channel.belief(single, log_prior.float(), y.float(), t.float())
+    torch.testing.assert_close(ours.double(), channel.belief(code, log_prior, y, t), rtol=0, atol=0.02)
+    torch.testing.assert_close(ours[:150].double(), channel.belief(code, log_prior, y, t)[:150], rtol=0, atol=1e-4)
+
+
+def test_gain_reads_the_channel_as_if_it_were_sharper(code, log_prior, generator):
+    """A gain g stands for c in both terms; where g = c it changes nothing."""
+    y, t = seen(code, 20, generator)
+    rows, gain = codes.lookup(code, torch.arange(VOCAB)), torch.linspace(0.0, 30.0, 20, dtype=torch.float64)
+    by_hand = log_prior + gain[:, None] * (y @ rows.T) - 0.5 * (gain * t)[:, None] * rows.square().sum(1)
+    torch.testing.assert_close(channel.belief(code, log_prior, y, t, gain), torch.softmax(by_hand, -1))
+    same = channel.belief(code, log_prior, y, t, interpolant.channel_strength(t))
+    torch.testing.assert_close(same, channel.belief(code, log_prior, y, t))
+
+
+@pytest.mark.parametrize("hot", [False, True])
+@pytest.mark.parametrize("tokens", [1, 64, 150])
+def test_belief_embedding_is_belief_times_table(code, log_prior, generator, monkeypatch, tokens, hot):
+    """Value and gradient of the dense form, over one chunk, exactly one, and several with a rest."""
+    monkeypatch.setattr(channel, "CHUNK_ELEMENTS", 1)
+    assert len(channel.chunks(tokens, VOCAB)) == {1: 1, 64: 1, 150: 3}[tokens]
+    y, t = seen(code, tokens, generator)
+    gain = torch.full((tokens,), 2.0, dtype=torch.float64) if hot else None
+    table = torch.randn(VOCAB, 4, generator=generator, dtype=torch.float64, requires_grad=True)
+    toward = torch.randn(tokens, 4, generator=generator, dtype=torch.float64)
+    ours = channel.belief_embedding(code, log_prior, y, t, table, gain)
+    dense = channel.belief(code, log_prior, y, t, gain) @ table
+    torch.testing.assert_close(ours, dense)
+    (grad,), (dense_grad,) = torch.autograd.grad(ours, table, toward), torch.autograd.grad(dense, table, toward)
+    torch.testing.assert_close(grad, dense_grad, rtol=0, atol=1e-12)
+    assert dense_grad.abs().max() > 0.1
+
+
+def test_belief_embedding_passes_gradcheck(code, log_prior, generator):
+    y, t = seen(code, 10, generator)
+    table = torch.randn(VOCAB, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: channel.belief_embedding(code, log_prior, y, t, x), table)
+
+
+def test_belief_embedding_gives_no_gradient_to_state_prior_or_time(code, log_prior, generator):
+    y, t = seen(code, 10, generator)
+    leaves = [x.clone().requires_grad_() for x in (y, t, log_prior)]
+    table = torch.randn(VOCAB, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+    channel.belief_embedding(code, leaves[2], leaves[0], leaves[1], table).sum().backward()
+    assert table.grad is not None and all(leaf.grad is None for leaf in leaves)
+
+
+def test_belief_embedding_with_a_half_precision_table(log_prior, generator, monkeypatch):
+    """Beliefs stay fp32, the gradient is summed over chunks in fp32 and rounded once."""
+    monkeypatch.setattr(channel, "CHUNK_ELEMENTS", 1)
+    code = codes.frame(VOCAB, DIM, torch.Generator().manual_seed(1))
+    y, t = (x.float() for x in seen(code.double(), 2000, generator))
+    table = torch.randn(VOCAB, 4, generator=generator).bfloat16().requires_grad_()
+    out = channel.belief_embedding(code, log_prior.float(), y, t, table)
+    dense = channel.belief(code, log_prior.float(), y, t) @ table.detach().float()
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), dense, rtol=0.02, atol=0.02)
+    out.sum().backward()
+    expected = channel.belief(code, log_prior.float(), y, t).sum(0)[:, None].expand(-1, 4)
+    torch.testing.assert_close(table.grad.float(), expected, rtol=0.01, atol=0.2)
+
+
+def test_channel_cross_entropy_scores_the_belief(code, log_prior, generator, monkeypatch):
+    monkeypatch.setattr(channel, "CHUNK_ELEMENTS", 1)
+    t = torch.linspace(0.0, 0.9, 150, dtype=torch.float64)
+    ids = torch.randint(VOCAB, (150,), generator=generator)
+    noise = torch.randn(150, code.dim, generator=generator, dtype=torch.float64)
+    y = t[:, None] * codes.lookup(code, ids) + (1.0 - t[:, None]) * noise
+    expected = -channel.belief(code, log_prior, y, t).gather(1, ids[:, None]).log()[:, 0]
+    torch.testing.assert_close(channel.channel_cross_entropy(code, log_prior, ids, noise, t), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("vocab", [2, 27, 50_257, 10_000_000])
+@pytest.mark.parametrize("tokens", [1, 63, 64, 65, 5000])
+def test_chunks_cover_all_tokens_once(tokens, vocab):
+    parts = channel.chunks(tokens, vocab)
+    assert [i for part in parts for i in range(part.start, part.stop)] == list(range(tokens))
+    largest = max(part.stop - part.start for part in parts)
+    assert largest * vocab <= max(channel.CHUNK_ELEMENTS, 64 * vocab)
+    assert len(parts) == 1 or largest >= 64
+
+
+def test_no_tokens_have_no_chunks():
+    assert channel.chunks(0, 27) == []

@@ -1,0 +1,247 @@
+"""The head against its dense form: losses with gradients, posteriors, draws, the integrands of the bound."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from megaflow.flow import channel, flow_map
+from megaflow.flow import code as codes
+from megaflow.flow import head as heads
+from megaflow.flow.head import Component, Head, Read
+
+VOCAB, WIDTH = 11, 6
+CODES = {
+    "identity": codes.identity(VOCAB).double(),
+    "frame": codes.frame(VOCAB, 4, torch.Generator().manual_seed(5)).double(),
+    "no channel": codes.identity(VOCAB).double(),
+    "no state": None,
+}
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    """64 tokens a chunk, so that the tests below go over several."""
+    monkeypatch.setattr(channel, "CHUNK_ELEMENTS", 1)
+
+
+@pytest.fixture(params=CODES)
+def kind(request):
+    return request.param
+
+
+def make(kind: str, tokens: int, seed: int = 0) -> tuple[Head, Read]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    code = CODES[kind]
+    head = Head(normal(VOCAB, WIDTH).requires_grad_(), normal(VOCAB).requires_grad_(), code, skip=kind in ("identity", "frame"))
+    hidden = normal(tokens, WIDTH).requires_grad_()
+    if code is None:
+        return head, Read(hidden)
+    return head, Read(hidden, 0.5 * normal(tokens, code.dim), torch.rand(tokens, generator=generator, dtype=torch.float64) * 0.8)
+
+
+def dense_logits(head: Head, read: Read) -> torch.Tensor:
+    """Written out: h . E + bias, and the channel's log-likelihood without the part that all tokens share."""
+    z = read.hidden @ head.weight.T + head.bias
+    if head.code is None or not head.skip:
+        return z
+    rows, (y, s) = codes.lookup(head.code, torch.arange(VOCAB)), (read.y, read.s[:, None])
+    return z + s / (1 - s) ** 2 * (y @ rows.T) - s**2 / (2 * (1 - s) ** 2) * rows.square().sum(1)
+
+
+def ids_and_weights(tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random tokens, weights of which every fourth is zero, as for padding."""
+    generator = torch.Generator().manual_seed(9)
+    weight = torch.rand(tokens, generator=generator, dtype=torch.float64)
+    weight[::4] = 0.0
+    return torch.randint(VOCAB, (tokens,), generator=generator), weight
+
+
+def same_gradients(ours: torch.Tensor, dense: torch.Tensor, head: Head, read: Read) -> None:
+    leaves = (read.hidden, head.weight, head.bias)
+    for one, other in zip(torch.autograd.grad(ours, leaves), torch.autograd.grad(dense, leaves), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+        assert other.abs().max() > 1e-3
+
+
+def test_logits_are_a_product_of_experts(kind):
+    head, read = make(kind, 50)
+    difference = heads.logits(head, read) - dense_logits(head, read)
+    torch.testing.assert_close(difference, difference[:, :1].expand_as(difference))  # up to what a softmax does not see
+
+
+@pytest.mark.parametrize("tokens", [1, 63, 64, 65, 200])
+def test_cross_entropy_is_the_plain_one(kind, tokens):
+    head, read = make(kind, tokens)
+    ids, weight = ids_and_weights(tokens)
+    weight[0] = 0.3
+    loss, terms = heads.cross_entropy(head, read, ids, weight)
+    plain = F.cross_entropy(dense_logits(head, read), ids, reduction="none")
+    torch.testing.assert_close(terms, plain.detach())
+    torch.testing.assert_close(loss, (plain * weight).sum())
+    same_gradients(3.0 * loss, 3.0 * (plain * weight).sum(), head, read)
+
+
+def test_cross_entropy_passes_gradcheck(kind):
+    head, read = make(kind, 70)
+    ids, weight = ids_and_weights(70)
+
+    def loss(hidden, table, bias):
+        return heads.cross_entropy(Head(table, bias, head.code, head.skip), Read(hidden, read.y, read.s), ids, weight)[0]
+
+    assert torch.autograd.gradcheck(loss, (read.hidden, head.weight, head.bias), fast_mode=True)
+
+
+def test_tokens_of_no_weight_give_no_gradient(kind):
+    head, read = make(kind, 130)
+    ids, weight = ids_and_weights(130)
+    target = [Component(head.detach(), Read(*(None if x is None else x.detach().flip(0) for x in read)), torch.ones(130).double())]
+    for loss, terms in (heads.cross_entropy(head, read, ids, weight), heads.divergence(head, read, target, weight)):
+        (grad,) = torch.autograd.grad(loss, read.hidden)
+        assert (grad[weight == 0.0] == 0.0).all() and (grad[weight > 0.0].abs().sum(1) > 0.0).all()
+        assert (terms[weight == 0.0] > 0.0).all()  # what is logged is not weighted
+
+
+def test_without_gradient_the_loss_is_the_same(kind):
+    head, read = make(kind, 130)
+    ids, weight = ids_and_weights(130)
+    with torch.no_grad():
+        loss, _ = heads.cross_entropy(head, read, ids, weight)
+    torch.testing.assert_close(loss, heads.cross_entropy(head, read, ids, weight)[0].detach())
+    assert not loss.requires_grad
+
+
+def mixed_target(kind: str, tokens: int) -> tuple[list[Component], torch.Tensor]:
+    """Two components with shares a and 1 - a, ends included, and the same mixture written out."""
+    share = torch.linspace(0.0, 1.0, tokens, dtype=torch.float64)
+    (one, first), (two, second) = make(kind, tokens, seed=1), make(kind, tokens, seed=2)
+    dense = share[:, None] * torch.softmax(dense_logits(one, first), -1) + (1 - share)[:, None] * torch.softmax(dense_logits(two, second), -1)
+    return [Component(one, first, share), Component(two, second, 1.0 - share)], dense.detach()
+
+
+@pytest.mark.parametrize("tokens", [1, 64, 65, 200])
+def test_divergence_is_the_plain_one(kind, tokens):
+    head, read = make(kind, tokens)
+    _, weight = ids_and_weights(tokens)
+    weight[0] = 0.3
+    target, dense = mixed_target(kind, tokens)
+    loss, terms = heads.divergence(head, read, target, weight)
+    plain = F.kl_div(torch.log_softmax(dense_logits(head, read), -1), dense, reduction="none").sum(-1)
+    torch.testing.assert_close(terms, plain.detach())
+    torch.testing.assert_close(loss, (plain * weight).sum())
+    same_gradients(loss, (plain * weight).sum(), head, read)
+
+
+def test_divergence_passes_gradcheck(kind):
+    head, read = make(kind, 70)
+    _, weight = ids_and_weights(70)
+    target, _ = mixed_target(kind, 70)
+
+    def loss(hidden, table, bias):
+        return heads.divergence(Head(table, bias, head.code, head.skip), Read(hidden, read.y, read.s), target, weight)[0]
+
+    assert torch.autograd.gradcheck(loss, (read.hidden, head.weight, head.bias), fast_mode=True)
+
+
+def test_the_target_of_a_divergence_has_no_gradient(kind):
+    head, read = make(kind, 70)
+    target, _ = mixed_target(kind, 70)
+    loss, _ = heads.divergence(head, read, target, torch.ones(70).double())
+    leaves = [target[0].head.weight, target[0].read.hidden, target[1].head.bias]
+    assert all(grad is None for grad in torch.autograd.grad(loss, leaves, allow_unused=True))
+
+
+def test_a_head_is_at_no_distance_from_itself(kind):
+    head, read = make(kind, 130)
+    loss, terms = heads.divergence(head, read, [Component(head, read, torch.ones(130).double())], torch.ones(130).double())
+    assert terms.abs().max() < 1e-12
+    assert max(grad.abs().max() for grad in torch.autograd.grad(loss, (read.hidden, head.weight, head.bias))) < 1e-12
+
+
+def test_the_adaptive_weight_scales_the_loss_and_is_not_differentiated(kind):
+    head, read = make(kind, 130)
+    _, weight = ids_and_weights(130)
+    target, dense = mixed_target(kind, 130)
+    loss, terms = heads.divergence(head, read, target, weight, partial(flow_map.adaptive_weight, power=0.5, constant=0.01))
+    log_q = torch.log_softmax(dense_logits(head, read), -1)
+    plain = F.kl_div(log_q, dense, reduction="none").sum(-1)
+    adaptive = ((log_q.exp() - dense).square().sum(-1) + 0.01).rsqrt()
+    detached, through = ((plain * weight * x).sum() for x in (adaptive.detach(), adaptive))
+    torch.testing.assert_close(terms, plain.detach())
+    torch.testing.assert_close(loss, detached)
+    differs = torch.autograd.grad(through, head.bias, retain_graph=True)[0] - torch.autograd.grad(detached, head.bias, retain_graph=True)[0]
+    assert differs.abs().max() > 1e-2
+    same_gradients(loss, detached, head, read)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
+@pytest.mark.parametrize("kind", ["identity", "frame", "no channel"], indirect=True)
+def test_posterior(kind, temperature):
+    head, read = make(kind, 130)
+    p = torch.softmax(dense_logits(head, read) / temperature, -1)
+    mean, token, confidence = heads.posterior(head, read, temperature)
+    torch.testing.assert_close(mean, (p @ codes.lookup(head.code, torch.arange(VOCAB))).detach())
+    assert torch.equal(token, p.argmax(-1)) and not mean.requires_grad
+    torch.testing.assert_close(confidence, p.max(-1).values.detach())
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_draws_have_the_law_of_the_posterior(kind, temperature):
+    """One token seen n times with evenly spaced uniforms: counts are n times the probabilities, to one."""
+    head, read = make(kind, 1)
+    n = 5000
+    many = Read(*(None if x is None else x.expand(n, *x.shape[1:]) for x in read))
+    uniform = (torch.arange(n, dtype=torch.float64) + 0.5) / n
+    token, probability = heads.draw(head, many, uniform, temperature)
+    p = torch.softmax(dense_logits(head, read) / temperature, -1)[0].detach()
+    assert (torch.bincount(token, minlength=VOCAB) - n * p).abs().max() <= 1.0
+    torch.testing.assert_close(probability.double(), p[token], rtol=1e-5, atol=1e-7)
+
+
+def test_draws_invert_the_distribution_function_at_its_edges():
+    """u in [F(k-1), F(k)) gives k; a token of no probability is never drawn, not even at u = 0 or just below 1."""
+    p = torch.tensor([0.0, 0.25, 0.0, 0.5, 0.25, 0.0], dtype=torch.float64)
+    head = Head(torch.zeros(6, 1).double(), p.log(), None, skip=False)
+    uniform = torch.tensor([0.0, 0.25 - 1e-12, 0.25, 0.5, 0.75 - 1e-12, 0.75, 1.0 - 2.0**-53], dtype=torch.float64)
+    token, probability = heads.draw(head, Read(torch.zeros(7, 1).double()), uniform)
+    assert token.tolist() == [1, 1, 3, 3, 3, 4, 4]
+    assert probability.tolist() == pytest.approx([0.25, 0.25, 0.5, 0.5, 0.5, 0.25, 0.25])
+
+
+@pytest.mark.parametrize("kind", ["identity", "frame", "no channel"], indirect=True)
+def test_denoising_error_is_cross_entropy_and_squared_error(kind):
+    head, read = make(kind, 130)
+    ids, _ = ids_and_weights(130)
+    z, rows = dense_logits(head, read).detach(), codes.lookup(head.code, torch.arange(VOCAB))
+    cross_entropy, error = heads.denoising_error(head, read, ids)
+    torch.testing.assert_close(cross_entropy, F.cross_entropy(z, ids, reduction="none"))
+    torch.testing.assert_close(error, (rows[ids] - torch.softmax(z, -1) @ rows).square().sum(-1))
+
+
+def test_negative_log_likelihood(kind):
+    head, read = make(kind, 130)
+    ids, _ = ids_and_weights(130)
+    ours = heads.negative_log_likelihood(head, read, ids)
+    torch.testing.assert_close(ours, F.cross_entropy(dense_logits(head, read), ids, reduction="none").detach())
+
+
+def test_half_precision_keeps_the_channel_in_single():
+    """A bf16 trunk: the channel's logits, in the thousands, are those of fp32, and the loss's gradients come back in bf16."""
+    head, read = make("frame", 130)
+    code = codes.frame(VOCAB, 4, torch.Generator().manual_seed(5))
+    y, s = read.y.float(), torch.full((130,), 0.99)
+    hidden, weight, bias = (x.detach().bfloat16().requires_grad_() for x in (read.hidden, head.weight, head.bias))
+    half = Head(weight, bias, code, skip=True)
+    z = heads.logits(half, Read(hidden, y, s))
+    without = heads.logits(Head(weight, bias, code, skip=False), Read(hidden, y, s))
+    channel_alone = channel.add_evidence(code, y, s, torch.zeros(130, VOCAB))
+    assert z.dtype == torch.float32 and channel_alone.abs().max() > 1000.0
+    torch.testing.assert_close(z - without, channel_alone, rtol=1e-6, atol=1e-2)
+    loss, _ = heads.cross_entropy(half, Read(hidden, y, s), torch.zeros(130, dtype=torch.int64), torch.ones(130))
+    assert loss.dtype == torch.float32
+    assert {grad.dtype for grad in torch.autograd.grad(loss, (hidden, weight, bias))} == {torch.bfloat16}

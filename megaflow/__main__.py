@@ -8,13 +8,16 @@ from megaflow import __version__
 from megaflow.errors import UserError
 
 EPILOG = """a.b=c overrides any key of a config; `megaflow config --keys` lists all keys.
-exit codes: 0 done, 1 failed, 2 bad input (one sentence says what), 75 stopped by SIGTERM or SIGUSR1 after saving: the same command continues"""
+exit codes: 0 done; 1 failed; 2 bad input, one sentence says what;
+75 stopped by SIGTERM or SIGUSR1 after saving, the same command continues"""
 
 
 def parser() -> argparse.ArgumentParser:
     """The whole command line; building it imports nothing heavy."""
     top = argparse.ArgumentParser(
-        prog="megaflow", description="Pretraining of flow language models, from raw text to one-step text.", epilog=EPILOG,
+        prog="megaflow",
+        description="Pretraining of flow language models, from raw text to one-step text.",
+        epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     top.add_argument("--version", action="version", version=f"megaflow {__version__}")
@@ -36,13 +39,17 @@ def parser() -> argparse.ArgumentParser:
     sample.add_argument("run", metavar="RUN", help="run directory")
     sample.add_argument("--count", type=int, default=4, help="texts (default 4)")
     sample.add_argument("--steps", type=int, default=None, help="steps of a flow (default 64) or flow map (default 1)")
-    sample.add_argument("--method", choices=("auto", "ode", "flow_map", "stochastic", "ancestral"), default="auto", help="sampler (default: auto)")
+    sample.add_argument(
+        "--method", choices=("auto", "ode", "flow_map", "stochastic", "ancestral"), default="auto", help="sampler (default: auto)"
+    )
     sample.add_argument("--gamma", type=float, default=None, help="share of fresh noise of --method stochastic, 0 to 1 (default 0.75)")
     sample.add_argument("--temperature", type=float, default=1.0, help="of the posteriors (default 1)")
     sample.add_argument("--seed", type=int, default=0, help="of noise and draws (default 0)")
     sample.add_argument("--json", action="store_true", help="JSON with tokens instead of plain text")
 
-    evaluate = commands.add_parser("evaluate", help="likelihood and judged samples of a run", description="Likelihood and judged samples of a run.")
+    evaluate = commands.add_parser(
+        "evaluate", help="likelihood and judged samples of a run", description="Likelihood and judged samples of a run."
+    )
     evaluate.add_argument("run", metavar="RUN", help="run directory; the result is also written to RUN/evaluation.json")
     evaluate.add_argument("--steps", default="1,2,4,16,64", help="step counts to sample with (default 1,2,4,16,64)")
     evaluate.add_argument("--samples", type=int, default=64, help="texts per step count (default 64)")
@@ -51,7 +58,9 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--seed", type=int, default=0, help="of noise and draws (default 0)")
     evaluate.add_argument("--json", metavar="FILE", default=None, help="write the JSON to another place")
 
-    report = commands.add_parser("report", help="metrics.json and report.html of a folder of runs", description="Gather DIR/{data,flow,autoregressive,flow_map}.")
+    report = commands.add_parser(
+        "report", help="metrics.json and report.html of a folder of runs", description="Gather DIR/{data,flow,autoregressive,flow_map}."
+    )
     report.add_argument("dir", metavar="DIR", help="folder that holds data, flow, autoregressive and flow_map")
     return top
 

@@ -24,7 +24,9 @@ class Progress:
     `unit` names what is counted ('rows', 'steps'), `start` is where an earlier process stopped.
     """
 
-    def __init__(self, label: str, total: float, unit: str, start: float = 0, stream: TextIO | None = None, interval: float | None = None) -> None:
+    def __init__(
+        self, label: str, total: float, unit: str, start: float = 0, stream: TextIO | None = None, interval: float | None = None
+    ) -> None:
         self.label, self.total, self.unit, self.start = label, total, unit, start
         self.stream = stream if stream is not None else sys.stderr
         self.in_place = self.stream.isatty()
@@ -40,7 +42,8 @@ class Progress:
         self.shown = now
         speed = (done - self.start) / max(now - self.began, 1e-9)
         left = duration((self.total - done) / speed) if speed > 0 else "?"
-        line = f"{self.label}  {done:,.0f}/{self.total:,.0f} {self.unit}  {100 * done / max(self.total, 1):3.0f}%  {speed:,.1f} {self.unit}/s  {left} left"
+        share = 100 * done / max(self.total, 1)
+        line = f"{self.label}  {done:,.0f}/{self.total:,.0f} {self.unit}  {share:3.0f}%  {speed:,.1f} {self.unit}/s  {left} left"
         if note:
             line += f"  {note}"
         if self.in_place:

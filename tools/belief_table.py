@@ -61,7 +61,9 @@ def main() -> None:
     for seed in range(arguments.seeds):
         for name, overrides in FLOWS.items():
             run = arguments.out / f"{slug(name)}_{seed}"
-            megaflow("pretrain", arguments.config, f"run.dir={run}", f"run.seed={seed}", f"train.steps={arguments.steps}", *common, *overrides)
+            megaflow(
+                "pretrain", arguments.config, f"run.dir={run}", f"run.seed={seed}", f"train.steps={arguments.steps}", *common, *overrides
+            )
             results.setdefault(name, []).append(evaluated(run, "32"))
         teacher = arguments.out / f"{slug(TEACHER)}_{seed}"
         for name, reads in MAPS.items():
@@ -81,10 +83,9 @@ def write(out: Path, results: dict[str, list[dict[str, Any]]]) -> None:
     for name in FLOWS:
         runs = results.get(name, [])
         sample = "autoregressive" if name == "autoregressive" else "32"
-        lines.append(
-            f"| {name} | {spread([r['likelihood'].get('nats_per_token') for r in runs])} "
-            f"| {spread([r['samples'][sample]['judge_bits_per_char'] for r in runs])} | {spread([r['samples'][sample]['entropy'] for r in runs])} |"
-        )
+        bounds = spread([run["likelihood"].get("nats_per_token") for run in runs])
+        judged = [spread([run["samples"][sample][key] for run in runs]) for key in ("judge_bits_per_char", "entropy")]
+        lines.append(f"| {name} | {bounds} | {' | '.join(judged)} |")
     unigram = results[TEACHER][0]["likelihood"]["unigram_nats_per_token"]
     lines += ["", f"Unigram entropy {unigram:.3f} nats/token; {len(results[TEACHER])} seeds; mean ± half the range.", ""]
     lines += ["| map | 1 step: judge / entropy | 2 steps | 4 steps | 32 steps |", "|---|---|---|---|---|"]

@@ -154,7 +154,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0, help="budget of each comparison (default 60)")
     arguments = parser.parse_args()
     found: dict[str, Any] = {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU, {len(os.sched_getaffinity(0))} cores",
+        "device": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"{platform.machine()} CPU, {len(os.sched_getaffinity(0))} cores",
         "torch": torch.__version__,
     }
     code = side("code", SMALL, VOCAB, SMALL_LENGTH)

@@ -47,9 +47,14 @@ def contradictions(config: Config, vocab: int | None = None) -> None:
         if flow.code == "identity" and flow.code_dim != vocab:
             raise ConfigError(f"flow.code=identity has as many dimensions as tokens, {vocab}; flow.code_dim={flow.code_dim} contradicts it")
         if flow.code == "frame" and flow.code_dim >= vocab:
-            raise ConfigError(f"flow.code=frame needs flow.code_dim below the vocabulary of {vocab}, not {flow.code_dim}; or use flow.code=identity")
+            raise ConfigError(
+                f"flow.code=frame needs flow.code_dim below the vocabulary of {vocab}, not {flow.code_dim}; or use flow.code=identity"
+            )
         if flow.skip == "off" and flow.code == "frame":
-            raise ConfigError("flow.skip=off contradicts flow.code=frame: without the channel term a coded flow never resolves its tokens and has no bound")
+            raise ConfigError(
+                "flow.skip=off contradicts flow.code=frame: without the channel term a coded flow never resolves its tokens "
+                "and has no bound"
+            )
     if config.optim.name == "muon" and (config.parallel.zero or train.precision != "fp32"):
         raise ConfigError(
             "optim.name=muon orthogonalises whole matrices, which are flat slices under ZeRO and in DeepSpeed's bf16 engine; "

@@ -65,7 +65,9 @@ def checked(source: str, name: str, value: Any) -> Any:
         if section:
             raise ConfigError(f"{source}: {name} is a section, not a value; set one of its keys, such as {section[0]}")
         hint = next((k for k in schema if near and k.endswith(near[0])), None)
-        raise ConfigError(f"{source}: there is no key {name}" + (f"; the nearest is {hint}" if hint else "; megaflow config --keys lists all of them"))
+        raise ConfigError(
+            f"{source}: there is no key {name}" + (f"; the nearest is {hint}" if hint else "; megaflow config --keys lists all of them")
+        )
     item = schema[name]
     rule = item.metadata
     expected = describe(item)
@@ -99,8 +101,13 @@ def describe(item: dataclasses.Field) -> str:
     if rule["choices"] is not None:
         words = str(rule["choices"][0]) if len(rule["choices"]) == 1 else "one of " + ", ".join(map(str, rule["choices"]))
     else:
-        words = {int: "an integer", Any: "an integer", float: "a number", str: "a string", bool: "true or false"}.get(item.type, "a list of strings")
-        limits = [f"at least {rule['low']:g}" if rule["low"] is not None else "", f"above {rule['above']:g}" if rule["above"] is not None else ""]
+        words = {int: "an integer", Any: "an integer", float: "a number", str: "a string", bool: "true or false"}.get(
+            item.type, "a list of strings"
+        )
+        limits = [
+            f"at least {rule['low']:g}" if rule["low"] is not None else "",
+            f"above {rule['above']:g}" if rule["above"] is not None else "",
+        ]
         limits += [f"at most {rule['high']:g}" if rule["high"] is not None else ""]
         limits = [limit for limit in limits if limit]
         if limits:
@@ -129,7 +136,9 @@ def to_yaml(config: Config) -> str:
 def _build(kind: type, values: dict[str, Any], prefix: str) -> Any:
     made = {}
     for item in dataclasses.fields(kind):
-        made[item.name] = _build(item.type, values, f"{prefix}{item.name}.") if dataclasses.is_dataclass(item.type) else values[prefix + item.name]
+        made[item.name] = (
+            _build(item.type, values, f"{prefix}{item.name}.") if dataclasses.is_dataclass(item.type) else values[prefix + item.name]
+        )
     return kind(**made)
 
 

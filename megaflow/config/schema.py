@@ -74,7 +74,9 @@ class ClockConfig:
 
 @dataclass
 class FlowConfig:
-    code: str = key("auto", "identity: the one-hot state; frame: a fixed tight frame of code_dim dimensions", choices=("auto", "identity", "frame"))
+    code: str = key(
+        "auto", "identity: the one-hot state; frame: a fixed tight frame of code_dim dimensions", choices=("auto", "identity", "frame")
+    )
     code_dim: Any = key("auto", "dimensions of the state", low=2, auto=True)
     interpolant: str = key("linear", "path from noise to data", choices=("linear",))
     prior: str = key("gaussian", "law of the noise", choices=("gaussian",))

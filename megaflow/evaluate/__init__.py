@@ -1,6 +1,6 @@
 """Metrics on runs: likelihood, generated text and its judge, and the page that shows them.
 
-    generate     text from a run                 judge     the character n-gram that judges it
-    evaluation   likelihood and judged samples   gather    metrics.json and report.html of a folder of runs
-    figures, report   the page
+generate     text from a run                 judge     the character n-gram that judges it
+evaluation   likelihood and judged samples   gather    metrics.json and report.html of a folder of runs
+figures, report   the page
 """

@@ -20,7 +20,6 @@ from megaflow.errors import UserError
 from megaflow.evaluate import judge as judges
 from megaflow.evaluate.generate import Run, generate, load_run, text_of
 from megaflow.evaluate.judge import Judge
-from megaflow.flow import clock as clocks
 from megaflow.flow.likelihood import Estimate, RangeTooShort
 from megaflow.model.bound import bound_of_rows
 from megaflow.parallel import random
@@ -117,7 +116,12 @@ def likelihood(run: Run, held_out: HeldOut, draws: int, seed: int) -> dict[str, 
         ) / counted(held_out, 0, len(ids))
         log_prior = run.network.log_prior.double().cpu()
         entropy = -float(np.mean(np.concatenate([log_prior[torch.tensor(row)].numpy() for row in held_out.rows])))
-        found: dict[str, Any] = {"kind": "exact", "nats_per_token": nats, "standard_error_nats": 0.0, "tokens": counted(held_out, 0, len(ids))}
+        found: dict[str, Any] = {
+            "kind": "exact",
+            "nats_per_token": nats,
+            "standard_error_nats": 0.0,
+            "tokens": counted(held_out, 0, len(ids)),
+        }
     else:
         progress = Progress(f"bound {run.directory.name}", len(ids), "rows")
         try:

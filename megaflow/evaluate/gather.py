@@ -55,7 +55,8 @@ def metrics(manifest: dict, summaries: dict, evaluations: dict, stages: dict[str
         return None if entry is None else {"judge_bits_per_char": entry["judge_bits_per_char"], "entropy": entry["entropy"]}
 
     samples: dict[str, Any] = {
-        name: {count: short(entry) for count, entry in evaluations.get(name, {}).get("samples", {}).items()} for name in ("flow", "flow_map")
+        name: {count: short(entry) for count, entry in evaluations.get(name, {}).get("samples", {}).items()}
+        for name in ("flow", "flow_map")
     }
     samples["autoregressive"] = short(baseline.get("samples", {}).get("autoregressive"))
     samples |= {"data": short(reference.get("data")), "unigram": short(reference.get("unigram"))}

@@ -65,7 +65,13 @@ def load_run(directory: str | Path) -> Run:
 
 
 def sample(
-    directory: str | Path, count: int, steps: int | None, method: str = "auto", temperature: float = 1.0, gamma: float | None = None, seed: int = 0
+    directory: str | Path,
+    count: int,
+    steps: int | None,
+    method: str = "auto",
+    temperature: float = 1.0,
+    gamma: float | None = None,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """`megaflow sample RUN`: texts, their tokens and how they were made. Raises UserError."""
     if count < 1:
@@ -73,17 +79,18 @@ def sample(
     run = load_run(directory)
     method, steps, gamma = chosen(run, method, steps, gamma)
     rows = generate(run, count, steps, method, temperature, gamma, seed)
-    return {
-        "run": str(directory), "step": run.checkpoint.state["step"], "method": method, "steps": steps, "temperature": temperature, "gamma": gamma, "seed": seed,
-        "texts": [text_of(run, row) for row in rows], "tokens": rows,
-    }  # fmt: skip
+    settings = {"method": method, "steps": steps, "temperature": temperature, "gamma": gamma, "seed": seed}
+    made = {"run": str(directory), "step": run.checkpoint.state["step"], **settings}
+    return {**made, "texts": [text_of(run, row) for row in rows], "tokens": rows}
 
 
 def chosen(run: Run, method: str, steps: int | None, gamma: float | None) -> tuple[str, int | None, float | None]:
     """The sampler's settings after `auto`; refuses what this run cannot do. Raises UserError."""
     if run.parts is None:
         if method != "auto" or steps is not None or gamma is not None:
-            raise UserError(f"{run.directory} is autoregressive: it writes one token after another and takes no --method, --steps or --gamma")
+            raise UserError(
+                f"{run.directory} is autoregressive: it writes one token after another and takes no --method, --steps or --gamma"
+            )
         return "autoregressive", None, None
     if method == "auto":
         method = "stochastic" if gamma is not None else ("flow_map" if run.is_map else "ode")
@@ -103,7 +110,14 @@ def chosen(run: Run, method: str, steps: int | None, gamma: float | None) -> tup
 
 @torch.no_grad()
 def generate(
-    run: Run, count: int, steps: int | None, method: str, temperature: float, gamma: float | None, seed: int, callback: Callback | None = None
+    run: Run,
+    count: int,
+    steps: int | None,
+    method: str,
+    temperature: float,
+    gamma: float | None,
+    seed: int,
+    callback: Callback | None = None,
 ) -> list[list[int]]:
     """`count` rows of tokens, each a function of (seed, its index) alone; `callback` sees the steps of the first batch."""
     if not temperature > 0.0:
@@ -122,10 +136,18 @@ def generate(
 
 
 def write_by_flow(
-    run: Run, places: list[int], lengths: list[int] | None, steps: int, method: str, temperature: float, gamma: float | None, seed: int, see: Callback
+    run: Run,
+    places: list[int],
+    lengths: list[int] | None,
+    steps: int,
+    method: str,
+    temperature: float,
+    gamma: float | None,
+    seed: int,
+    see: Callback,
 ) -> Tensor:
     """(B, L) tokens by one of the samplers, on `steps` steps of the run's own clock."""
-    network, parts, device = run.network, run.parts, run.network.weight.device
+    parts, device = run.parts, run.network.weight.device
     shape = (run.manifest["length"], parts.code.dim)
     counted = None if lengths is None else torch.tensor(lengths, device=device)
 
@@ -145,7 +167,9 @@ def write_by_flow(
     return sampler.ancestral(denoise, lambda ids: lookup(parts.code, ids), y, times, fresh, see)
 
 
-def denoiser(run: Run, places: list[int], lengths: Tensor | None, temperature: float, seed: int, draws: bool) -> Callable[[Tensor, float, float], Posterior]:
+def denoiser(
+    run: Run, places: list[int], lengths: Tensor | None, temperature: float, seed: int, draws: bool
+) -> Callable[[Tensor, float, float], Posterior]:
     """The network as samplers see it. `draws`: tokens are drawn from the posterior instead of its most likely ones."""
     network = run.network
     calls = iter(range(10**9))

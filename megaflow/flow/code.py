@@ -28,8 +28,11 @@ class Code:
         return Code(self.vocab, self.dim, matrix, self.leverage.to(device))
 
     def double(self) -> "Code":
-        matrix = None if self.matrix is None else self.matrix.double()
-        return Code(self.vocab, self.dim, matrix, self.leverage.double())
+        """In fp64: the same matrix, and its leverage without the rounding to fp32."""
+        if self.matrix is None:
+            return Code(self.vocab, self.dim, None, self.leverage.double())
+        matrix = self.matrix.double()
+        return Code(self.vocab, self.dim, matrix, matrix.square().sum(1))
 
 
 def identity(vocab: int) -> Code:

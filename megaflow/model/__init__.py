@@ -1,10 +1,10 @@
 """Networks: the trunk that all of them share, and what each reads and writes.
 
-    attention      one adapter over flash-attn, torch SDPA and a plain form
-    trunk          pre-norm transformer blocks with rotary positions, optionally conditioned on time
-    text_dit       the flow network (and flow map): state in, hidden out, with its head
-    autoregressive the baseline: the same trunk, causal, tokens in
-    parts          the fixed parts of a flow (code, prior, range) and the profile its clock is fitted to
-    bound          the likelihood bound of a network on rows of tokens
-    build          networks from configs
+attention      one adapter over flash-attn, torch SDPA and a plain form
+trunk          pre-norm transformer blocks with rotary positions, optionally conditioned on time
+text_dit       the flow network (and flow map): state in, hidden out, with its head
+autoregressive the baseline: the same trunk, causal, tokens in
+parts          the fixed parts of a flow (code, prior, range) and the profile its clock is fitted to
+bound          the likelihood bound of a network on rows of tokens
+build          networks from configs
 """

@@ -1,8 +1,8 @@
 """Attention behind one adapter: `attend` calls the kernel that `choose` picked, once, when the model is built.
 
-    flash   flash-attn, where it is installed and the tensors are half precision on a GPU
-    sdpa    torch.nn.functional.scaled_dot_product_attention
-    plain   softmax(q k^T / sqrt(d)) v written out: the oracle, and the form that has forward-mode derivatives
+flash   flash-attn, where it is installed and the tensors are half precision on a GPU
+sdpa    torch.nn.functional.scaled_dot_product_attention
+plain   softmax(q k^T / sqrt(d)) v written out: the oracle, and the form that has forward-mode derivatives
 """
 
 import importlib.util

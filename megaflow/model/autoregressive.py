@@ -52,6 +52,8 @@ class Autoregressive(nn.Module):
     def step(self, previous: Tensor | None, batch: int, cache: Cache) -> Tensor:
         """Hidden state (B, d) of the next position, given the token before it (B,), or None at the first."""
         embedded = self.start.expand(batch, -1) if previous is None else F.embedding(previous, self.table)
-        recent = F.pad(embedded[:, None], (0, 0, self.before, 0)) if cache.recent is None else torch.cat([cache.recent, embedded[:, None]], 1)
+        recent = (
+            F.pad(embedded[:, None], (0, 0, self.before, 0)) if cache.recent is None else torch.cat([cache.recent, embedded[:, None]], 1)
+        )
         cache.recent = recent[:, recent.shape[1] - self.before :]
         return self.trunk(self.widen(recent.flatten(1)[:, None]), causal=True, cache=cache)[:, 0]

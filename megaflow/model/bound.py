@@ -31,7 +31,8 @@ def bound_of_rows(
 ) -> Estimate:
     """The bound on rows (R, L), `draws` times and noises each, in nats per counted token.
 
-    The channel's terms are in fp64, or with `double` off in fp32, twice as fast and good for watching a training run. Raises flow.likelihood.RangeTooShort where the network has no bound on the flow's range.
+    The channel's terms are in fp64, or with `double` off in fp32, twice as fast and good for watching a training run.
+    Raises flow.likelihood.RangeTooShort where the network has no bound on the flow's range.
     """
     rows, width = ids.shape
     counted = torch.ones_like(ids) if lengths is None else (torch.arange(width, device=ids.device) < lengths[:, None]).long()

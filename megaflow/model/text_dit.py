@@ -75,7 +75,15 @@ class TextDiT(nn.Module):
     """
 
     def __init__(
-        self, shape: Shape, code: Code, log_prior: Tensor, span: Range, skip: bool, reads: tuple[str, ...], map_reads: str | None, kernel: str
+        self,
+        shape: Shape,
+        code: Code,
+        log_prior: Tensor,
+        span: Range,
+        skip: bool,
+        reads: tuple[str, ...],
+        map_reads: str | None,
+        kernel: str,
     ) -> None:
         super().__init__()
         self.code, self.log_prior, self.span, self.skip = code, log_prior, span, skip

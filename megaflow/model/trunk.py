@@ -87,12 +87,21 @@ class Block(nn.Module):
                 self.modulation.bias.copy_(torch.tensor([0.0, 0.0, 1.0]).repeat_interleave(self.out.in_features).repeat(2))
 
     def forward(
-        self, x: Tensor, condition: Tensor | None, angles: tuple[Tensor, Tensor], causal: bool, keys: Tensor | None, cache: Cache | None, index: int
+        self,
+        x: Tensor,
+        condition: Tensor | None,
+        angles: tuple[Tensor, Tensor],
+        causal: bool,
+        keys: Tensor | None,
+        cache: Cache | None,
+        index: int,
     ) -> Tensor:
         shape = x.shape[-1:]
         if self.modulation is not None:
             shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition)[:, None].chunk(6, -1)
-            x = torch.addcmul(x, gate1, self.attention(torch.addcmul(shift1, F.layer_norm(x, shape), 1 + scale1), angles, causal, keys, cache, index))
+            x = torch.addcmul(
+                x, gate1, self.attention(torch.addcmul(shift1, F.layer_norm(x, shape), 1 + scale1), angles, causal, keys, cache, index)
+            )
             return torch.addcmul(x, gate2, self.mlp(torch.addcmul(shift2, F.layer_norm(x, shape), 1 + scale2)))
         x = x + self.attention(F.layer_norm(x, shape, self.gains[0]), angles, causal, keys, cache, index)
         return x + self.mlp(F.layer_norm(x, shape, self.gains[1]))

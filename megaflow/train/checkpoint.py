@@ -77,7 +77,9 @@ def save(run: Path, checkpoint: Checkpoint, keep: int) -> Path:
         _flush(target.parent)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(f"{target}: the checkpoint could not be written ({error.strerror or error}); earlier checkpoints are intact") from None
+        raise UserError(
+            f"{target}: the checkpoint could not be written ({error.strerror or error}); earlier checkpoints are intact"
+        ) from None
     for old in steps(run)[:-keep]:
         shutil.rmtree(folder(run, old))
     return target
@@ -92,7 +94,9 @@ def read(path: Path, names: tuple[str, ...] = TENSORS) -> Checkpoint:
     for file in ("state.json", *(f"{name}.safetensors" for name in names)):
         expected = manifest.get(file)
         if expected is None or not (path / file).is_file() or _sha256(path / file) != expected["sha256"]:
-            raise Damaged(f"{path / file}: not the file that was written (its hash differs); delete this checkpoint to go on from an earlier one")
+            raise Damaged(
+                f"{path / file}: not the file that was written (its hash differs); delete this checkpoint to go on from an earlier one"
+            )
     tensors = {name: load_file(path / f"{name}.safetensors") if name in names else {} for name in TENSORS}
     return Checkpoint(**tensors, state=json.loads((path / "state.json").read_text()))
 

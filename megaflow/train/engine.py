@@ -76,7 +76,9 @@ def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:
     share = min((step - warmup) / max(steps - 1 - warmup, 1), 1.0)
     if optim.schedule == "constant":
         return optim.learning_rate
-    shape = 1.0 - share if optim.schedule == "linear" else 0.5 * (1.0 + torch.cos(torch.tensor(torch.pi * share, dtype=torch.float64)).item())
+    shape = (
+        1.0 - share if optim.schedule == "linear" else 0.5 * (1.0 + torch.cos(torch.tensor(torch.pi * share, dtype=torch.float64)).item())
+    )
     return optim.learning_rate * (optim.final_fraction + (1.0 - optim.final_fraction) * shape)
 
 

@@ -1,10 +1,10 @@
 """The run directory: what a run is, whether this config may continue it, and who is writing to it.
 
-    config.yaml      the resolved config            origin.json    where each value came from
-    run.json         stage, git state, package versions, command line of every start
-    metrics.jsonl    one line a logged step; a curve without gaps or double steps, whatever happened to the process
-    checkpoints/     see checkpoint.py              flow.safetensors   the flow's fixed parts, see model/parts.py
-    summary.json     of a finished run: seconds, speed, memory
+config.yaml      the resolved config            origin.json    where each value came from
+run.json         stage, git state, package versions, command line of every start
+metrics.jsonl    one line a logged step; a curve without gaps or double steps, whatever happened to the process
+checkpoints/     see checkpoint.py              flow.safetensors   the flow's fixed parts, see model/parts.py
+summary.json     of a finished run: seconds, speed, memory
 """
 
 import fcntl
@@ -24,7 +24,18 @@ from megaflow.errors import UserError
 MAY_CHANGE = ("parallel.", "log.", "train.checkpoint_every", "run.dir")
 """Keys that a continued run may change; train.steps may grow."""
 
-PACKAGES = ("torch", "deepspeed", "mosaicml-streaming", "tokenizers", "safetensors", "numpy", "omegaconf", "transformers", "wandb", "flash-attn")
+PACKAGES = (
+    "torch",
+    "deepspeed",
+    "mosaicml-streaming",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "omegaconf",
+    "transformers",
+    "wandb",
+    "flash-attn",
+)
 
 
 def lock(directory: Path) -> TextIO:
@@ -135,7 +146,9 @@ def git_state() -> dict[str, Any]:
     """Commit of the code that runs and whether it was changed since; empty where it is not a git checkout."""
     here = Path(__file__).resolve().parent
     try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
         status = subprocess.run(["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, timeout=10, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return {}

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from megaflow.config.schema import Config
-from megaflow.model.bound import bound_of_rows
 from megaflow.flow import clock as clocks
 from megaflow.flow import head as heads
 from megaflow.flow.code import lookup
 from megaflow.flow.interpolant import noisy_state
 from megaflow.flow.likelihood import RangeTooShort
-from megaflow.model.text_dit import TextDiT
+from megaflow.model.bound import bound_of_rows
 from megaflow.model.parts import Parts, Profile, fit_clock, initial_profile
+from megaflow.model.text_dit import TextDiT
 from megaflow.train.stage import Batch, cells, noise
 
 

@@ -15,8 +15,6 @@ import torch
 from torch import Tensor
 
 from megaflow.config.schema import Config
-from megaflow.model.bound import bound_of_rows
-from megaflow.flow import clock as clocks
 from megaflow.flow import flow_map
 from megaflow.flow import head as heads
 from megaflow.flow.clock import Clock
@@ -24,9 +22,10 @@ from megaflow.flow.code import lookup
 from megaflow.flow.head import Component
 from megaflow.flow.interpolant import noisy_state, transport
 from megaflow.flow.likelihood import RangeTooShort
+from megaflow.model.bound import bound_of_rows
+from megaflow.model.parts import Parts
 from megaflow.model.text_dit import TextDiT
 from megaflow.parallel import random
-from megaflow.model.parts import Parts
 from megaflow.train.stage import Batch, cells, noise
 
 DIAGONAL, INNER, BOUNDARY = 0, 1, 2
@@ -108,7 +107,9 @@ class MapStage:
 
     def validate(self, ids: Tensor, lengths: Tensor | None) -> dict[str, float]:
         """The objective itself on validation rows with draws that never change, and the bound of the diagonal."""
-        counted = torch.ones_like(ids, dtype=torch.bool) if lengths is None else torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
+        counted = (
+            torch.ones_like(ids, dtype=torch.bool) if lengths is None else torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
+        )
         weight = (counted / counted.sum()).flatten().float()
         batch = Batch(ids, lengths, torch.arange(len(ids)), -1, len(ids), weight)
         with torch.no_grad():

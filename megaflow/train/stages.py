@@ -53,7 +53,8 @@ def distill(path: str, overrides: list[str]) -> int:
     if differing:
         name = differing[0]
         raise ConfigError(
-            f"{loaded.origin[name]}: {name}={new[name]!r} contradicts the teacher's {inherited[name]!r}; network, flow and data are the teacher's"
+            f"{loaded.origin[name]}: {name}={new[name]!r} contradicts the teacher's {inherited[name]!r}; "
+            "network, flow and data are the teacher's"
         )
     loaded.origin.update({k: "auto" for k in inherited if teacher.origin.get(k) == "auto"})
     return _train(loaded, "distill", began)
@@ -73,7 +74,9 @@ def _train(loaded: Loaded, kind: str, began: float) -> int:
             config = loaded.config
             if finished(directory, config.train.steps):
                 if mesh.first:
-                    print(f"{directory}: finished at step {config.train.steps}; nothing to do (a larger train.steps goes on)", file=sys.stderr)
+                    print(
+                        f"{directory}: finished at step {config.train.steps}; nothing to do (a larger train.steps goes on)", file=sys.stderr
+                    )
                 return 0
             (directory / "summary.json").unlink(missing_ok=True)
             check_tokenizer(directory, manifest, mesh)
@@ -111,7 +114,9 @@ def distill_stage(config: Config, mesh: Mesh) -> Stage:
         _save_parts(fixed, file)
     meshes.barrier(mesh)
     if not parts.same(fixed, parts.read(file)):
-        raise UserError(f"{file}: code, prior or range differ from those of the teacher {source}; they must be its own, start the map afresh")
+        raise UserError(
+            f"{file}: code, prior or range differ from those of the teacher {source}; they must be its own, start the map afresh"
+        )
     found = trained(source)
     teacher = build.flow_network(config, fixed, mesh.device)
     ema.load(teacher, found.averaged)

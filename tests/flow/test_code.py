@@ -62,6 +62,7 @@ def test_double_precision_and_moves_keep_the_values():
         assert (double.vocab, double.dim, double.leverage.dtype) == (code.vocab, code.dim, torch.float64)
         assert codes.lookup(double, torch.tensor([2])).dtype == torch.float64
         assert torch.equal(codes.lookup(double, torch.arange(6)), codes.lookup(code, torch.arange(6)).double())
+        torch.testing.assert_close(double.leverage, codes.lookup(double, torch.arange(6)).square().sum(1), rtol=1e-15, atol=0)
         assert torch.equal(code.to("cpu").leverage, code.leverage)
 
 

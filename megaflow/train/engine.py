@@ -65,6 +65,8 @@ def start(trainee: Trainee, config: Config, mesh: Mesh, micro: int, accumulation
     deepspeed.init_distributed("nccl" if mesh.device.type == "cuda" else "gloo", verbose=False, dist_init_required=False)
     deepspeed.utils.groups._WORLD_GROUP = None  # it keeps its clone of the group that an earlier run in this process has left
     engine, *_ = deepspeed.initialize(model=trainee, optimizer=optimizer, config=settings)
+    if _wrapped(engine) and not _sharded(engine):
+        _undo_first_step(engine)
     return engine
 
 
@@ -93,7 +95,7 @@ def step(engine: Any) -> float:
     Under ZeRO 0 in fp32 DeepSpeed reports no norm, and the gradients, already summed over all processes, are at hand.
     """
     norm: float | None = None
-    if not _sharded(engine):
+    if not _wrapped(engine):
         norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None]).item()
     engine.step()
     return float(engine.get_global_grad_norm()) if norm is None else norm
@@ -106,6 +108,8 @@ def weights(engine: Any) -> dict[str, Tensor]:
     full = _named(engine)
     if all(p.dtype == torch.float32 for p in full.values()):
         return {name: p.detach() for name, p in full.items()}
+    if not _sharded(engine):
+        return {name: _master(engine, p).detach() for name, p in full.items()}
     return {name: safe_get_full_fp32_param(p).view_as(p) for name, p in full.items()}
 
 
@@ -137,6 +141,7 @@ def restore(engine: Any, weight: dict[str, Tensor], moment: dict[str, Tensor], s
             for key, value in values.items():
                 safe_set_full_optimizer_state(p, value, key)
         else:
+            _master(engine, p).copy_(weight[name])
             state = _state(engine, p)
             state |= {key: value.clone() for key, value in values.items()}
             if "exp_avg" in values:
@@ -146,16 +151,37 @@ def restore(engine: Any, weight: dict[str, Tensor], moment: dict[str, Tensor], s
 def _state(engine: Any, p: nn.Parameter) -> dict[str, Any]:
     """An unsharded parameter's optimizer state, itself and not a copy."""
     optimizer = engine.optimizer
-    return optimizer.state_of(p) if isinstance(optimizer, Together) else optimizer.state[p]
+    return optimizer.state_of(p) if isinstance(optimizer, Together) else optimizer.state[_master(engine, p)]
+
+
+def _master(engine: Any, p: nn.Parameter) -> Tensor:
+    """The fp32 weight that an unsharded optimizer moves: the parameter itself, or DeepSpeed's copy of a bf16 one."""
+    if not _wrapped(engine):
+        return p
+    both = zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups, strict=True)  # "fp16" is any half precision
+    return next(full for half, master in both for q, full in zip(half, master, strict=True) if q is p)
 
 
 def _named(engine: Any) -> dict[str, nn.Parameter]:
     return {name.removeprefix("network."): p for name, p in engine.module.named_parameters() if p.requires_grad}
 
 
-def _sharded(engine: Any) -> bool:
-    """True where DeepSpeed wraps the optimizer and keeps flat fp32 partitions of its own."""
+def _wrapped(engine: Any) -> bool:
+    """True where DeepSpeed wraps the optimizer and keeps fp32 weights of its own."""
     return hasattr(engine.optimizer, "optimizer")
+
+
+def _sharded(engine: Any) -> bool:
+    """True where those are flat partitions (ZeRO), not one tensor a parameter."""
+    return _wrapped(engine) and not hasattr(engine.optimizer, "fp32_groups")
+
+
+@torch.no_grad()
+def _undo_first_step(engine: Any) -> None:
+    """DeepSpeed's unsharded bf16 optimizer makes its state by a step without gradients, which counts as one and decays the weights."""
+    engine.optimizer.state.clear()
+    for p in _named(engine).values():
+        _master(engine, p).copy_(p)
 
 
 def _make_optimizer_states(engine: Any, steps: int) -> None:

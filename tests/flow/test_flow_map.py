@@ -1,0 +1,204 @@
+"""The flow map: its semigroup identity on a solved toy, the rows of stage 2, and what a loss must be to train one."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from megaflow.flow import clock as clocks
+from megaflow.flow import code as codes
+from megaflow.flow import flow_map
+from megaflow.flow import head as heads
+from megaflow.flow.head import Component, Head, Read
+from megaflow.flow.interpolant import transport
+from tests.flow import toy as toys
+
+
+@pytest.mark.parametrize("code", [codes.identity(4), codes.frame(5, 3, torch.Generator().manual_seed(1))], ids=["identity", "frame"])
+@pytest.mark.parametrize(("s", "u", "t"), [(0.0, 0.4, 0.7), (0.2, 0.3, 0.9), (0.5, 0.6, 0.65), (0.0, 0.5, 1.0)])
+def test_the_exact_flow_map_obeys_the_semigroup_identity(code, s, u, t):
+    """psi_{s,t}(x) = a psi_{s,u}(x) + (1 - a) psi_{u,t}(X_{s,u}(x)), each of the three integrated by itself."""
+    toy, generator = toys.make(code, length=2, seed=2), torch.Generator().manual_seed(0)
+    y = toys.states(toy, toys.draw(toy, 16, generator), s, generator)
+    steps = 1000 if t == 1.0 else 400
+    first = toys.mean_denoiser(toy, y, s, u)
+    times = [torch.full((16,), x, dtype=torch.float64) for x in (s, u, t)]
+    midway = transport(y, times[0], times[1], first @ toy.matrix)
+    second = toys.mean_denoiser(toy, midway, u, t, steps)
+    a = flow_map.semigroup_share(*times)[:, None, None]
+    whole = toys.mean_denoiser(toy, y, s, t, steps)
+    torch.testing.assert_close(a * first + (1.0 - a) * second, whole, rtol=0, atol=1e-6)
+    assert (first - second).abs().max() > 0.01  # the two terms do differ
+
+
+@settings(derandomize=True, deadline=None)
+@given(st.tuples(*[st.floats(0.0, 1.0)] * 3).filter(lambda x: len(set(x)) == 3))
+def test_the_share_is_what_makes_two_transports_one(times):
+    """X_{s,t} with psi = a p + (1 - a) q is X_{u,t} with q after X_{s,u} with p, for any p and q."""
+    s, u, t = (torch.tensor([x], dtype=torch.float64) for x in sorted(times))
+    a = flow_map.semigroup_share(s, u, t)
+    assert 0.0 <= a.item() <= 1.0
+    if min(u - s, t - u, 1.0 - u) > 1e-6:
+        y, p, q = (torch.tensor([[[x]]], dtype=torch.float64) for x in (0.3, 0.9, -0.2))
+        direct, by_way = transport(y, s, t, a * p + (1.0 - a) * q), transport(transport(y, s, u, p), u, t, q)
+        torch.testing.assert_close(direct, by_way, rtol=0, atol=1e-8)
+
+
+def test_a_map_to_the_end_takes_the_second_term_alone():
+    one = torch.ones(1, dtype=torch.float64)
+    assert flow_map.semigroup_share(0.0 * one, 0.3 * one, one).item() == 0.0
+
+
+@pytest.mark.parametrize(
+    ("total", "diagonal", "boundary", "expected"),
+    [
+        (64, 0.5, 1 / 32, (32, 1)),
+        (512, 0.5, 1 / 32, (256, 8)),
+        (4, 0.5, 1 / 32, (2, 1)),  # at least one boundary row
+        (64, 0.5, 0.0, (32, 0)),
+        (64, 1.0, 1 / 32, (64, 0)),
+        (64, 0.0, 1.0, (0, 64)),
+    ],
+)
+def test_counts_of_rows(total, diagonal, boundary, expected):
+    assert flow_map.counts(total, diagonal, boundary) == expected
+
+
+@pytest.mark.parametrize("clock", [clocks.uniform(), clocks.argmax(27), clocks.uniform_log_snr(-4.0, 9.0)], ids=["uniform", "argmax", "log-SNR"])
+def test_times_of_rows(clock):
+    generator = torch.Generator().manual_seed(0)
+    kind = torch.arange(3000) % 3
+    first, second = torch.rand(2, 3000, generator=generator, dtype=torch.float64)
+    s, u, t = flow_map.draw_times(clock, kind, first, second)
+    assert s.dtype == torch.float64 and (s <= u).all() and (u <= t).all() and s.min() >= 0.0 and t.max() <= 1.0
+    diagonal, inner, boundary = (kind == k for k in range(3))
+    assert torch.equal(s[diagonal], t[diagonal]) and torch.equal(s[diagonal], u[diagonal])
+    torch.testing.assert_close(s[diagonal], clocks.inverse(clock, first[diagonal]))
+    assert (s[boundary] == 0.0).all() and (t[boundary] == 1.0).all()
+    assert (clocks.forward(clock, u[boundary]) - 0.5).abs().max() < 1e-9
+    s, u, t = (clocks.forward(clock, x[inner]) for x in (s, u, t))
+    torch.testing.assert_close(u, (s + t) / 2.0, rtol=0, atol=1e-9)  # midway on the clock
+    torch.testing.assert_close(t - s, first[inner], rtol=0, atol=1e-9)  # the gap is uniform, whatever the start
+    torch.testing.assert_close(s, second[inner] * (1.0 - first[inner]), rtol=0, atol=1e-9)
+
+
+def test_the_adaptive_weight_is_detached():
+    distance = torch.tensor([0.0, 0.03, 2.0], dtype=torch.float64, requires_grad=True)
+    weight = flow_map.adaptive_weight(distance, power=0.5, constant=0.01)
+    assert weight.tolist() == pytest.approx([10.0, 5.0, 2.01**-0.5])
+    assert not weight.requires_grad
+    assert flow_map.adaptive_weight(distance, power=0.0, constant=0.01).tolist() == [1.0, 1.0, 1.0]
+
+
+LENGTH, VOCAB, WIDTH = 2, 4, 64
+
+
+class Net(nn.Module):
+    """A small map psi_{s,t} = softmax(E h(y, s, t) + bias) over the toy's states."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.body = nn.Sequential(
+            nn.Linear(LENGTH * VOCAB + 2, WIDTH), nn.SiLU(), nn.Linear(WIDTH, WIDTH), nn.SiLU(), nn.Linear(WIDTH, LENGTH * WIDTH)
+        )
+        self.weight, self.bias = nn.Parameter(0.1 * torch.randn(VOCAB, WIDTH)), nn.Parameter(torch.zeros(VOCAB))
+
+    def head(self) -> Head:
+        return Head(self.weight, self.bias, codes.identity(VOCAB), skip=False)
+
+    def forward(self, y: Tensor, s: Tensor, t: Tensor) -> Read:
+        x = torch.cat([y.flatten(1), s[:, None], t[:, None]], 1).float()
+        return Read(self.body(x).view(-1, WIDTH))
+
+    def psi(self, y: Tensor, s: Tensor, t: Tensor) -> Tensor:
+        return torch.softmax(heads.logits(self.head(), self(y, s, t)), -1).view(y.shape)
+
+
+def drawn(toy: toys.Toy, rows: int, seed: int) -> tuple[Tensor, flow_map.Times]:
+    """States at times of which half the rows are diagonal and a quarter of the others go from 0 to 1."""
+    generator = torch.Generator().manual_seed(seed)
+    kind = torch.tensor([0, 0, 0, 0, 1, 1, 1, 2]).repeat(rows // 8)
+    first, second = torch.rand(2, rows, generator=generator, dtype=torch.float64)
+    times = flow_map.draw_times(clocks.argmax(VOCAB), kind, 0.98 * first, second)
+    return toys.states(toy, toys.draw(toy, rows, generator), times.s, generator), times
+
+
+def semigroup_loss(net: Net, toy: toys.Toy, y: Tensor, times: flow_map.Times) -> Tensor:
+    """Stage 2 in a few lines: the exact denoiser on the diagonal, elsewhere the live network's own two half-steps."""
+    on = times.s == times.t
+    exact = toys.denoiser(toy, y[on], times.s[on]).clamp(min=1e-30).log().float()
+    teacher = Head(torch.eye(VOCAB), torch.zeros(VOCAB), None, skip=False)
+    anchor, _ = heads.divergence(
+        net.head(),
+        net(y[on], times.s[on], times.t[on]),
+        [Component(teacher, Read(exact.view(-1, VOCAB)), torch.ones(on.sum() * LENGTH))],
+        torch.ones(on.sum() * LENGTH) / (len(y) * LENGTH),
+    )
+    y, (s, u, t) = y[~on], (x[~on] for x in times)
+    with torch.no_grad():
+        first = net(y, s, u)
+        midway = transport(y, s, u, net.psi(y, s, u))
+        second = net(midway, u, t)
+    share = flow_map.semigroup_share(s, u, t).float()[:, None].expand(-1, LENGTH).flatten()
+    target = [Component(net.head().detach(), first, share), Component(net.head().detach(), second, 1.0 - share)]
+    loss, _ = heads.divergence(net.head(), net(y, s, t), target, torch.full_like(share, 1.0 / (len(on) * LENGTH)))
+    return anchor + loss
+
+
+def sum_derivative_loss(net: Net, toy: toys.Toy, y: Tensor, times: flow_map.Times) -> Tensor:
+    """The Lagrangian loss as often printed: the velocity of X_{s,t} by autograd.grad(X.sum(), t), against the denoiser's there."""
+    s, t = times.s, times.t.clone().requires_grad_()
+    moved = transport(y, s, t, net.psi(y, s, t).double())
+    (slope,) = torch.autograd.grad(moved.sum(), t, create_graph=True)
+    aim = toys.velocity(toy, moved.detach(), 0.5).sum((1, 2))
+    return (slope - aim).square().mean()
+
+
+def gradients(loss: Callable[..., Tensor], net: Net, *inputs: object) -> list[Tensor]:
+    found = torch.autograd.grad(loss(net, *inputs), list(net.parameters()), allow_unused=True)
+    return [torch.zeros(1) if grad is None else grad for grad in found]
+
+
+def test_the_often_printed_lagrangian_loss_trains_nothing_and_ours_does():
+    """psi sums to one over the vocabulary, so the sum of X does not know the network: its gradient is exactly nothing."""
+    toy, net = toys.make(codes.identity(VOCAB), LENGTH, seed=4), Net(seed=0).double()
+    net.forward = lambda y, s, t: Read(net.body(torch.cat([y.flatten(1), s[:, None], t[:, None]], 1)).view(-1, WIDTH))
+    y, times = drawn(toy, 64, seed=0)
+    inner = times.s < times.t
+    y, times = y[inner], flow_map.Times(*(x[inner] for x in times))
+    assert sum_derivative_loss(net, toy, y, times) > 0.1  # it looks like a loss
+    assert max(grad.abs().max() for grad in gradients(sum_derivative_loss, net, toy, y, times)) < 1e-11
+    single = Net(seed=0)
+    ours = gradients(semigroup_loss, single, toy, *drawn(toy, 64, seed=0))
+    assert len(ours) == 8 and min(grad.abs().max() for grad in ours) > 1e-4
+
+
+def map_error(net: Net, toy: toys.Toy, s: float, t: float) -> float:
+    """Mean squared distance of the net's psi_{s,t} from the exact one, over states of the flow that it was not trained on."""
+    generator = torch.Generator().manual_seed(99)
+    y = toys.states(toy, toys.draw(toy, 200, generator), s, generator)
+    with torch.no_grad():
+        ours = net.psi(y, *(torch.full((200,), x, dtype=torch.float64) for x in (s, t)))
+    return (ours.double() - toys.mean_denoiser(toy, y, s, t)).square().sum(-1).mean().item()
+
+
+def test_the_semigroup_loss_finds_the_exact_flow_map():
+    """Nothing but the denoiser on the diagonal is ever shown to the net; its one-step map becomes the true one."""
+    toy, net = toys.make(codes.identity(VOCAB), LENGTH, seed=4), Net(seed=0)
+    optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
+    routes = ((0.0, 1.0), (0.0, 0.5), (0.3, 0.8))
+    before = [map_error(net, toy, *route) for route in routes]
+    for step in range(500):
+        for group in optimizer.param_groups:
+            group["lr"] = 3e-3 * (1.0 - step / 500)
+        optimizer.zero_grad()
+        semigroup_loss(net, toy, *drawn(toy, 256, seed=step)).backward()
+        optimizer.step()
+    after = [map_error(net, toy, *route) for route in routes]
+    print(before, after)
+    assert after[0] < before[0] / 8.0
+    assert all(late < early / 5.0 for early, late in zip(before, after, strict=True))

@@ -23,7 +23,8 @@ def resolve(loaded: Loaded, vocab: int) -> Loaded:
             origin[dotted] = "auto"
 
     flow, model, train, optim = config.flow, config.model, config.train, config.optim
-    settle(flow, "code", "flow.code", "identity" if vocab <= IDENTITY_UP_TO else "frame")
+    dense = flow.code_dim == vocab or flow.code_dim == "auto" and (vocab <= IDENTITY_UP_TO or flow.skip == "off")
+    settle(flow, "code", "flow.code", "identity" if dense else "frame")
     settle(flow, "code_dim", "flow.code_dim", vocab if flow.code == "identity" else min(64, max(2, vocab // 2)))
     settle(model, "input", "model.input", "belief")
     settle(flow, "skip", "flow.skip", "off" if model.input == "linear" and flow.code == "identity" else "on")
@@ -60,7 +61,7 @@ def contradictions(config: Config, vocab: int | None = None) -> None:
             "optim.name=muon orthogonalises whole matrices, which are flat slices under ZeRO and in DeepSpeed's bf16 engine; "
             "use parallel.zero=0 with train.precision=fp32, or optim.name=adamw"
         )
-    if config.distill.boundary_fraction and train.global_batch < 4:
+    if config.distill.teacher and config.distill.boundary_fraction and train.global_batch < 4:
         raise ConfigError(f"train.global_batch={train.global_batch} cannot hold diagonal, inner and boundary rows; use 4 or more")
 
 

@@ -7,6 +7,7 @@ and the nearest key.
 
 import dataclasses
 import difflib
+import math
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,7 @@ def checked(source: str, name: str, value: Any) -> Any:
         raise ConfigError(f"{wrong}" + (f"; did you mean {near[0]}?" if near else ""))
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         low, high, above = rule["low"], rule["high"], rule["above"]
-        inside = value == value and (low is None or value >= low) and (high is None or value <= high) and (above is None or value > above)
+        inside = math.isfinite(value) and (low is None or value >= low) and (high is None or value <= high) and (above is None or value > above)
         if not inside:
             raise wrong
     return value
@@ -111,7 +112,7 @@ def describe(item: dataclasses.Field) -> str:
         limits += [f"at most {rule['high']:g}" if rule["high"] is not None else ""]
         limits = [limit for limit in limits if limit]
         if limits:
-            words += " of " + " and ".join(limits)
+            words += ("" if limits[0].startswith("above") else " of") + " " + " and ".join(limits)
     return words + (", or auto" if rule["auto"] else "")
 
 

@@ -25,7 +25,7 @@ def resolved(path: str | None, overrides: list[str]) -> str:
             if tuple(parents[: depth + 1]) != section[: depth + 1]:
                 lines.append("  " * depth + parent + ":")
         section = tuple(parents)
-        lines.append(f"{'  ' * len(parents)}{leaf}: {_yaml(value)}".ljust(48) + f"# {loaded.origin[name]}")
+        lines.append(f"{'  ' * len(parents)}{leaf}: {_yaml(value)}".ljust(47) + f" # {loaded.origin[name]}")
     return "\n".join(lines)
 
 

@@ -5,8 +5,8 @@
 per token, in the state's dimensions: the d-form for coded states, the V-form where the code is the identity. It is the bound of the
 ancestral sampler; for exact posteriors it is the entropy, whatever the code: the code moves when information arrives, not how much.
 
-For the exact posterior under unigrams the sum is exactly -log pi(x) for every token. The same draws therefore give a paired
-estimate: unigram term + (network's integrand - channel's integrand), whose variance is that of the difference only.
+For the exact posterior under unigrams the sum is exactly -log pi(x) for every token. The channel's integrand at the same draws is
+therefore a control variate of known mean, which takes most of the noise out of the network's.
 """
 
 import math
@@ -76,11 +76,13 @@ class Estimate:
     tokens: int
 
 
-def estimate(unigram: Tensor, differences: Tensor, tokens: Tensor, last_cross_entropy: float) -> Estimate:
-    """The paired estimate: unigram entropy plus the mean difference between network's and channel's integrands.
+def estimate(network: Tensor, channel: Tensor, unigram: Tensor, tokens: Tensor, last_cross_entropy: float) -> Estimate:
+    """The mean of `network` with `channel`, whose expectation is `unigram` exactly, as its control variate.
 
-    unigram: (R,) -log pi of each row, summed over its tokens; differences: (draws, R) integrated differences, likewise; tokens: (R,)
-    counted tokens. Stratified draws make the error smaller than the one reported, which takes them as independent.
+    network, channel: (draws, R) one-draw estimates of the bound of each row, summed over its tokens, at the same noises and times;
+    unigram: (R,) -log pi of each row; tokens: (R,) counted tokens. The mean is that of network - beta (channel - unigram) with the least-squares
+    beta; where the two agree it is the unigram entropy exactly. Stratified draws make the error smaller than the one reported, which
+    takes them as independent.
 
     Raises RangeTooShort where the last cross-entropy shows that the range ended too early.
     """
@@ -89,14 +91,21 @@ def estimate(unigram: Tensor, differences: Tensor, tokens: Tensor, last_cross_en
             f"the cross-entropy at the end of the range is {last_cross_entropy:.3f} nats a token, above {LARGEST_LAST_CE}: "
             "the range ends before the tokens are resolved, so there is no bound"
         )
-    unigram, differences, tokens = unigram.double(), differences.double(), tokens.double()
-    draws, rows = differences.shape
+    network, channel, unigram, tokens = (x.double() for x in (network, channel, unigram, tokens))
+    draws, rows = network.shape
     total = tokens.sum()
-    by_row = differences.mean(0)
-    shift = by_row.sum() / total
-    monte_carlo = (differences.var(0).sum() / draws).sqrt() / total if draws > 1 else torch.tensor(math.inf)
-    residual = by_row - shift * tokens
+    surplus = channel - unigram  # of expectation zero
+    beta = (_centred(network) * _centred(surplus)).sum() / _centred(surplus).square().sum().clamp(min=1e-300)
+    values = network - beta * surplus
+    by_row = values.mean(0)
+    mean, entropy = by_row.sum() / total, unigram.sum() / total
+    monte_carlo = (values.var(0).sum() / draws).sqrt() / total if draws > 1 else torch.tensor(math.inf)
+    gain = by_row - unigram
+    residual = gain - (mean - entropy) * tokens
     row_error = (residual.square().sum() * rows / max(rows - 1, 1)).sqrt() / total
-    entropy = unigram.sum() / total
-    mean = entropy + shift
     return Estimate(mean.item(), monte_carlo.item(), row_error.item(), entropy.item(), last_cross_entropy, int(total.item()))
+
+
+def _centred(values: Tensor) -> Tensor:
+    """Draws about the mean of their row where there are several: what differs between rows is not noise."""
+    return values - (values.mean(0) if len(values) > 1 else values.mean())

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -55,7 +56,7 @@ def steps(run: Path) -> list[int]:
 
 
 def save(run: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Write a checkpoint and remove all but the newest `keep`. Raises UserError where the disk refuses; older ones stay intact."""
+    """Write a checkpoint and remove all but it and the `keep` - 1 before it. Raises UserError where the disk refuses; older ones stay intact."""
     target = folder(run, checkpoint.state["step"])
     partial = target.with_name(target.name + PARTIAL)
     try:
@@ -75,13 +76,13 @@ def save(run: Path, checkpoint: Checkpoint, keep: int) -> Path:
             shutil.rmtree(target)
         partial.rename(target)
         _flush(target.parent)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors has its own name for a full disk
         shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(
-            f"{target}: the checkpoint could not be written ({error.strerror or error}); earlier checkpoints are intact"
-        ) from None
-    for old in steps(run)[:-keep]:
-        shutil.rmtree(folder(run, old))
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{target}: the checkpoint could not be written ({reason}); earlier checkpoints are intact") from None
+    reached = [step for step in steps(run) if step <= checkpoint.state["step"]]  # beyond it are damaged ones that were passed over
+    for step in set(steps(run)) - set(reached[-keep:]):
+        shutil.rmtree(folder(run, step))
     return target
 
 

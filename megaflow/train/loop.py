@@ -105,7 +105,7 @@ def train(config: Config, stage: Stage, mesh: Mesh, began: float) -> int:
                 validate(stage, average, held_out, metrics, state)
             if (step + 1) % config.train.checkpoint_every == 0 or last or stopped:
                 save()
-        if mesh.first and not stopped and not (directory / "summary.json").exists():
+        if mesh.first and state["step"] >= steps and not (directory / "summary.json").exists():
             summarize(directory, config, stage, state, mesh)
     finally:
         stop.restore()

@@ -78,8 +78,8 @@ def _train(loaded: Loaded, kind: str, began: float) -> int:
                         f"{directory}: finished at step {config.train.steps}; nothing to do (a larger train.steps goes on)", file=sys.stderr
                     )
                 return 0
-            (directory / "summary.json").unlink(missing_ok=True)
             check_tokenizer(directory, manifest, mesh)
+            (directory / "summary.json").unlink(missing_ok=True)
             torch.manual_seed(random.generator(config.run.seed, "weights").initial_seed())
             stage = pretrain_stage(config, manifest, mesh) if kind == "pretrain" else distill_stage(config, mesh)
             return train(config, stage, mesh, began)

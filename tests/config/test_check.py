@@ -1,0 +1,159 @@
+"""What values mean together: `auto`, contradictions, and how a global batch is dealt out."""
+
+import dataclasses
+
+import pytest
+
+from megaflow.config.check import batch_split, contradictions, resolve
+from megaflow.config.load import ConfigError, Loaded, assemble, flatten
+from megaflow.config.schema import Config, keys
+
+SMALL, LARGE = 27, 4096
+
+
+def loaded(*overrides: tuple[str, object]) -> Loaded:
+    return assemble([("test", dict(overrides))])
+
+
+def resolved(vocab: int, **values: object) -> Config:
+    return resolve(loaded(*((name.replace("__", "."), value) for name, value in values.items())), vocab).config
+
+
+class TestAuto:
+    def test_small_vocabularies_are_carried_as_they_are(self):
+        flow = resolved(SMALL).flow
+        assert (flow.code, flow.code_dim, flow.skip) == ("identity", SMALL, "on")
+
+    def test_large_ones_by_a_frame(self):
+        flow = resolved(LARGE).flow
+        assert (flow.code, flow.code_dim, flow.skip) == ("frame", 64, "on")
+
+    @pytest.mark.parametrize("vocab", [257, 300, 1000, 50257])
+    def test_a_frame_is_narrower_than_its_vocabulary(self, vocab):
+        assert 2 <= resolved(vocab).flow.code_dim < vocab
+
+    @pytest.mark.parametrize("vocab, boundary", [(256, "identity"), (257, "frame")])
+    def test_the_boundary(self, vocab, boundary):
+        assert resolved(vocab).flow.code == boundary
+
+    @pytest.mark.parametrize("vocab", [SMALL, LARGE])
+    def test_a_code_follows_the_dimensions_asked_for(self, vocab):
+        """flow.code_dim alone decides between the codes; so does flow.skip=off, which only the one-hot state survives."""
+        assert resolved(vocab, flow__code_dim=16).flow.code == "frame"
+        assert resolved(vocab, flow__code_dim=vocab).flow.code == "identity"
+        off = resolved(vocab, flow__skip="off").flow
+        assert (off.code, off.code_dim) == ("identity", vocab)
+
+    def test_the_dense_linear_network_has_no_channel_term(self):
+        assert resolved(SMALL, model__input="linear").flow.skip == "off"
+        assert resolved(SMALL, model__input="both").flow.skip == "on"
+        assert resolved(LARGE, model__input="linear").flow.skip == "on"
+
+    @pytest.mark.parametrize("steps, warmup, validate", [(1, 0, 50), (100, 10, 50), (4000, 400, 200), (10**6, 2500, 50000)])
+    def test_lengths_that_follow_the_run(self, steps, warmup, validate):
+        config = resolved(SMALL, train__steps=steps)
+        assert (config.optim.warmup_steps, config.train.validate_every) == (warmup, validate)
+
+    def test_given_values_are_kept_and_their_origin_too(self):
+        found = resolve(loaded(("flow.code", "frame"), ("flow.code_dim", 12), ("optim.warmup_steps", 3)), LARGE)
+        assert (found.config.flow.code_dim, found.config.optim.warmup_steps) == (12, 3)
+        assert found.origin["flow.code_dim"] == "test" and found.origin["model.input"] == "auto" and found.origin["model.layers"] == "default"
+
+    def test_resolving_leaves_its_argument_alone(self):
+        given = loaded()
+        resolve(given, LARGE)
+        assert given == loaded()
+
+    def test_nothing_that_training_reads_stays_auto(self):
+        left = {name for name, value in flatten(resolved(SMALL)).items() if value == "auto"}
+        assert left == {"data.source_format", "data.workers", "model.attention"}  # prepare's own, and a choice of the machine
+
+
+def sensible() -> list[tuple[str, object]]:
+    """Every choice of every key, and for numbers some other value inside the range."""
+    numbers = {
+        "model.hidden": [64, 256], "model.heads": [1, 2, 8], "train.steps": [1, 7, 10**6], "train.global_batch": [1, 2, 3, 64],
+        "train.micro_batch": [1, 5, 1000], "flow.code_dim": [2, 16, "auto"], "optim.warmup_steps": [0, 10**6, "auto"],
+    }  # fmt: skip
+    found = []
+    for name, item in keys().items():
+        rule = item.metadata
+        if rule["choices"] is not None:
+            values = rule["choices"]
+        elif name in numbers:
+            values = numbers[name]
+        elif item.type in (int, float) or rule["auto"]:
+            ends = [rule["low"], rule["high"], 2 * (item.default if item.default != "auto" else 1)]
+            kind = float if item.type is float else int
+            values = [kind(v) for v in ends if v is not None and (rule["high"] is None or v <= rule["high"])] or [item.default]
+        else:
+            continue
+        found += [(name, value) for value in values]
+    return found
+
+
+class TestSingleOverrides:
+    @pytest.mark.parametrize("vocab", [SMALL, LARGE])
+    @pytest.mark.parametrize("name, value", sensible())
+    def test_every_single_one_is_accepted(self, name, value, vocab):
+        """Over a config of defaults any one key may be set to any sensible value: nothing else has to be set with it."""
+        if (name, value, vocab) == ("flow.code", "frame", SMALL):
+            assert resolved(vocab, flow__code="frame").flow.code_dim < vocab
+        assert flatten(resolve(loaded((name, value)), vocab).config)[name] == _settled(name, value, vocab)
+
+    def test_the_table_has_every_kind_of_key(self):
+        assert {"train.precision", "flow.clock.name", "optim.beta1", "distill.state_input", "model.layers"} <= {name for name, _ in sensible()}
+
+
+def _settled(name: str, value: object, vocab: int) -> object:
+    return value if value != "auto" else flatten(resolve(loaded(), vocab).config)[name]
+
+
+class TestContradictions:
+    @pytest.mark.parametrize(
+        "values, words",
+        [
+            ({"model.hidden": 100, "model.heads": 8}, ["model.hidden=100", "model.heads=8", "multiple"]),
+            ({"model.hidden": 36, "model.heads": 4}, ["model.hidden=36", "model.heads=4", "9 dimensions", "even"]),
+            ({"flow.code": "identity", "flow.code_dim": 64}, ["flow.code=identity", "4096", "flow.code_dim=64"]),
+            ({"flow.code": "frame", "flow.code_dim": 4096}, ["flow.code=frame", "flow.code_dim", "4096", "flow.code=identity"]),
+            ({"flow.skip": "off", "flow.code": "frame"}, ["flow.skip=off", "flow.code=frame"]),
+            ({"optim.name": "muon", "parallel.zero": 1}, ["optim.name=muon", "parallel.zero=0", "optim.name=adamw"]),
+            ({"optim.name": "muon", "train.precision": "bf16"}, ["optim.name=muon", "train.precision=fp32", "optim.name=adamw"]),
+            ({"distill.teacher": "x", "train.global_batch": 3}, ["train.global_batch=3", "4"]),
+        ],
+    )
+    def test_both_values_are_named_and_what_to_do(self, values, words):
+        with pytest.raises(ConfigError) as error:
+            resolve(loaded(*values.items()), LARGE)
+        assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
+
+    def test_flow_keys_do_not_concern_the_baseline(self):
+        contradictions(resolved(LARGE, model__family="autoregressive"), LARGE)
+        resolve(loaded(("model.family", "autoregressive"), ("flow.code", "frame"), ("flow.skip", "off")), LARGE)
+
+
+class TestBatchSplit:
+    @pytest.mark.parametrize(
+        "global_batch, micro_batch, processes, expected",
+        [
+            (32, 32, 1, (32, 1)),
+            (32, 8, 1, (8, 4)),
+            (32, 8, 2, (8, 2)),
+            (32, 32, 2, (16, 1)),
+            (32, 7, 1, (4, 8)),  # an upper limit: the largest divisor below it
+            (30, 7, 1, (6, 5)),
+            (7, 6, 1, (1, 7)),
+            (6, 100, 3, (2, 1)),
+            (5, 1, 5, (1, 1)),
+        ],
+    )
+    def test_rows_and_passes(self, global_batch, micro_batch, processes, expected):
+        config = resolved(SMALL, train__global_batch=global_batch, train__micro_batch=micro_batch)
+        assert batch_split(config, processes) == expected
+
+    @pytest.mark.parametrize("global_batch, processes", [(32, 3), (9, 2), (2, 4), (1, 2)])
+    def test_an_indivisible_batch_is_refused_with_the_numbers(self, global_batch, processes):
+        config = dataclasses.replace(Config(), train=dataclasses.replace(Config().train, global_batch=global_batch))
+        with pytest.raises(ConfigError, match=f"train.global_batch={global_batch} does not divide over {processes} .* multiple of {processes}"):
+            batch_split(config, processes)

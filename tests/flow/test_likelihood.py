@@ -1,0 +1,181 @@
+"""The bound: its integral is unbiased, and for exact posteriors it is the entropy, whatever the code and the clock."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from megaflow.flow import clock as clocks
+from megaflow.flow import code as codes
+from megaflow.flow import head as heads
+from megaflow.flow import likelihood
+from megaflow.flow.head import Head, Read
+from megaflow.flow.interpolant import time_of
+from megaflow.flow.likelihood import Range
+from tests.flow import toy as toys
+
+SPAN = Range(-9.0, 9.0)
+CLOCKS = {
+    "uniform": clocks.uniform(),
+    "argmax": clocks.mixture([clocks.argmax(27), clocks.uniform_log_snr(-9.0, 9.0)], [0.9, 0.1]),
+    "log-SNR": clocks.uniform_log_snr(-12.0, 14.0),
+}
+
+
+def frame(vocab: int, dim: int) -> codes.Code:
+    return codes.frame(vocab, dim, torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("clock", CLOCKS.values(), ids=CLOCKS)
+def test_the_integral_does_not_depend_on_the_clock(clock):
+    """1/2 int SNR' exp(-SNR) dt = 1/2 (exp(-SNR_low) - exp(-SNR_high)), by few stratified draws."""
+    times, weight = likelihood.integration_times(clock, SPAN, torch.arange(20_000), 20_000, 0.5)
+    snr = times**2 / (1.0 - times) ** 2
+    assert (weight * torch.exp(-snr)).mean().item() == pytest.approx(0.5 * (math.exp(-math.exp(-9.0)) - math.exp(-math.exp(9.0))), abs=5e-4)
+
+
+def test_the_integral_is_unbiased():
+    """With few draws and many random offsets the mean is the integral and the draws are spread around it."""
+    offsets = torch.rand(4000, generator=torch.Generator().manual_seed(0)).tolist()
+    found = []
+    for offset in offsets:
+        times, weight = likelihood.integration_times(CLOCKS["argmax"], SPAN, torch.arange(4), 4, offset)
+        found.append((weight * torch.exp(-(times**2) / (1.0 - times) ** 2)).mean().item())
+    error = np.std(found) / math.sqrt(len(found))
+    assert abs(np.mean(found) - 0.5) < 4.0 * error < 0.05
+    assert np.std(found) > 0.05
+
+
+def test_times_stay_in_the_range_and_fall_into_their_cells():
+    places = torch.tensor([3, 0, 9])
+    times, weight = likelihood.integration_times(clocks.uniform(), SPAN, places, 10, 0.25)
+    low, high = time_of(torch.tensor([SPAN.low, SPAN.high], dtype=torch.float64))
+    assert ((low <= times) & (times <= high)).all() and times.dtype == weight.dtype == torch.float64
+    torch.testing.assert_close((times - low) / (high - low), (places + 0.25).double() / 10, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("code", [codes.identity(9), frame(9, 4)], ids=["identity", "frame"])
+def test_the_prior_term_is_the_integral_below_the_range_of_a_model_that_knows_nothing(code):
+    span = likelihood.information_range(code, 8.0)
+    ids = torch.arange(9)
+    snr = math.exp(span.low)  # 1/2 int_0^SNR_low |C_x|^2 dSNR
+    torch.testing.assert_close(likelihood.prior_term(code, ids, span), 0.5 * snr * codes.lookup(code, ids).square().sum(1))
+    assert likelihood.prior_term(code, ids, span).max().item() == pytest.approx(1e-3, rel=1e-4)
+    assert span.high == 8.0
+
+
+def whole_bound(code: codes.Code, span: Range, ids: torch.Tensor, posterior, draws_seed: int) -> tuple[float, float]:
+    """All three terms over texts (n, L), one time each, and the standard error of their mean, nats a text.
+
+    `posterior(y, t)` returns psi (n, L, V).
+    """
+    count, generator = len(ids), torch.Generator().manual_seed(draws_seed)
+
+    def errors(ids: torch.Tensor, times: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        noise = torch.randn(*ids.shape, code.dim, generator=generator, dtype=torch.float64)
+        t = times[:, None, None]
+        psi = posterior(t * codes.lookup(code, ids) + (1.0 - t) * noise, times)
+        head = Head(torch.eye(code.vocab).double(), torch.zeros(code.vocab).double(), code, skip=False)
+        found = heads.denoising_error(head, Read(psi.clamp(min=1e-300).log().flatten(0, 1)), ids.flatten())
+        return tuple(x.view(ids.shape).sum(1) for x in found)
+
+    # times where the model learns most, by its own cross-entropy: few draws suffice
+    edges = torch.linspace(span.low, span.high, 101, dtype=torch.float64)
+    pilot, _ = errors(ids[:10_000], time_of((edges[1:] + edges[:-1]) / 2.0).repeat_interleave(100))
+    own, flat = clocks.ce_linear(edges, pilot.view(100, 100).mean(1)), clocks.uniform_log_snr(span.low, span.high)
+    clock = clocks.mixture([own, flat], [0.9, 0.1])
+    places = torch.randperm(count, generator=generator)
+    times, weight = likelihood.integration_times(clock, span, places, count, 0.5)
+    prior = likelihood.prior_term(code, ids, span).sum(1)
+    last, _ = errors(ids, time_of(torch.full((count,), span.high, dtype=torch.float64)))
+    _, squared = errors(ids, times)
+    terms = prior + weight * squared + last
+    print(terms.mean().item(), terms.std().item(), last.mean())
+    assert last.mean() < 1e-2
+    return terms.mean().item(), terms.std().item() / math.sqrt(count)
+
+
+@pytest.mark.parametrize("code", [codes.identity(4), frame(5, 3)], ids=["identity", "frame"])
+def test_for_the_exact_posterior_the_bound_is_the_entropy(code):
+    """Texts of two dependent tokens: the entropy of their joint law, below the sum of those of its tokens."""
+    code = code.double()
+    toy = toys.make(code, length=2, seed=2, spread=1.5)
+    ids = toys.draw(toy, 100_000, torch.Generator().manual_seed(1))
+    span = Range(likelihood.information_range(code, 0.0).low, 7.0 if code.matrix is None else 9.0)
+    found, error = whole_bound(code, span, ids, lambda y, t: toys.denoiser(toy, y, t), 2)
+    ours = -toy.law[(ids * torch.tensor([code.vocab, 1])).sum(1)].log()  # of these very texts
+    assert abs(found - ours.mean().item()) < 4.0 * error + 2e-3
+    independent = -(toy.marginal * toy.marginal.log()).sum().item()
+    assert independent - toy.entropy > 10.0 * error  # the bound can tell context from none
+
+
+@pytest.mark.parametrize("code", [codes.identity(12), frame(12, 8), frame(12, 4), frame(12, 2)], ids=["identity", "8", "4", "2"])
+def test_knowing_unigrams_only_the_bound_is_the_unigram_entropy_for_every_code(code):
+    """The code moves when information arrives, not how much. The head with h = 0 and the true unigrams as bias."""
+    code = code.double()
+    law = torch.softmax(1.5 * torch.randn(12, generator=torch.Generator().manual_seed(0), dtype=torch.float64), 0)
+    head = Head(torch.zeros(12, 1).double(), law.log(), code, skip=True)
+    ids = torch.multinomial(law, 100_000, replacement=True, generator=torch.Generator().manual_seed(1))[:, None]
+
+    def posterior(y, t):
+        return torch.softmax(heads.logits(head, Read(torch.zeros(len(y), 1).double(), y[:, 0], t)), -1)[:, None]
+
+    smallest = torch.pdist(codes.lookup(code, torch.arange(12))).min().item()
+    span = Range(likelihood.information_range(code, 0.0).low, 2.0 * math.log(8.0 / smallest))
+    found, error = whole_bound(code, span, ids, posterior, 2)
+    assert error < 0.02
+    assert abs(found + law.log()[ids].mean().item()) < 4.0 * error + 2e-3
+
+
+def test_a_wrong_prior_costs_its_divergence():
+    """With a uniform bias instead of the true unigrams the bound is the cross-entropy log V: it is a likelihood, not a score."""
+    code, law = codes.identity(6).double(), torch.tensor([0.6, 0.2, 0.1, 0.05, 0.03, 0.02], dtype=torch.float64)
+    head = Head(torch.zeros(6, 1).double(), torch.zeros(6).double(), code, skip=True)
+    ids = torch.multinomial(law, 100_000, replacement=True, generator=torch.Generator().manual_seed(1))[:, None]
+
+    def posterior(y, t):
+        return torch.softmax(heads.logits(head, Read(torch.zeros(len(y), 1).double(), y[:, 0], t)), -1)[:, None]
+
+    found, error = whole_bound(code, Range(likelihood.information_range(code, 0.0).low, 7.0), ids, posterior, 2)
+    assert abs(found - math.log(6.0)) < 4.0 * error + 2e-3 < 0.05
+
+
+def test_the_estimate_and_its_errors():
+    generator = np.random.default_rng(0)
+    unigram, differences, tokens = generator.uniform(20, 40, 7), generator.normal(-5, 2, (3, 7)), generator.integers(5, 10, 7)
+    found = likelihood.estimate(torch.tensor(unigram), torch.tensor(differences), torch.tensor(tokens), 0.001)
+    total = tokens.sum()
+    assert found.unigram == pytest.approx(unigram.sum() / total)
+    assert found.mean == pytest.approx((unigram.sum() + differences.mean(0).sum()) / total)
+    # the mean over draws of each row has variance var / draws; rows add up
+    assert found.standard_error == pytest.approx(math.sqrt((differences.var(0, ddof=1) / 3).sum()) / total)
+    # a ratio of sums over rows: residuals from the common rate
+    rate = differences.mean(0).sum() / total
+    residual = differences.mean(0) - rate * tokens
+    assert found.row_error == pytest.approx(math.sqrt(7 / 6 * (residual**2).sum()) / total)
+    assert (found.tokens, found.last_cross_entropy) == (total, 0.001)
+
+
+def test_one_draw_alone_has_no_error():
+    found = likelihood.estimate(torch.ones(3), torch.zeros(1, 3), torch.ones(3), 0.0)
+    assert found.mean == 1.0 and found.standard_error == math.inf
+
+
+def test_the_standard_error_is_that_of_repeated_estimates():
+    """Over many repetitions with fresh draws the means scatter as the estimates say."""
+    generator, means, errors = torch.Generator().manual_seed(0), [], []
+    centres, tokens = torch.randn(6, generator=generator), torch.tensor([4, 5, 6, 7, 8, 9])
+    for _ in range(500):
+        differences = centres + 3.0 * torch.randn(4, 6, generator=generator)
+        found = likelihood.estimate(torch.ones(6), differences, tokens, 0.0)
+        means.append(found.mean)
+        errors.append(found.standard_error**2)
+    assert np.std(means) == pytest.approx(math.sqrt(np.mean(errors)), rel=0.12)
+
+
+@pytest.mark.parametrize("last", [0.0501, 3.0, math.nan])
+def test_a_range_that_was_too_short_has_no_bound(last):
+    with pytest.raises(likelihood.RangeTooShort, match="before the tokens are resolved, so there is no bound"):
+        likelihood.estimate(torch.ones(3), torch.zeros(2, 3), torch.ones(3), last)
+    assert likelihood.estimate(torch.ones(3), torch.zeros(2, 3), torch.ones(3), 0.0499).mean == 1.0

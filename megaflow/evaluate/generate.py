@@ -26,7 +26,7 @@ from megaflow.model.trunk import Cache
 from megaflow.parallel import random
 from megaflow.train.checkpoint import Checkpoint
 from megaflow.train.run import read_config, stage_of
-from megaflow.train.stages import trained_autoregressive, trained_flow
+from megaflow.train.stages import check_tokenizer, trained_autoregressive, trained_flow
 
 BATCH = 64
 
@@ -55,6 +55,7 @@ def load_run(directory: str | Path) -> Run:
     directory = Path(directory)
     config, stage = read_config(directory).config, stage_of(directory)
     manifest = open_prepared(config.data.path)
+    check_tokenizer(directory, manifest)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = load_tokenizer(config.data.path)
     if config.model.family == "autoregressive":

@@ -132,32 +132,41 @@ class TextDiT(nn.Module):
         """Flat tokens for the head: hidden (B, L, d), state y (B, L, d_c) and the time s (B,) of the state."""
         return Read(hidden.flatten(0, 1), y.flatten(0, 1), _per_token(s, y))
 
-    def forward(self, y: Tensor, s: Tensor, t: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
-        """Hidden states (B, L, d) of psi_{s,t} at y (B, L, d_c). s, t: (B,) real times, fp64; t = None is the diagonal."""
-        x = self.embed(y, s, t, lengths)
+    def forward(
+        self, y: Tensor, s: Tensor, t: Tensor | None = None, lengths: Tensor | None = None, embedded: Tensor | None = None
+    ) -> Tensor:
+        """Hidden states (B, L, d) of psi_{s,t} at y (B, L, d_c). s, t: (B,) real times, fp64; t = None is the diagonal.
+
+        `embedded` is `embed(y, s, lengths)` where the caller has it already: it does not depend on t.
+        """
+        x = self.embed(y, s, lengths) if embedded is None else embedded
         condition = self.time(s)
         if self.map_time is not None:
             condition = condition + self.map_time(s if t is None else t)
+        if t is not None and self.map_reads not in (None, "none"):
+            x = x + self.embed_ahead(y, s, t)
         return self.trunk(x, F.silu(condition), lengths=lengths)
 
-    def embed(self, y: Tensor, s: Tensor, t: Tensor | None, lengths: Tensor | None = None) -> Tensor:
-        """What the trunk reads of a state: (B, L, d)."""
+    def embed(self, y: Tensor, s: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """What the trunk reads of a state at time s, wherever it goes from there: (B, L, d)."""
         x: Tensor | float = 0.0
         if self.table is not None:
             flat = belief_embedding(self.code, self.log_prior, y.flatten(0, 1), _per_token(s, y), self.table)
             x = self.widen(windows(flat.view(*y.shape[:2], -1), self.neighbors, self.neighbors, lengths))
         if self.state is not None:
             x = x + self.state((y * self.state_scale(s)).to(self.state.weight.dtype))
-        if t is None or self.map_reads in (None, "none"):
-            return x
+        return x
+
+    def embed_ahead(self, y: Tensor, s: Tensor, t: Tensor) -> Tensor:
+        """What a flow map reads of the state besides, (B, L, d): times (t - s) / (1 - s), so nothing on the diagonal."""
         ahead = ((t - s) / (1.0 - s))[:, None, None]
         if self.map_state is not None:
             scaled = y * (self.state_scale(s) * ahead.to(y.dtype))
-            return x + self.map_state(scaled.to(self.map_state.weight.dtype))
+            return self.map_state(scaled.to(self.map_state.weight.dtype))
         gain = (HOT_GAIN / self.code.leverage.mean().sqrt()).expand(y.shape[0] * y.shape[1])
         gain = torch.maximum(gain, channel_strength(_per_token(s, y)).to(gain.dtype))
         hot = belief_embedding(self.code, self.log_prior, y.flatten(0, 1), _per_token(s, y), self.map_table, gain)
-        return x + ahead.to(hot.dtype) * self.map_widen(hot.view(*y.shape[:2], -1))
+        return ahead.to(hot.dtype) * self.map_widen(hot.view(*y.shape[:2], -1))
 
     def state_scale(self, s: Tensor) -> Tensor:
         """One over the known rms of y at time s, (B, 1, 1): sqrt((s^2 mean leverage + (1 - s)^2 d_c) / d_c), a frame's Gram being I."""

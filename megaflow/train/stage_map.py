@@ -58,21 +58,23 @@ class MapStage:
         # rows of one kind go together, so that each kind pays only for the passes it needs
         order = torch.argsort(kinds, stable=True).to(device)
         split = int((kinds == DIAGONAL).sum())
-        on, off = order[:split], order[split:]
-        hidden = self.network(y[order], times.s[order], times.t[order], None if batch.lengths is None else batch.lengths[order])
-        width = batch.ids.shape[1]
+        y, times = y[order], flow_map.Times(*(x[order] for x in times))
+        lengths = None if batch.lengths is None else batch.lengths[order]
+        embedded = self.network.embed(y, times.s, lengths)
+        hidden = self.network(y, times.s, times.t, lengths, embedded)
         losses, observed = [], torch.zeros(2, 2, dtype=torch.float64)
-        for index, (rows, part) in enumerate(((on, slice(0, split)), (off, slice(split, len(order))))):
-            if len(rows) == 0:
+        for index, part in enumerate((slice(0, split), slice(split, len(order)))):
+            if part.start == part.stop:
                 continue
-            target = self.diagonal_target(batch, y, times, rows) if index == 0 else self.semigroup_target(batch, y, times, rows)
-            read = self.network.read(hidden[part], y[rows], times.s[rows])
-            weight = batch.weight.view(batch.ids.shape)[rows].flatten()
+            some = None if lengths is None else lengths[part]
+            at = y[part], flow_map.Times(*(x[part] for x in times)), some
+            target = self.diagonal_target(*at) if index == 0 else self.semigroup_target(*at, embedded[part].detach())
+            read = self.network.read(hidden[part], y[part], times.s[part])
+            weight = batch.weight.view(batch.ids.shape)[order[part]].flatten()
             loss, divergences = heads.divergence(self.network.head(), read, target, weight, self.reweight())
             losses.append(loss)
             observed[index, 0] = (divergences.double() * weight.double()).sum().item()
             observed[index, 1] = weight.double().sum().item()
-        assert hidden.shape[1] == width
         return torch.stack(losses).sum(), observed
 
     def reweight(self) -> Any:
@@ -82,20 +84,19 @@ class MapStage:
         return partial(flow_map.adaptive_weight, power=distill.adaptive_power, constant=distill.adaptive_constant)
 
     @torch.no_grad()
-    def diagonal_target(self, batch: Batch, y: Tensor, times: flow_map.Times, rows: Tensor) -> list[Component]:
-        """The frozen teacher's posterior at (y, t)."""
-        lengths = None if batch.lengths is None else batch.lengths[rows]
-        hidden = self.teacher(y[rows], times.s[rows], lengths=lengths)
-        read = self.teacher.read(hidden, y[rows], times.s[rows])
+    def diagonal_target(self, y: Tensor, times: flow_map.Times, lengths: Tensor | None) -> list[Component]:
+        """The frozen teacher's posterior at (y, s)."""
+        read = self.teacher.read(self.teacher(y, times.s, lengths=lengths), y, times.s)
         return [Component(self.teacher.head(), read, torch.ones_like(read.s))]
 
     @torch.no_grad()
-    def semigroup_target(self, batch: Batch, y: Tensor, times: flow_map.Times, rows: Tensor) -> list[Component]:
-        """The two terms of the identity, from the live network: psi_{s,u} at y, then psi_{u,t} where that leads."""
-        lengths = None if batch.lengths is None else batch.lengths[rows]
-        head = self.network.head().detach()
-        y, (s, u, t) = y[rows], (x[rows] for x in times)
-        first = self.network.read(self.network(y, s, u, lengths), y, s)
+    def semigroup_target(self, y: Tensor, times: flow_map.Times, lengths: Tensor | None, embedded: Tensor) -> list[Component]:
+        """The two terms of the identity, from the live network: psi_{s,u} at y, then psi_{u,t} where that leads.
+
+        `embedded` is what the network read of y for the graded pass; the first term reads the same.
+        """
+        head, (s, u, t) = self.network.head().detach(), times
+        first = self.network.read(self.network(y, s, u, lengths, embedded), y, s)
         psi, _, _ = heads.posterior(head, first)
         midway = transport(y, s, u, psi.view(y.shape))
         second = self.network.read(self.network(midway, u, t, lengths), midway, u)

@@ -31,6 +31,10 @@ from megaflow.train.stage_flow import FlowStage
 from megaflow.train.stage_map import MapStage
 
 
+TOKENIZER_FILE = "tokenizer.json"
+"""What the manifest of the first shards of a run said of their tokenizer."""
+
+
 def pretrain(path: str, overrides: list[str]) -> int:
     """`megaflow pretrain CONFIG a.b=c …`: train a flow, or the autoregressive baseline, on token shards. Returns the exit code."""
     began = time.monotonic()
@@ -78,7 +82,10 @@ def _train(loaded: Loaded, kind: str, began: float) -> int:
                         f"{directory}: finished at step {config.train.steps}; nothing to do (a larger train.steps goes on)", file=sys.stderr
                     )
                 return 0
-            check_tokenizer(directory, manifest, mesh)
+            for model in filter(None, (directory, config.distill.teacher if kind == "distill" else None)):
+                check_tokenizer(Path(model), manifest)
+            if mesh.first and not (directory / TOKENIZER_FILE).exists():
+                write_atomically(directory / TOKENIZER_FILE, json.dumps(manifest["tokenizer"], indent=1))
             (directory / "summary.json").unlink(missing_ok=True)
             torch.manual_seed(random.generator(config.run.seed, "weights").initial_seed())
             stage = pretrain_stage(config, manifest, mesh) if kind == "pretrain" else distill_stage(config, mesh)
@@ -154,14 +161,10 @@ def trained(directory: Path) -> Checkpoint:
     return found
 
 
-def check_tokenizer(directory: Path, manifest: dict, mesh: Mesh) -> None:
-    """Refuse shards whose tokenizer is not the one that this run's model was started with."""
-    file = directory / "tokenizer.json"
-    if not file.exists():
-        if mesh.first:
-            write_atomically(file, json.dumps(manifest["tokenizer"], indent=1))
-        return
-    was = read_json(file)["hash"]
+def check_tokenizer(directory: Path, manifest: dict) -> None:
+    """Refuse shards whose tokenizer is not the one that this run's model was started with. Raises UserError."""
+    file = directory / TOKENIZER_FILE
+    was = read_json(file)["hash"] if file.exists() else manifest["tokenizer"]["hash"]
     if was != manifest["tokenizer"]["hash"]:
         raise UserError(
             f"{directory}: the shards' tokenizer ({manifest['tokenizer']['hash'][:12]}) differs from the model's ({was[:12]}); "

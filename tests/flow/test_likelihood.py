@@ -80,18 +80,21 @@ def whole_bound(code: codes.Code, span: Range, ids: torch.Tensor, posterior, dra
         found = heads.denoising_error(head, Read(psi.clamp(min=1e-300).log().flatten(0, 1)), ids.flatten())
         return tuple(x.view(ids.shape).sum(1) for x in found)
 
-    # times where the model learns most, by its own cross-entropy: few draws suffice
-    edges = torch.linspace(span.low, span.high, 101, dtype=torch.float64)
-    pilot, _ = errors(ids[:10_000], time_of((edges[1:] + edges[:-1]) / 2.0).repeat_interleave(100))
-    own, flat = clocks.ce_linear(edges, pilot.view(100, 100).mean(1)), clocks.uniform_log_snr(span.low, span.high)
-    clock = clocks.mixture([own, flat], [0.9, 0.1])
+    # times where single draws are largest, as a pilot finds them, so that few suffice
+    edges = torch.linspace(span.low, span.high, 51, dtype=torch.float64)
+    pilot = (edges[1:] + edges[:-1]) / 2.0
+    _, seen = errors(ids[:20_000], time_of(pilot).repeat_interleave(400))
+    size = pilot.exp() * seen.view(50, 400).square().mean(1).sqrt()
+    tau = torch.cat([torch.zeros(1).double(), (size / size.sum()).cumsum(0)])
+    ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    own = clocks.Clock(torch.cat([ends[:1], time_of(edges), ends[1:]]), torch.cat([ends[:1], tau, ends[1:]]))
+    clock = clocks.mixture([own, clocks.uniform_log_snr(span.low, span.high)], [0.8, 0.2])
     places = torch.randperm(count, generator=generator)
     times, weight = likelihood.integration_times(clock, span, places, count, 0.5)
     prior = likelihood.prior_term(code, ids, span).sum(1)
     last, _ = errors(ids, time_of(torch.full((count,), span.high, dtype=torch.float64)))
     _, squared = errors(ids, times)
     terms = prior + weight * squared + last
-    print(terms.mean().item(), terms.std().item(), last.mean())
     assert last.mean() < 1e-2
     return terms.mean().item(), terms.std().item() / math.sqrt(count)
 
@@ -141,41 +144,63 @@ def test_a_wrong_prior_costs_its_divergence():
     assert abs(found - math.log(6.0)) < 4.0 * error + 2e-3 < 0.05
 
 
+def some_draws(draws: int, rows: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """(network, channel, unigram, tokens): draws of the channel about the unigram term, and of a network that shares their noise."""
+    generator = np.random.default_rng(seed)
+    unigram, tokens = np.linspace(20, 40, rows), np.arange(rows) % 5 + 5
+    channel = unigram + generator.normal(0, 3, (draws, rows))
+    network = 0.7 * channel + generator.normal(0, 0.5, (draws, rows)) + np.linspace(0, 2, rows)
+    return network, channel, unigram, tokens
+
+
 def test_the_estimate_and_its_errors():
-    generator = np.random.default_rng(0)
-    unigram, differences, tokens = generator.uniform(20, 40, 7), generator.normal(-5, 2, (3, 7)), generator.integers(5, 10, 7)
-    found = likelihood.estimate(torch.tensor(unigram), torch.tensor(differences), torch.tensor(tokens), 0.001)
+    network, channel, unigram, tokens = some_draws(3, 7, seed=0)
+    found = likelihood.estimate(*map(torch.tensor, (network, channel, unigram, tokens)), 0.001)
     total = tokens.sum()
     assert found.unigram == pytest.approx(unigram.sum() / total)
-    assert found.mean == pytest.approx((unigram.sum() + differences.mean(0).sum()) / total)
+    # regression of the network's draws on the channel's, both about the means of their rows
+    x, y = (channel - channel.mean(0)).flatten(), (network - network.mean(0)).flatten()
+    beta = np.linalg.lstsq(x[:, None], y, rcond=None)[0][0]
+    values = network - beta * (channel - unigram)
+    assert beta == pytest.approx(0.7, abs=0.2) and found.mean == pytest.approx(values.mean(0).sum() / total)
     # the mean over draws of each row has variance var / draws; rows add up
-    assert found.standard_error == pytest.approx(math.sqrt((differences.var(0, ddof=1) / 3).sum()) / total)
+    assert found.standard_error == pytest.approx(math.sqrt((values.var(0, ddof=1) / 3).sum()) / total)
     # a ratio of sums over rows: residuals from the common rate
-    rate = differences.mean(0).sum() / total
-    residual = differences.mean(0) - rate * tokens
+    gain = values.mean(0) - unigram
+    residual = gain - gain.sum() / total * tokens
     assert found.row_error == pytest.approx(math.sqrt(7 / 6 * (residual**2).sum()) / total)
     assert (found.tokens, found.last_cross_entropy) == (total, 0.001)
 
 
+def test_a_network_that_is_the_channel_has_the_unigram_entropy_without_error():
+    _, channel, unigram, tokens = some_draws(4, 7, seed=1)
+    found = likelihood.estimate(*map(torch.tensor, (channel, channel, unigram, tokens)), 0.0)
+    assert found.mean == pytest.approx(unigram.sum() / tokens.sum(), rel=1e-12)
+    assert found.standard_error < 1e-12
+
+
 def test_one_draw_alone_has_no_error():
-    found = likelihood.estimate(torch.ones(3), torch.zeros(1, 3), torch.ones(3), 0.0)
-    assert found.mean == 1.0 and found.standard_error == math.inf
+    network, channel, unigram, tokens = some_draws(1, 7, seed=2)
+    found = likelihood.estimate(*map(torch.tensor, (network, channel, unigram, tokens)), 0.0)
+    assert math.isfinite(found.mean) and found.standard_error == math.inf
 
 
 def test_the_standard_error_is_that_of_repeated_estimates():
-    """Over many repetitions with fresh draws the means scatter as the estimates say."""
-    generator, means, errors = torch.Generator().manual_seed(0), [], []
-    centres, tokens = torch.randn(6, generator=generator), torch.tensor([4, 5, 6, 7, 8, 9])
-    for _ in range(500):
-        differences = centres + 3.0 * torch.randn(4, 6, generator=generator)
-        found = likelihood.estimate(torch.ones(6), differences, tokens, 0.0)
-        means.append(found.mean)
-        errors.append(found.standard_error**2)
-    assert np.std(means) == pytest.approx(math.sqrt(np.mean(errors)), rel=0.12)
+    """Over many repetitions with fresh draws the means scatter as the estimates say, around the truth, and less than plain means do."""
+    found, plain = [], []
+    for seed in range(500):
+        network, channel, unigram, tokens = some_draws(4, 12, seed)
+        found.append(likelihood.estimate(*map(torch.tensor, (network, channel, unigram, tokens)), 0.0))
+        plain.append(network.mean(0).sum() / tokens.sum())
+    means, total = [x.mean for x in found], tokens.sum()
+    truth = (0.7 * unigram + np.linspace(0, 2, 12)).sum() / total
+    assert np.std(means) == pytest.approx(math.sqrt(np.mean([x.standard_error**2 for x in found])), rel=0.12)
+    assert abs(np.mean(means) - truth) < 4.0 * np.std(means) / math.sqrt(500)
+    assert np.std(means) < 0.4 * np.std(plain)
 
 
 @pytest.mark.parametrize("last", [0.0501, 3.0, math.nan])
 def test_a_range_that_was_too_short_has_no_bound(last):
     with pytest.raises(likelihood.RangeTooShort, match="before the tokens are resolved, so there is no bound"):
-        likelihood.estimate(torch.ones(3), torch.zeros(2, 3), torch.ones(3), last)
-    assert likelihood.estimate(torch.ones(3), torch.zeros(2, 3), torch.ones(3), 0.0499).mean == 1.0
+        likelihood.estimate(torch.ones(2, 3), torch.ones(2, 3), torch.ones(3), torch.ones(3), last)
+    assert likelihood.estimate(torch.ones(2, 3), torch.ones(2, 3), torch.ones(3), torch.ones(3), 0.0499).mean == 1.0

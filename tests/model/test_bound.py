@@ -1,0 +1,103 @@
+"""The bound of a network on rows: exact where the network is, unigram entropy where it knows nothing, blind to padding."""
+
+import numpy as np
+import pytest
+import torch
+
+from megaflow.config.schema import FlowConfig
+from megaflow.flow import clock as clocks
+from megaflow.flow import code as codes
+from megaflow.flow.likelihood import Range, RangeTooShort, information_range
+from megaflow.model import parts as made
+from megaflow.model.bound import bound_of_rows
+from megaflow.model.parts import Parts
+from megaflow.model.text_dit import Shape, TextDiT
+from tests.flow import toy as toys
+
+COUNTS = np.array([50, 30, 12, 7, 5, 3, 1])
+FLOWS = {
+    "identity": FlowConfig(code="identity", code_dim=7),
+    "frame of 5": FlowConfig(code="frame", code_dim=5),
+    "frame of 2": FlowConfig(code="frame", code_dim=2),
+}
+each = pytest.mark.parametrize("kind", FLOWS)
+
+
+def setup(kind: str) -> tuple[TextDiT, Parts, clocks.Clock, torch.Tensor]:
+    """A network that has learned nothing, its flow, a clock and rows of unigrams."""
+    parts = made.make(FLOWS[kind], COUNTS, 0)
+    torch.manual_seed(0)
+    shape = Shape(7, layers=1, hidden=16, heads=2, mlp_ratio=2, belief_dim=8, neighbors=1)
+    network = TextDiT(shape, parts.code, parts.log_prior, parts.span, True, ("belief",), None, "sdpa")
+    network.initialize()
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.multinomial(parts.log_prior.exp(), 48, replacement=True, generator=generator).view(8, 6)
+    return network, parts, clocks.uniform_log_snr(parts.span.low, parts.span.high), ids
+
+
+@each
+def test_an_untrained_network_has_the_unigram_entropy_for_every_code(kind):
+    network, parts, clock, ids = setup(kind)
+    with torch.no_grad():
+        network.weight.zero_()
+    found = bound_of_rows(network, parts, clock, ids, None, draws=3, seed=0)
+    entropy = -parts.log_prior.double()[ids].mean().item()
+    assert found.mean == pytest.approx(entropy, rel=1e-9) and found.unigram == pytest.approx(entropy, rel=1e-12)
+    assert found.standard_error < 1e-9 and found.tokens == 48
+    assert found.last_cross_entropy < 0.01
+
+
+@pytest.mark.parametrize("code", [codes.identity(4), codes.frame(5, 3, torch.Generator().manual_seed(1))], ids=["identity", "frame"])
+@pytest.mark.parametrize("clock", [clocks.uniform_log_snr(-6.0, 10.0), clocks.argmax(5)], ids=["log-SNR", "argmax"])
+def test_of_the_exact_denoiser_it_is_the_likelihood(code, clock):
+    toy = toys.make(code, length=2, seed=2, spread=1.5)
+    ids = toys.draw(toy, 1500, torch.Generator().manual_seed(0))
+    parts = Parts(code, toy.marginal.mean(0).log().float(), Range(information_range(code, 0.0).low, 9.0))
+    found = bound_of_rows(toys.Exact(toy, code), parts, clock, ids, None, draws=6, seed=0, batch=1500)
+    exact = -toy.law[(ids * torch.tensor([code.vocab, 1])).sum(1)].log().mean().item() / 2.0
+    print(found, exact)
+    assert abs(found.mean - exact) < 4.0 * found.standard_error < 0.1
+    assert found.unigram - exact > 6.0 * found.standard_error
+
+
+def test_a_network_that_knows_less_has_a_larger_bound():
+    """Random weights in the head: still a bound of these rows' unigram law, and so above its entropy."""
+    network, parts, clock, ids = setup("frame of 5")
+    with torch.no_grad():
+        network.weight.normal_(std=0.3)
+    found = bound_of_rows(network, parts, clock, ids.repeat(20, 1), None, draws=4, seed=0)
+    assert found.mean > found.unigram + 4.0 * found.standard_error
+
+
+@each
+def test_padding_counts_for_nothing(kind):
+    network, parts, clock, ids = setup(kind)
+    lengths, other = torch.tensor([1, 2, 3, 4, 5, 6, 6, 3]), ids.clone()
+    for row, length in enumerate(lengths):
+        other[row, length:] = 6
+    one, two = (bound_of_rows(network, parts, clock, x, lengths, draws=2, seed=0) for x in (ids, other))
+    assert one.tokens == two.tokens == 30
+    assert two.mean == pytest.approx(one.mean, abs=1e-6) and two.unigram == one.unigram
+    full = bound_of_rows(network, parts, clock, ids, torch.full((8,), 6), draws=2, seed=0)
+    assert full.mean == pytest.approx(bound_of_rows(network, parts, clock, ids, None, draws=2, seed=0).mean, abs=1e-6)
+
+
+def test_draws_are_a_function_of_the_seed_and_not_of_the_batch():
+    network, parts, clock, ids = setup("frame of 5")
+    once = bound_of_rows(network, parts, clock, ids, None, draws=3, seed=0, batch=64)
+    assert bound_of_rows(network, parts, clock, ids, None, draws=3, seed=0, batch=64) == once
+    assert bound_of_rows(network, parts, clock, ids, None, draws=3, seed=0, batch=3).mean == pytest.approx(once.mean, abs=1e-5)
+    assert bound_of_rows(network, parts, clock, ids, None, draws=3, seed=1).mean != once.mean
+
+
+def test_in_single_precision_it_is_nearly_the_same():
+    network, parts, clock, ids = setup("frame of 5")
+    double, single = (bound_of_rows(network, parts, clock, ids, None, draws=3, seed=0, double=x) for x in (True, False))
+    assert single.mean == pytest.approx(double.mean, abs=2e-3)
+
+
+def test_a_range_that_ends_too_early_is_refused():
+    network, parts, clock, ids = setup("frame of 5")
+    short = Parts(parts.code, parts.log_prior, Range(parts.span.low, 2.0))
+    with pytest.raises(RangeTooShort, match="there is no bound"):
+        bound_of_rows(network, short, clock, ids, None, draws=1, seed=0)

@@ -1,0 +1,142 @@
+"""The fixed parts of a flow and the profile behind its clock."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from megaflow.config.schema import ClockConfig, FlowConfig
+from megaflow.errors import UserError
+from megaflow.flow import clock as clocks
+from megaflow.flow.interpolant import log_snr, time_of
+from megaflow.model import parts as made
+from megaflow.model.parts import Parts, Profile
+
+COUNTS = np.array([500, 300, 120, 60, 15, 4, 1, 0, 0])
+FLOWS = {"identity": FlowConfig(code="identity", code_dim=9), "frame": FlowConfig(code="frame", code_dim=4)}
+each = pytest.mark.parametrize("kind", FLOWS)
+
+
+def parts(kind: str, seed: int = 0) -> Parts:
+    return made.make(FLOWS[kind], COUNTS, seed)
+
+
+def test_no_token_is_impossible():
+    law = made.unigram(COUNTS).double().exp()
+    np.testing.assert_allclose(law.numpy(), (COUNTS + 0.5) / (COUNTS + 0.5).sum(), rtol=1e-6)
+    assert law.sum().item() == pytest.approx(1.0, abs=1e-6) and law.min() > 0.0
+
+
+@each
+def test_parts_are_a_function_of_counts_and_seed(kind):
+    assert made.same(parts(kind), parts(kind))
+    assert made.same(parts("frame", seed=0), parts("frame", seed=1)) is False
+
+
+@each
+def test_at_the_ends_of_the_range_nothing_and_everything_is_known(kind):
+    flow = parts(kind)
+    entropy = -(flow.log_prior.exp() * flow.log_prior).sum().item()
+    ends = made.channel_profile(flow.code, flow.log_prior, torch.tensor([flow.span.low, flow.span.high]), 20_000, seed=5)
+    assert ends[0].item() == pytest.approx(entropy, abs=0.05)
+    assert ends[1].item() < 2.0 * made.RESOLVED
+    earlier = made.channel_profile(flow.code, flow.log_prior, torch.tensor([flow.span.high - 3.0]), 20_000, seed=5)
+    assert earlier.item() > made.RESOLVED  # and the range is not longer than it must be
+
+
+@each
+def test_the_channel_profile_is_the_mean_surprise_of_tokens_behind_the_channel(kind):
+    """In the middle of the range, against the posterior written out, with other draws."""
+    flow, level, n = parts(kind), 1.5 if kind == "identity" else 3.0, 20_000
+    code, t = flow.code.double(), time_of(torch.tensor(level, dtype=torch.float64)).item()
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.multinomial(flow.log_prior.exp(), n, replacement=True, generator=generator)
+    matrix = torch.eye(9).double() if code.matrix is None else code.matrix
+    y = t * matrix[ids] + (1 - t) * torch.randn(n, code.dim, generator=generator, dtype=torch.float64)
+    log_likelihood = -(y[:, None] - t * matrix).square().sum(-1) / (2 * (1 - t) ** 2)
+    nll = -torch.log_softmax(flow.log_prior + log_likelihood, -1).gather(1, ids[:, None])[:, 0]
+    ours = made.channel_profile(flow.code, flow.log_prior, torch.tensor([level]), n, seed=0).item()
+    assert abs(ours - nll.mean().item()) < 4.0 * math.sqrt(2.0 / n) * nll.std().item()
+    assert 0.1 < ours < 1.1
+
+
+@each
+def test_what_is_saved_comes_back_bit_equal(kind, tmp_path):
+    flow = parts(kind)
+    made.save(flow, tmp_path / made.FILE)
+    again = made.read(tmp_path / made.FILE)
+    assert made.same(flow, again) and again.span == flow.span
+    assert (again.code.vocab, again.code.dim, again.code.matrix is None) == (9, flow.code.dim, kind == "identity")
+    assert again.log_prior.dtype == torch.float32
+
+
+@pytest.mark.parametrize("content", [None, b"", b"not a tensor file"])
+def test_a_missing_or_damaged_file_is_one_sentence(tmp_path, content):
+    if content is not None:
+        (tmp_path / made.FILE).write_bytes(content)
+    with pytest.raises(UserError, match=r"flow.safetensors: cannot read the flow's code and prior \(.*restore the file or start the run"):
+        made.read(tmp_path / made.FILE)
+
+
+@each
+def test_same_sees_a_difference_of_one_bit(kind):
+    flow = parts(kind)
+    up = torch.nextafter(flow.log_prior, torch.tensor(1.0))
+    assert not made.same(flow, Parts(flow.code, up, flow.span))
+    longer = type(flow.span)(flow.span.low, math.nextafter(flow.span.high, 99.0))
+    assert not made.same(flow, Parts(flow.code, flow.log_prior, longer))
+    if kind == "frame":
+        code = type(flow.code)(9, 4, torch.nextafter(flow.code.matrix, torch.tensor(1.0)), flow.code.leverage)
+        assert not made.same(flow, Parts(code, flow.log_prior, flow.span))
+    assert not made.same(parts("identity"), parts("frame"))
+
+
+@each
+def test_the_first_profile_is_the_channels(kind):
+    flow, config = parts(kind), ClockConfig(bins=40)
+    profile = made.initial_profile(flow, config, seed=0)
+    assert len(profile.edges) == 41 and profile.edges[0].item() == pytest.approx(flow.span.low)
+    assert profile.edges[-1].item() == pytest.approx(flow.span.high)
+    centres = (profile.edges[1:] + profile.edges[:-1]) / 2.0
+    fresh = made.channel_profile(flow.code, flow.log_prior, centres, 20_000, seed=9)
+    torch.testing.assert_close(profile.cross_entropy, fresh, rtol=0, atol=0.15)
+
+
+def test_a_profile_is_a_running_average_of_sums():
+    profile = Profile(torch.linspace(0, 2, 3).double(), torch.tensor([4.0, 2.0]).double(), torch.ones(2).double())
+    total, weight = torch.tensor([0.9, 0.0]).double(), torch.tensor([0.3, 0.0]).double()  # only the first bin was seen, at 3 nats
+    profile.observe(total, weight, memory=0.9)
+    assert profile.total.tolist() == pytest.approx([0.9 * 4.0 + 0.1 * 2 * 0.9, 0.9 * 2.0])
+    assert profile.weight.tolist() == pytest.approx([0.9 + 0.1 * 2 * 0.3, 0.9])
+    assert profile.cross_entropy[1].item() == pytest.approx(2.0)  # a bin that was not seen keeps its value
+    for _ in range(300):
+        profile.observe(torch.tensor([1.5, 0.5]).double(), torch.tensor([0.5, 0.5]).double(), memory=0.9)
+    assert profile.cross_entropy.tolist() == pytest.approx([3.0, 1.0])
+    assert profile.weight.tolist() == pytest.approx([1.0, 1.0])
+
+
+@pytest.mark.parametrize("name", ["uniform", "argmax", "ce_linear"])
+def test_the_clock_that_a_config_names(name):
+    flow, config = parts("frame"), ClockConfig(name=name, uniform_share=0.2, bins=50)
+    profile = made.initial_profile(flow, config, seed=0)
+    clock, t = made.fit_clock(config, flow, profile), torch.linspace(0.0, 1.0, 200, dtype=torch.float64)
+    flat = clocks.uniform_log_snr(flow.span.low, flow.span.high)
+    expected = {
+        "uniform": t,
+        "argmax": 0.8 * clocks.forward(clocks.argmax(9), t) + 0.2 * clocks.forward(flat, t),
+        "ce_linear": 0.8 * clocks.forward(clocks.ce_linear(profile.edges, profile.cross_entropy), t) + 0.2 * clocks.forward(flat, t),
+    }[name]
+    torch.testing.assert_close(clocks.forward(clock, t), expected, rtol=0, atol=2e-3)
+
+
+def test_the_clock_follows_the_profile():
+    """A model that learns earlier is trained at earlier times."""
+    flow, config = parts("frame"), ClockConfig(bins=50)
+    profile = made.initial_profile(flow, config, seed=0)
+    half = torch.tensor([0.5], dtype=torch.float64)
+    before = log_snr(clocks.inverse(made.fit_clock(config, flow, profile), half)).item()
+    centres = (profile.edges[1:] + profile.edges[:-1]) / 2.0
+    earlier = Profile(profile.edges, 1.5 * torch.sigmoid(flow.span.low + 3.0 - centres), profile.weight)
+    after = log_snr(clocks.inverse(made.fit_clock(config, flow, earlier), half)).item()
+    assert after < before - 1.0

@@ -1,0 +1,277 @@
+"""The flow network: beliefs in and out, times, padding, the flow map it grows into, and that no tensor is tokens times vocabulary."""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from megaflow.config.schema import Config, FlowConfig
+from megaflow.flow import channel
+from megaflow.flow import clock as clocks
+from megaflow.flow import code as codes
+from megaflow.flow import head as heads
+from megaflow.flow.interpolant import noisy_state, time_of
+from megaflow.flow.likelihood import Range, information_range
+from megaflow.model import parts as made
+from megaflow.model.parts import Parts
+from megaflow.model.text_dit import Shape, TextDiT, TimeEmbedding
+from megaflow.train.stage import Batch
+from megaflow.train.stage_map import MapStage
+from tests.flow import toy as toys
+
+VOCAB, DIM, LENGTH = 11, 5, 6
+COUNTS = np.array([50, 30, 12, 7, 5, 3, 2, 1, 1, 1, 0])
+INPUTS = [("belief",), ("linear",), ("belief", "linear")]
+MAP_READS = ["linear", "hot_belief", "none"]
+
+
+def make(kind: str = "frame", reads: tuple[str, ...] = ("belief",), map_reads: str | None = None, neighbors: int = 1, seed: int = 0) -> TextDiT:
+    flow = FlowConfig(code=kind, code_dim=VOCAB if kind == "identity" else DIM)
+    parts = made.make(flow, COUNTS, 0)
+    torch.manual_seed(seed)
+    shape = Shape(VOCAB, layers=2, hidden=16, heads=2, mlp_ratio=2, belief_dim=8, neighbors=neighbors)
+    network = TextDiT(shape, parts.code, parts.log_prior, parts.span, True, reads, map_reads, "sdpa")
+    network.initialize()
+    return network
+
+
+def stirred(network: TextDiT, seed: int = 7) -> TextDiT:
+    """With random values in place of the zeros that conditions and maps start from."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return network
+
+
+def some_states(network: TextDiT, rows: int = 4) -> tuple[Tensor, Tensor]:
+    """(y, s): noisy random texts at times from 0 on."""
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(VOCAB, (rows, LENGTH), generator=generator)
+    s = torch.linspace(0.0, 0.8, rows, dtype=torch.float64)
+    return noisy_state(codes.lookup(network.code, ids), torch.randn(rows, LENGTH, network.code.dim, generator=generator), s), s
+
+
+def psi(network: TextDiT, y: Tensor, s: Tensor, t: Tensor | None = None) -> Tensor:
+    z = heads.logits(network.head(), network.read(network(y, s, t), y, s))
+    return torch.softmax(z, -1).view(*y.shape[:2], VOCAB).detach()
+
+
+@pytest.mark.parametrize("reads", INPUTS, ids="+".join)
+@pytest.mark.parametrize("kind", ["identity", "frame"])
+def test_with_a_zero_head_it_says_what_the_channel_says(kind, reads):
+    network = make(kind, reads, map_reads="linear")
+    with torch.no_grad():
+        network.weight.zero_()
+    y, s = some_states(network)
+    times = s.float()[:, None].expand(4, LENGTH).flatten()
+    belief = channel.belief(network.code, network.log_prior, y.flatten(0, 1), times).view(4, LENGTH, VOCAB)
+    for t in (None, s, torch.ones_like(s)):
+        assert torch.equal(psi(network, y, s, t), belief)  # at the time of the state, whatever the map's end
+
+
+@pytest.mark.parametrize("map_reads", MAP_READS)
+@pytest.mark.parametrize("kind", ["identity", "frame"])
+def test_a_fresh_flow_map_is_its_teachers_denoiser(kind, map_reads):
+    teacher, student = stirred(make(kind)), make(kind, map_reads=map_reads, seed=5)
+    missing, unexpected = student.load_state_dict(teacher.state_dict(), strict=False)
+    assert not unexpected and all(name.startswith("map_") for name in missing)
+    student.initialize_map()
+    y, s = some_states(teacher)
+    for t in (None, s, s + 0.3 * (1.0 - s), torch.ones_like(s)):
+        assert torch.equal(student(y, s, t), teacher(y, s))
+
+
+@pytest.mark.parametrize("map_reads", ["linear", "hot_belief"])
+def test_what_a_map_reads_besides_is_silent_on_the_diagonal(map_reads):
+    network = stirred(make(map_reads=map_reads))
+    y, s = some_states(network)
+    assert torch.equal(network.embed(y, s, s), network.embed(y, s, None))
+    full = network.embed(y, s, torch.ones_like(s)) - network.embed(y, s, None)
+    part = network.embed(y, s, s + 0.25 * (1.0 - s)) - network.embed(y, s, None)
+    assert full.abs().amax((1, 2)).min() > 0.01
+    torch.testing.assert_close(part, 0.25 * full, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("map_reads", MAP_READS)
+def test_a_map_sees_its_noise_at_time_zero_or_not_at_all(map_reads):
+    """The belief at time zero is the prior whatever the noise: without a reading of the state one step writes one text."""
+    network = stirred(make(map_reads=map_reads))
+    start, end = torch.zeros(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64)
+    y = torch.randn(2, LENGTH, DIM, generator=torch.Generator().manual_seed(0))
+    hidden = network(y, start, end)
+    assert torch.allclose(hidden[0], hidden[1], atol=1e-6) == (map_reads == "none")
+    assert torch.allclose(network(y, start)[0], network(y, start)[1], atol=1e-6)  # the flow itself sees nothing yet
+
+
+def test_a_trained_map_depends_on_its_end():
+    network = stirred(make(map_reads="none"))
+    y, s = some_states(network)
+    assert torch.equal(network(y, s), network(y, s, s))
+    assert (network(y, s, torch.ones_like(s)) - network(y, s)).abs().max() > 1e-2
+
+
+def test_time_embeddings_are_finite_at_the_ends_and_clipped_to_the_range():
+    torch.manual_seed(0)
+    embedding = TimeEmbedding(Range(-5.0, 9.0))
+    embedding.initialize(zero=False)
+    low, high = time_of(torch.tensor([-5.0, 9.0], dtype=torch.float64))
+    ends = embedding(torch.tensor([0.0, low / 2, low, high, (1 + high) / 2, 1.0], dtype=torch.float64))
+    assert ends.isfinite().all() and ends.abs().max() < 20.0
+    torch.testing.assert_close(ends[:2], ends[2:3].expand(2, -1), rtol=0, atol=1e-6)
+    torch.testing.assert_close(ends[4:], ends[3:4].expand(2, -1), rtol=0, atol=1e-5)
+    inside = embedding(time_of(torch.linspace(-5.0, 9.0, 60, dtype=torch.float64)))
+    assert torch.pdist(inside).min() > 1e-2  # times within the range are told apart
+    embedding.initialize(zero=True)
+    assert (embedding(torch.tensor([0.0, 0.3, 1.0])) == 0.0).all()
+
+
+@pytest.mark.parametrize("kind", ["identity", "frame"])
+def test_the_linear_reading_is_of_unit_size(kind):
+    """y over its known rms: exactly, sum_k |t C_k|^2 / V + (1 - t)^2 d_c, over d_c; and so for drawn states."""
+    network, generator = make(kind), torch.Generator().manual_seed(0)
+    dim, s = network.code.dim, torch.tensor([0.0, 0.3, 0.7, 0.99, 1.0], dtype=torch.float64)
+    mean_square = (s**2 * network.code.leverage.double().mean() + (1.0 - s) ** 2 * dim) / dim
+    torch.testing.assert_close(network.state_scale(s).flatten(), mean_square.rsqrt().float())
+    ids = torch.randint(VOCAB, (5, 4000), generator=generator)
+    y = noisy_state(codes.lookup(network.code, ids), torch.randn(5, 4000, dim, generator=generator), s)
+    rms = (y * network.state_scale(s)).square().mean((1, 2)).sqrt()
+    torch.testing.assert_close(rms, torch.ones(5), rtol=0, atol=0.03)
+
+
+@pytest.mark.parametrize("map_reads", [None, "linear", "hot_belief"])
+@pytest.mark.parametrize("reads", INPUTS, ids="+".join)
+@pytest.mark.parametrize("neighbors", [0, 2])
+def test_padding_does_not_reach_counted_tokens(reads, map_reads, neighbors):
+    network = stirred(make(reads=reads, map_reads=map_reads, neighbors=neighbors))
+    y, s = some_states(network)
+    t, lengths = (None if map_reads is None else torch.ones_like(s)), torch.tensor([2, 4, 5, 6])
+    other = y.clone()
+    for row, length in enumerate(lengths):
+        other[row, length:] = 9.0
+    one, two = network(y, s, t, lengths), network(other, s, t, lengths)
+    for row, length in enumerate(lengths):
+        torch.testing.assert_close(one[row, :length], two[row, :length])
+        alone = network(y[row : row + 1, :length], s[row : row + 1], None if t is None else t[:1])
+        torch.testing.assert_close(one[row, :length], alone[0], rtol=1e-4, atol=1e-5)
+    assert (one[0, :2] - network(y, s, t)[0, :2]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("neighbors", [0, 1, 2])
+def test_the_input_layer_reads_its_neighbours(neighbors):
+    network = stirred(make(neighbors=neighbors))
+    y, s = some_states(network)
+    other = y.clone()
+    other[3, 2] += 1.0
+    reached = (network.embed(y, s, None) - network.embed(other, s, None)).abs().amax(-1)[3] > 0.0
+    assert reached.tolist() == [abs(i - 2) <= neighbors for i in range(LENGTH)]
+
+
+class Recorder(TorchDispatchMode):
+    """The largest number of elements of any tensor that an operation returns, in forward and backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.largest = max([self.largest, *(x.numel() for x in tree_leaves(out) if isinstance(x, Tensor))])
+        return out
+
+
+def recorded(step: Callable[[], Tensor]) -> int:
+    with Recorder() as recorder:
+        step().backward()
+    return recorder.largest
+
+
+MANY, ROWS, WIDTH = 4096, 16, 64  # 1024 tokens of a vocabulary whose chunks hold 512
+
+
+def large(map_reads: str | None, reads: tuple[str, ...] = ("belief",)) -> TextDiT:
+    code = codes.frame(MANY, 16, torch.Generator().manual_seed(0), rounds=2)
+    torch.manual_seed(0)
+    shape = Shape(MANY, layers=1, hidden=16, heads=2, mlp_ratio=2, belief_dim=8, neighbors=1)
+    network = TextDiT(shape, code, torch.full((MANY,), -math.log(MANY)), Range(-1.0, 12.0), True, reads, map_reads, "sdpa")
+    network.initialize()
+    return network
+
+
+def large_batch() -> Batch:
+    ids = torch.randint(MANY, (ROWS, WIDTH), generator=torch.Generator().manual_seed(0))
+    return Batch(ids, None, torch.arange(ROWS), 0, ROWS, torch.full((ROWS * WIDTH,), 1.0 / (ROWS * WIDTH)))
+
+
+def test_no_tensor_of_tokens_times_vocabulary_exists_in_stage_1():
+    network, batch = large(None, ("belief", "linear")), large_batch()
+
+    def state() -> tuple[Tensor, Tensor]:
+        s = torch.linspace(0.0, 0.95, ROWS, dtype=torch.float64)
+        noise = torch.randn(ROWS, WIDTH, 16, generator=torch.Generator().manual_seed(1))
+        return noisy_state(codes.lookup(network.code, batch.ids), noise, s), s
+
+    def ours() -> Tensor:
+        y, s = state()
+        loss, _ = heads.cross_entropy(network.head(), network.read(network(y, s), y, s), batch.ids.flatten(), batch.weight)
+        return loss
+
+    def dense() -> Tensor:
+        y, s = state()
+        z = network(y, s) @ network.weight.T + network.bias
+        return torch.nn.functional.cross_entropy(z.flatten(0, 1), batch.ids.flatten())
+
+    assert recorded(ours) == channel.CHUNK_ELEMENTS < ROWS * WIDTH * MANY
+    assert all(p.grad is not None for p in network.parameters())
+    assert recorded(dense) >= ROWS * WIDTH * MANY  # the recorder would have seen one
+
+
+@pytest.mark.parametrize("map_reads", ["linear", "hot_belief"])
+def test_no_tensor_of_tokens_times_vocabulary_exists_in_stage_2(map_reads):
+    network, teacher = large(map_reads), large(None)
+    parts = Parts(network.code, network.log_prior, network.span)
+    stage = MapStage(Config(), network, teacher, parts, clocks.uniform())
+    assert recorded(lambda: stage.loss(large_batch())[0]) == channel.CHUNK_ELEMENTS < ROWS * WIDTH * MANY
+
+
+@pytest.mark.parametrize("kind", ["identity", "frame"])
+def test_stage_2_finds_the_flow_map_of_a_solved_flow(kind):
+    """The teacher is the exact denoiser of a toy; the map's one step comes to the true one, which it was never shown."""
+    code = codes.identity(4) if kind == "identity" else codes.frame(5, 3, torch.Generator().manual_seed(1))
+    toy = toys.make(code, length=2, seed=4)
+    parts = Parts(code, toy.marginal.mean(0).log().float(), Range(information_range(code, 0.0).low, 9.0))
+    torch.manual_seed(0)
+    shape = Shape(code.vocab, layers=2, hidden=48, heads=2, mlp_ratio=2, belief_dim=16, neighbors=1)
+    network = TextDiT(shape, code, parts.log_prior, parts.span, True, ("belief",), "linear", "sdpa")
+    network.initialize()
+    clock = clocks.uniform_log_snr(-4.0, 5.0)
+    stage = MapStage(Config(), network, toys.Exact(toy, code), parts, clock)
+    optimizer = torch.optim.Adam(network.parameters(), lr=5e-3)
+    before, steps, rows = map_error(network, toy), 300, 128
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = 5e-3 * (1.0 - step / steps)
+        ids = toys.draw(toy, rows, torch.Generator().manual_seed(step))
+        batch = Batch(ids, None, torch.arange(rows), step, rows, torch.full((2 * rows,), 0.5 / rows))
+        optimizer.zero_grad()
+        stage.loss(batch)[0].backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+    after = map_error(network, toy)
+    print(before, after)
+    assert after < before / 3.0, (before, after)
+
+
+def map_error(network: TextDiT, toy: toys.Toy) -> float:
+    """Mean squared distance of psi_{0,1} from the exact one."""
+    y = torch.randn(200, 2, toy.matrix.shape[1], generator=torch.Generator().manual_seed(99), dtype=torch.float64)
+    s, t = torch.zeros(200, dtype=torch.float64), torch.ones(200, dtype=torch.float64)
+    with torch.no_grad():
+        z = heads.logits(network.head(), network.read(network(y.float(), s, t), y.float(), s))
+    ours = torch.softmax(z, -1).view(200, 2, -1).double()
+    return (ours - toys.mean_denoiser(toy, y, 0.0, 1.0)).square().sum(-1).mean().item()

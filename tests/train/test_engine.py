@@ -1,0 +1,170 @@
+"""The schedule in closed form, and logical weights and moments out of DeepSpeed and into it again, under every layout."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from megaflow.config.schema import Config, OptimConfig
+from megaflow.model.build import autoregressive_network
+from megaflow.parallel import mesh as meshes
+from megaflow.parallel import random
+from megaflow.train import engine
+from megaflow.train.stage import Batch
+from megaflow.train.stage_autoregressive import AutoregressiveStage
+
+
+class TestLearningRate:
+    def rates(self, steps: int, **settings: object) -> list[float]:
+        optim = OptimConfig(learning_rate=2.0, **settings)
+        return [engine.learning_rate(optim, step, steps) for step in range(steps)]
+
+    def test_warm_up_is_linear_and_ends_at_the_peak(self):
+        assert self.rates(8, schedule="constant", warmup_steps=4) == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0, 2.0, 2.0]
+
+    @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+    def test_without_warm_up_the_first_step_is_at_the_peak(self, schedule):
+        assert self.rates(8, schedule=schedule, warmup_steps=0)[0] == 2.0
+
+    @pytest.mark.parametrize("schedule", ["linear", "cosine"])
+    def test_decay_starts_where_warm_up_ends_and_the_last_step_has_the_final_fraction(self, schedule):
+        rates = self.rates(24, schedule=schedule, warmup_steps=4, final_fraction=0.25)
+        assert rates[3] == rates[4] == 2.0 and rates[-1] == pytest.approx(0.5, rel=1e-12)
+        assert all(a > b for a, b in zip(rates[4:-1], rates[5:], strict=True))
+
+    def test_linear(self):
+        rates = self.rates(14, schedule="linear", warmup_steps=4, final_fraction=0.1)
+        assert rates[4:] == pytest.approx([2.0 - 1.8 * k / 9 for k in range(10)], rel=1e-12)
+
+    def test_cosine(self):
+        rates = self.rates(14, schedule="cosine", warmup_steps=4, final_fraction=0.1)
+        assert rates[4:] == pytest.approx([2.0 * (0.1 + 0.9 * (1 + math.cos(math.pi * k / 9)) / 2) for k in range(10)], rel=1e-12)
+
+    def test_edges(self):
+        assert self.rates(1, schedule="cosine", warmup_steps=0) == [2.0]
+        assert self.rates(3, schedule="linear", warmup_steps=10) == pytest.approx([0.2, 0.4, 0.6])  # the run ends in its warm-up
+        assert engine.learning_rate(OptimConfig(learning_rate=2.0, warmup_steps=0, final_fraction=0.0), 50, 20) == 0.0
+
+
+def small(name: str, zero: int, precision: str) -> Config:
+    config = Config()
+    config.model.family, config.model.layers, config.model.hidden, config.model.heads, config.model.belief_dim = "autoregressive", 2, 16, 2, 8
+    config.optim = replace(config.optim, name=name, learning_rate=0.01, weight_decay=0.1, warmup_steps=0)
+    config.parallel.zero, config.train.precision = zero, precision
+    return config
+
+
+class Session:
+    """A DeepSpeed engine over a real network on fixed batches of 4 rows of 8 tokens out of 11."""
+
+    def __init__(self, config: Config, mesh: meshes.Mesh, seed: int, accumulation: int = 1) -> None:
+        torch.manual_seed(seed)
+        network = autoregressive_network(config, torch.full((11,), 1 / 11).log(), mesh.device)
+        network.initialize()
+        self.accumulation = accumulation
+        stage = AutoregressiveStage(config, network)
+        self.engine = engine.start(engine.Trainee(network, stage.loss), config, mesh, 4 // accumulation, accumulation)
+
+    def step(self, number: int) -> tuple[float, float]:
+        ids = torch.randint(11, (4, 8), generator=random.generator(0, "ids", number))
+        rows, loss = 4 // self.accumulation, 0.0
+        for index in range(self.accumulation):
+            part = ids[index * rows : (index + 1) * rows]
+            batch = Batch(part, None, torch.arange(rows), number, 4, torch.full((rows * 8,), 1 / 32))
+            value, _ = self.engine(batch)
+            self.engine.backward(value * self.accumulation)
+            loss += value.item()
+            if index + 1 < self.accumulation:
+                self.engine.step()
+        return loss, engine.step(self.engine)
+
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        return tuple({name: value.clone() for name, value in found.items()} for found in (engine.weights(self.engine), engine.moments(self.engine)))
+
+
+@pytest.fixture
+def mesh():
+    with meshes.join() as joined:
+        yield joined
+
+
+LAYOUTS = [("adamw", 0, "fp32"), ("adamw", 1, "fp32"), ("adamw", 2, "fp32"), ("adamw", 0, "bf16"), ("adamw", 1, "bf16"), ("adamw", 2, "bf16"), ("muon", 0, "fp32")]
+
+
+@pytest.mark.parametrize("name, zero, precision", LAYOUTS)
+class TestRoundTrip:
+    def test_a_restored_engine_goes_on_exactly_as_the_first_would(self, mesh, name, zero, precision):
+        """Weights, moments and losses are equal to the last bit; the restored engine started from other weights."""
+        first = Session(small(name, zero, precision), mesh, seed=1)
+        for number in range(3):
+            first.step(number)
+        weights, moments = first.state()
+        expected = [first.step(number) for number in (3, 4)]
+        second = Session(small(name, zero, precision), mesh, seed=2)
+        engine.restore(second.engine, weights, moments, steps=3)
+        assert all(torch.equal(value, weights[key]) for key, value in second.state()[0].items())
+        assert all(torch.equal(value, moments[key]) for key, value in second.state()[1].items())
+        assert [second.step(number) for number in (3, 4)] == expected
+        for one, other in zip(first.state(), second.state(), strict=True):
+            assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+    def test_what_is_kept_is_full_and_fp32(self, mesh, name, zero, precision):
+        session = Session(small(name, zero, precision), mesh, seed=1)
+        session.step(0)
+        weights, moments = session.state()
+        shapes = {key.removeprefix("network."): p.shape for key, p in session.engine.module.named_parameters()}
+        assert {key: value.shape for key, value in weights.items()} == shapes
+        assert all(value.dtype == torch.float32 and value.shape == shapes[key.partition(".")[2]] for key, value in moments.items())
+        kinds = {key.partition(".")[0] for key in moments}
+        assert kinds == ({"exp_avg", "exp_avg_sq", "momentum_buffer"} if name == "muon" else {"exp_avg", "exp_avg_sq"})
+        if precision == "bf16":  # the masters hold what bf16 cannot
+            assert any((value != value.bfloat16().float()).any() for value in weights.values())
+            assert all(p.dtype == torch.bfloat16 for p in session.engine.module.parameters())
+
+
+class TestLayouts:
+    @pytest.mark.parametrize("source, target", [(0, 1), (1, 2), (2, 0)])
+    def test_another_zero_stage_goes_on_the_same_way(self, mesh, source, target):
+        first = Session(small("adamw", source, "fp32"), mesh, seed=1)
+        for number in range(3):
+            first.step(number)
+        second = Session(small("adamw", target, "fp32"), mesh, seed=2)
+        engine.restore(second.engine, *first.state(), steps=3)
+        for number in (3, 4, 5):
+            assert second.step(number) == pytest.approx(first.step(number), rel=1e-6)
+
+    @pytest.mark.parametrize(
+        "one, other, tolerance",
+        [
+            ((0, "fp32"), (1, "fp32"), 1e-6),
+            ((0, "fp32"), (2, "fp32"), 1e-6),
+            ((0, "bf16"), (1, "bf16"), 1e-6),
+            ((0, "bf16"), (2, "bf16"), 1e-6),
+            ((0, "fp32"), (0, "bf16"), 2e-3),
+        ],
+    )
+    def test_every_layout_takes_the_same_steps_from_the_first_on(self, mesh, one, other, tolerance):
+        """ZeRO only shards and bf16 only rounds. DeepSpeed's bf16 optimizer counts a step before the first, which must be undone."""
+        first, second = (Session(small("adamw", *layout), mesh, seed=1) for layout in (one, other))
+        for number in range(4):
+            assert second.step(number)[0] == pytest.approx(first.step(number)[0], rel=tolerance)
+
+    @pytest.mark.parametrize("zero", [0, 1, 2])
+    def test_accumulation_changes_nothing(self, mesh, zero):
+        whole, parts = (Session(small("adamw", zero, "fp32"), mesh, seed=1, accumulation=a) for a in (1, 4))
+        for number in range(3):
+            assert parts.step(number) == pytest.approx(whole.step(number), rel=2e-6)
+
+    @pytest.mark.parametrize("zero", [0, 1, 2])
+    def test_the_norm_is_that_of_the_whole_gradient_before_clipping(self, mesh, zero):
+        config = small("adamw", zero, "fp32")
+        config.optim.clip_norm = 1e-3
+        session = Session(config, mesh, seed=1)
+        reference = Session(small("adamw", 0, "fp32"), mesh, seed=1)
+        network = reference.engine.module.network
+        ids = torch.randint(11, (4, 8), generator=random.generator(0, "ids", 0))
+        loss, _ = reference.engine.module(Batch(ids, None, torch.arange(4), 0, 4, torch.full((32,), 1 / 32)))
+        gradients = torch.autograd.grad(loss, [p for p in network.parameters() if p.requires_grad], allow_unused=True)
+        norm = math.sqrt(sum(g.double().square().sum().item() for g in gradients if g is not None))
+        assert norm > 0.01 and session.step(0)[1] == pytest.approx(norm, rel=1e-5)

@@ -1,0 +1,274 @@
+"""The training commands in this process: every override trains, layouts and restarts change no loss, and what stops a run is said."""
+
+import json
+import math
+import re
+import resource
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from megaflow.config.load import load
+from megaflow.data.prepare import prepare
+from megaflow.train import checkpoint as checkpoints
+from megaflow.train import run as runs
+from megaflow.train import stages
+
+BIT_FOR_BIT = [("char", "flow"), ("coded", "flow"), ("documents", "flow"), ("coded", "autoregressive"), ("char", "flow_map")]
+
+
+def losses(directory: Path) -> dict[int, float]:
+    return {line["step"]: line["loss"] for line in runs.lines(directory / "metrics.jsonl") if "loss" in line}
+
+
+@pytest.fixture
+def train(config, trained, tmp_path):
+    """train(kind, family, *overrides): a run below tmp_path that must end well; returns its directory."""
+
+    def start(kind: str, family: str = "flow", *overrides: str, name: str = "run", code: int = 0) -> Path:
+        directory = tmp_path / name
+        if family == "flow_map":
+            found = stages.distill(str(config(kind, family)), [f"distill.teacher={trained(kind)}", f"run.dir={directory}", *overrides])
+        else:
+            found = stages.pretrain(str(config(kind, family)), [f"run.dir={directory}", *overrides])
+        assert found == code
+        return directory
+
+    return start
+
+
+class TestARun:
+    @pytest.mark.parametrize("kind, family", BIT_FOR_BIT)
+    def test_what_it_writes(self, trained, kind, family):
+        """One line a step with everything a curve needs, validations apart, and a loss that went down."""
+        directory = trained(kind, family)
+        written = runs.lines(directory / "metrics.jsonl")
+        steps = [line for line in written if "loss" in line]
+        assert [line["step"] for line in steps] == list(range(1, 41))
+        assert all({"step", "tokens", "loss", "learning_rate", "grad_norm", "tokens_per_second"} <= line.keys() for line in steps)
+        checks = [line for line in written if "loss" not in line]
+        assert [line["step"] for line in checks] == [10, 20, 30, 40] and all("validation_loss" in line for line in checks)
+        assert all(math.isfinite(value) for line in written for value in line.values())
+        assert checkpoints.steps(directory) == [30, 40]
+        summary = json.loads((directory / "summary.json").read_text())
+        assert summary["steps"] == 40 and summary["tokens"] == steps[-1]["tokens"]
+        if family != "flow_map":
+            assert checks[-1]["validation_loss"] < checks[0]["validation_loss"] - 0.02
+        assert {"config.yaml", "metrics.jsonl", "checkpoints", "run.json"} <= {path.name for path in directory.iterdir()}
+
+    def test_tokens_that_pad_are_not_counted(self, trained, shards):
+        from megaflow.data.stream import TokenStream
+
+        _, lengths = TokenStream(shards("documents"), "train", seed=0).rows(range(40 * 8))
+        assert lengths.min() < lengths.max()  # there is padding
+        assert runs.lines(trained("documents") / "metrics.jsonl")[-2]["tokens"] == int(lengths.sum())
+
+    def test_a_map_shares_its_teacher_s_fixed_parts_bit_for_bit(self, trained):
+        assert (trained("char", "flow_map") / "flow.safetensors").read_bytes() == (trained("char") / "flow.safetensors").read_bytes()
+        map_stage, teacher = (checkpoints.newest(trained("char", family)).stage for family in ("flow_map", "flow"))
+        assert all(torch.equal(map_stage[name], teacher[name]) for name in ("clock_times", "clock_tau"))
+
+    def test_the_clock_was_refitted_and_is_in_the_checkpoint(self, trained):
+        directory = trained("coded")
+        before, after = (checkpoints.read(checkpoints.folder(directory, step)).stage for step in (30, 40))
+        assert set(after) == {"profile_total", "profile_weight", "profile_edges", "clock_times", "clock_tau"}
+        assert not torch.equal(before["profile_total"], after["profile_total"])
+
+    def test_metrics_every_few_steps(self, train):
+        directory = train("coded", "flow", "train.steps=7", "log.every=3")
+        assert list(losses(directory)) == [3, 6, 7]  # and the last
+
+
+class TestOverrides:
+    @pytest.mark.parametrize("kind", ["char", "coded"])
+    @pytest.mark.parametrize(
+        "override",
+        [
+            "run.seed=5", "model.layers=1", "model.hidden=48", "model.heads=1", "model.mlp_ratio=2", "model.belief_dim=4", "model.attention=plain",
+            "model.input=linear", "model.input=belief", "model.input=both", "flow.code=frame", "flow.code=identity", "flow.code_dim=8", "flow.skip=off",
+            "flow.skip=on", "flow.clock.name=uniform", "flow.clock.name=argmax", "flow.clock.uniform_share=1", "flow.clock.refit_every=1",
+            "flow.clock.bins=20", "flow.clock.memory=0", "optim.name=muon", "optim.schedule=constant", "optim.schedule=linear", "optim.warmup_steps=50",
+            "optim.weight_decay=0.1", "optim.clip_norm=0", "optim.ema_decay=0", "parallel.zero=1", "parallel.zero=2", "train.steps=1", "train.global_batch=1",
+            "train.global_batch=3", "train.micro_batch=3", "train.precision=bf16", "train.checkpoint_every=1", "train.validate_every=1",
+            "train.validation_rows=1", "model.family=autoregressive",
+        ],
+    )  # fmt: skip
+    def test_every_single_one_trains(self, train, kind, override):
+        directory = train(kind, "flow", *([] if "train.steps" in override else ["train.steps=3"]), override)
+        found = losses(directory)
+        assert len(found) == (1 if "train.steps" in override else 3) and all(map(math.isfinite, found.values()))
+
+    @pytest.mark.parametrize(
+        "override",
+        [
+            "distill.diagonal_fraction=0", "distill.diagonal_fraction=1", "distill.boundary_fraction=0", "distill.boundary_fraction=1",
+            "distill.weighting=none", "distill.state_input=hot_belief", "distill.state_input=none", "optim.name=muon", "parallel.zero=1",
+            "train.precision=bf16", "train.global_batch=4",
+        ],
+    )  # fmt: skip
+    def test_every_single_one_distills(self, train, override):
+        found = losses(train("coded", "flow_map", "train.steps=2", override))
+        assert len(found) == 2 and all(map(math.isfinite, found.values()))
+
+
+class TestLayouts:
+    @pytest.mark.parametrize("kind, family", BIT_FOR_BIT)
+    @pytest.mark.parametrize("zero", [0, 2])
+    def test_accumulation_changes_no_loss(self, train, kind, family, zero):
+        """Eight rows at once, or two at a time: the gradient is the mean over all counted tokens either way."""
+        whole, parts = (
+            losses(train(kind, family, "train.steps=6", f"parallel.zero={zero}", f"train.micro_batch={micro}", name=f"micro-{micro}"))
+            for micro in (8, 2)
+        )
+        assert parts == pytest.approx(whole, rel=1e-5)
+
+    @pytest.mark.parametrize("zero", [0, 1])
+    def test_bf16_learns_and_its_fp32_weights_survive_a_restart(self, train, zero):
+        overrides = ("train.precision=bf16", f"parallel.zero={zero}")
+        directory = train("coded", "autoregressive", *overrides)
+        undisturbed = losses(directory)
+        assert sum(undisturbed[step] for step in range(36, 41)) < sum(undisturbed[step] for step in range(1, 6)) - 0.5
+        weights = checkpoints.newest(directory).weights
+        assert any((value != value.bfloat16().float()).any() for value in weights.values())
+        set_back(directory, 30)
+        assert losses(train("coded", "autoregressive", *overrides)) == undisturbed
+        assert all(torch.equal(value, weights[name]) for name, value in checkpoints.newest(directory).weights.items())
+
+
+def set_back(directory: Path, step: int) -> None:
+    """The run as it was after an earlier checkpoint, with the lines that were logged since."""
+    for later in checkpoints.steps(directory):
+        if later > step:
+            shutil.rmtree(checkpoints.folder(directory, later))
+    (directory / "summary.json").unlink()
+
+
+class TestResume:
+    @pytest.mark.parametrize("kind, family", BIT_FOR_BIT)
+    def test_from_a_checkpoint_on_every_number_is_the_same(self, copied, train, trained, kind, family):
+        """Losses, norms, rates, validations, weights, averages, moments, clock: all of it, to the last bit."""
+        directory = train(kind, family, "run.dir=" + str(copied(kind, family)))  # finished: nothing happens
+        directory = directory.parent / f"copy-{kind}-{family}"
+        set_back(directory, 30)
+        train(kind, family, "run.dir=" + str(directory))
+        for ours, theirs in zip(runs.lines(directory / "metrics.jsonl"), runs.lines(trained(kind, family) / "metrics.jsonl"), strict=True):
+            assert {k: v for k, v in ours.items() if k != "tokens_per_second"} == {k: v for k, v in theirs.items() if k != "tokens_per_second"}
+        ours, theirs = (checkpoints.newest(path) for path in (directory, trained(kind, family)))
+        for part in checkpoints.TENSORS:
+            one, other = getattr(ours, part), getattr(theirs, part)
+            assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+    def test_a_finished_run_run_again_does_nothing(self, copied, cli, config):
+        directory = copied("coded")
+        before = {path: path.stat().st_mtime_ns for path in directory.rglob("*") if path.is_file() and "checkpoints" in str(path)}
+        curve = (directory / "metrics.jsonl").read_bytes()
+        told = cli("pretrain", config("coded"), f"run.dir={directory}")
+        assert told.code == 0 and "finished at step 40; nothing to do (a larger train.steps goes on)" in told.err
+        assert {path: path.stat().st_mtime_ns for path in before} == before and (directory / "metrics.jsonl").read_bytes() == curve
+
+    def test_more_steps_go_on_from_the_end(self, copied, train, trained):
+        directory = copied("coded")
+        train("coded", "flow", f"run.dir={directory}", "train.steps=55")
+        found = losses(directory)
+        assert list(found) == list(range(1, 56)) and {step: found[step] for step in range(1, 41)} == losses(trained("coded"))
+        assert json.loads((directory / "summary.json").read_text())["steps"] == 55
+        assert checkpoints.steps(directory) == [50, 55]
+
+    def test_a_damaged_checkpoint_is_passed_over_and_the_curve_is_the_same(self, copied, train, trained, capfd):
+        directory = copied("coded")
+        (directory / "summary.json").unlink()
+        file = checkpoints.folder(directory, 40) / "moments.safetensors"
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 255
+        file.write_bytes(content)
+        train("coded", "flow", f"run.dir={directory}")
+        assert f"warning: {file}: not the file that was written" in capfd.readouterr().err
+        assert losses(directory) == losses(trained("coded"))
+
+    def test_a_run_that_was_killed_before_its_summary_is_summed_up(self, copied, train):
+        directory = copied("coded")
+        (directory / "summary.json").unlink()
+        train("coded", "flow", f"run.dir={directory}")
+        assert json.loads((directory / "summary.json").read_text())["steps"] == 40
+
+
+class TestRefusals:
+    def refused(self, told, *words: str, code: int = 2) -> None:
+        sentence = [line for line in told.err.splitlines() if line.startswith("megaflow: ")]
+        assert told.code == code and len(sentence) == 1 and "Traceback" not in told.err, told.err
+        assert all(word in sentence[0] for word in words), sentence[0]
+
+    def test_a_loss_that_is_not_finite_before_any_checkpoint(self, cli, config, tmp_path):
+        told = cli("pretrain", config("coded"), f"run.dir={tmp_path / 'run'}", "optim.learning_rate=1e30")
+        self.refused(told, "the loss of step 2 is nan", "there is no checkpoint yet", "optim.learning_rate", code=1)
+
+    def test_a_loss_that_is_not_finite_later(self, cli, config, tmp_path):
+        """A rate that grows in the warm-up until the weights overflow: the sentence names the step and a checkpoint that is there."""
+        told = cli(
+            "pretrain", config("coded"), f"run.dir={tmp_path / 'run'}", "train.checkpoint_every=1", "optim.learning_rate=1e38", "optim.clip_norm=0",
+            "optim.weight_decay=0.5", "optim.warmup_steps=40",
+        )  # fmt: skip
+        self.refused(told, "the last good checkpoint is", code=1)
+        step, path = re.search(r"the loss of step (\d+) is \S+; the last good checkpoint is (\S+);", told.err).groups()
+        assert int(step) > 1 and checkpoints.read(Path(path)).state["step"] == int(step) - 1
+        assert all(map(math.isfinite, losses(tmp_path / "run").values()))
+
+    def test_shards_of_another_tokenizer(self, cli, config, shards, texts, tmp_path):
+        """The same path and the same vocabulary size, another BPE: neither going on nor distilling nor sampling takes it for the first."""
+        data, directory = tmp_path / "data", tmp_path / "run"
+        shutil.copytree(shards("coded"), data)
+        command = ("pretrain", config("coded"), f"run.dir={directory}", f"data.path={data}", "train.steps=2")
+        assert cli(*command).code == 0
+        shutil.rmtree(data)
+        prepare(load(config("coded"), [f"data.path={data}", f"data.source={texts['sentences']}", "data.normalize=letters"]).config.data)
+        self.refused(cli(*command[:-1], "train.steps=3"), str(directory), "tokenizer", "differs from the model's")
+        distill = ("distill", config("coded", "flow_map"), f"distill.teacher={directory}", f"run.dir={tmp_path / 'map'}", "train.steps=2")
+        self.refused(cli(*distill), str(directory), "differs from the model's")
+        self.refused(cli("sample", directory), str(directory), "differs from the model's")
+        assert json.loads((directory / "summary.json").read_text())["steps"] == 2  # a refusal takes nothing away
+
+    def test_no_shards(self, cli, config, tmp_path):
+        self.refused(cli("pretrain", config("coded"), f"run.dir={tmp_path / 'run'}", "data.path=nowhere"), "there is no folder nowhere", "megaflow prepare")
+
+    def test_a_changed_key(self, copied, cli, config):
+        told = cli("pretrain", config("coded"), f"run.dir={copied('coded')}", "model.layers=3", "run.seed=1")
+        self.refused(told, "run.seed (was 0, now 1)", "model.layers (was 2, now 3)", "choose another run.dir")
+
+    def test_fewer_steps(self, copied, cli, config):
+        self.refused(cli("pretrain", config("coded"), f"run.dir={copied('coded')}", "train.steps=39"), "may grow from 40, not shrink to 39")
+
+    def test_a_run_that_another_process_works_on(self, copied, cli, config):
+        directory = copied("coded")
+        held = runs.lock(directory)
+        self.refused(cli("pretrain", config("coded"), f"run.dir={directory}", "train.steps=60"), "is already working on this run")
+        held.close()
+
+    def test_a_disk_that_refuses_a_checkpoint(self, copied, cli, config):
+        directory = copied("coded")
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))
+        try:
+            told = cli("pretrain", config("coded"), f"run.dir={directory}", "train.steps=60")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        self.refused(told, "step-00000050: the checkpoint could not be written", "earlier checkpoints are intact")
+        assert checkpoints.newest(directory).state["step"] == 40
+
+    @pytest.mark.parametrize(
+        "teacher, words",
+        [
+            (None, ["distill.teacher is not set"]),
+            ("nowhere", ["nowhere: no such directory"]),
+            (("coded", "autoregressive"), ["is not a pretrained flow"]),
+            (("coded", "flow_map"), ["is not a pretrained flow"]),
+        ],
+    )
+    def test_teachers_that_are_none(self, cli, config, trained, tmp_path, teacher, words):
+        named = "" if teacher is None else teacher if isinstance(teacher, str) else trained(*teacher)
+        self.refused(cli("distill", config("coded", "flow_map"), f"run.dir={tmp_path / 'run'}", f"distill.teacher={named}"), *words)
+
+    def test_a_map_of_another_shape_than_its_teacher(self, cli, config, trained, tmp_path):
+        told = cli("distill", config("coded", "flow_map"), f"run.dir={tmp_path / 'run'}", f"distill.teacher={trained('coded')}", "model.layers=3")
+        self.refused(told, "model.layers=3 contradicts the teacher's 2")

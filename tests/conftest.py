@@ -24,8 +24,8 @@ KINDS = ("char", "coded")
 
 NETWORK = "model: {layers: 2, hidden: 32, heads: 2, belief_dim: 16}\n"
 TRAINING = """
-optim: {name: adamw, learning_rate: 0.01}
-train: {steps: 40, global_batch: 8, checkpoint_every: 10, validate_every: 10, validation_rows: 8}
+optim: {name: adamw, learning_rate: 0.005}
+train: {steps: 40, global_batch: 8, checkpoint_every: 10, validate_every: 10, validation_rows: 64}
 log: {wandb: "off"}
 """
 DATA = {

@@ -54,7 +54,7 @@ def density(clock: Clock, t: Tensor) -> Tensor:
 def uniform() -> Clock:
     """tau(t) = t."""
     ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
-    return Clock(ends, ends)
+    return Clock(ends, ends.clone())  # two tensors: a checkpoint keeps both
 
 
 def uniform_log_snr(low: float, high: float, bins: int = 200) -> Clock:

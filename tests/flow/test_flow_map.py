@@ -67,7 +67,9 @@ def test_counts_of_rows(total, diagonal, boundary, expected):
     assert flow_map.counts(total, diagonal, boundary) == expected
 
 
-@pytest.mark.parametrize("clock", [clocks.uniform(), clocks.argmax(27), clocks.uniform_log_snr(-4.0, 9.0)], ids=["uniform", "argmax", "log-SNR"])
+@pytest.mark.parametrize(
+    "clock", [clocks.uniform(), clocks.argmax(27), clocks.uniform_log_snr(-4.0, 9.0)], ids=["uniform", "argmax", "log-SNR"]
+)
 def test_times_of_rows(clock):
     generator = torch.Generator().manual_seed(0)
     kind = torch.arange(3000) % 3
@@ -111,7 +113,7 @@ class Net(nn.Module):
         return Head(self.weight, self.bias, codes.identity(VOCAB), skip=False)
 
     def forward(self, y: Tensor, s: Tensor, t: Tensor) -> Read:
-        x = torch.cat([y.flatten(1), s[:, None], t[:, None]], 1).float()
+        x = torch.cat([y.flatten(1), s[:, None], t[:, None]], 1).to(self.weight.dtype)
         return Read(self.body(x).view(-1, WIDTH))
 
     def psi(self, y: Tensor, s: Tensor, t: Tensor) -> Tensor:
@@ -150,12 +152,11 @@ def semigroup_loss(net: Net, toy: toys.Toy, y: Tensor, times: flow_map.Times) ->
 
 
 def sum_derivative_loss(net: Net, toy: toys.Toy, y: Tensor, times: flow_map.Times) -> Tensor:
-    """The Lagrangian loss as often printed: the velocity of X_{s,t} by autograd.grad(X.sum(), t), against the denoiser's there."""
+    """The Lagrangian loss as often printed: the slope of X_{s,t} by autograd.grad(X.sum(), t), against the velocity where it leads."""
     s, t = times.s, times.t.clone().requires_grad_()
-    moved = transport(y, s, t, net.psi(y, s, t).double())
+    moved = transport(y, s, t, net.psi(y, s, t))
     (slope,) = torch.autograd.grad(moved.sum(), t, create_graph=True)
-    aim = toys.velocity(toy, moved.detach(), 0.5).sum((1, 2))
-    return (slope - aim).square().mean()
+    return (slope[:, None, None] - toys.velocity(toy, moved.detach(), times.t)).square().sum((1, 2)).mean()
 
 
 def gradients(loss: Callable[..., Tensor], net: Net, *inputs: object) -> list[Tensor]:
@@ -166,12 +167,11 @@ def gradients(loss: Callable[..., Tensor], net: Net, *inputs: object) -> list[Te
 def test_the_often_printed_lagrangian_loss_trains_nothing_and_ours_does():
     """psi sums to one over the vocabulary, so the sum of X does not know the network: its gradient is exactly nothing."""
     toy, net = toys.make(codes.identity(VOCAB), LENGTH, seed=4), Net(seed=0).double()
-    net.forward = lambda y, s, t: Read(net.body(torch.cat([y.flatten(1), s[:, None], t[:, None]], 1)).view(-1, WIDTH))
     y, times = drawn(toy, 64, seed=0)
-    inner = times.s < times.t
+    inner = (times.s < times.t) & (times.t < 1.0)
     y, times = y[inner], flow_map.Times(*(x[inner] for x in times))
     assert sum_derivative_loss(net, toy, y, times) > 0.1  # it looks like a loss
-    assert max(grad.abs().max() for grad in gradients(sum_derivative_loss, net, toy, y, times)) < 1e-11
+    assert max(grad.abs().max() for grad in gradients(sum_derivative_loss, net, toy, y, times)) < 1e-9
     single = Net(seed=0)
     ours = gradients(semigroup_loss, single, toy, *drawn(toy, 64, seed=0))
     assert len(ours) == 8 and min(grad.abs().max() for grad in ours) > 1e-4

@@ -120,7 +120,8 @@ def mixed_target(kind: str, tokens: int) -> tuple[list[Component], torch.Tensor]
     """Two components with shares a and 1 - a, ends included, and the same mixture written out."""
     share = torch.linspace(0.0, 1.0, tokens, dtype=torch.float64)
     (one, first), (two, second) = make(kind, tokens, seed=1), make(kind, tokens, seed=2)
-    dense = share[:, None] * torch.softmax(dense_logits(one, first), -1) + (1 - share)[:, None] * torch.softmax(dense_logits(two, second), -1)
+    p, q = torch.softmax(dense_logits(one, first), -1), torch.softmax(dense_logits(two, second), -1)
+    dense = share[:, None] * p + (1.0 - share)[:, None] * q
     return [Component(one, first, share), Component(two, second, 1.0 - share)], dense.detach()
 
 

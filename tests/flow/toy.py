@@ -80,9 +80,9 @@ def denoiser(toy: Toy, y: Tensor, t: float | Tensor) -> Tensor:
     return _marginals(toy, text_posterior(toy, y, t))
 
 
-def velocity(toy: Toy, y: Tensor, t: float) -> Tensor:
+def velocity(toy: Toy, y: Tensor, t: float | Tensor) -> Tensor:
     """The probability flow's dy/dt = (psi C - y) / (1 - t)."""
-    return (denoiser(toy, y, t) @ toy.matrix - y) / (1.0 - t)
+    return (denoiser(toy, y, t) @ toy.matrix - y) / (1.0 - _times(t, len(y)))
 
 
 def mean_denoiser(toy: Toy, y: Tensor, s: float, t: float, steps: int = 400) -> Tensor:
@@ -133,7 +133,7 @@ class Exact(nn.Module):
         self.weight, self.bias = nn.Parameter(torch.eye(toy.vocab)), nn.Parameter(torch.zeros(toy.vocab))
 
     def forward(self, y: Tensor, s: Tensor, t: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
-        return denoiser(self.toy, y.double(), s.double()).clamp(min=1e-38).log().float()
+        return denoiser(self.toy, y.double(), s.double()).clamp(min=1e-38).log().to(self.weight.dtype)
 
     def head(self) -> Head:
         return Head(self.weight, self.bias, self.code, self.skip)

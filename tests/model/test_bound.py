@@ -52,10 +52,9 @@ def test_an_untrained_network_has_the_unigram_entropy_for_every_code(kind):
 def test_of_the_exact_denoiser_it_is_the_likelihood(code, clock):
     toy = toys.make(code, length=2, seed=2, spread=1.5)
     ids = toys.draw(toy, 1500, torch.Generator().manual_seed(0))
-    parts = Parts(code, toy.marginal.mean(0).log().float(), Range(information_range(code, 0.0).low, 9.0))
-    found = bound_of_rows(toys.Exact(toy, code), parts, clock, ids, None, draws=6, seed=0, batch=1500)
+    parts = Parts(code, toy.marginal.mean(0).log(), Range(information_range(code, 0.0).low, 9.0))
+    found = bound_of_rows(toys.Exact(toy, code).double(), parts, clock, ids, None, draws=10, seed=0, batch=1500)
     exact = -toy.law[(ids * torch.tensor([code.vocab, 1])).sum(1)].log().mean().item() / 2.0
-    print(found, exact)
     assert abs(found.mean - exact) < 4.0 * found.standard_error < 0.1
     assert found.unigram - exact > 6.0 * found.standard_error
 

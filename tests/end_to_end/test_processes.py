@@ -1,0 +1,89 @@
+"""Several data-parallel processes: the same losses as one, whatever the stage, the shards, and what ZeRO shards."""
+
+import itertools
+
+import pytest
+
+from megaflow.train import checkpoint as checkpoints
+from megaflow.train import run as runs
+from megaflow.train import stages
+
+LENGTH = ("train.steps=8", "train.checkpoint_every=4", "train.validate_every=4", "train.validation_rows=8")
+CASES = [("coded", "flow"), ("char", "flow"), ("documents", "flow"), ("coded", "autoregressive"), ("char", "flow_map")]
+COVER = [("coded", "flow", 0), ("char", "flow_map", 1), ("documents", "flow", 2)]
+REST = [(*case, zero) for case, zero in itertools.product(CASES, (0, 1, 2)) if (*case, zero) not in COVER]
+
+
+@pytest.fixture
+def words(config, trained, tmp_path):
+    """The words after `megaflow` for a run below tmp_path."""
+
+    def make(kind: str, family: str, name: str, *overrides: str) -> list[str]:
+        command = "distill" if family == "flow_map" else "pretrain"
+        teacher = [f"distill.teacher={trained(kind)}"] if family == "flow_map" else []
+        return [command, str(config(kind, family)), f"run.dir={tmp_path / name}", *teacher, *LENGTH, *overrides]
+
+    return make
+
+
+def here(words: list[str]) -> None:
+    """The same command, in this process."""
+    assert getattr(stages, words[0])(words[1], words[2:]) == 0
+
+
+def check(torchrun, words, tmp_path, kind: str, family: str, zero: int) -> None:
+    """Losses, norms and validations of two processes are those of one to 1e-5; half as many rows at once, so they accumulate too."""
+    here(words(kind, family, "one"))
+    done = torchrun(2, *words(kind, family, "two", f"parallel.zero={zero}", "train.micro_batch=2"))
+    assert done.returncode == 0, done.stderr
+    one, two = (runs.lines(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
+    assert [line["step"] for line in two] == [line["step"] for line in one] and len(one) == 10
+    for ours, theirs in zip(two, one, strict=True):
+        assert ours.keys() == theirs.keys() and ours["tokens"] == theirs["tokens"]
+        for name in ours.keys() & {"loss", "validation_loss", "learning_rate"}:
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-5)
+        if "grad_norm" in ours:
+            assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
+    assert runs.read_json(tmp_path / "two" / "run.json")["starts"][0]["processes"] == 2
+
+
+@pytest.mark.parametrize("kind, family, zero", COVER)
+def test_two_processes_have_the_losses_of_one(torchrun, words, tmp_path, kind, family, zero):
+    check(torchrun, words, tmp_path, kind, family, zero)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind, family, zero", REST)
+def test_two_processes_have_the_losses_of_one_whatever_they_train(torchrun, words, tmp_path, kind, family, zero):
+    check(torchrun, words, tmp_path, kind, family, zero)
+
+
+def test_a_run_moves_to_another_layout_in_the_middle(torchrun, words, tmp_path):
+    """Four steps on two processes under ZeRO 2, four more on one under ZeRO 0: the curve of one process all along."""
+    here(words("coded", "autoregressive", "one"))
+    both = words("coded", "autoregressive", "moved")
+    done = torchrun(2, *both, "parallel.zero=2")
+    assert done.returncode == 0, done.stderr
+    directory = tmp_path / "moved"
+    (directory / "summary.json").unlink()
+    import shutil
+
+    shutil.rmtree(checkpoints.folder(directory, 8))
+    here([*both, "parallel.zero=0"])
+    curves = [[line["loss"] for line in runs.lines(path / "metrics.jsonl") if "loss" in line] for path in (directory, tmp_path / "one")]
+    assert curves[0] == pytest.approx(curves[1], rel=1e-5) and len(curves[0]) == 8
+    assert [start["processes"] for start in runs.read_json(directory / "run.json")["starts"]] == [2, 1]
+
+
+@pytest.mark.long
+def test_what_one_process_refuses_ends_all(torchrun, words, tmp_path):
+    """An indivisible batch and a changed key, found by one process or by all: everybody leaves, nobody waits for the others."""
+    done = torchrun(2, *words("coded", "flow", "odd", "train.global_batch=7"))
+    assert done.returncode != 0 and "train.global_batch=7 does not divide over 2 data-parallel processes; use a multiple of 2" in done.stderr
+    here(words("coded", "flow", "changed"))
+    done = torchrun(2, *words("coded", "flow", "changed", "run.seed=1"))
+    assert done.returncode != 0 and "run.seed (was 0, now 1)" in done.stderr
+    before = len(runs.lines(tmp_path / "changed" / "metrics.jsonl"))
+    done = torchrun(2, *words("coded", "flow", "changed"))
+    assert done.returncode == 0 and "nothing to do" in done.stderr
+    assert len(runs.lines(tmp_path / "changed" / "metrics.jsonl")) == before

@@ -1,0 +1,167 @@
+"""`megaflow evaluate`: finite numbers for every kind of run, in a table and as JSON, computed once."""
+
+import json
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megaflow.data.stream import TokenStream
+from megaflow.evaluate.evaluation import evaluate, judged, table
+from megaflow.evaluate.generate import load_run
+from megaflow.train import run as runs
+
+QUICK = {"steps": [1, 3], "samples": 6, "rows": 24, "draws": 2, "seed": 0}
+OPTIONS = ["--steps", "1,3", "--samples", "6", "--rows", "24", "--draws", "2"]
+RUNS = [("char", "flow"), ("coded", "flow"), ("documents", "flow"), ("char", "flow_map"), ("coded", "autoregressive")]
+
+
+@pytest.fixture(scope="module")
+def evaluated(trained):
+    """evaluated(kind, family): the result, computed once."""
+    return lambda kind, family="flow": evaluate(trained(kind, family), **QUICK)
+
+
+def numbers(node: object) -> list[float]:
+    if isinstance(node, dict):
+        return [x for value in node.values() for x in numbers(value)]
+    if isinstance(node, list):
+        return [x for value in node for x in numbers(value)]
+    return [node] if isinstance(node, (int, float)) else []
+
+
+@pytest.mark.parametrize("kind, family", RUNS)
+class TestEveryRun:
+    def test_all_numbers_are_finite_and_on_disk(self, evaluated, trained, kind, family):
+        result = evaluated(kind, family)
+        written = json.loads((trained(kind, family) / "evaluation.json").read_text())
+        assert written == json.loads(json.dumps(result))
+        assert result["kind"] == family and result["step"] == 40 and result["settings"] == QUICK
+        assert len(numbers(written)) > 30 and all(map(math.isfinite, numbers(written)))
+        assert result["judge"]["sum_error"] < 1e-9
+
+    def test_likelihood(self, evaluated, trained, kind, family):
+        """Bits per character follow from nats per token and the split's characters; the unigram entropy is that of the tokens."""
+        found, run = evaluated(kind, family)["likelihood"], load_run(trained(kind, family))
+        split = run.manifest["splits"]["validation"]
+        per_character = split["characters"] / split["tokens"] * math.log(2)
+        assert found["bits_per_char"] == pytest.approx(found["nats_per_token"] / per_character, rel=1e-12)
+        assert found["unigram_bits_per_char"] == pytest.approx(found["unigram_nats_per_token"] / per_character, rel=1e-12)
+        assert found["kind"] == ("exact" if family == "autoregressive" else "bound")
+        counts = np.load(Path(run.config.data.path) / "unigram.npy") + 0.5
+        stream = TokenStream(run.config.data.path, "validation", 0, shuffle=False)
+        places = np.linspace(0, len(stream) - 1, min(24, len(stream))).round().astype(int)
+        ids, lengths = stream.rows(places.tolist())
+        tokens = np.concatenate([row[:length] for row, length in zip(ids.numpy(), lengths.numpy(), strict=True)])
+        assert found["tokens"] == len(tokens)
+        assert found["unigram_nats_per_token"] == pytest.approx(-np.log(counts / counts.sum())[tokens].mean(), rel=1e-5)
+        # trained for forty steps, nothing is much worse than the unigram law, and the bound of no flow beats the text itself
+        assert 0.3 * found["unigram_nats_per_token"] < found["nats_per_token"] < 1.1 * found["unigram_nats_per_token"]
+
+    def test_samples(self, evaluated, kind, family):
+        result = evaluated(kind, family)
+        assert set(result["samples"]) == ({"autoregressive"} if family == "autoregressive" else {"1", "3"})
+        for entry in [*result["samples"].values(), *result["reference"].values()]:
+            assert entry["count"] == 6 and 1 <= entry["distinct"] <= 6 and len(entry["texts"]) == 6 and entry["entropy"] >= 0.0
+        assert result["reference"]["data"]["judge_bits_per_char"] < result["reference"]["unigram"]["judge_bits_per_char"] - 0.5
+
+    def test_the_table(self, evaluated, kind, family):
+        shown = table(evaluated(kind, family))
+        result = evaluated(kind, family)
+        assert f"{result['likelihood']['bits_per_char']:.4f} bits/char ({'exact' if family == 'autoregressive' else 'bound'};" in shown
+        for name in ("data", "unigram", *(["autoregressive"] if family == "autoregressive" else ["1 steps", "3 steps"])):
+            assert any(line.startswith(f"{name} ") for line in shown.splitlines())
+
+
+class TestFlowsOnly:
+    def test_profile_and_trajectory(self, evaluated, trained):
+        result = evaluated("coded")
+        profile, path = result["profile"], result["trajectory"]
+        assert np.all(np.diff(profile["clock_t"]) > 0) and np.all(np.diff(profile["clock_cdf"]) >= 0)
+        assert (profile["clock_cdf"][0], profile["clock_cdf"][-1]) == (0.0, 1.0)
+        assert len(profile["t"]) == len(profile["cross_entropy"]) == load_run(trained("coded")).config.flow.clock.bins
+        assert len(path["times"]) == len(path["tokens"]) == len(path["confidence"]) == 16
+        assert all(len(row) == 16 and all(0.0 < p <= 1.0 for p in row) for row in path["confidence"])
+
+    def test_a_network_without_the_channel_has_no_bound_and_says_why(self, cli, config, tmp_path):
+        run = tmp_path / "run"
+        assert cli("pretrain", config("char"), f"run.dir={run}", "model.input=linear", "train.steps=2").code == 0
+        told = cli("evaluate", run, *OPTIONS)
+        assert told.code == 0 and "likelihood        none: " in told.out
+        assert json.loads((run / "evaluation.json").read_text())["likelihood"]["kind"] == "none"
+
+
+class TestComputedOnce:
+    def test_asking_again_returns_what_is_there(self, evaluated, trained, cli):
+        first = evaluated("coded")
+        file = trained("coded") / "evaluation.json"
+        before = file.stat().st_mtime_ns
+        told = cli("evaluate", trained("coded"), *OPTIONS)
+        assert told.code == 0 and told.out == table(first) + "\n" and file.stat().st_mtime_ns == before
+
+    def test_other_settings_or_another_checkpoint_are_computed(self, copied, evaluated, config, cli):
+        evaluated("coded")
+        directory = copied("coded")
+        file = directory / "evaluation.json"
+        assert cli("evaluate", directory, *OPTIONS).code == 0
+        os.utime(file, (0, 0))
+        assert cli("evaluate", directory, *OPTIONS, "--seed", 1).code == 0 and file.stat().st_mtime > 0
+        result = json.loads(file.read_text())
+        assert result["settings"]["seed"] == 1 and result["likelihood"]["nats_per_token"] != evaluated("coded")["likelihood"]["nats_per_token"]
+        assert cli("pretrain", config("coded"), f"run.dir={directory}", "train.steps=45").code == 0
+        assert cli("evaluate", directory, *OPTIONS, "--seed", 1).code == 0
+        assert json.loads(file.read_text())["step"] == 45
+
+    def test_the_same_numbers_from_scratch(self, evaluated, copied, cli):
+        """Everything is a function of checkpoint, shards and seed."""
+        expected = evaluated("coded")
+        directory = copied("coded")
+        (directory / "evaluation.json").unlink()
+        (directory / "judge.npz").unlink()
+        assert cli("evaluate", directory, *OPTIONS).code == 0
+        found = json.loads((directory / "evaluation.json").read_text())
+        for part in ("likelihood", "judge", "samples", "reference", "profile", "trajectory"):
+            assert found[part] == json.loads(json.dumps(expected[part]))
+
+
+class TestOptions:
+    def test_json_elsewhere(self, trained, cli, tmp_path):
+        told = cli("evaluate", trained("coded", "autoregressive"), *OPTIONS, "--json", tmp_path / "out.json")
+        assert told.code == 0 and json.loads((tmp_path / "out.json").read_text())["kind"] == "autoregressive"
+
+    @pytest.mark.parametrize(
+        "options, words",
+        [
+            (["--steps", "1,x"], "--steps: 'x' is not a positive whole number"),
+            (["--steps", "0"], "--steps: '0' is not a positive whole number"),
+            (["--steps", "1,,2"], "--steps: '' is not"),
+            (["--samples", "0"], "must be positive whole numbers"),
+            (["--rows", "-1"], "must be positive whole numbers"),
+        ],
+    )
+    def test_bad_ones(self, trained, cli, options, words):
+        told = cli("evaluate", trained("coded"), *options)
+        assert told.code == 2 and words in told.err and told.err.count("\n") == 1
+
+    def test_no_run(self, cli, tmp_path):
+        told = cli("evaluate", tmp_path / "no")
+        assert (told.code, told.err) == (2, f"megaflow: {tmp_path / 'no'}: no such directory; give the run.dir of a pretrain or distill config\n")
+
+
+def test_judged_is_the_mean_over_characters_not_over_texts(trained):
+    """A long text counts for more than a short one: bits in all over characters in all."""
+    from megaflow.evaluate.evaluation import fitted_judge
+    from megaflow.evaluate.judge import bits
+
+    run = load_run(trained("coded"))
+    judge, rows = fitted_judge(run), [[40, 41, 42, 43, 44, 45, 46, 47], [50]]
+    texts = judged(run, rows, judge)["texts"]
+    expected = sum(bits(judge, text).sum() for text in texts) / sum(map(len, texts))
+    assert judged(run, rows, judge)["judge_bits_per_char"] == pytest.approx(expected, rel=1e-12)
+
+
+def test_nothing_of_training_is_touched(trained, evaluated):
+    evaluated("coded")
+    assert len(runs.read_json(trained("coded") / "run.json")["starts"]) == 1

@@ -1,0 +1,194 @@
+"""Text from runs: every sampler on every kind of run, what a seed decides, and what is refused."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from megaflow.data.tokenizer import decode, load_tokenizer
+from megaflow.errors import UserError
+from megaflow.evaluate.generate import generate, load_run, row_lengths, sample, text_of
+from megaflow.flow import head as heads
+from megaflow.parallel import random
+from megaflow.train import checkpoint as checkpoints
+
+METHODS = [
+    ("char", "flow", {"method": "ode", "steps": 3}),
+    ("coded", "flow", {"method": "ode", "steps": 3}),
+    ("coded", "flow", {"method": "ode", "steps": 1}),
+    ("coded", "flow", {"method": "stochastic", "steps": 3, "gamma": 0.0}),
+    ("coded", "flow", {"method": "stochastic", "steps": 3, "gamma": 0.5}),
+    ("char", "flow", {"method": "stochastic", "steps": 3, "gamma": 1.0}),
+    ("char", "flow", {"method": "ancestral", "steps": 3}),
+    ("coded", "flow", {"method": "ancestral", "steps": 3}),
+    ("char", "flow_map", {"method": "flow_map", "steps": 1}),
+    ("char", "flow_map", {"method": "flow_map", "steps": 4}),
+    ("char", "flow_map", {"method": "stochastic", "steps": 4, "gamma": 0.5}),
+    ("char", "flow_map", {"method": "ode", "steps": 2}),
+    ("coded", "autoregressive", {"steps": None}),
+    ("documents", "flow", {"method": "ode", "steps": 2}),
+]
+
+
+@pytest.mark.parametrize("kind, family, settings", METHODS)
+class TestEveryMethod:
+    def test_texts_of_the_run_s_tokens(self, trained, kind, family, settings):
+        found = sample(trained(kind, family), count=3, **settings)
+        run = load_run(trained(kind, family))
+        vocab, length = run.manifest["tokenizer"]["vocab_size"], run.manifest["length"]
+        assert len(found["texts"]) == len(found["tokens"]) == 3 and found["step"] == 40
+        assert all(0 <= token < vocab for row in found["tokens"] for token in row)
+        if kind != "documents":
+            assert all(len(row) == length for row in found["tokens"])
+            assert found["texts"] == [decode(load_tokenizer(run.config.data.path), row) for row in found["tokens"]]
+        if kind == "char":
+            assert all(set(text) <= set("abcdefghijklmnopqrstuvwxyz ") for text in found["texts"])
+
+    def test_a_row_is_a_function_of_the_seed_and_its_index(self, trained, kind, family, settings):
+        """Not of how many there are: the first two of five are the two of two. The same seed gives the same text."""
+        two, five = (sample(trained(kind, family), count=count, seed=3, **settings)["tokens"] for count in (2, 5))
+        assert five[:2] == two
+        assert sample(trained(kind, family), count=2, seed=3, **settings)["tokens"] == two
+
+
+@pytest.mark.parametrize("kind, family, settings", [case for case in METHODS if case[2].get("method") not in ("ode", "flow_map") or case[1] != "flow"])
+def test_another_seed_gives_another_text(trained, kind, family, settings):
+    first, second = (sample(trained(kind, family), count=4, seed=seed, **settings)["tokens"] for seed in (1, 2))
+    assert all(one != other for one, other in zip(first, second, strict=True))
+
+
+def test_more_texts_than_one_batch(trained):
+    """Rows beyond the first batch of 64 are functions of their own index as well."""
+    run = load_run(trained("coded", "autoregressive"))
+    rows = generate(run, 66, None, "autoregressive", 1.0, None, seed=0)
+    assert len(rows) == 66 and rows[64] != rows[0] and rows[:3] == generate(run, 3, None, "autoregressive", 1.0, None, seed=0)
+
+
+class TestSettings:
+    @pytest.mark.parametrize(
+        "family, given, chosen",
+        [
+            ("flow", {}, ("ode", 64, None)),
+            ("flow_map", {}, ("flow_map", 1, None)),
+            ("flow", {"gamma": 0.5}, ("stochastic", 64, 0.5)),
+            ("flow_map", {"method": "stochastic", "steps": 2}, ("stochastic", 2, 0.75)),
+            ("autoregressive", {}, ("autoregressive", None, None)),
+        ],
+    )
+    def test_what_is_not_given_follows_the_run(self, trained, family, given, chosen):
+        found = sample(trained("char" if family != "autoregressive" else "coded", family), count=1, **{"steps": None, **given})
+        assert (found["method"], found["steps"], found["gamma"]) == chosen
+
+    @pytest.mark.parametrize(
+        "family, arguments, words",
+        [
+            ("flow", ["--method", "flow_map"], "is a flow, not a flow map"),
+            ("flow", ["--method", "ode", "--gamma", "0.5"], "--gamma belongs to --method stochastic, not ode"),
+            ("flow", ["--method", "ancestral", "--gamma", "0"], "--gamma belongs to --method stochastic, not ancestral"),
+            ("flow", ["--gamma", "1.5"], "--gamma: 1.5 is not between 0 and 1"),
+            ("flow", ["--gamma", "-0.1"], "--gamma: -0.1 is not between 0 and 1"),
+            ("flow", ["--steps", "0"], "--steps: 0 is not a positive number"),
+            ("flow", ["--count", "0"], "--count: 0 is not a positive number"),
+            ("flow", ["--temperature", "0"], "--temperature: 0.0 is not above 0"),
+            ("flow", ["--temperature", "nan"], "--temperature: nan is not above 0"),
+            ("autoregressive", ["--steps", "4"], "is autoregressive"),
+            ("autoregressive", ["--method", "ode"], "is autoregressive"),
+            ("autoregressive", ["--gamma", "0.5"], "is autoregressive"),
+        ],
+    )
+    def test_what_a_run_cannot_do_is_refused(self, cli, trained, family, arguments, words):
+        told = cli("sample", trained("coded", family), *arguments)
+        assert (told.code, told.out) == (2, "") and told.err.startswith("megaflow: ") and words in told.err and told.err.count("\n") == 1
+
+    def test_places_that_are_no_run(self, cli, shards, tmp_path, trained, copied):
+        empty = copied("coded")
+        shutil.rmtree(empty / "checkpoints")
+        for path, words in ((tmp_path / "no", "no such directory"), (shards("coded"), "not a run directory"), (empty, "no checkpoint yet")):
+            told = cli("sample", path)
+            assert told.code == 2 and words in told.err and str(path) in told.err and told.err.count("\n") == 1
+
+    def test_the_temperature_reaches_the_posterior(self, trained):
+        """Near zero a baseline writes its most likely tokens, whatever the seed; hot, it draws almost evenly."""
+        cold = [sample(trained("coded", "autoregressive"), 1, None, temperature=1e-4, seed=seed)["tokens"] for seed in (0, 1)]
+        assert cold[0] == cold[1]
+        hot = sample(trained("coded", "autoregressive"), 40, None, temperature=1e4)["tokens"]
+        assert len({token for row in hot for token in row}) > 250  # of 300, in 640 draws
+        assert sample(trained("coded"), 2, 3, temperature=0.2)["tokens"] != sample(trained("coded"), 2, 3, temperature=1.0)["tokens"]
+
+
+class TestOutput:
+    def test_json(self, cli, trained):
+        told = cli("sample", trained("char", "flow_map"), "--count", 2, "--steps", 2, "--seed", 7, "--json")
+        found = json.loads(told.out)
+        assert (found["method"], found["steps"], found["seed"], found["temperature"]) == ("flow_map", 2, 7, 1.0)
+        assert found["texts"] == sample(trained("char", "flow_map"), 2, 2, seed=7)["texts"]
+        assert found["run"] == str(trained("char", "flow_map"))
+
+    def test_text(self, cli, trained):
+        told = cli("sample", trained("char"), "--count", 3, "--steps", 2)
+        assert told.out == "\n\n".join(sample(trained("char"), 3, 2)["texts"]) + "\n"
+
+    def test_averaged_weights_are_used(self, copied, trained):
+        """With other weights the text is the same; with other averages it is another."""
+        directory, expected = copied("coded", "autoregressive"), sample(trained("coded", "autoregressive"), 2, None)["tokens"]
+        found = checkpoints.newest(directory)
+        found.weights = {name: 0.0 * value for name, value in found.weights.items()}
+        checkpoints.save(directory, found, keep=1)
+        assert sample(directory, 2, None)["tokens"] == expected
+        found.averaged = {name: 0.0 * value for name, value in found.averaged.items()}
+        checkpoints.save(directory, found, keep=1)
+        assert sample(directory, 2, None)["tokens"] != expected
+
+
+class TestRowsOfOneDocument:
+    def test_lengths_follow_the_training_rows(self, trained, shards):
+        run = load_run(trained("documents"))
+        counts = np.load(shards("documents") / "length_counts.npy")
+        lengths = row_lengths(run, list(range(4000)), seed=0)
+        found = np.bincount(lengths, minlength=len(counts)) / 4000
+        assert np.abs(found - counts / counts.sum()).max() < 0.03
+        assert set(lengths) <= set(np.flatnonzero(counts).tolist())
+        assert row_lengths(run, [17, 3], seed=0) == [lengths[17], lengths[3]]
+
+    def test_a_row_has_its_length_and_its_text_ends_before_the_end_token(self, trained):
+        run = load_run(trained("documents"))
+        rows = generate(run, 6, 2, "ode", 1.0, None, seed=0)
+        assert [len(row) for row in rows] == row_lengths(run, list(range(6)), seed=0)
+        end = run.manifest["tokenizer"]["end_id"]
+        row = [5, 6, 7, end, 8]
+        assert text_of(run, row) == decode(run.tokenizer, [5, 6, 7])
+
+    def test_positions_beyond_a_row_s_length_do_not_reach_it(self, trained):
+        """The shorter row of a batch is what it is alone, where nothing is beside it."""
+        run = load_run(trained("documents"))
+        rows = generate(run, 8, 2, "ode", 1.0, None, seed=0)
+        assert generate(run, 1, 2, "ode", 1.0, None, seed=0) == rows[:1]
+
+    def test_full_rows_have_no_lengths(self, trained):
+        assert row_lengths(load_run(trained("coded")), [0, 1], seed=0) is None
+
+
+def test_autoregressive_text_is_drawn_from_the_law_that_training_measures(trained):
+    """Drawing with cached keys and values, every token is the inverse of the distribution that the whole-row network gives it."""
+    run = load_run(trained("coded", "autoregressive"))
+    row = torch.tensor(generate(run, 1, None, "autoregressive", 1.0, None, seed=5))
+    with torch.no_grad():
+        p = torch.softmax(heads.logits(run.network.head(), run.network.read(run.network(row, None))).double(), -1)
+    uniform = torch.rand(row.shape[1], generator=random.generator(5, "token draws", 0)).double()
+    above = p.cumsum(-1).gather(1, row.T)[:, 0]
+    below = above - p.gather(1, row.T)[:, 0]
+    assert (below - 1e-5 <= uniform).all() and (uniform <= above + 1e-5).all()
+
+
+def test_the_callback_sees_every_step(trained):
+    seen = []
+    generate(load_run(trained("char")), 2, 4, "ode", 1.0, None, 0, lambda step, time, posterior: seen.append((step, time, posterior.tokens.shape)))
+    assert [step for step, _, _ in seen] == [0, 1, 2, 3] and seen[0][1] == 0.0 and all(shape == (2, 32) for _, _, shape in seen)
+    assert all(a[1] < b[1] < 1.0 for a, b in zip(seen, seen[1:], strict=False))
+
+
+def test_a_run_that_is_gone_says_so():
+    with pytest.raises(UserError, match="no such directory"):
+        load_run("/nowhere/at/all")

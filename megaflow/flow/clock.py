@@ -41,8 +41,8 @@ def inverse(clock: Clock, tau: Tensor) -> Tensor:
     tau = tau.double().contiguous()
     right = torch.searchsorted(clock.tau, tau, right=True).clamp(1, len(clock.tau) - 1)
     t0, t1, f0, f1 = clock.times[right - 1], clock.times[right], clock.tau[right - 1], clock.tau[right]
-    rise = (f1 - f0).clamp(min=torch.finfo(torch.float64).tiny)
-    return t0 + (t1 - t0) * ((tau - f0) / rise).clamp(0.0, 1.0)
+    share = torch.where(f1 > f0, (tau - f0) / (f1 - f0), 1.0)
+    return t0 + (t1 - t0) * share.clamp(0.0, 1.0)
 
 
 def density(clock: Clock, t: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ def information_range(code: Code, resolved: float) -> Range:
     """The range of log-SNR in which a code's channel does its work.
 
     Below `low` the first term of the bound is under 1e-3 nats. `resolved` is the log-SNR at which the channel alone tells tokens
-    apart, as measured (see `resolving_log_snr`).
+    apart, as measured (model/parts.py).
     """
     return Range(math.log(2e-3 / float(code.leverage.max())), resolved)
 
@@ -80,9 +80,9 @@ def estimate(network: Tensor, channel: Tensor, unigram: Tensor, tokens: Tensor, 
     """The mean of `network` with `channel`, whose expectation is `unigram` exactly, as its control variate.
 
     network, channel: (draws, R) one-draw estimates of the bound of each row, summed over its tokens, at the same noises and times;
-    unigram: (R,) -log pi of each row; tokens: (R,) counted tokens. The mean is that of network - beta (channel - unigram) with the least-squares
-    beta; where the two agree it is the unigram entropy exactly. Stratified draws make the error smaller than the one reported, which
-    takes them as independent.
+    unigram: (R,) -log pi of each row; tokens: (R,) counted tokens. The mean is that of network - beta (channel - unigram) with the
+    least-squares beta of two or more draws (beta is 1 with one); where network and channel agree it is the unigram entropy exactly.
+    Stratified draws make the error smaller than the one reported, which takes them as independent.
 
     Raises RangeTooShort where the last cross-entropy shows that the range ended too early.
     """
@@ -95,7 +95,10 @@ def estimate(network: Tensor, channel: Tensor, unigram: Tensor, tokens: Tensor, 
     draws, rows = network.shape
     total = tokens.sum()
     surplus = channel - unigram  # of expectation zero
-    beta = (_centred(network) * _centred(surplus)).sum() / _centred(surplus).square().sum().clamp(min=1e-300)
+    beta = torch.ones((), dtype=torch.float64)
+    if draws > 1:  # about the mean of each row: what differs between rows is not noise
+        noise = surplus - surplus.mean(0)
+        beta = ((network - network.mean(0)) * noise).sum() / noise.square().sum().clamp(min=1e-300)
     values = network - beta * surplus
     by_row = values.mean(0)
     mean, entropy = by_row.sum() / total, unigram.sum() / total
@@ -105,7 +108,3 @@ def estimate(network: Tensor, channel: Tensor, unigram: Tensor, tokens: Tensor, 
     row_error = (residual.square().sum() * rows / max(rows - 1, 1)).sqrt() / total
     return Estimate(mean.item(), monte_carlo.item(), row_error.item(), entropy.item(), last_cross_entropy, int(total.item()))
 
-
-def _centred(values: Tensor) -> Tensor:
-    """Draws about the mean of their row where there are several: what differs between rows is not noise."""
-    return values - (values.mean(0) if len(values) > 1 else values.mean())

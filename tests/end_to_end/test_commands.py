@@ -39,7 +39,7 @@ def test_from_text_to_report(place, process):
     done = process("-c", script, *commands, "report runs", "sample runs/flow_map --count 2 --json")
     assert done.returncode == 0, done.stderr
     found = json.loads((place / "runs" / "metrics.json").read_text())
-    assert found["flow_bound_bits_per_char"] > found["autoregressive_bits_per_char"] > 0
+    assert found["flow_bound_bits_per_char"] > 0 and found["autoregressive_bits_per_char"] > 0 and found["samples"]["flow_map"]["2"]
     assert (place / "runs" / "report.html").stat().st_size > 10_000
     assert len(json.loads(done.stdout.splitlines()[-1])["texts"]) == 2
     assert {path.name for path in place.iterdir()} == {"runs", "text.jsonl", *(f"{name}.yaml" for name in CONFIGS)}

@@ -1,6 +1,7 @@
 """Several data-parallel processes: the same losses as one, whatever the stage, the shards, and what ZeRO shards."""
 
 import itertools
+import shutil
 
 import pytest
 
@@ -66,8 +67,6 @@ def test_a_run_moves_to_another_layout_in_the_middle(torchrun, words, tmp_path):
     assert done.returncode == 0, done.stderr
     directory = tmp_path / "moved"
     (directory / "summary.json").unlink()
-    import shutil
-
     shutil.rmtree(checkpoints.folder(directory, 8))
     here([*both, "parallel.zero=0"])
     curves = [[line["loss"] for line in runs.lines(path / "metrics.jsonl") if "loss" in line] for path in (directory, tmp_path / "one")]

@@ -60,18 +60,18 @@ class Training:
     def last_step(self) -> int:
         return max((line["step"] for line in runs.lines(self.directory / "metrics.jsonl")), default=0)
 
-    def stop_where(self, wanted: Callable[[int], bool]) -> int:
-        """Freeze the process (SIGSTOP) at a moment when its last logged step is a wanted one; returns the step."""
+    def stop_where(self, wanted: Callable[["Training"], bool]) -> int:
+        """Freeze the process (SIGSTOP) at a wanted moment; returns its last logged step."""
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline:
             assert self.process.poll() is None, self.process.stdout.read()
-            if wanted(self.last_step()):
+            if wanted(self):
                 os.kill(self.process.pid, signal.SIGSTOP)
-                if wanted(step := self.last_step()):
-                    return step
+                if wanted(self):  # still so, now that nothing moves
+                    return self.last_step()
                 os.kill(self.process.pid, signal.SIGCONT)
             time.sleep(0.001)
-        raise TimeoutError(f"the run did not come to a wanted step; it is at {self.last_step()}")
+        raise TimeoutError(f"the run did not come to the wanted moment; it is at step {self.last_step()}")
 
     def send(self, number: signal.Signals) -> tuple[int, str]:
         """Send a signal to the frozen process, let it go on; its exit code and what it said."""
@@ -83,11 +83,11 @@ class Training:
 
 @pytest.fixture
 def start(command, environment, tmp_path):
-    """start(kind, family): a Training below tmp_path; ended with the test."""
+    """start(kind, family, *overrides): a Training below tmp_path; ended with the test."""
     started: list[Training] = []
 
-    def training(kind: str, family: str) -> Training:
-        started.append(Training(command(kind, family, tmp_path / "run"), tmp_path / "run", environment))
+    def training(kind: str, family: str, *overrides: str) -> Training:
+        started.append(Training([*command(kind, family, tmp_path / "run"), *overrides], tmp_path / "run", environment))
         return started[-1]
 
     yield training
@@ -101,7 +101,8 @@ def curve(directory: Path) -> list[dict]:
     return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in runs.lines(directory / "metrics.jsonl")]
 
 
-def past_a_checkpoint(step: int) -> bool:
+def past_a_checkpoint(training: Training) -> bool:
+    step = training.last_step()
     return step > EVERY and 3 <= step % EVERY <= EVERY - 3 and step < STEPS - 30
 
 
@@ -136,17 +137,16 @@ def test_a_signal_saves_and_leaves_with_75(start, command, undisturbed, kind, nu
     assert curve(training.directory) == curve(undisturbed(kind, "flow"))
 
 
-def test_kill_while_a_checkpoint_is_written(start, command, undisturbed, tmp_path):
+def test_kill_while_a_checkpoint_is_written(start, command, undisturbed):
     """What is half written is no checkpoint: the run goes on from the one before and cleans up."""
-    training = start("coded", "flow")
-    deadline = time.monotonic() + 120
-    while not list(training.directory.glob("checkpoints/*.partial")) and time.monotonic() < deadline:
-        assert training.process.poll() is None
-    training.process.kill()
-    training.process.wait(timeout=30)
+    training = start("coded", "flow", "train.checkpoint_every=1")
+    half = "checkpoints/*.partial"
+    training.stop_where(lambda training: checkpoints.steps(training.directory) and list(training.directory.glob(half)))
+    training.send(signal.SIGKILL)
+    assert list(training.directory.glob(half)) and checkpoints.steps(training.directory)[-1] < STEPS
     finish(command("coded", "flow", training.directory))
     assert curve(training.directory) == curve(undisturbed("coded", "flow"))
-    assert not list(training.directory.glob("checkpoints/*.partial"))
+    assert not list(training.directory.glob(half))
 
 
 @pytest.mark.long
@@ -167,7 +167,7 @@ def test_killed_again_and_again(start, command, undisturbed, kind, family):
 @pytest.mark.long
 def test_a_second_process_is_refused_and_the_first_goes_on(start, cli, command, undisturbed):
     training = start("coded", "flow")
-    training.stop_where(lambda step: step > 2)
+    training.stop_where(lambda training: training.last_step() > 2)
     told = cli(*command("coded", "flow", training.directory))
     assert told.code == 2 and f"process {training.process.pid} on " in told.err and "is already working on this run" in told.err
     os.kill(training.process.pid, signal.SIGCONT)

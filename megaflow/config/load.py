@@ -90,8 +90,8 @@ def checked(source: str, name: str, value: Any) -> Any:
         raise ConfigError(f"{wrong}" + (f"; did you mean {near[0]}?" if near else ""))
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         low, high, above = rule["low"], rule["high"], rule["above"]
-        inside = math.isfinite(value) and (low is None or value >= low) and (high is None or value <= high) and (above is None or value > above)
-        if not inside:
+        bounded = (low is None or value >= low) and (high is None or value <= high) and (above is None or value > above)
+        if not (bounded and math.isfinite(value)):
             raise wrong
     return value
 

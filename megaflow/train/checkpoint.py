@@ -56,7 +56,10 @@ def steps(run: Path) -> list[int]:
 
 
 def save(run: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Write a checkpoint and remove all but it and the `keep` - 1 before it. Raises UserError where the disk refuses; older ones stay intact."""
+    """Write a checkpoint and remove all but it and the `keep` - 1 before it.
+
+    Raises UserError where the disk refuses; older ones stay intact.
+    """
     target = folder(run, checkpoint.state["step"])
     partial = target.with_name(target.name + PARTIAL)
     try:

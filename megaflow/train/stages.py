@@ -30,7 +30,6 @@ from megaflow.train.stage_autoregressive import AutoregressiveStage
 from megaflow.train.stage_flow import FlowStage
 from megaflow.train.stage_map import MapStage
 
-
 TOKENIZER_FILE = "tokenizer.json"
 """What the manifest of the first shards of a run said of their tokenizer."""
 

@@ -57,7 +57,9 @@ class TestAuto:
     def test_given_values_are_kept_and_their_origin_too(self):
         found = resolve(loaded(("flow.code", "frame"), ("flow.code_dim", 12), ("optim.warmup_steps", 3)), LARGE)
         assert (found.config.flow.code_dim, found.config.optim.warmup_steps) == (12, 3)
-        assert found.origin["flow.code_dim"] == "test" and found.origin["model.input"] == "auto" and found.origin["model.layers"] == "default"
+        assert (
+            found.origin["flow.code_dim"] == "test" and found.origin["model.input"] == "auto" and found.origin["model.layers"] == "default"
+        )
 
     def test_resolving_leaves_its_argument_alone(self):
         given = loaded()
@@ -102,7 +104,9 @@ class TestSingleOverrides:
         assert flatten(resolve(loaded((name, value)), vocab).config)[name] == _settled(name, value, vocab)
 
     def test_the_table_has_every_kind_of_key(self):
-        assert {"train.precision", "flow.clock.name", "optim.beta1", "distill.state_input", "model.layers"} <= {name for name, _ in sensible()}
+        assert {"train.precision", "flow.clock.name", "optim.beta1", "distill.state_input", "model.layers"} <= {
+            name for name, _ in sensible()
+        }
 
 
 def _settled(name: str, value: object, vocab: int) -> object:
@@ -155,5 +159,7 @@ class TestBatchSplit:
     @pytest.mark.parametrize("global_batch, processes", [(32, 3), (9, 2), (2, 4), (1, 2)])
     def test_an_indivisible_batch_is_refused_with_the_numbers(self, global_batch, processes):
         config = dataclasses.replace(Config(), train=dataclasses.replace(Config().train, global_batch=global_batch))
-        with pytest.raises(ConfigError, match=f"train.global_batch={global_batch} does not divide over {processes} .* multiple of {processes}"):
+        with pytest.raises(
+            ConfigError, match=f"train.global_batch={global_batch} does not divide over {processes} .* multiple of {processes}"
+        ):
             batch_split(config, processes)

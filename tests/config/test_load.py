@@ -89,7 +89,9 @@ class TestRefusals:
     def test_out_of_range(self, write, override, expected):
         assert refusal(write(""), override).startswith(f"command line: {override.split('=')[0]} must be {expected}, not ")
 
-    @pytest.mark.parametrize("override", ["optim.final_fraction=0", "optim.final_fraction=1", "data.validation_fraction=0.5", "flow.code_dim=2"])
+    @pytest.mark.parametrize(
+        "override", ["optim.final_fraction=0", "optim.final_fraction=1", "data.validation_fraction=0.5", "flow.code_dim=2"]
+    )
     def test_the_ends_of_a_range_belong_to_it(self, write, override):
         load(write(""), [override])
 
@@ -213,7 +215,9 @@ class TestOverrides:
     def test_the_last_one_wins(self, write):
         assert load(write(""), ["train.steps=5", "train.steps=6"]).config.train.steps == 6
 
-    @pytest.mark.parametrize("name", [name for name, item in keys().items() if item.metadata["auto"] or "auto" in (item.metadata["choices"] or ())])
+    @pytest.mark.parametrize(
+        "name", [name for name, item in keys().items() if item.metadata["auto"] or "auto" in (item.metadata["choices"] or ())]
+    )
     def test_auto_is_a_value_wherever_it_is_the_default(self, write, name):
         assert flatten(load(write(""), [f"{name}=auto"]).config)[name] == "auto"
 
@@ -225,7 +229,13 @@ class TestOverrides:
 
 class TestRoundTrip:
     def test_yaml_reads_back_as_the_same_config(self, write):
-        overrides = ["run.dir=1", "data.document_separator=a: {b} # c", "data.source=[x,'y z']", "optim.learning_rate=1e-7", "flow.code_dim=12"]
+        overrides = [
+            "run.dir=1",
+            "data.document_separator=a: {b} # c",
+            "data.source=[x,'y z']",
+            "optim.learning_rate=1e-7",
+            "flow.code_dim=12",
+        ]
         config = load(write(""), [*overrides, "run.seed=9007199254740993"]).config
         assert load(write(to_yaml(config), "again.yaml")).config == config
 

@@ -55,7 +55,9 @@ class Training:
 
     def __init__(self, words: list[str], directory: Path, environment: dict[str, str]) -> None:
         self.directory = directory
-        self.process = subprocess.Popen([sys.executable, "-m", "megaflow", *words], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "megaflow", *words], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
 
     def last_step(self) -> int:
         return max((line["step"] for line in runs.lines(self.directory / "metrics.jsonl")), default=0)

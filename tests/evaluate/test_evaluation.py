@@ -109,7 +109,9 @@ class TestComputedOnce:
         os.utime(file, (0, 0))
         assert cli("evaluate", directory, *OPTIONS, "--seed", 1).code == 0 and file.stat().st_mtime > 0
         result = json.loads(file.read_text())
-        assert result["settings"]["seed"] == 1 and result["likelihood"]["nats_per_token"] != evaluated("coded")["likelihood"]["nats_per_token"]
+        assert (
+            result["settings"]["seed"] == 1 and result["likelihood"]["nats_per_token"] != evaluated("coded")["likelihood"]["nats_per_token"]
+        )
         assert cli("pretrain", config("coded"), f"run.dir={directory}", "train.steps=45").code == 0
         assert cli("evaluate", directory, *OPTIONS, "--seed", 1).code == 0
         assert json.loads(file.read_text())["step"] == 45
@@ -147,7 +149,8 @@ class TestOptions:
 
     def test_no_run(self, cli, tmp_path):
         told = cli("evaluate", tmp_path / "no")
-        assert (told.code, told.err) == (2, f"megaflow: {tmp_path / 'no'}: no such directory; give the run.dir of a pretrain or distill config\n")
+        expected = f"megaflow: {tmp_path / 'no'}: no such directory; give the run.dir of a pretrain or distill config\n"
+        assert (told.code, told.err) == (2, expected)
 
 
 def test_judged_is_the_mean_over_characters_not_over_texts(trained):

@@ -53,11 +53,20 @@ class TestWhole:
             assert math.isfinite(found[name]) and found[name] > 0
         for family in ("flow", "flow_map"):
             assert list(found["samples"][family]) == [str(count) for count in STEPS]
-        entries = [*found["samples"]["flow"].values(), *found["samples"]["flow_map"].values(), found["samples"]["autoregressive"], found["samples"]["data"]]
+        entries = [
+            *found["samples"]["flow"].values(),
+            *found["samples"]["flow_map"].values(),
+            found["samples"]["autoregressive"],
+            found["samples"]["data"],
+        ]
         assert all(math.isfinite(entry["judge_bits_per_char"]) and entry["entropy"] >= 0 for entry in entries)
-        assert set(found["stage_seconds"]) == {"prepare"} | {f"{what} {name}" for what in ("train", "evaluate") for name in ("flow", "autoregressive", "flow_map")}
+        assert set(found["stage_seconds"]) == {"prepare"} | {
+            f"{what} {name}" for what in ("train", "evaluate") for name in ("flow", "autoregressive", "flow_map")
+        }
         assert found["seconds"] == pytest.approx(sum(found["stage_seconds"].values()))
-        assert set(found["tokens_per_second"]) == {"flow", "autoregressive", "flow_map"} and all(v > 0 for v in found["tokens_per_second"].values())
+        assert set(found["tokens_per_second"]) == {"flow", "autoregressive", "flow_map"} and all(
+            v > 0 for v in found["tokens_per_second"].values()
+        )
         assert {"python", "torch", "deepspeed"} <= found["versions"].keys()
 
     def test_no_number_is_its_own(self, folder, cli):
@@ -104,7 +113,10 @@ class TestMissing:
 
     def test_no_run_or_no_data(self, part_of, cli, tmp_path):
         (tmp_path / "empty").mkdir()
-        for path, words in ((tmp_path / "empty", "no finished run among flow, autoregressive, flow_map"), (part_of("flow"), "there is no folder")):
+        for path, words in (
+            (tmp_path / "empty", "no finished run among flow, autoregressive, flow_map"),
+            (part_of("flow"), "there is no folder"),
+        ):
             told = cli("report", path)
             assert told.code == 2 and words in told.err and told.err.count("\n") == 1
 

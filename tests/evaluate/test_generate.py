@@ -53,7 +53,9 @@ class TestEveryMethod:
         assert sample(trained(kind, family), count=2, seed=3, **settings)["tokens"] == two
 
 
-@pytest.mark.parametrize("kind, family, settings", [case for case in METHODS if case[2].get("method") not in ("ode", "flow_map") or case[1] != "flow"])
+@pytest.mark.parametrize(
+    "kind, family, settings", [case for case in METHODS if case[2].get("method") not in ("ode", "flow_map") or case[1] != "flow"]
+)
 def test_another_seed_gives_another_text(trained, kind, family, settings):
     first, second = (sample(trained(kind, family), count=4, seed=seed, **settings)["tokens"] for seed in (1, 2))
     assert all(one != other for one, other in zip(first, second, strict=True))
@@ -184,7 +186,16 @@ def test_autoregressive_text_is_drawn_from_the_law_that_training_measures(traine
 
 def test_the_callback_sees_every_step(trained):
     seen = []
-    generate(load_run(trained("char")), 2, 4, "ode", 1.0, None, 0, lambda step, time, posterior: seen.append((step, time, posterior.tokens.shape)))
+    generate(
+        load_run(trained("char")),
+        2,
+        4,
+        "ode",
+        1.0,
+        None,
+        0,
+        lambda step, time, posterior: seen.append((step, time, posterior.tokens.shape)),
+    )
     assert [step for step, _, _ in seen] == [0, 1, 2, 3] and seen[0][1] == 0.0 and all(shape == (2, 32) for _, _, shape in seen)
     assert all(a[1] < b[1] < 1.0 for a, b in zip(seen, seen[1:], strict=False))
 

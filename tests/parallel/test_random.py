@@ -11,7 +11,9 @@ class TestGenerator:
         first, second = (torch.randn(5, generator=random.generator(3, "noise", 7, 1)) for _ in range(2))
         assert torch.equal(first, second)
 
-    @pytest.mark.parametrize("other", [(4, "noise", 7, 1), (3, "nois", 7, 1), (3, "noise", 8, 1), (3, "noise", 7, 2), (3, "noise", 7), (3, "noise", 71)])
+    @pytest.mark.parametrize(
+        "other", [(4, "noise", 7, 1), (3, "nois", 7, 1), (3, "noise", 8, 1), (3, "noise", 7, 2), (3, "noise", 7), (3, "noise", 71)]
+    )
     def test_any_other_argument_gives_another(self, other):
         first, second = (torch.randn(5, generator=random.generator(*arguments)) for arguments in ((3, "noise", 7, 1), other))
         assert not torch.isclose(first, second).any()

@@ -15,7 +15,9 @@ from megaflow.train.checkpoint import Checkpoint, Damaged
 def made(step: int, size: int = 50) -> Checkpoint:
     source = torch.Generator().manual_seed(step)
     tensors = [{"a": torch.randn(size, generator=source), "b.c": torch.randn(3, 4, generator=source)} for _ in range(3)]
-    return Checkpoint(*tensors, {"edges": torch.linspace(0, 1, 7, dtype=torch.float64)}, {"step": step, "tokens": 10 * step, "seconds": 0.5})
+    return Checkpoint(
+        *tensors, {"edges": torch.linspace(0, 1, 7, dtype=torch.float64)}, {"step": step, "tokens": 10 * step, "seconds": 0.5}
+    )
 
 
 def same(first: Checkpoint, second: Checkpoint) -> bool:
@@ -68,7 +70,9 @@ class TestDamage:
             checkpoints.save(tmp_path, made(step), keep=2)
         return tmp_path
 
-    @pytest.mark.parametrize("file", ["weights.safetensors", "averaged.safetensors", "moments.safetensors", "stage.safetensors", "state.json"])
+    @pytest.mark.parametrize(
+        "file", ["weights.safetensors", "averaged.safetensors", "moments.safetensors", "stage.safetensors", "state.json"]
+    )
     @pytest.mark.parametrize("how", ["flipped", "truncated", "removed"])
     def test_a_damaged_file_is_named_and_an_older_checkpoint_taken(self, run, capsys, file, how):
         path = checkpoints.folder(run, 20) / file
@@ -147,7 +151,9 @@ class TestAtomic:
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
         try:
-            with pytest.raises(UserError, match="step-00000020: the checkpoint could not be written .*File too large.*earlier checkpoints are intact"):
+            with pytest.raises(
+                UserError, match="step-00000020: the checkpoint could not be written .*too large.*earlier checkpoints are intact"
+            ):
                 checkpoints.save(tmp_path, made(20, size=5000), keep=1)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

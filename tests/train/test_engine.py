@@ -49,7 +49,7 @@ class TestLearningRate:
 
 def small(name: str, zero: int, precision: str) -> Config:
     config = Config()
-    config.model.family, config.model.layers, config.model.hidden, config.model.heads, config.model.belief_dim = "autoregressive", 2, 16, 2, 8
+    config.model = replace(config.model, family="autoregressive", layers=2, hidden=16, heads=2, belief_dim=8)
     config.optim = replace(config.optim, name=name, learning_rate=0.01, weight_decay=0.1, warmup_steps=0)
     config.parallel.zero, config.train.precision = zero, precision
     return config
@@ -80,7 +80,9 @@ class Session:
         return loss, engine.step(self.engine)
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        return tuple({name: value.clone() for name, value in found.items()} for found in (engine.weights(self.engine), engine.moments(self.engine)))
+        return tuple(
+            {name: value.clone() for name, value in found.items()} for found in (engine.weights(self.engine), engine.moments(self.engine))
+        )
 
 
 @pytest.fixture
@@ -89,7 +91,7 @@ def mesh():
         yield joined
 
 
-LAYOUTS = [("adamw", 0, "fp32"), ("adamw", 1, "fp32"), ("adamw", 2, "fp32"), ("adamw", 0, "bf16"), ("adamw", 1, "bf16"), ("adamw", 2, "bf16"), ("muon", 0, "fp32")]
+LAYOUTS = [*(("adamw", zero, precision) for precision in ("fp32", "bf16") for zero in (0, 1, 2)), ("muon", 0, "fp32")]
 
 
 @pytest.mark.parametrize("name, zero, precision", LAYOUTS)

@@ -87,15 +87,47 @@ class TestOverrides:
     @pytest.mark.parametrize(
         "override",
         [
-            "run.seed=5", "model.layers=1", "model.hidden=48", "model.heads=1", "model.mlp_ratio=2", "model.belief_dim=4", "model.attention=plain",
-            "model.input=linear", "model.input=belief", "model.input=both", "flow.code=frame", "flow.code=identity", "flow.code_dim=8", "flow.skip=off",
-            "flow.skip=on", "flow.clock.name=uniform", "flow.clock.name=argmax", "flow.clock.uniform_share=1", "flow.clock.refit_every=1",
-            "flow.clock.bins=20", "flow.clock.memory=0", "optim.name=muon", "optim.schedule=constant", "optim.schedule=linear", "optim.warmup_steps=50",
-            "optim.weight_decay=0.1", "optim.clip_norm=0", "optim.ema_decay=0", "parallel.zero=1", "parallel.zero=2", "train.steps=1", "train.global_batch=1",
-            "train.global_batch=3", "train.micro_batch=3", "train.precision=bf16", "train.checkpoint_every=1", "train.validate_every=1",
-            "train.validation_rows=1", "model.family=autoregressive",
+            "run.seed=5",
+            "model.layers=1",
+            "model.hidden=48",
+            "model.heads=1",
+            "model.mlp_ratio=2",
+            "model.belief_dim=4",
+            "model.attention=plain",
+            "model.input=linear",
+            "model.input=belief",
+            "model.input=both",
+            "flow.code=frame",
+            "flow.code=identity",
+            "flow.code_dim=8",
+            "flow.skip=off",
+            "flow.skip=on",
+            "flow.clock.name=uniform",
+            "flow.clock.name=argmax",
+            "flow.clock.uniform_share=1",
+            "flow.clock.refit_every=1",
+            "flow.clock.bins=20",
+            "flow.clock.memory=0",
+            "optim.name=muon",
+            "optim.schedule=constant",
+            "optim.schedule=linear",
+            "optim.warmup_steps=50",
+            "optim.weight_decay=0.1",
+            "optim.clip_norm=0",
+            "optim.ema_decay=0",
+            "parallel.zero=1",
+            "parallel.zero=2",
+            "train.steps=1",
+            "train.global_batch=1",
+            "train.global_batch=3",
+            "train.micro_batch=3",
+            "train.precision=bf16",
+            "train.checkpoint_every=1",
+            "train.validate_every=1",
+            "train.validation_rows=1",
+            "model.family=autoregressive",
         ],
-    )  # fmt: skip
+    )
     def test_every_single_one_trains(self, train, kind, override):
         directory = train(kind, "flow", *([] if "train.steps" in override else ["train.steps=3"]), override)
         found = losses(directory)
@@ -104,11 +136,19 @@ class TestOverrides:
     @pytest.mark.parametrize(
         "override",
         [
-            "distill.diagonal_fraction=0", "distill.diagonal_fraction=1", "distill.boundary_fraction=0", "distill.boundary_fraction=1",
-            "distill.weighting=none", "distill.state_input=hot_belief", "distill.state_input=none", "optim.name=muon", "parallel.zero=1",
-            "train.precision=bf16", "train.global_batch=4",
+            "distill.diagonal_fraction=0",
+            "distill.diagonal_fraction=1",
+            "distill.boundary_fraction=0",
+            "distill.boundary_fraction=1",
+            "distill.weighting=none",
+            "distill.state_input=hot_belief",
+            "distill.state_input=none",
+            "optim.name=muon",
+            "parallel.zero=1",
+            "train.precision=bf16",
+            "train.global_batch=4",
         ],
-    )  # fmt: skip
+    )
     def test_every_single_one_distills(self, train, override):
         found = losses(train("coded", "flow_map", "train.steps=2", override))
         assert len(found) == 2 and all(map(math.isfinite, found.values()))
@@ -155,7 +195,9 @@ class TestResume:
         set_back(directory, 30)
         train(kind, family, "run.dir=" + str(directory))
         for ours, theirs in zip(runs.lines(directory / "metrics.jsonl"), runs.lines(trained(kind, family) / "metrics.jsonl"), strict=True):
-            assert {k: v for k, v in ours.items() if k != "tokens_per_second"} == {k: v for k, v in theirs.items() if k != "tokens_per_second"}
+            assert {k: v for k, v in ours.items() if k != "tokens_per_second"} == {
+                k: v for k, v in theirs.items() if k != "tokens_per_second"
+            }
         ours, theirs = (checkpoints.newest(path) for path in (directory, trained(kind, family)))
         for part in checkpoints.TENSORS:
             one, other = getattr(ours, part), getattr(theirs, part)
@@ -231,7 +273,11 @@ class TestRefusals:
         assert json.loads((directory / "summary.json").read_text())["steps"] == 2  # a refusal takes nothing away
 
     def test_no_shards(self, cli, config, tmp_path):
-        self.refused(cli("pretrain", config("coded"), f"run.dir={tmp_path / 'run'}", "data.path=nowhere"), "there is no folder nowhere", "megaflow prepare")
+        self.refused(
+            cli("pretrain", config("coded"), f"run.dir={tmp_path / 'run'}", "data.path=nowhere"),
+            "there is no folder nowhere",
+            "megaflow prepare",
+        )
 
     def test_a_changed_key(self, copied, cli, config):
         told = cli("pretrain", config("coded"), f"run.dir={copied('coded')}", "model.layers=3", "run.seed=1")
@@ -271,5 +317,7 @@ class TestRefusals:
         self.refused(cli("distill", config("coded", "flow_map"), f"run.dir={tmp_path / 'run'}", f"distill.teacher={named}"), *words)
 
     def test_a_map_of_another_shape_than_its_teacher(self, cli, config, trained, tmp_path):
-        told = cli("distill", config("coded", "flow_map"), f"run.dir={tmp_path / 'run'}", f"distill.teacher={trained('coded')}", "model.layers=3")
+        told = cli(
+            "distill", config("coded", "flow_map"), f"run.dir={tmp_path / 'run'}", f"distill.teacher={trained('coded')}", "model.layers=3"
+        )
         self.refused(told, "model.layers=3 contradicts the teacher's 2")

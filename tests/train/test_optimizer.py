@@ -75,7 +75,10 @@ class TestTogether:
         with torch.no_grad():
             for p, value in zip(network.parameters(), start, strict=True):
                 p.copy_(value)
-        matrices, others = [network.block["qkv"].weight, network.block["down"].weight], [network.block["down"].bias, network.table.weight, network.gain]
+        matrices, others = (
+            [network.block["qkv"].weight, network.block["down"].weight],
+            [network.block["down"].bias, network.table.weight, network.gain],
+        )
         muon = torch.optim.Muon(matrices, lr=0.01, momentum=0.95, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
         adam = torch.optim.AdamW(others, lr=0.01, betas=(0.9, 0.99), weight_decay=0.1)
         apart = train(network, [muon, adam])

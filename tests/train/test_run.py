@@ -43,6 +43,9 @@ def other_value(name: str) -> object:
     return 77 if default == "auto" else default + 1
 
 
+FIXED = [n for n in keys() if not n.startswith((*MAY_CHANGE, "train.steps", "flow.code")) and other_value(n) is not None]
+
+
 class TestOpenRun:
     def test_a_new_run_is_written_down(self, directory):
         loaded = open_run(given(directory, train__steps=50), "pretrain")
@@ -55,7 +58,7 @@ class TestOpenRun:
         first = open_run(given(directory), "pretrain")
         assert open_run(given(directory), "pretrain").config == first.config
 
-    @pytest.mark.parametrize("name", [name for name in keys() if not name.startswith((*MAY_CHANGE, "train.steps", "flow.code")) and other_value(name) is not None])
+    @pytest.mark.parametrize("name", FIXED)
     def test_any_other_key_is_refused_by_name(self, directory, name):
         open_run(given(directory), "pretrain")
         before = (directory / "config.yaml").read_text()
@@ -140,7 +143,12 @@ class TestMetrics:
             metrics.write({"step": step, "validation_loss": 2.0})
         metrics.close()
         Metrics(config, 6).close()
-        assert [(line["step"], "loss" in line) for line in run.lines(directory / "metrics.jsonl")] == [(5, True), (5, False), (6, True), (6, False)]
+        assert [(line["step"], "loss" in line) for line in run.lines(directory / "metrics.jsonl")] == [
+            (5, True),
+            (5, False),
+            (6, True),
+            (6, False),
+        ]
 
     def test_a_line_cut_short_by_a_kill_is_dropped(self, config, directory):
         self.write(config, 0, range(1, 4))
@@ -193,7 +201,13 @@ class TestLock:
         run.lock(directory).close()
 
     def test_a_killed_process_holds_nothing(self, directory, environment):
-        code = "import sys, time; from megaflow.train.run import lock; held = lock(__import__('pathlib').Path(sys.argv[1])); print(1, flush=True); time.sleep(60)"
+        code = """
+import pathlib, sys, time
+from megaflow.train.run import lock
+held = lock(pathlib.Path(sys.argv[1]))
+print(1, flush=True)
+time.sleep(60)
+"""
         holder = subprocess.Popen([sys.executable, "-c", code, str(directory)], env=environment, stdout=subprocess.PIPE)
         try:
             assert holder.stdout.readline() == b"1\n"

@@ -206,7 +206,7 @@ def reference(run: Run, held_out: HeldOut, judge: Judge, samples: int, seed: int
 def profile(run: Run) -> dict[str, Any] | None:
     """Cross-entropy against time as measured in training, and the clock that was fitted to it."""
     stage = run.checkpoint.stage
-    found: dict[str, Any] = {"clock_t": run.clock.times.tolist(), "clock_cdf": run.clock.tau.tolist()}
+    found: dict[str, Any] = {"clock": run.config.flow.clock.name, "clock_t": run.clock.times.tolist(), "clock_cdf": run.clock.tau.tolist()}
     if "profile_edges" in stage:
         edges = stage["profile_edges"]
         found["t"] = torch.sigmoid((edges[1:] + edges[:-1]) / 4.0).tolist()

@@ -110,9 +110,7 @@ def page(
     if judge is not None:
         data["judge"] = {k: judge[k] for k in ("order", "symbols", "training_characters", "contexts_checked", "sum_error")}
     if "flow" in evaluations:
-        config = (found["flow"] / "config.yaml").read_text()
-        name = next(line.split(":")[1].strip() for line in config.split("clock:")[1].splitlines() if "name:" in line)
-        data["profile"] = evaluations["flow"]["profile"] | {"clock": name}
+        data["profile"] = evaluations["flow"]["profile"]
     drawn = "flow_map" if "flow_map" in evaluations else "flow"
     if drawn in evaluations:
         data["trajectory"] = {"model": drawn, **evaluations[drawn]["trajectory"]}

@@ -47,9 +47,13 @@ class TestWhole:
         assert told.code == 0 and told.out == f"{folder / 'metrics.json'}\n{folder / 'report.html'}\n"
         found = json.loads((folder / "metrics.json").read_text())
         for name in (
-            "unigram_entropy_bits_per_char", "flow_bound_bits_per_char", "flow_bound_standard_error", "autoregressive_bits_per_char", "seconds",
+            "unigram_entropy_bits_per_char",
+            "flow_bound_bits_per_char",
+            "flow_bound_standard_error",
+            "autoregressive_bits_per_char",
+            "seconds",
             "peak_memory_bytes",
-        ):  # fmt: skip
+        ):
             assert math.isfinite(found[name]) and found[name] > 0
         for family in ("flow", "flow_map"):
             assert list(found["samples"][family]) == [str(count) for count in STEPS]

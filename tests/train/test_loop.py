@@ -250,9 +250,15 @@ class TestRefusals:
     def test_a_loss_that_is_not_finite_later(self, cli, config, tmp_path):
         """A rate that grows in the warm-up until the weights overflow: the sentence names the step and a checkpoint that is there."""
         told = cli(
-            "pretrain", config("coded"), f"run.dir={tmp_path / 'run'}", "train.checkpoint_every=1", "optim.learning_rate=1e38", "optim.clip_norm=0",
-            "optim.weight_decay=0.5", "optim.warmup_steps=40",
-        )  # fmt: skip
+            "pretrain",
+            config("coded"),
+            f"run.dir={tmp_path / 'run'}",
+            "train.checkpoint_every=1",
+            "optim.learning_rate=1e38",
+            "optim.clip_norm=0",
+            "optim.weight_decay=0.5",
+            "optim.warmup_steps=40",
+        )
         self.refused(told, "the last good checkpoint is", code=1)
         step, path = re.search(r"the loss of step (\d+) is \S+; the last good checkpoint is (\S+);", told.err).groups()
         assert int(step) > 1 and checkpoints.read(Path(path)).state["step"] == int(step) - 1

@@ -77,11 +77,14 @@ def main() -> None:
         print(f"megaflow: {error}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
-        print("megaflow: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("megaflow: interrupted; the same command goes on from what is finished", file=sys.stderr)
         code = 130
-    except BrokenPipeError:  # the reader of our output has seen enough
-        sys.stderr.close()
-        code = 0
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):  # the reader of our output has seen enough
+            sys.stderr.close()
+            sys.exit(0)
+        print(f"megaflow: {error.filename or 'a file'}: {error.strerror or error}; nothing finished is lost", file=sys.stderr)
+        code = 1
     sys.exit(code)
 
 
@@ -103,7 +106,7 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"megaflow: {error}", file=sys.stderr)
             return 1
     if arguments.command == "config":
-        from megaflow.config import show
+        from megaflow import show
 
         print(show.all_keys() if arguments.keys else show.resolved(arguments.config, arguments.overrides))
         return 0

@@ -122,7 +122,7 @@ def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
         node = {item.name: getattr(node, item.name) for item in dataclasses.fields(node)}
     flat: dict[str, Any] = {}
     for name, value in node.items():
-        if isinstance(value, dict) or dataclasses.is_dataclass(value):
+        if (isinstance(value, dict) and value) or dataclasses.is_dataclass(value):
             flat |= flatten(value, f"{prefix}{name}.")
         else:
             flat[f"{prefix}{name}"] = value
@@ -168,7 +168,8 @@ def _file_layers(path: Path, above: tuple[Path, ...]) -> list[tuple[str, dict[st
     for name, value in content.items():
         if not isinstance(name, str) or (not isinstance(value, dict) and any(k.startswith(f"{name}.") for k in keys())):
             raise ConfigError(f"{path}: {name} must be a section of keys, not {value!r}")
-    return [*layers, (str(path), flatten(content))]
+    flat = {name: value for name, value in flatten(content).items() if value != {} or name in keys()}  # an empty section says nothing
+    return [*layers, (str(path), flat)]
 
 
 def _override(text: str) -> tuple[str, Any]:

@@ -88,7 +88,11 @@ class FlowConfig:
 
 @dataclass
 class OptimConfig:
-    name: str = key("adamw", "adamw, or muon for the matrices of the blocks and adamw for the rest", choices=("adamw", "muon"))
+    name: str = key(
+        "auto",
+        "adamw, or muon for the matrices of the blocks and adamw for the rest; auto: muon where it can run (ZeRO 0 in fp32)",
+        choices=("auto", "adamw", "muon"),
+    )
     learning_rate: float = key(3e-3, "peak learning rate", above=0.0)
     schedule: str = key("cosine", "decay after the warm-up", choices=("constant", "cosine", "linear"))
     final_fraction: float = key(0.1, "learning rate at the last step over its peak", low=0.0, high=1.0)

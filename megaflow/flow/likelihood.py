@@ -107,4 +107,3 @@ def estimate(network: Tensor, channel: Tensor, unigram: Tensor, tokens: Tensor, 
     residual = gain - (mean - entropy) * tokens
     row_error = (residual.square().sum() * rows / max(rows - 1, 1)).sqrt() / total
     return Estimate(mean.item(), monte_carlo.item(), row_error.item(), entropy.item(), last_cross_entropy, int(total.item()))
-

@@ -17,7 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
 
-from megaflow.config.load import ConfigError, Loaded, assemble, checked, flatten, to_yaml
+from megaflow.config.load import ConfigError, Loaded, assemble, checked, flatten, load, to_yaml
 from megaflow.config.schema import Config, keys
 from megaflow.errors import UserError
 
@@ -107,6 +107,26 @@ def read_config(directory: str | Path) -> Loaded:
     loaded = assemble([(str(directory / "config.yaml"), values)])
     loaded.origin.update({k: v for k, v in read_json(directory / "origin.json").items() if k in keys()})
     loaded.config.run.dir = str(directory)
+    return loaded
+
+
+def load_distill(path: str, overrides: list[str]) -> Loaded:
+    """A distill config over what its teacher passes on: network, flow and data. Raises ConfigError where it contradicts them."""
+    name = load(path, overrides).config.distill.teacher
+    if not name:
+        raise ConfigError(f"{path}: distill.teacher is not set; give the run directory of a trained flow, distill.teacher=RUN")
+    teacher = read_config(name)
+    if stage_of(name) != "pretrain" or teacher.config.model.family != "flow":
+        raise ConfigError(f"distill.teacher={name} is not a pretrained flow; a flow map is distilled from one")
+    inherited = {k: v for k, v in flatten(teacher.config).items() if k.startswith(("model.", "flow.", "data."))}
+    loaded = load(path, overrides, inherited, f"teacher {name}")
+    new = flatten(loaded.config)
+    for k in inherited:
+        if new[k] != inherited[k] and k != "data.path":
+            raise ConfigError(
+                f"{loaded.origin[k]}: {k}={new[k]!r} contradicts the teacher's {inherited[k]!r}; network, flow and data are the teacher's"
+            )
+    loaded.origin.update({k: "auto" for k in inherited if teacher.origin.get(k) == "auto"})
     return loaded
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from megaflow.config.check import contradictions, resolve
-from megaflow.config.load import ConfigError, Loaded, flatten, load
+from megaflow.config.load import Loaded, load
 from megaflow.config.schema import Config
 from megaflow.data.shards import open_prepared, unigram_counts
 from megaflow.errors import UserError
@@ -24,7 +24,7 @@ from megaflow.train import checkpoint as checkpoints
 from megaflow.train import ema
 from megaflow.train.checkpoint import Checkpoint
 from megaflow.train.loop import finished, train
-from megaflow.train.run import lock, open_run, read_config, read_json, stage_of, write_atomically
+from megaflow.train.run import load_distill, lock, open_run, read_json, write_atomically
 from megaflow.train.stage import Stage
 from megaflow.train.stage_autoregressive import AutoregressiveStage
 from megaflow.train.stage_flow import FlowStage
@@ -43,24 +43,7 @@ def pretrain(path: str, overrides: list[str]) -> int:
 def distill(path: str, overrides: list[str]) -> int:
     """`megaflow distill CONFIG distill.teacher=RUN`: a flow map from a trained flow. Returns the exit code."""
     began = time.monotonic()
-    own = load(path, overrides)
-    if not own.config.distill.teacher:
-        raise ConfigError(f"{path}: distill.teacher is not set; give the run directory of a trained flow, distill.teacher=RUN")
-    teacher = read_config(own.config.distill.teacher)
-    if stage_of(own.config.distill.teacher) != "pretrain" or teacher.config.model.family != "flow":
-        raise ConfigError(f"distill.teacher={own.config.distill.teacher} is not a pretrained flow; a flow map is distilled from one")
-    inherited = {k: v for k, v in flatten(teacher.config).items() if k.startswith(("model.", "flow.", "data."))}
-    loaded = load(path, overrides, inherited, f"teacher {own.config.distill.teacher}")
-    new = flatten(loaded.config)
-    differing = [k for k in inherited if new[k] != inherited[k] and not k.startswith("data.path")]
-    if differing:
-        name = differing[0]
-        raise ConfigError(
-            f"{loaded.origin[name]}: {name}={new[name]!r} contradicts the teacher's {inherited[name]!r}; "
-            "network, flow and data are the teacher's"
-        )
-    loaded.origin.update({k: "auto" for k in inherited if teacher.origin.get(k) == "auto"})
-    return _train(loaded, "distill", began)
+    return _train(load_distill(path, overrides), "distill", began)
 
 
 def _train(loaded: Loaded, kind: str, began: float) -> int:
@@ -73,6 +56,7 @@ def _train(loaded: Loaded, kind: str, began: float) -> int:
         try:
             if mesh.first:
                 loaded = open_run(loaded, kind)
+                contradictions(loaded.config)  # recorded values may not hold with a changed layout
             loaded = meshes.shared(mesh, loaded)  # type: ignore[assignment]
             config = loaded.config
             if finished(directory, config.train.steps):

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from megaflow.config.check import batch_split, contradictions, resolve
-from megaflow.config.load import ConfigError, Loaded, assemble, flatten
+from megaflow.config.load import ConfigError, Loaded, assemble, flatten, load
 from megaflow.config.schema import Config, keys
 
 SMALL, LARGE = 27, 4096
@@ -163,3 +163,11 @@ class TestBatchSplit:
             ConfigError, match=f"train.global_batch={global_batch} does not divide over {processes} .* multiple of {processes}"
         ):
             batch_split(config, processes)
+
+
+@pytest.mark.parametrize("overrides, name", [([], "muon"), (["parallel.zero=1"], "adamw"), (["train.precision=bf16"], "adamw")])
+def test_the_optimizer_follows_the_layout(tmp_path, overrides, name):
+    """Muon where it can run, so that a change of layout or precision alone trains."""
+    path = tmp_path / "c.yaml"
+    path.write_text("{}")
+    assert resolve(load(path, overrides), 27).config.optim.name == name

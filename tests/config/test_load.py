@@ -54,6 +54,7 @@ class TestRefusals:
         "text, expected",
         [
             ("train: {steps: many}", "train.steps must be an integer of at least 1, not 'many'"),
+            ("train: {steps: {}}", "train.steps must be an integer of at least 1, not {}"),
             ("train: {steps: 10.0}", "train.steps must be an integer of at least 1, not 10.0"),
             ("train: {steps: true}", "train.steps must be an integer of at least 1, not True"),
             ("train: {steps: null}", "train.steps must be an integer of at least 1, not None"),

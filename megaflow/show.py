@@ -6,6 +6,7 @@ from typing import Any
 from megaflow.config.check import contradictions, resolve
 from megaflow.config.load import ConfigError, describe, flatten, load
 from megaflow.config.schema import keys
+from megaflow.train.run import load_distill
 
 
 def resolved(path: str | None, overrides: list[str]) -> str:
@@ -13,6 +14,8 @@ def resolved(path: str | None, overrides: list[str]) -> str:
     if path is None:
         raise ConfigError("megaflow config needs a CONFIG file, or --keys")
     loaded = load(path, overrides)
+    if loaded.config.distill.teacher and os.path.isdir(loaded.config.distill.teacher):
+        loaded = load_distill(path, overrides)
     contradictions(loaded.config)
     if os.path.isfile(os.path.join(loaded.config.data.path, "prepared.json")):
         from megaflow.data.shards import read_manifest

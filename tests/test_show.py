@@ -7,8 +7,9 @@ import yaml
 
 from megaflow.config.load import flatten
 from megaflow.config.schema import keys
+from megaflow.train.run import read_config
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def origins(text: str) -> dict[str, tuple[object, str]]:
@@ -26,7 +27,7 @@ class TestResolved:
         assert set(found) == set(keys())
         assert found["train.steps"] == (77, "command line")
         assert found["run.dir"] == ("runs/char/flow", str(path))
-        assert found["data.length"] == (128, str(path.parent / "data.yaml"))
+        assert found["data.tokenizer"] == ("characters", str(path.parent / "data.yaml"))
         assert found["optim.beta2"] == (0.99, "default")
         assert found["flow.code"] == ("auto", "default")  # without data there is nothing to resolve it with
 
@@ -35,8 +36,14 @@ class TestResolved:
         assert found["flow.code"] == ("frame", "auto") and found["flow.code_dim"] == (64, "auto")
         assert found["optim.warmup_steps"] == (4, "auto")
 
+    def test_a_distill_config_shows_what_its_teacher_passes_on(self, cli, config, trained):
+        teacher = trained("coded", "flow")
+        found = origins(cli("config", config("coded", "flow_map"), f"distill.teacher={teacher}").out)
+        assert found["model.hidden"] == (read_config(teacher).config.model.hidden, f"teacher {teacher}")
+        assert found["flow.code"] == ("frame", "auto") and found["distill.teacher"] == (str(teacher), "command line")
+
     def test_contradictions_are_told(self, cli):
-        told = cli("config", ROOT / "configs" / "char" / "flow.yaml", "model.heads=5")
+        told = cli("config", ROOT / "configs" / "char" / "flow.yaml", "model.hidden=192", "model.heads=5")
         assert told.code == 2 and told.err == (
             "megaflow: model.hidden=192 is not a multiple of model.heads=5: every head needs the same width\n"
         )

@@ -14,6 +14,8 @@ import os
 import sys
 from pathlib import Path
 
+BRACKETS = str.maketrans("", "", "[]")
+
 
 def read_bible() -> tuple[str, dict[int, int], dict[int, int], list[str]]:
     """The whole text, start and end of every verse in it (by 1001001 = Genesis 1:1), and the titles of the books."""
@@ -29,13 +31,16 @@ def read_bible() -> tuple[str, dict[int, int], dict[int, int], list[str]]:
 
 
 def chapters() -> list[dict[str, str]]:
-    """Every chapter in order, its verses one after the other as they stand in the package."""
+    """Every chapter in order, its verses one after the other, without the brackets around words that the translators supplied."""
     text, starts, ends, titles = read_bible()
     spans: dict[int, list[int]] = {}
     for verse in sorted(starts):
         spans.setdefault(verse // 1000, []).append(verse)
     return [
-        {"title": f"{titles[chapter // 1000 - 1]} {chapter % 1000}", "text": text[starts[verses[0]] : ends[verses[-1]]].strip()}
+        {
+            "title": f"{titles[chapter // 1000 - 1]} {chapter % 1000}",
+            "text": text[starts[verses[0]] : ends[verses[-1]]].strip().translate(BRACKETS),
+        }
         for chapter, verses in spans.items()
     ]
 

@@ -74,7 +74,7 @@ def prepare(config: DataConfig) -> dict[str, Any]:
             "blank_documents": survey.blank,
         }
         manifest = shards.write_manifest(folder, manifest)
-        (folder / shards.SECONDS_FILE).write_text(json.dumps(time.monotonic() - began))
+        (folder / shards.SECONDS_FILE).write_text(json.dumps({"seconds": time.monotonic() - began, "command": sys.argv[1:]}))
     for split, counts in splits.items():
         line = ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in counts.items())
         print(f"{config.path}/{split}  {line}", file=sys.stderr)

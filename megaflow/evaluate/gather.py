@@ -40,7 +40,7 @@ def report(directory: str | Path) -> None:
 
 def stage_seconds(directory: Path, summaries: dict, evaluations: dict) -> dict[str, float]:
     """Seconds of every stage, in the order they run; installation is not among them."""
-    seconds = {"prepare": json.loads((directory / "data" / SECONDS_FILE).read_text())}
+    seconds = {"prepare": read_json(directory / "data" / SECONDS_FILE)["seconds"]}
     seconds |= {f"train {name}": summaries[name]["seconds"] for name in RUNS if name in summaries}
     return seconds | {f"evaluate {name}": evaluations[name]["seconds"] for name in RUNS if name in evaluations}
 
@@ -164,7 +164,7 @@ def curve(path: Path) -> dict[str, list[float]]:
 
 def commands(directory: Path) -> list[str]:
     """The commands that lead to this page, as the runs recorded them."""
-    found = []
+    found = [" ".join(["megaflow", *read_json(directory / "data" / SECONDS_FILE)["command"]])]
     for name in RUNS:
         file = directory / name / "run.json"
         if file.is_file() and (starts := read_json(file)["starts"]):

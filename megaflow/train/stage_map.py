@@ -107,15 +107,15 @@ class MapStage:
         pass
 
     def validate(self, ids: Tensor, lengths: Tensor | None) -> dict[str, float]:
-        """The objective itself on validation rows with draws that never change, and the bound of the diagonal."""
+        """The objective itself on validation rows with draws that never change, the same without its weights, and the diagonal's bound."""
         counted = (
             torch.ones_like(ids, dtype=torch.bool) if lengths is None else torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
         )
         weight = (counted / counted.sum()).flatten().float()
         batch = Batch(ids, lengths, torch.arange(len(ids)), -1, len(ids), weight)
         with torch.no_grad():
-            _, observed = self.loss(batch)
-        metrics = {"validation_loss": observed[:, 0].sum().item()}
+            loss, observed = self.loss(batch)
+        metrics = {"validation_loss": loss.item(), "validation_divergence": observed[:, 0].sum().item()}
         try:
             found = bound_of_rows(self.network, self.parts, self.clock, ids, lengths, draws=4, seed=self.config.run.seed, double=False)
             metrics["validation_bound"] = found.mean

@@ -286,8 +286,10 @@ class TestAgain:
         assert shards.verify(tmp_path / "data")["length"] == 16
 
 
+# a shell that starts the tests in the background has SIGINT ignored by all it starts; a person's terminal does not
 DRIVER = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from megaflow.config.schema import DataConfig
 from megaflow.data import shards
 from megaflow.data.prepare import prepare

@@ -1,5 +1,6 @@
 """megaflow prepare: what is in the shards, that nothing depends on workers, and that nothing half-done looks finished."""
 
+import contextlib
 import json
 import os
 import signal
@@ -334,8 +335,12 @@ class TestInterrupted:
         wait_until(lambda: process.poll() is not None or any(tmp_path.glob("data.partial-*/train/*.mds")))
         workers = children(process.pid)
         assert process.poll() is None and len(workers) >= 2
-        process.send_signal(how)
-        process.wait(timeout=60)
+        for _ in range(3):  # Python drops an interrupt that lands in a finalizer: a person presses Ctrl-C again
+            process.send_signal(how)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=10)
+                break
+        assert process.poll() is not None
         assert not (tmp_path / "data").exists()
         with pytest.raises(UserError, match="run megaflow prepare"):
             shards.open_prepared(tmp_path / "data")

@@ -70,7 +70,7 @@ def main() -> None:
     """Run a command. Bad input is one sentence on stderr and exit code 2, never a traceback."""
     arguments = parser().parse_args()
     # OpenMP's threads wait for each other by spinning; on cores that other processes use too a step becomes ten times slower
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "30000")
     try:
         code = run(arguments)
     except UserError as error:

@@ -41,7 +41,7 @@ class Progress:
             return
         self.shown = now
         speed = (done - self.start) / max(now - self.began, 1e-9)
-        left = duration((self.total - done) / speed) if speed > 0 else "?"
+        left = duration((self.total - done) / speed) if done > self.start else "?"
         share = 100 * done / max(self.total, 1)
         line = f"{self.label}  {done:,.0f}/{self.total:,.0f} {self.unit}  {share:3.0f}%  {speed:,.1f} {self.unit}/s  {left} left"
         if note:

@@ -1,0 +1,42 @@
+"""Progress on the console: how far, how fast, how long still."""
+
+import io
+
+import pytest
+
+from megaflow.progress import Progress, duration
+
+
+@pytest.mark.parametrize("seconds, text", [(-1, "0s"), (4.4, "4s"), (59.6, "1m 00s"), (185, "3m 05s"), (3599, "59m 59s"), (7620, "2h 07m")])
+def test_duration(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_a_line_says_share_speed_and_time_left(monkeypatch):
+    clock = iter([100.0, 110.0])
+    monkeypatch.setattr("megaflow.progress.time.monotonic", lambda: next(clock))
+    stream = io.StringIO()
+    Progress("train", 100, "steps", stream=stream).update(20, "loss 3.21")
+    assert stream.getvalue() == "train  20/100 steps   20%  2.0 steps/s  40s left  loss 3.21\n"
+
+
+def test_what_an_earlier_process_did_does_not_count_as_speed(monkeypatch):
+    clock = iter([0.0, 10.0])
+    monkeypatch.setattr("megaflow.progress.time.monotonic", lambda: next(clock))
+    stream = io.StringIO()
+    Progress("train", 100, "steps", start=80, stream=stream).update(90)
+    assert "1.0 steps/s  10s left" in stream.getvalue()
+
+
+def test_before_anything_is_done_the_time_left_is_not_known():
+    stream = io.StringIO()
+    Progress("train", 100, "steps", stream=stream).update(0)
+    assert "? left" in stream.getvalue()
+
+
+def test_a_log_file_gets_a_line_now_and_then_and_always_the_last():
+    stream = io.StringIO()
+    progress = Progress("train", 1000, "steps", stream=stream, interval=3600.0)
+    for step in range(1, 1001):
+        progress.update(step)
+    assert [line.split()[1] for line in stream.getvalue().splitlines()] == ["1/1,000", "1,000/1,000"]

@@ -131,8 +131,7 @@ def peak_memory(kind: str) -> int:
 
 def _peak_memory(kind: str, threads: int) -> int:
     torch.set_num_threads(threads)
-    one = side(kind, SMALL, IN_PLACE = {torch.ops.aten.addmm_: addmm_flop}  # what the counter does not know by itself
-VOCAB, SMALL_LENGTH)
+    one = side(kind, SMALL, VOCAB, SMALL_LENGTH)
     step(one, 0)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -161,12 +160,9 @@ def main() -> None:
         else f"{platform.machine()} CPU, {len(os.sched_getaffinity(0))} cores",
         "torch": torch.__version__,
     }
-    code = side("code", SMALL, IN_PLACE = {torch.ops.aten.addmm_: addmm_flop}  # what the counter does not know by itself
-VOCAB, SMALL_LENGTH)
-    found["dense_over_code"] = compare("dense/code", side("dense", SMALL, IN_PLACE = {torch.ops.aten.addmm_: addmm_flop}  # what the counter does not know by itself
-VOCAB, SMALL_LENGTH), code, arguments.seconds)
-    found["distill_over_flow"] = compare("distill/flow", side("map", SMALL, IN_PLACE = {torch.ops.aten.addmm_: addmm_flop}  # what the counter does not know by itself
-VOCAB, SMALL_LENGTH), code, arguments.seconds)
+    code = side("code", SMALL, VOCAB, SMALL_LENGTH)
+    found["dense_over_code"] = compare("dense/code", side("dense", SMALL, VOCAB, SMALL_LENGTH), code, arguments.seconds)
+    found["distill_over_flow"] = compare("distill/flow", side("map", SMALL, VOCAB, SMALL_LENGTH), code, arguments.seconds)
     del code
     memory = {kind: peak_memory(kind) for kind in ("dense", "code")}
     large = side("code", LARGE, VOCAB, LARGE_LENGTH), side("autoregressive", LARGE, VOCAB, LARGE_LENGTH)

@@ -134,7 +134,8 @@ class TestContradictions:
 
     def test_flow_keys_do_not_concern_the_baseline(self):
         contradictions(resolved(LARGE, model__family="autoregressive"), LARGE)
-        resolve(loaded(("model.family", "autoregressive"), ("flow.code", "frame"), ("flow.skip", "off")), LARGE)
+        kept = resolve(loaded(("model.family", "autoregressive"), ("flow.code", "frame"), ("flow.skip", "off")), LARGE).config
+        assert (kept.flow.code, kept.flow.skip) == ("frame", "off")
 
 
 class TestBatchSplit:

@@ -94,7 +94,8 @@ class TestRefusals:
         "override", ["optim.final_fraction=0", "optim.final_fraction=1", "data.validation_fraction=0.5", "flow.code_dim=2"]
     )
     def test_the_ends_of_a_range_belong_to_it(self, write, override):
-        load(write(""), [override])
+        loaded = load(write(""), [override])
+        assert loaded.origin[override.split("=")[0]] == "command line"
 
     def test_bad_choice(self, write):
         path = write("optim: {schedule: cosin}")

@@ -46,7 +46,7 @@ class MendingFinder:
         if fullname == "torchvision._meta_registrations":
             try:
                 declare_missing_operators()
-            except Exception:
+            except Exception:  # the import that follows fails by itself and says why
                 pass
         return None
 

@@ -5,12 +5,13 @@ With c = t / (1 - t)^2 the posterior of a token given its own y_t under a unigra
     belief_k(y, t) = softmax_k( log pi_k + c C_k . y - (c t / 2) leverage_k )
 
 (Gaussian likelihood of y_t = t C_k + (1-t) n, n standard normal in the state's dimensions; Bayesian Flow Networks feed their
-network the same kind of posterior). The two terms that depend on the state are `add_evidence`; they enter the belief and, as an expert
+network the same kind of posterior). The two terms that depend on the state are the `evidence`; they enter the belief and, as an expert
 of its own, the network's logits (head.py). They are fp32 (or fp64) whatever the precision of the trunk: bf16 is wrong by more than a nat.
 
 Everything is taken in chunks of tokens, so that no tensor of (tokens, V) elements outlives a chunk.
 """
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -19,32 +20,62 @@ from torch import Tensor
 from megaflow.flow.code import Code, lookup
 from megaflow.flow.interpolant import channel_strength
 
-CHUNK_ELEMENTS = 2**21
-"""Logits of one chunk: 8 MB in fp32, which the caches of a CPU core and the streaming multiprocessors of a GPU both like."""
+CHUNK_ELEMENTS = {"cpu": 2**21, "cuda": 2**27}
+"""Logits of one chunk, on each kind of device: what a CPU's caches hold; half a gigabyte of a GPU, which keeps it busy."""
+CHUNK_TOKENS = 128
+"""Tokens of a chunk at least: every chunk reads and writes the gradients of whole tables, which fewer tokens do not pay for."""
 
 
-def chunks(tokens: int, vocab: int) -> list[slice]:
-    """Slices over tokens such that a chunk of logits has about CHUNK_ELEMENTS elements and at least 64 tokens."""
-    size = max(64, CHUNK_ELEMENTS // vocab)
+def chunks(tokens: int, vocab: int, device: torch.device) -> list[slice]:
+    """Slices over tokens such that a chunk of logits has about CHUNK_ELEMENTS elements and at least CHUNK_TOKENS tokens."""
+    size = max(CHUNK_TOKENS, CHUNK_ELEMENTS[device.type] // vocab)
     return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 
 
-def add_evidence(code: Code, y: Tensor, t: Tensor, out: Tensor, gain: Tensor | None = None) -> Tensor:
-    """out += c C_k . y - (c t / 2) leverage_k, in place. y: (n, d_c); t: (n,); out: (n, V).
+class Buffer:
+    """Memory for one chunk of logits after the other: asking the system for as much anew costs as much as a pass over it."""
 
+    def __init__(self) -> None:
+        self.memory: Tensor | None = None
+
+    def __call__(self, like: Tensor, rows: int, columns: int) -> Tensor:
+        """An uninitialised (rows, columns) tensor of the type of `like`, over the one before it if that is large enough."""
+        if self.memory is None or len(self.memory) < rows:
+            self.memory = torch.empty(rows, columns, dtype=like.dtype, device=like.device)
+        return self.memory[:rows]
+
+
+def evidence(code: Code, bias: Tensor, buffer: Buffer | None = None) -> Callable[..., Tensor]:
+    """A function f(y, t, gain=None) -> (n, V) of bias_k + c C_k . y - (c t / 2) leverage_k, made once for many chunks.
+
+    bias: (V,); y: (n, d_c); t: (n,). Beside each other, code, leverage and bias are one matrix, and the three terms one product.
     `gain` (n,) replaces c: the posterior of a channel that is read as if it were sharper or blunter than it is ("hot belief").
+    With a buffer every result is written over the one before it, and has no gradient.
     """
-    strength = channel_strength(t) if gain is None else gain
-    if code.matrix is None:
-        return out.addcmul_(y, strength[:, None])  # every leverage is 1: the second term moves all logits alike
-    out.addmm_(y * strength[:, None], code.matrix.T)
-    return out.addr_(strength * t, code.leverage, alpha=-0.5)
+    bias = bias.to(code.leverage.dtype)
+    lines = None if code.matrix is None else torch.cat([code.matrix, -0.5 * code.leverage[:, None], bias[:, None]], 1).T
+
+    def f(y: Tensor, t: Tensor, gain: Tensor | None = None) -> Tensor:
+        out = None if buffer is None else buffer(y, len(y), code.vocab)
+        strength = (channel_strength(t) if gain is None else gain)[:, None]
+        if lines is None:  # every leverage is 1: its term moves all logits alike
+            return torch.addcmul(bias, y, strength, out=out)
+        return torch.mm(torch.cat([strength * y, strength * t[:, None], torch.ones_like(strength)], 1), lines, out=out)
+
+    return f
 
 
 def belief(code: Code, log_prior: Tensor, y: Tensor, t: Tensor, gain: Tensor | None = None) -> Tensor:
     """The exact posterior of each token given its own state. y: (n, d_c); t: (n,); returns (n, V) probabilities."""
-    logits = log_prior.expand(len(y), -1).clone()
-    return torch.softmax(add_evidence(code, y, t, logits, gain), -1)
+    return torch.softmax(evidence(code, log_prior)(y, t, gain), -1)
+
+
+def _beliefs(code: Code, log_prior: Tensor, y: Tensor, t: Tensor, gain: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+    """Chunk after chunk: which tokens, and their belief. Each is written over the one before it."""
+    seen = evidence(code, log_prior, Buffer())
+    for part in chunks(len(y), code.vocab, y.device):
+        logits = seen(y[part], t[part], None if gain is None else gain[part])
+        yield part, torch.softmax(logits, -1, out=logits)
 
 
 class _BeliefEmbedding(torch.autograd.Function):
@@ -56,18 +87,16 @@ class _BeliefEmbedding(torch.autograd.Function):
         ctx.save_for_backward(log_prior, y, t, gain)
         ctx.table_dtype = table.dtype
         out = torch.empty(len(y), table.shape[1], dtype=table.dtype, device=y.device)
-        for part in chunks(len(y), code.vocab):
-            out[part] = belief(code, log_prior, y[part], t[part], None if gain is None else gain[part]).to(table.dtype) @ table
+        for part, weights in _beliefs(code, log_prior, y, t, gain):
+            torch.mm(weights.to(table.dtype), table, out=out[part])
         return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         (grad,) = gradients
-        log_prior, y, t, gain = ctx.saved_tensors
         wide = torch.promote_types(ctx.table_dtype, torch.float32)  # half precision is summed over chunks in fp32
-        table_grad = torch.zeros(ctx.code.vocab, grad.shape[1], dtype=wide, device=y.device)
-        for part in chunks(len(y), ctx.code.vocab):
-            weights = belief(ctx.code, log_prior, y[part], t[part], None if gain is None else gain[part])
+        table_grad = torch.zeros(ctx.code.vocab, grad.shape[1], dtype=wide, device=grad.device)
+        for part, weights in _beliefs(ctx.code, *ctx.saved_tensors):
             if grad.dtype == wide:
                 table_grad.addmm_(weights.T.to(wide), grad[part])
             else:
@@ -89,9 +118,10 @@ def channel_cross_entropy(code: Code, log_prior: Tensor, ids: Tensor, noise: Ten
     ids: (n,); noise: (n, d_c); t: (n,).
     """
     nll = torch.empty(len(ids), dtype=noise.dtype, device=noise.device)
-    for part in chunks(len(ids), code.vocab):
+    seen = evidence(code, log_prior, Buffer())
+    for part in chunks(len(ids), code.vocab, ids.device):
         times = t[part].to(noise.dtype)
         y = times[:, None] * lookup(code, ids[part]) + (1.0 - times[:, None]) * noise[part]
-        logits = add_evidence(code, y, times, log_prior.expand(len(y), -1).clone())
+        logits = seen(y, times)
         nll[part] = torch.logsumexp(logits, -1) - logits.gather(1, ids[part, None])[:, 0]
     return nll

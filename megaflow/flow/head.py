@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megaflow.flow import code as codes
-from megaflow.flow.channel import add_evidence, chunks
+from megaflow.flow.channel import Buffer, chunks, evidence
 from megaflow.flow.code import Code
 
 
@@ -43,23 +43,40 @@ class Read(NamedTuple):
         return Read(self.hidden[part], None if self.y is None else self.y[part], None if self.s is None else self.s[part])
 
 
+def reader(head: Head, buffer: Buffer | None = None) -> Callable[[Read], Tensor]:
+    """A function of Read -> (n, V) logits, made once for many chunks. With a buffer every result is written over the one before it.
+
+    Logits are fp32; fp64 where the hidden states are or, with the skip, the state and the code.
+    """
+    seen = evidence(head.code, head.bias, buffer) if head.skip and head.code is not None else None
+
+    def f(read: Read) -> Tensor:
+        hidden, y, s = tuple(read)
+        if seen is not None:
+            said = seen(y, s)
+            if said.dtype != hidden.dtype:
+                return said.add_(hidden @ head.weight.T)
+            return torch.addmm(said, hidden, head.weight.T, out=None if buffer is None else said)
+        if hidden.dtype in (torch.bfloat16, torch.float16):
+            return (hidden @ head.weight.T).float().add_(head.bias.float())
+        return torch.addmm(head.bias, hidden, head.weight.T, out=None if buffer is None else buffer(hidden, len(hidden), len(head.bias)))
+
+    return f
+
+
 def logits(head: Head, read: Read) -> Tensor:
-    """(n, V) logits of one chunk, in fp32; in fp64 where the hidden states or, with the skip, the state and the code are."""
-    hidden, y, s = tuple(read)
-    if hidden.dtype in (torch.bfloat16, torch.float16):
-        out = (hidden @ head.weight.T).float().add_(head.bias.float())
-    else:
-        out = torch.addmm(head.bias, hidden, head.weight.T)
-    if head.skip and head.code is not None:
-        out = add_evidence(head.code, y, s, out.to(y.dtype))
-    return out
+    """(n, V) logits of one chunk."""
+    return reader(head)(read)
 
 
 def reduce(head: Head, read: Read, reduction: Callable[[Tensor, slice], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    """Apply `reduction(logits, part)` to every chunk of tokens and join the per-token results. Without gradient."""
+    """Apply `reduction(logits, part)` to every chunk of tokens and join the per-token results. Without gradient.
+
+    Chunks are written over one another: a reduction may do what it likes with its own, and must not return it.
+    """
     with torch.no_grad():
-        total = len(read.hidden)
-        parts = [reduction(logits(head, read[part]), part) for part in chunks(total, len(head.bias))]
+        read_chunk = reader(head, Buffer())
+        parts = [reduction(read_chunk(read[part]), part) for part in chunks(len(read.hidden), len(head.bias), head.bias.device)]
         return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 
@@ -67,7 +84,7 @@ def posterior(head: Head, read: Read, temperature: float = 1.0) -> tuple[Tensor,
     """Mean of psi in the state's dimensions (n, d_c), most likely token (n,), its probability (n,)."""
 
     def one(z: Tensor, part: slice) -> tuple[Tensor, ...]:
-        p = torch.softmax(z if temperature == 1.0 else z / temperature, -1)
+        p = torch.softmax(z if temperature == 1.0 else z.div_(temperature), -1)
         confidence, token = p.max(-1)
         return codes.mean(head.code, p), token, confidence
 
@@ -91,9 +108,10 @@ def denoising_error(head: Head, read: Read, ids: Tensor) -> tuple[Tensor, Tensor
     """Cross-entropy -log psi[token] (n,) and squared error |C[token] - psi C|^2 (n,): the two integrands of the bound."""
 
     def one(z: Tensor, part: slice) -> tuple[Tensor, ...]:
-        log_p = torch.log_softmax(z, -1)
-        error = codes.lookup(head.code, ids[part]).to(z.dtype) - codes.mean(head.code, log_p.exp())
-        return -log_p.gather(1, ids[part, None])[:, 0], error.square().sum(-1)
+        log_p = torch.log_softmax(z, -1, out=z)
+        nll = -log_p.gather(1, ids[part, None])[:, 0]
+        error = codes.lookup(head.code, ids[part]).to(z.dtype) - codes.mean(head.code, log_p.exp_())
+        return nll, error.square().sum(-1)
 
     return reduce(head, read, one)  # type: ignore[return-value]
 
@@ -106,14 +124,15 @@ def negative_log_likelihood(head: Head, read: Read, ids: Tensor) -> Tensor:
 class _Loss(torch.autograd.Function):
     """Sum over tokens of a loss of the logits, its gradients taken chunk by chunk in the forward pass.
 
-    `measure(z, part)` returns per-token losses, what is to be logged beside them, and the gradient of the summed loss by the logits,
-    which it may write over z.
+    `measure(z, part)` returns per-token losses, what is to be logged beside them, and the gradient of the summed loss by the logits
+    as a factor per token (n,) and a matrix (n, V), which it may write over z.
     """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, head: Head, read: Read, measure: Callable) -> tuple[Tensor, Tensor]:
-        head = Head(weight, bias, head.code, head.skip)
-        total, graded = len(hidden), any(ctx.needs_input_grad[:3])
+        graded = any(ctx.needs_input_grad[:3])
+        read = Read(hidden, read.y, read.s)
+        read_chunk = reader(Head(weight, bias, head.code, head.skip), Buffer())
         logged = []
         loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
         if graded:
@@ -121,18 +140,18 @@ class _Loss(torch.autograd.Function):
             wide = torch.promote_types(weight.dtype, torch.float32)
             hidden_grad, weight_grad = torch.empty_like(hidden), torch.zeros_like(weight, dtype=wide)
             bias_grad = torch.zeros_like(bias, dtype=wide)
-        for part in chunks(total, len(bias)):
-            losses, values, gradient = measure(logits(head, Read(hidden, read.y, read.s)[part]), part)
+        for part in chunks(len(hidden), len(bias), hidden.device):
+            losses, values, factor, gradient = measure(read_chunk(read[part]), part)
             loss += losses.double().sum()
             logged.append(values)
             if graded:
-                bias_grad += gradient.sum(0)
-                gradient = gradient.to(weight.dtype)
-                torch.mm(gradient, weight, out=hidden_grad[part])
+                bias_grad += (factor @ gradient).to(wide)
+                gradient, factor = gradient.to(weight.dtype), factor.to(weight.dtype)[:, None]
+                torch.mm(gradient, weight, out=hidden_grad[part]).mul_(factor)
                 if weight.dtype == wide:
-                    weight_grad.addmm_(gradient.T, hidden[part])
+                    weight_grad.addmm_(gradient.T, hidden[part] * factor)
                 else:
-                    weight_grad += gradient.T @ hidden[part]
+                    weight_grad += gradient.T @ (hidden[part] * factor)
         if graded:
             ctx.save_for_backward(hidden_grad, weight_grad.to(weight.dtype), bias_grad.to(bias.dtype))
         values = torch.cat(logged)
@@ -153,12 +172,12 @@ def cross_entropy(head: Head, read: Read, ids: Tensor, weight: Tensor) -> tuple[
     ids: (n,); weight: (n,), zero for tokens that do not count.
     """
 
-    def measure(z: Tensor, part: slice) -> tuple[Tensor, Tensor, Tensor]:
-        log_normalizer = torch.logsumexp(z, -1, keepdim=True)
-        losses = (log_normalizer - z.gather(1, ids[part, None]))[:, 0]
-        gradient = z.sub_(log_normalizer).exp_()
-        gradient.scatter_add_(1, ids[part, None], torch.full_like(losses, -1.0)[:, None])
-        return losses * weight[part], losses, gradient.mul_(weight[part, None].to(z.dtype))
+    def measure(z: Tensor, part: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        log_p, token, w = torch.log_softmax(z, -1, out=z), ids[part, None], weight[part].to(z.dtype)
+        losses = -log_p.gather(1, token)[:, 0]
+        gradient = log_p.exp_()
+        gradient.scatter_add_(1, token, -torch.ones_like(losses)[:, None])
+        return losses * w, losses, w, gradient
 
     return _Loss.apply(read.hidden, head.weight, head.bias, head, read, measure)
 
@@ -171,14 +190,21 @@ class Component(NamedTuple):
     share: Tensor
 
 
-def mixture(components: list[Component], part: slice) -> Tensor:
-    """sum_j share_j psi_j over one chunk: (n, V) probabilities, without gradient."""
-    target: Tensor | None = None
-    with torch.no_grad():
-        for component in components:
-            p = torch.softmax(logits(component.head, component.read[part]), -1).mul_(component.share[part, None])
+def mixture(components: list[Component]) -> Callable[[slice], Tensor]:
+    """A function of a chunk's place -> sum_j share_j psi_j over it: (n, V) probabilities, without gradient, over the chunk before."""
+    readers = [reader(one.head, Buffer()) for one in components]
+
+    @torch.no_grad()
+    def f(part: slice) -> Tensor:
+        target: Tensor | None = None
+        for one, read_chunk in zip(components, readers, strict=True):
+            z = read_chunk(one.read[part])
+            p = torch.softmax(z, -1, out=z).mul_(one.share[part, None])
             target = p if target is None else target.add_(p)
-    return target  # type: ignore[return-value]
+        assert target is not None
+        return target
+
+    return f
 
 
 def divergence(
@@ -189,15 +215,16 @@ def divergence(
     The objective of stage 2 (FMLM and DFM, semigroup form); the target has no gradient, so that by the logits it is w (psi - target).
     w is `weight` (n,), times `reweight(|psi - target|^2)` if given (DFM, appendix B: detached and adaptive).
     """
+    target_of = mixture(target)
 
-    def measure(z: Tensor, part: slice) -> tuple[Tensor, Tensor, Tensor]:
-        p = mixture(target, part)
-        log_q = torch.log_softmax(z, -1)
-        losses = (torch.xlogy(p, p) - p * log_q).sum(-1)
+    def measure(z: Tensor, part: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        p, log_q = target_of(part), torch.log_softmax(z, -1, out=z)
+        # clamp and log together cost a fifth of xlogy, which no vector instruction does
+        losses = p.clamp(min=torch.finfo(p.dtype).tiny).log_().sub_(log_q).mul_(p).sum(-1)
         gradient = log_q.exp_().sub_(p)
         w = weight[part].to(z.dtype)
         if reweight is not None:
-            w = w * reweight(gradient.square().sum(-1))
-        return losses * w, losses, gradient.mul_(w[:, None])
+            w = w * reweight(torch.linalg.vector_norm(gradient, dim=-1).square())
+        return losses * w, losses, w, gradient
 
     return _Loss.apply(read.hidden, head.weight, head.bias, head, read, measure)

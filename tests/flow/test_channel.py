@@ -7,6 +7,7 @@ from megaflow.flow import channel, interpolant
 from megaflow.flow import code as codes
 
 VOCAB, DIM = 13, 5
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(params=["identity", "frame"])
@@ -72,8 +73,9 @@ def test_gain_reads_the_channel_as_if_it_were_sharper(code, log_prior, generator
 @pytest.mark.parametrize("tokens", [1, 64, 150])
 def test_belief_embedding_is_belief_times_table(code, log_prior, generator, monkeypatch, tokens, hot):
     """Value and gradient of the dense form, over one chunk, exactly one, and several with a rest."""
-    monkeypatch.setattr(channel, "CHUNK_ELEMENTS", 1)
-    assert len(channel.chunks(tokens, VOCAB)) == {1: 1, 64: 1, 150: 3}[tokens]
+    monkeypatch.setattr(channel, "CHUNK_ELEMENTS", {"cpu": 1})
+    monkeypatch.setattr(channel, "CHUNK_TOKENS", 64)
+    assert len(channel.chunks(tokens, VOCAB, CPU)) == {1: 1, 64: 1, 150: 3}[tokens]
     y, t = seen(code, tokens, generator)
     gain = torch.full((tokens,), 2.0, dtype=torch.float64) if hot else None
     table = torch.randn(VOCAB, 4, generator=generator, dtype=torch.float64, requires_grad=True)
@@ -102,7 +104,8 @@ def test_belief_embedding_gives_no_gradient_to_state_prior_or_time(code, log_pri
 
 def test_belief_embedding_with_a_half_precision_table(log_prior, generator, monkeypatch):
     """Beliefs stay fp32, the gradient is summed over chunks in fp32 and rounded once."""
-    monkeypatch.setattr(channel, "CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(channel, "CHUNK_ELEMENTS", {"cpu": 1})
+    monkeypatch.setattr(channel, "CHUNK_TOKENS", 64)
     code = codes.frame(VOCAB, DIM, torch.Generator().manual_seed(1))
     y, t = (x.float() for x in seen(code.double(), 2000, generator))
     table = torch.randn(VOCAB, 4, generator=generator).bfloat16().requires_grad_()
@@ -116,7 +119,8 @@ def test_belief_embedding_with_a_half_precision_table(log_prior, generator, monk
 
 
 def test_channel_cross_entropy_scores_the_belief(code, log_prior, generator, monkeypatch):
-    monkeypatch.setattr(channel, "CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(channel, "CHUNK_ELEMENTS", {"cpu": 1})
+    monkeypatch.setattr(channel, "CHUNK_TOKENS", 64)
     t = torch.linspace(0.0, 0.9, 150, dtype=torch.float64)
     ids = torch.randint(VOCAB, (150,), generator=generator)
     noise = torch.randn(150, code.dim, generator=generator, dtype=torch.float64)
@@ -126,14 +130,14 @@ def test_channel_cross_entropy_scores_the_belief(code, log_prior, generator, mon
 
 
 @pytest.mark.parametrize("vocab", [2, 27, 50_257, 10_000_000])
-@pytest.mark.parametrize("tokens", [1, 63, 64, 65, 5000])
+@pytest.mark.parametrize("tokens", [1, 127, 128, 129, 5000])
 def test_chunks_cover_all_tokens_once(tokens, vocab):
-    parts = channel.chunks(tokens, vocab)
+    parts = channel.chunks(tokens, vocab, CPU)
     assert [i for part in parts for i in range(part.start, part.stop)] == list(range(tokens))
     largest = max(part.stop - part.start for part in parts)
-    assert largest * vocab <= max(channel.CHUNK_ELEMENTS, 64 * vocab)
-    assert len(parts) == 1 or largest >= 64
+    assert largest * vocab <= max(channel.CHUNK_ELEMENTS["cpu"], channel.CHUNK_TOKENS * vocab)
+    assert len(parts) == 1 or largest >= channel.CHUNK_TOKENS
 
 
 def test_no_tokens_have_no_chunks():
-    assert channel.chunks(0, 27) == []
+    assert channel.chunks(0, 27, CPU) == []

@@ -72,7 +72,7 @@ def test_the_identity_is_what_an_eye_matrix_would_be():
     identity, eye = codes.identity(vocab).double(), Code(vocab, vocab, torch.eye(vocab).double(), torch.ones(vocab).double())
     y, t = torch.randn(9, vocab, generator=generator).double(), torch.linspace(0.0, 0.95, 9).double()
     prior = torch.log_softmax(torch.randn(vocab, generator=generator).double(), 0)
-    with_identity, with_eye = (channel.add_evidence(code, y, t, torch.zeros(9, vocab).double()) for code in (identity, eye))
+    with_identity, with_eye = (channel.evidence(code, torch.zeros(vocab).double())(y, t) for code in (identity, eye))
     shift = with_identity - with_eye
     torch.testing.assert_close(shift, (t**2 / (1.0 - t) ** 2 / 2.0)[:, None].expand_as(shift))
     torch.testing.assert_close(channel.belief(identity, prior, y, t), channel.belief(eye, prior, y, t))

@@ -23,7 +23,8 @@ CODES = {
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """64 tokens a chunk, so that the tests below go over several."""
-    monkeypatch.setattr(channel, "CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(channel, "CHUNK_ELEMENTS", {"cpu": 1})
+    monkeypatch.setattr(channel, "CHUNK_TOKENS", 64)
 
 
 @pytest.fixture(params=CODES)
@@ -240,7 +241,7 @@ def test_half_precision_keeps_the_channel_in_single():
     half = Head(weight, bias, code, skip=True)
     z = heads.logits(half, Read(hidden, y, s))
     without = heads.logits(Head(weight, bias, code, skip=False), Read(hidden, y, s))
-    channel_alone = channel.add_evidence(code, y, s, torch.zeros(130, VOCAB))
+    channel_alone = channel.evidence(code, torch.zeros(VOCAB))(y, s)
     assert z.dtype == torch.float32 and channel_alone.abs().max() > 1000.0
     torch.testing.assert_close(z - without, channel_alone, rtol=1e-6, atol=1e-2)
     loss, _ = heads.cross_entropy(half, Read(hidden, y, s), torch.zeros(130, dtype=torch.int64), torch.ones(130))

@@ -2,10 +2,9 @@
 
 import argparse
 import json
-import os
 import sys
 
-from megaflow import __version__
+from megaflow import __version__, process
 from megaflow.errors import UserError
 
 EPILOG = """a.b=c overrides any key of a config; `megaflow config --keys` lists all keys.
@@ -69,8 +68,7 @@ def parser() -> argparse.ArgumentParser:
 def main() -> None:
     """Run a command. Bad input is one sentence on stderr and exit code 2, never a traceback."""
     arguments = parser().parse_args()
-    # OpenMP's threads wait for each other by spinning; on cores that other processes use too a step becomes ten times slower
-    os.environ.setdefault("GOMP_SPINCOUNT", "30000")
+    process.settle()
     try:
         code = run(arguments)
     except UserError as error:

@@ -1,16 +1,17 @@
 """How long a training step takes, as ratios within one run: `python tools/bench_step.py [--json FILE]`.
 
-    dense_over_code        V-wide one-hot state against coded state, both with belief input: time and peak memory of a whole step
+    dense_over_code            V-wide one-hot state against coded state, both with belief input: time and peak memory of a whole step
     flow_over_autoregressive   a flow's step against the baseline's on the same trunk
-    distill_over_flow      a step of stage 2, half of its rows diagonal, against a step of stage 1 on as many rows
+    distill_over_flow          a step of stage 2, half of its rows diagonal, against a step of stage 1 on as many rows of that trunk
 
-Steps of the two sides alternate, so that whatever else the machine does falls on both; a ratio is the median over pairs of steps and
+Steps of the sides alternate, so that whatever else the machine does falls on all; a ratio is the median over rounds of steps and
 its spread the quartiles. A step is what the loop does: draws, forward, backward, clipping, AdamW. FLOPs are counted by PyTorch's
 FlopCounterMode. Memory is the peak of resident memory during a step above what was resident before it, each side in a process of its
 own (on a GPU the allocator's peak).
 """
 
 import argparse
+import ctypes
 import json
 import multiprocessing
 import os
@@ -21,21 +22,26 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from torch.utils.flop_counter import FlopCounterMode
+from megaflow import process
 
-from megaflow.config.check import resolve
-from megaflow.config.load import assemble
-from megaflow.flow import code as codes
-from megaflow.flow.likelihood import Range
-from megaflow.model import build
-from megaflow.model.parts import Parts
-from megaflow.parallel import random
-from megaflow.progress import Progress
-from megaflow.train.stage import Batch
-from megaflow.train.stage_autoregressive import AutoregressiveStage
-from megaflow.train.stage_flow import FlowStage
-from megaflow.train.stage_map import MapStage
+process.settle()
+
+import torch  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
+
+from megaflow.config.check import resolve  # noqa: E402
+from megaflow.config.load import assemble  # noqa: E402
+from megaflow.flow import clock as clocks  # noqa: E402
+from megaflow.flow import code as codes  # noqa: E402
+from megaflow.flow.likelihood import Range  # noqa: E402
+from megaflow.model import build  # noqa: E402
+from megaflow.model.parts import Parts  # noqa: E402
+from megaflow.parallel import random  # noqa: E402
+from megaflow.progress import Progress  # noqa: E402
+from megaflow.train.stage import Batch  # noqa: E402
+from megaflow.train.stage_autoregressive import AutoregressiveStage  # noqa: E402
+from megaflow.train.stage_flow import FlowStage  # noqa: E402
+from megaflow.train.stage_map import MapStage  # noqa: E402
 
 SMALL = {"model.layers": 4, "model.hidden": 256, "model.heads": 4, "train.global_batch": 16}
 LARGE = {"model.layers": 12, "model.hidden": 512, "model.heads": 8, "train.global_batch": 8}
@@ -77,9 +83,7 @@ def side(kind: str, values: dict[str, Any], vocab: int, length: int) -> Side:
         if kind == "map":
             teacher = build.flow_network(config, fixed, device)
             teacher.initialize()
-            from megaflow.flow.clock import uniform
-
-            stage = MapStage(config, network, teacher, fixed, uniform())
+            stage = MapStage(config, network, teacher, fixed, clocks.uniform())
         else:
             stage = FlowStage(config, network, fixed)
     return Side(stage, torch.optim.AdamW(network.parameters(), lr=1e-4), config.train.global_batch, length)
@@ -99,31 +103,43 @@ def step(one: Side, number: int) -> None:
         torch.cuda.synchronize()
 
 
-def compare(name: str, upper: Side, lower: Side, budget: float) -> dict[str, Any]:
-    """Alternate steps of both sides until the budget of seconds is spent (three pairs at least). The ratio is upper over lower."""
-    flops = []
-    for one in (upper, lower):  # the first step of each warms up and is counted, not timed
+class Measured(NamedTuple):
+    """Of one side: seconds of each step, floating-point operations and tokens of one."""
+
+    seconds: list[float]
+    flops: int
+    tokens: int
+
+
+def alternate(title: str, sides: dict[str, Side], budget: float) -> dict[str, Measured]:
+    """Rounds of one step of every side until the budget of seconds is spent, three at least."""
+    found = {}
+    for name, one in sides.items():  # the first steps warm up, and are counted, not timed
         with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: in_place_product}) as counter:
             step(one, 0)
-        flops.append(counter.get_total_flops())
-    seconds: tuple[list[float], list[float]] = ([], [])
-    progress, began = Progress(name, budget, "s"), time.perf_counter()
-    while (spent := time.perf_counter() - began) < budget or len(seconds[0]) < 3:
-        for times, one in zip(seconds, (upper, lower), strict=True):
-            start = time.perf_counter()
-            step(one, 1 + len(times))
-            times.append(time.perf_counter() - start)
+        step(one, 1)
+        found[name] = Measured([], counter.get_total_flops(), one.rows * one.length)
+    progress, began, rounds = Progress(title, budget, "s"), time.perf_counter(), 0
+    while (spent := time.perf_counter() - began) < budget or rounds < 3:
         progress.update(min(spent, budget))
+        rounds += 1
+        for name, one in sides.items():
+            start = time.perf_counter()
+            step(one, 1 + rounds)
+            found[name].seconds.append(time.perf_counter() - start)
     progress.update(budget)
-    ratios = [a / b for a, b in zip(*seconds, strict=True)]
-    quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 2 else [min(ratios), 0.0, max(ratios)]
-    tokens = [one.rows * one.length / statistics.median(times) for one, times in zip((upper, lower), seconds, strict=True)]
+    return found
+
+
+def ratio(name: str, upper: Measured, lower: Measured) -> dict[str, Any]:
+    ratios = [a / b for a, b in zip(upper.seconds, lower.seconds, strict=True)]
+    quartiles = statistics.quantiles(ratios, n=4)
     return {
-        "ratio": statistics.median(ratios),
-        "spread": [quartiles[0], quartiles[2]],
-        "pairs": len(ratios),
-        "flops_ratio": flops[0] / flops[1],
-        "tokens_per_second": tokens,
+        name: statistics.median(ratios),
+        f"{name}_spread": [quartiles[0], quartiles[2]],
+        f"{name}_rounds": len(ratios),
+        f"{name}_flops": upper.flops / lower.flops,
+        f"{name}_tokens_per_second": [one.tokens / statistics.median(one.seconds) for one in (upper, lower)],
     }
 
 
@@ -142,6 +158,8 @@ def _peak_memory(kind: str, threads: int) -> int:
         before = torch.cuda.memory_allocated()
         step(one, 1)
         return torch.cuda.max_memory_allocated() - before
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)  # what is free but was kept would hide as much of the step's memory
     Path("/proc/self/clear_refs").write_text("5")  # the kernel's mark of the highest resident size starts anew
     before = _status("VmRSS")
     step(one, 1)
@@ -156,7 +174,7 @@ def _status(field: str) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", metavar="FILE", help="write the figures to FILE too")
-    parser.add_argument("--seconds", type=float, default=60.0, help="budget of each comparison (default 60)")
+    parser.add_argument("--seconds", type=float, default=100.0, help="budget of each of the two comparisons (default 100)")
     arguments = parser.parse_args()
     found: dict[str, Any] = {
         "device": torch.cuda.get_device_name()
@@ -164,20 +182,14 @@ def main() -> None:
         else f"{platform.machine()} CPU, {len(os.sched_getaffinity(0))} cores",
         "torch": torch.__version__,
     }
-    code = side("code", SMALL, VOCAB, SMALL_LENGTH)
-    found["dense_over_code"] = compare("dense/code", side("dense", SMALL, VOCAB, SMALL_LENGTH), code, arguments.seconds)
-    found["distill_over_flow"] = compare("distill/flow", side("map", SMALL, VOCAB, SMALL_LENGTH), code, arguments.seconds)
-    del code
+    small = alternate("dense, code", {kind: side(kind, SMALL, VOCAB, SMALL_LENGTH) for kind in ("dense", "code")}, arguments.seconds)
+    found |= ratio("dense_over_code_step", small["dense"], small["code"])
     memory = {kind: peak_memory(kind) for kind in ("dense", "code")}
-    large = side("code", LARGE, VOCAB, LARGE_LENGTH), side("autoregressive", LARGE, VOCAB, LARGE_LENGTH)
-    found["flow_over_autoregressive"] = compare("flow/autoregressive", *large, arguments.seconds)
-    found["dense_over_code_step"] = found["dense_over_code"]["ratio"]
-    found["dense_over_code_memory"] = memory["dense"] / memory["code"]
-    found["peak_step_memory_bytes"] = memory
-    for name in ("distill_over_flow", "flow_over_autoregressive", "dense_over_code"):
-        figures = found.pop(name)
-        found |= {name: figures["ratio"]} if name != "dense_over_code" else {}
-        found |= {f"{name}_{key}": value for key, value in figures.items() if key != "ratio"}
+    found |= {"dense_over_code_memory": memory["dense"] / memory["code"], "peak_step_memory_bytes": memory}
+    kinds = ("autoregressive", "code", "map")
+    large = alternate("autoregressive, flow, map", {kind: side(kind, LARGE, VOCAB, LARGE_LENGTH) for kind in kinds}, arguments.seconds)
+    found |= ratio("flow_over_autoregressive", large["code"], large["autoregressive"])
+    found |= ratio("distill_over_flow", large["map"], large["code"])
     for name, value in found.items():
         print(f"{name:<46}{value:.3f}" if isinstance(value, float) else f"{name:<46}{value}")
     if arguments.json:

@@ -26,9 +26,13 @@ CHUNK_TOKENS = 128
 """Tokens of a chunk at least: every chunk reads and writes the gradients of whole tables, which fewer tokens do not pay for."""
 
 
-def chunks(tokens: int, vocab: int, device: torch.device) -> list[slice]:
-    """Slices over tokens such that a chunk of logits has about CHUNK_ELEMENTS elements and at least CHUNK_TOKENS tokens."""
+def chunks(tokens: int, vocab: int, device: torch.device, whole: int = 1) -> list[slice]:
+    """Slices over tokens such that a chunk of logits has about CHUNK_ELEMENTS elements and at least CHUNK_TOKENS tokens.
+
+    whole: chunks do not cut rows of so many tokens; one row is then a chunk at least.
+    """
     size = max(CHUNK_TOKENS, CHUNK_ELEMENTS[device.type] // vocab)
+    size = max(size // whole, 1) * whole
     return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 
 

@@ -69,6 +69,18 @@ def logits(head: Head, read: Read) -> Tensor:
     return reader(head)(read)
 
 
+def probabilities(head: Head) -> Callable[[Read], Tensor]:
+    """A function of Read -> psi (n, V), made once for many chunks, each written over the one before it. Without gradient."""
+    read_chunk = reader(head.detach(), Buffer())
+
+    @torch.no_grad()
+    def f(read: Read) -> Tensor:
+        z = read_chunk(read)
+        return torch.softmax(z, -1, out=z)
+
+    return f
+
+
 def reduce(head: Head, read: Read, reduction: Callable[[Tensor, slice], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
     """Apply `reduction(logits, part)` to every chunk of tokens and join the per-token results. Without gradient.
 
@@ -129,7 +141,9 @@ class _Loss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, head: Head, read: Read, measure: Callable) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, head: Head, read: Read, measure: Callable, whole: int
+    ) -> tuple[Tensor, Tensor]:
         graded = any(ctx.needs_input_grad[:3])
         read = Read(hidden, read.y, read.s)
         read_chunk = reader(Head(weight, bias, head.code, head.skip), Buffer())
@@ -140,7 +154,7 @@ class _Loss(torch.autograd.Function):
             wide = torch.promote_types(weight.dtype, torch.float32)
             hidden_grad, weight_grad = torch.empty_like(hidden), torch.zeros_like(weight, dtype=wide)
             bias_grad = torch.zeros_like(bias, dtype=wide)
-        for part in chunks(len(hidden), len(bias), hidden.device):
+        for part in chunks(len(hidden), len(bias), hidden.device, whole):
             losses, values, factor, gradient = measure(read_chunk(read[part]), part)
             loss += losses.double().sum()
             logged.append(values)
@@ -162,7 +176,7 @@ class _Loss(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         scale = gradients[0]
         hidden_grad, weight_grad, bias_grad = ctx.saved_tensors
-        return *(g * scale.to(g.dtype) for g in (hidden_grad, weight_grad, bias_grad)), None, None, None
+        return *(g * scale.to(g.dtype) for g in (hidden_grad, weight_grad, bias_grad)), None, None, None, None
 
 
 def cross_entropy(head: Head, read: Read, ids: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -179,46 +193,26 @@ def cross_entropy(head: Head, read: Read, ids: Tensor, weight: Tensor) -> tuple[
         gradient.scatter_add_(1, token, -torch.ones_like(losses)[:, None])
         return losses * w, losses, w, gradient
 
-    return _Loss.apply(read.hidden, head.weight, head.bias, head, read, measure)
-
-
-class Component(NamedTuple):
-    """One part of a target: share (n,) times the posterior of `head` at `read`."""
-
-    head: Head
-    read: Read
-    share: Tensor
-
-
-def mixture(components: list[Component]) -> Callable[[slice], Tensor]:
-    """A function of a chunk's place -> sum_j share_j psi_j over it: (n, V) probabilities, without gradient, over the chunk before."""
-    readers = [reader(one.head, Buffer()) for one in components]
-
-    @torch.no_grad()
-    def f(part: slice) -> Tensor:
-        target: Tensor | None = None
-        for one, read_chunk in zip(components, readers, strict=True):
-            z = read_chunk(one.read[part])
-            p = torch.softmax(z, -1, out=z).mul_(one.share[part, None])
-            target = p if target is None else target.add_(p)
-        assert target is not None
-        return target
-
-    return f
+    return _Loss.apply(read.hidden, head.weight, head.bias, head, read, measure, 1)
 
 
 def divergence(
-    head: Head, read: Read, target: list[Component], weight: Tensor, reweight: Callable[[Tensor], Tensor] | None = None
+    head: Head,
+    read: Read,
+    target: Callable[[slice], Tensor],
+    weight: Tensor,
+    reweight: Callable[[Tensor], Tensor] | None = None,
+    whole: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """sum_i w_i KL(target_i || psi_i), and the unweighted divergences (n,) for logging.
 
     The objective of stage 2 (FMLM and DFM, semigroup form); the target has no gradient, so that by the logits it is w (psi - target).
     w is `weight` (n,), times `reweight(|psi - target|^2)` if given (DFM, appendix B: detached and adaptive).
+    target: a chunk's place among the tokens -> its target (n, V), asked for once a chunk; chunks hold whole rows of `whole` tokens.
     """
-    target_of = mixture(target)
 
     def measure(z: Tensor, part: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        p, log_q = target_of(part), torch.log_softmax(z, -1, out=z)
+        p, log_q = target(part), torch.log_softmax(z, -1, out=z)
         # clamp and log together cost a fifth of xlogy, which no vector instruction does
         losses = p.clamp(min=torch.finfo(p.dtype).tiny).log_().sub_(log_q).mul_(p).sum(-1)
         gradient = log_q.exp_().sub_(p)
@@ -227,4 +221,4 @@ def divergence(
             w = w * reweight(torch.linalg.vector_norm(gradient, dim=-1).square())
         return losses * w, losses, w, gradient
 
-    return _Loss.apply(read.hidden, head.weight, head.bias, head, read, measure)
+    return _Loss.apply(read.hidden, head.weight, head.bias, head, read, measure, whole)

@@ -8,6 +8,7 @@ and boundary ((0, 1)). Inner and boundary targets come from the live network wit
 The codes, the prior and the clock are the teacher's, frozen.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -18,8 +19,7 @@ from megaflow.config.schema import Config
 from megaflow.flow import flow_map
 from megaflow.flow import head as heads
 from megaflow.flow.clock import Clock
-from megaflow.flow.code import lookup
-from megaflow.flow.head import Component
+from megaflow.flow.code import lookup, mean
 from megaflow.flow.interpolant import noisy_state, transport
 from megaflow.flow.likelihood import RangeTooShort
 from megaflow.model.bound import bound_of_rows
@@ -71,7 +71,8 @@ class MapStage:
             target = self.diagonal_target(*at) if index == 0 else self.semigroup_target(*at, embedded[part].detach())
             read = self.network.read(hidden[part], y[part], times.s[part])
             weight = batch.weight.view(batch.ids.shape)[order[part]].flatten()
-            loss, divergences = heads.divergence(self.network.head(), read, target, weight, self.reweight())
+            whole = 1 if index == 0 else y.shape[1]
+            loss, divergences = heads.divergence(self.network.head(), read, target, weight, self.reweight(), whole)
             losses.append(loss)
             observed[index, 0] = (divergences.double() * weight.double()).sum().item()
             observed[index, 1] = weight.double().sum().item()
@@ -84,24 +85,31 @@ class MapStage:
         return partial(flow_map.adaptive_weight, power=distill.adaptive_power, constant=distill.adaptive_constant)
 
     @torch.no_grad()
-    def diagonal_target(self, y: Tensor, times: flow_map.Times, lengths: Tensor | None) -> list[Component]:
-        """The frozen teacher's posterior at (y, s)."""
-        read = self.teacher.read(self.teacher(y, times.s, lengths=lengths), y, times.s)
-        return [Component(self.teacher.head(), read, torch.ones_like(read.s))]
+    def diagonal_target(self, y: Tensor, times: flow_map.Times, lengths: Tensor | None) -> Callable[[slice], Tensor]:
+        """The frozen teacher's posterior at (y, s), by chunks of tokens."""
+        read, psi = self.teacher.read(self.teacher(y, times.s, lengths=lengths), y, times.s), heads.probabilities(self.teacher.head())
+        return lambda tokens: psi(read[tokens])
 
-    @torch.no_grad()
-    def semigroup_target(self, y: Tensor, times: flow_map.Times, lengths: Tensor | None, embedded: Tensor) -> list[Component]:
-        """The two terms of the identity, from the live network: psi_{s,u} at y, then psi_{u,t} where that leads.
+    def semigroup_target(self, y: Tensor, times: flow_map.Times, lengths: Tensor | None, embedded: Tensor) -> Callable[[slice], Tensor]:
+        """The identity's right side from the live network, by chunks of whole rows: psi_{s,u} at y is followed to the next state and
+        mixed with psi_{u,t} there while it is at hand, as it is too large to be kept for all rows.
 
         `embedded` is what the network read of y for the graded pass; the first term reads the same.
         """
-        head, (s, u, t) = self.network.head().detach(), times
-        first = self.network.read(self.network(y, s, u, lengths, embedded), y, s)
-        psi, _, _ = heads.posterior(head, first)
-        midway = transport(y, s, u, psi.view(y.shape))
-        second = self.network.read(self.network(midway, u, t, lengths), midway, u)
-        share = flow_map.semigroup_share(s, u, t).to(y.dtype)[:, None].expand(y.shape[:2]).flatten()
-        return [Component(head, first, share), Component(head, second, 1.0 - share)]
+        length, network = y.shape[1], self.network
+        first, second = heads.probabilities(network.head()), heads.probabilities(network.head())
+
+        @torch.no_grad()
+        def target(tokens: slice) -> Tensor:
+            rows = slice(tokens.start // length, tokens.stop // length)
+            (s, u, t), seen = (x[rows] for x in times), None if lengths is None else lengths[rows]
+            from_s = first(network.read(network(y[rows], s, u, seen, embedded[rows]), y[rows], s))
+            midway = transport(y[rows], s, u, mean(self.parts.code, from_s).view(y[rows].shape))
+            from_u = second(network.read(network(midway, u, t, seen), midway, u))
+            share = flow_map.semigroup_share(s, u, t).to(y.dtype).repeat_interleave(length)
+            return from_u.lerp_(from_s, share[:, None])
+
+        return target
 
     def learn(self, observed: Tensor, step: int) -> None:
         pass

@@ -12,7 +12,7 @@ from megaflow.flow import clock as clocks
 from megaflow.flow import code as codes
 from megaflow.flow import flow_map
 from megaflow.flow import head as heads
-from megaflow.flow.head import Component, Head, Read
+from megaflow.flow.head import Head, Read
 from megaflow.flow.interpolant import transport
 from tests.flow import toy as toys
 
@@ -132,22 +132,18 @@ def drawn(toy: toys.Toy, rows: int, seed: int) -> tuple[Tensor, flow_map.Times]:
 def semigroup_loss(net: Net, toy: toys.Toy, y: Tensor, times: flow_map.Times) -> Tensor:
     """Stage 2 in a few lines: the exact denoiser on the diagonal, elsewhere the live network's own two half-steps."""
     on = times.s == times.t
-    exact = toys.denoiser(toy, y[on], times.s[on]).clamp(min=1e-30).log().float()
-    teacher = Head(torch.eye(VOCAB), torch.zeros(VOCAB), None, skip=False)
+    exact = toys.denoiser(toy, y[on], times.s[on]).float().view(-1, VOCAB)
+    share_of_row = 1.0 / (len(y) * LENGTH)
     anchor, _ = heads.divergence(
-        net.head(),
-        net(y[on], times.s[on], times.t[on]),
-        [Component(teacher, Read(exact.view(-1, VOCAB)), torch.ones(on.sum() * LENGTH))],
-        torch.ones(on.sum() * LENGTH) / (len(y) * LENGTH),
+        net.head(), net(y[on], times.s[on], times.t[on]), lambda tokens: exact[tokens], torch.full((len(exact),), share_of_row)
     )
     y, (s, u, t) = y[~on], (x[~on] for x in times)
     with torch.no_grad():
-        first = net(y, s, u)
-        midway = transport(y, s, u, net.psi(y, s, u))
-        second = net(midway, u, t)
+        first = net.psi(y, s, u)
+        second = net.psi(transport(y, s, u, first), u, t)
     share = flow_map.semigroup_share(s, u, t).float()[:, None].expand(-1, LENGTH).flatten()
-    target = [Component(net.head().detach(), first, share), Component(net.head().detach(), second, 1.0 - share)]
-    loss, _ = heads.divergence(net.head(), net(y, s, t), target, torch.full_like(share, 1.0 / (len(on) * LENGTH)))
+    target = torch.lerp(second.view(-1, VOCAB), first.view(-1, VOCAB), share[:, None])
+    loss, _ = heads.divergence(net.head(), net(y, s, t), lambda tokens: target[tokens], torch.full_like(share, share_of_row))
     return anchor + loss
 
 

@@ -1,5 +1,6 @@
 """The head against its dense form: losses with gradients, posteriors, draws, the integrands of the bound."""
 
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -9,7 +10,7 @@ from torch.nn import functional as F
 from megaflow.flow import channel, flow_map
 from megaflow.flow import code as codes
 from megaflow.flow import head as heads
-from megaflow.flow.head import Component, Head, Read
+from megaflow.flow.head import Head, Read
 
 VOCAB, WIDTH = 11, 6
 CODES = {
@@ -101,7 +102,7 @@ def test_cross_entropy_passes_gradcheck(kind):
 def test_tokens_of_no_weight_give_no_gradient(kind):
     head, read = make(kind, 130)
     ids, weight = ids_and_weights(130)
-    target = [Component(head.detach(), Read(*(None if x is None else x.detach().flip(0) for x in read)), torch.ones(130).double())]
+    target, _ = mixed_target(kind, 130)
     for loss, terms in (heads.cross_entropy(head, read, ids, weight), heads.divergence(head, read, target, weight)):
         (grad,) = torch.autograd.grad(loss, read.hidden)
         assert (grad[weight == 0.0] == 0.0).all() and (grad[weight > 0.0].abs().sum(1) > 0.0).all()
@@ -117,13 +118,13 @@ def test_without_gradient_the_loss_is_the_same(kind):
     assert not loss.requires_grad
 
 
-def mixed_target(kind: str, tokens: int) -> tuple[list[Component], torch.Tensor]:
-    """Two components with shares a and 1 - a, ends included, and the same mixture written out."""
+def mixed_target(kind: str, tokens: int) -> tuple[Callable[[slice], torch.Tensor], torch.Tensor]:
+    """A target of two heads with shares a and 1 - a, ends included, and the same written out."""
     share = torch.linspace(0.0, 1.0, tokens, dtype=torch.float64)
     (one, first), (two, second) = make(kind, tokens, seed=1), make(kind, tokens, seed=2)
-    p, q = torch.softmax(dense_logits(one, first), -1), torch.softmax(dense_logits(two, second), -1)
-    dense = share[:, None] * p + (1.0 - share)[:, None] * q
-    return [Component(one, first, share), Component(two, second, 1.0 - share)], dense.detach()
+    p, q = heads.probabilities(one), heads.probabilities(two)
+    dense = torch.lerp(torch.softmax(dense_logits(two, second), -1), torch.softmax(dense_logits(one, first), -1), share[:, None])
+    return lambda part: q(second[part]).lerp_(p(first[part]), share[part, None]), dense.detach()
 
 
 @pytest.mark.parametrize("tokens", [1, 64, 65, 200])
@@ -150,17 +151,31 @@ def test_divergence_passes_gradcheck(kind):
     assert torch.autograd.gradcheck(loss, (read.hidden, head.weight, head.bias), fast_mode=True)
 
 
-def test_the_target_of_a_divergence_has_no_gradient(kind):
-    head, read = make(kind, 70)
-    target, _ = mixed_target(kind, 70)
-    loss, _ = heads.divergence(head, read, target, torch.ones(70).double())
-    leaves = [target[0].head.weight, target[0].read.hidden, target[1].head.bias]
-    assert all(grad is None for grad in torch.autograd.grad(loss, leaves, allow_unused=True))
+def test_probabilities_are_the_posterior_without_gradient(kind):
+    """Each chunk is written over the one before it."""
+    head, read = make(kind, 130)
+    psi = heads.probabilities(head)
+    whole = psi(read)
+    torch.testing.assert_close(whole, torch.softmax(dense_logits(head, read), -1).detach())
+    assert not whole.requires_grad
+    assert psi(read[slice(0, 64)]).data_ptr() == whole.data_ptr()
+
+
+@pytest.mark.parametrize("whole", [1, 10, 50, 64, 100])
+def test_a_target_is_asked_for_whole_rows_once(kind, whole):
+    head, read = make(kind, 200)
+    target, _ = mixed_target(kind, 200)
+    asked = []
+    loss, _ = heads.divergence(head, read, lambda part: asked.append(part) or target(part), torch.ones(200).double(), whole=whole)
+    assert [i for part in asked for i in range(part.start, part.stop)] == list(range(200))
+    assert all(part.start % whole == 0 for part in asked) and len(asked) == {1: 4, 10: 4, 50: 4, 64: 4, 100: 2}[whole]
+    torch.testing.assert_close(loss, heads.divergence(head, read, target, torch.ones(200).double())[0])
 
 
 def test_a_head_is_at_no_distance_from_itself(kind):
     head, read = make(kind, 130)
-    loss, terms = heads.divergence(head, read, [Component(head, read, torch.ones(130).double())], torch.ones(130).double())
+    psi = heads.probabilities(head)
+    loss, terms = heads.divergence(head, read, lambda part: psi(read[part]), torch.ones(130).double())
     assert terms.abs().max() < 1e-12
     assert max(grad.abs().max() for grad in torch.autograd.grad(loss, (read.hidden, head.weight, head.bias))) < 1e-12
 

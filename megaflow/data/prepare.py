@@ -24,7 +24,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from megaflow.config.schema import DataConfig
-from megaflow.data import shards, sources
+from megaflow.data import encode, shards, sources
 from megaflow.data import tokenizer as tokenizers
 from megaflow.errors import UserError
 
@@ -239,7 +239,7 @@ def _tokenizer_of_text(files: list[sources.Source], config: DataConfig, survey: 
     if config.tokenizer == "characters":
         return tokenizers.characters_tokenizer(sorted(survey.alphabet))
     documents = _split_documents(files, config, survey, "train tokenizer")
-    texts = (piece.text for split, text in documents if split == "train" for piece in tokenizers.pieces(text, split, "bpe"))
+    texts = (piece.text for split, text in documents if split == "train" for piece in encode.pieces(text, split, "bpe"))
     tokenizer = tokenizers.train_bpe(texts, config.vocab_size)
     if (size := tokenizers.vocabulary_size(tokenizer)) < config.vocab_size:
         print(f"the text gives a BPE of {size} tokens only, not data.vocab_size={config.vocab_size}", file=sys.stderr)
@@ -254,9 +254,9 @@ def _write_splits(folder: Path, files: list[sources.Source], config: DataConfig,
     closing = tokenizer.token_to_id(" ") if end is None and config.packing == "wrap" else end
     writers = {split: shards.SplitWriter(folder, split, config.length, config.packing, size) for split in shards.SPLITS}
     documents = _split_documents(files, config, survey, "tokenize")
-    stream = (piece for split, text in documents for piece in tokenizers.pieces(text, split, kind))
-    workers = tokenizers.usable_cores() if config.workers == "auto" else config.workers
-    for piece, ids, characters in tokenizers.encode_pieces(folder, kind, stream, workers):
+    stream = (piece for split, text in documents for piece in encode.pieces(text, split, kind))
+    workers = encode.usable_cores() if config.workers == "auto" else config.workers
+    for piece, ids, characters in encode.encode_pieces(folder, kind, stream, workers):
         writers[piece.split].add(ids, characters, piece.first)
         if piece.last:
             writers[piece.split].end_document(closing)

@@ -14,8 +14,8 @@ import pytest
 from streaming import LocalDataset
 
 from megaflow.config.schema import DataConfig
+from megaflow.data import encode, shards, tokenizer
 from megaflow.data import prepare as stage
-from megaflow.data import shards, tokenizer
 from megaflow.data.prepare import prepare
 from megaflow.data.sources import letters
 from megaflow.errors import UserError
@@ -231,7 +231,7 @@ class TestSources:
 
 @pytest.mark.parametrize("extra", [{"tokenizer": "bpe", "vocab_size": 320}, {"packing": "document", "length": 33}])
 def test_the_folder_is_the_same_to_the_byte_for_any_number_of_workers(config, tmp_path, monkeypatch, extra):
-    monkeypatch.setattr(tokenizer, "BATCH", 500)
+    monkeypatch.setattr(encode, "BATCH", 500)
     folders = []
     for workers in (1, 2):
         settings = config(path=str(tmp_path / f"data{workers}"), workers=workers, **extra)
@@ -356,7 +356,7 @@ class TestInterrupted:
 
     @pytest.mark.parametrize("while_it_answers", [False, True])
     def test_a_killed_worker_is_an_error_not_a_wait(self, config, tmp_path, monkeypatch, while_it_answers):
-        started, start, receive = [], tokenizer._start_worker, tokenizer._receive
+        started, start, receive = [], encode._start_worker, encode._receive
 
         def start_and_note(*arguments):
             started.append(start(*arguments))
@@ -368,8 +368,8 @@ class TestInterrupted:
             started[0][0].kill()
             return receive(pipe)
 
-        monkeypatch.setattr(tokenizer, "_start_worker", start_and_note)
-        monkeypatch.setattr(tokenizer, "_receive", kill_and_receive)
+        monkeypatch.setattr(encode, "_start_worker", start_and_note)
+        monkeypatch.setattr(encode, "_receive", kill_and_receive)
         source = write_jsonl(tmp_path / "many.jsonl", [text * 100 for text in DOCUMENTS * 4])
         with pytest.raises(UserError, match="a process that tokenizes was killed.*lower data.workers"):
             prepare(config(source=[source], workers=2))

@@ -1,49 +1,17 @@
 """Every kind of tokenizer: exact round trips, nothing added, nothing read out of the text, cut anywhere it is cut."""
 
-import json
+
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
-from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from megaflow.config.schema import DataConfig
 from megaflow.data import tokenizer as tok
 from megaflow.errors import UserError
-
-TRAINING = ["the cat sat on the mat", "the dog's bowl is on the mat, isn't it", "12 cats\n\n  and 12 dogs <|end|>"] * 3
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat", "##s", "sat", ",", ".", "a", "##b", "don", "'", "t"]
-# words, runs of spaces, newlines, digits, accents, emoji, and the spelling of the special tokens
-TEXT = (
-    st.text(alphabet=st.sampled_from("thecats 12'.,\n\t  éß漢😀"), max_size=60)
-    | st.text(max_size=30)
-    | st.sampled_from(["a<|end|>b", "[SEP] <|endoftext|>"])
-)
-
-
-def gpt2_files(folder: Path, bpe: Tokenizer) -> str:
-    """`bpe` in the form that GPT-2's authors published theirs in."""
-    vocabulary = {("<|endoftext|>" if token == tok.END else token): place for token, place in bpe.get_vocab().items()}
-    (folder / "encoder.json").write_text(json.dumps(vocabulary))
-    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
-    (folder / "vocab.bpe").write_text("\n".join(["#version: 0.2", *merges]) + "\n", "utf-8")
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def tokenizers(tmp_path_factory) -> dict[str, Tokenizer]:
-    bpe = tok.train_bpe(TRAINING, 290)
-    gpt2 = gpt2_files(tmp_path_factory.mktemp("gpt2"), bpe)
-    bert = tmp_path_factory.mktemp("bert")
-    (bert / "vocab.txt").write_text("\n".join(WORDS))
-    return {
-        "bytes": tok.given_tokenizer(DataConfig(tokenizer="bytes")),
-        "bpe": bpe,
-        "gpt2": tok.given_tokenizer(DataConfig(tokenizer="gpt2", tokenizer_path=gpt2)),
-        "bert": tok.given_tokenizer(DataConfig(tokenizer="bert", tokenizer_path=str(bert))),
-    }
+from tests.data.texts import TEXT, TRAINING, WORDS
 
 
 class TestRoundTrip:
@@ -126,41 +94,6 @@ class TestKinds:
     def test_a_foreign_tokenizer_without_an_end_token_gets_one(self, tmp_path):
         tokenizer = tok.given_tokenizer(DataConfig(tokenizer=self.foreign(tmp_path, ["?", "a", "b"])))
         assert (tok.vocabulary_size(tokenizer), tokenizer.id_to_token(tok.end_id(tokenizer))) == (4, tok.END)
-
-
-class TestPieces:
-    @pytest.mark.parametrize("kind", ["bytes", "bpe", "gpt2", "bert"])
-    @given(text=TEXT, size=st.integers(1, 9))
-    def test_pieces_encode_to_what_the_whole_does(self, tokenizers, kind, text, size):
-        cut = list(tok.pieces(text, "train", kind, size))
-        assert "".join(piece.text for piece in cut) == text
-        assert [piece.first for piece in cut] == [True] + [False] * (len(cut) - 1)
-        assert [piece.last for piece in cut] == [False] * (len(cut) - 1) + [True]
-        encoded = [tok.encode(tokenizers[kind], piece.text) for piece in cut]
-        assert sum(encoded, []) == tok.encode(tokenizers[kind], text)
-
-    def test_they_are_small_where_the_text_allows(self):
-        text = "the cats sat. " * 100
-        assert max(len(piece.text) for piece in tok.pieces(text, "train", "bpe", 50)) < 60
-        assert max(len(piece.text) for piece in tok.pieces("x" * 999, "train", "bytes", 50)) == 50
-        assert len(list(tok.pieces(text, "train", "file", 50))) == 1
-
-    @given(text=st.text(alphabet="the cats ,.ab don't\n", max_size=60), size=st.integers(1, 9))
-    def test_characters_of_pieces_add_up_to_the_decoding(self, tokenizers, text, size):
-        bert = tokenizers["bert"]
-        cut = [piece for piece in tok.pieces(text.lstrip(), "train", "bert", size)]
-        counts = [tok.character_count(bert, tok.encode(bert, piece.text), piece.first) for piece in cut]
-        assert sum(counts) == len(tok.decode(bert, tok.encode(bert, text)))
-
-    def test_the_number_of_workers_does_not_matter(self, tokenizers, tmp_path, monkeypatch):
-        monkeypatch.setattr(tok, "BATCH", 20)
-        tok.save_tokenizer(tokenizers["bpe"], tmp_path)
-        texts = [f"the {place} cats" * (place % 3) for place in range(40)]
-        expected = [(text, tok.encode(tokenizers["bpe"], text), len(text)) for text in texts]
-        for workers in (1, 2):
-            stream = (piece for text in texts for piece in tok.pieces(text, "train", "bpe"))
-            found = tok.encode_pieces(tmp_path, "bpe", stream, workers)
-            assert [(piece.text, ids.tolist(), characters) for piece, ids, characters in found] == expected
 
 
 class TestErrors:

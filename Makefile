@@ -1,7 +1,7 @@
 # `make` installs MegaFlow into .venv; every other target does that first, and costs nothing when it is done.
 # One of python3, python3.13, python3.12, python3.11 does the work: see tools/install.sh.
 
-.PHONY: install quickstart char test test-all lint types format help
+.PHONY: install quickstart char test test-all lint format help
 
 # A PYTHONPATH from a login script or a module system would put other packages before those of .venv.
 unexport PYTHONPATH PYTHONHOME
@@ -21,10 +21,8 @@ test: install  ## the tests, without those that take minutes
 test-all: install  ## all tests
 	@.venv/bin/python -m pytest
 
-lint: install  ## ruff
+lint: install  ## ruff and mypy
 	@.venv/bin/ruff check .
-
-types: install  ## mypy
 	@.venv/bin/mypy
 
 format: install  ## what ruff can mend by itself

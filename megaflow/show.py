@@ -21,7 +21,8 @@ def resolved(path: str | None, overrides: list[str]) -> str:
         from megaflow.data.shards import read_manifest
 
         loaded = resolve(loaded, read_manifest(loaded.config.data.path)["tokenizer"]["vocab_size"])
-    lines, section = [], ()
+    lines: list[str] = []
+    section: tuple[str, ...] = ()
     for name, value in flatten(loaded.config).items():
         *parents, leaf = name.split(".")
         for depth, parent in enumerate(parents):

@@ -46,7 +46,9 @@ def load(path: str | Path, overrides: list[str] | None = None, inherited: dict[s
 def assemble(layers: list[tuple[str, dict[str, Any]]]) -> Loaded:
     """Put flat layers of (origin, {key: value}) over the defaults, checking each value where it enters. Raises ConfigError."""
     schema = keys()
-    values = {name: (item.default_factory() if item.default is dataclasses.MISSING else item.default) for name, item in schema.items()}
+    values = {
+        name: item.default if item.default_factory is dataclasses.MISSING else item.default_factory() for name, item in schema.items()
+    }
     origin = dict.fromkeys(values, "default")
     for source, layer in layers:
         for name, value in layer.items():
@@ -102,9 +104,8 @@ def describe(item: dataclasses.Field) -> str:
     if rule["choices"] is not None:
         words = str(rule["choices"][0]) if len(rule["choices"]) == 1 else "one of " + ", ".join(map(str, rule["choices"]))
     else:
-        words = {int: "an integer", Any: "an integer", float: "a number", str: "a string", bool: "true or false"}.get(
-            item.type, "a list of strings"
-        )
+        kinds: dict[object, str] = {int: "an integer", Any: "an integer", float: "a number", str: "a string", bool: "true or false"}
+        words = kinds.get(item.type, "a list of strings")
         limits = [
             f"at least {rule['low']:g}" if rule["low"] is not None else "",
             f"above {rule['above']:g}" if rule["above"] is not None else "",
@@ -137,9 +138,10 @@ def to_yaml(config: Config) -> str:
 def _build(kind: type, values: dict[str, Any], prefix: str) -> Any:
     made = {}
     for item in dataclasses.fields(kind):
-        made[item.name] = (
-            _build(item.type, values, f"{prefix}{item.name}.") if dataclasses.is_dataclass(item.type) else values[prefix + item.name]
-        )
+        if isinstance(item.type, type) and dataclasses.is_dataclass(item.type):
+            made[item.name] = _build(item.type, values, f"{prefix}{item.name}.")
+        else:
+            made[item.name] = values[prefix + item.name]
     return kind(**made)
 
 
@@ -151,7 +153,7 @@ def _file_layers(path: Path, above: tuple[Path, ...]) -> list[tuple[str, dict[st
         where = f", named as base by {above[-1]}" if above else ""
         raise ConfigError(f"{path}: no such config file{where}")
     try:
-        content = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+        content: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from None
     except Exception as error:  # a YAML parser's errors have no common base class that OmegaConf promises

@@ -158,7 +158,7 @@ def keys(node: type = Config, prefix: str = "") -> dict[str, dataclasses.Field]:
     """Every leaf key of the tree, dotted, with its field: {'run.dir': Field, …}."""
     found: dict[str, dataclasses.Field] = {}
     for item in dataclasses.fields(node):
-        if dataclasses.is_dataclass(item.type):
+        if isinstance(item.type, type) and dataclasses.is_dataclass(item.type):
             found |= keys(item.type, f"{prefix}{item.name}.")
         else:
             found[prefix + item.name] = item

@@ -21,6 +21,7 @@ from megaflow.evaluate import judge as judges
 from megaflow.evaluate.generate import Run, generate, load_run, text_of
 from megaflow.evaluate.judge import Judge
 from megaflow.flow.likelihood import Estimate, RangeTooShort
+from megaflow.model.autoregressive import Autoregressive
 from megaflow.model.bound import bound_of_rows
 from megaflow.parallel import random
 from megaflow.progress import Progress
@@ -108,7 +109,7 @@ def likelihood(run: Run, held_out: HeldOut, draws: int, seed: int) -> dict[str, 
     device = run.network.weight.device
     ids = held_out.ids.to(device)
     lengths = None if held_out.lengths is None else held_out.lengths.to(device)
-    if run.parts is None:
+    if isinstance(run.network, Autoregressive):
         stage = AutoregressiveStage(run.config, run.network)
         nats = sum(
             stage.validate(ids[i : i + 64], None if lengths is None else lengths[i : i + 64])["validation_loss"] * counted(held_out, i)
@@ -125,7 +126,7 @@ def likelihood(run: Run, held_out: HeldOut, draws: int, seed: int) -> dict[str, 
     else:
         progress = Progress(f"bound {run.directory.name}", len(ids), "rows")
         try:
-            bound: Estimate = bound_of_rows(run.network, run.parts, run.clock, ids, lengths, draws, seed, progress=progress)
+            bound: Estimate = bound_of_rows(*run.flow, ids, lengths, draws, seed, progress=progress)
         except RangeTooShort as error:
             return {"kind": "none", "reason": str(error)}
         entropy = bound.unigram
@@ -205,8 +206,8 @@ def reference(run: Run, held_out: HeldOut, judge: Judge, samples: int, seed: int
 
 def profile(run: Run) -> dict[str, Any] | None:
     """Cross-entropy against time as measured in training, and the clock that was fitted to it."""
-    stage = run.checkpoint.stage
-    found: dict[str, Any] = {"clock": run.config.flow.clock.name, "clock_t": run.clock.times.tolist(), "clock_cdf": run.clock.tau.tolist()}
+    (_, _, clock), stage = run.flow, run.checkpoint.stage
+    found: dict[str, Any] = {"clock": run.config.flow.clock.name, "clock_t": clock.times.tolist(), "clock_cdf": clock.tau.tolist()}
     if "profile_edges" in stage:
         edges = stage["profile_edges"]
         found["t"] = torch.sigmoid((edges[1:] + edges[:-1]) / 4.0).tolist()

@@ -7,6 +7,7 @@ Every panel is an SVG of its own, so that a page can put panels side by side or,
 import io
 import math
 import re
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -21,7 +22,7 @@ MARKERS = {"flow": "o", "flow_map": "s"}
 MOST_POINTS = 1000  # of a raw curve: more are not seen, but weigh
 CELLS = 40  # of time, that the density of a clock is averaged over
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.hashsalt": "megaflow",  # ids of clip paths and markers would be random
     "svg.fonttype": "path",  # the page may not count on any font being there
     "font.family": "STIXGeneral",
@@ -122,8 +123,8 @@ def quality(samples: dict, field: str, error: str, label: str, constant: set[tup
         for name, marker in MARKERS.items():
             curve = [(steps, value) for (family, steps), value in points.items() if family == name and (family, steps) not in constant]
             errors = [samples[name][str(steps)].get(error) or 0.0 for steps, _ in curve]
-            steps, values = [steps for steps, _ in curve], [value for _, value in curve]
-            axes.errorbar(steps, values, errors, color=COLOURS[name], marker=marker, elinewidth=0.9)
+            places, values = [steps for steps, _ in curve], [value for _, value in curve]
+            axes.errorbar(places, values, errors, color=COLOURS[name], marker=marker, elinewidth=0.9)
         for name, level in levels.items():
             axes.axhline(level, color=COLOURS[name], linestyle=DASHES[name], linewidth=1.1)
         scale = [value for key, value in points.items() if key not in constant] + list(levels.values())
@@ -150,12 +151,11 @@ def _hollow(axes: Axes, steps: int, value: float, name: str) -> None:
     """A degenerate point; if it lies outside the scale, at the edge, with an arrow and its value beside it."""
     low, high = axes.get_ylim()
     inside = min(max(value, low + 0.04 * (high - low)), high - 0.04 * (high - low))
-    style = {"color": COLOURS[name], "marker": MARKERS[name], "linestyle": "none", "fillstyle": "none"}
-    axes.plot([steps], [inside], **style)
+    axes.plot([steps], [inside], color=COLOURS[name], marker=MARKERS[name], linestyle="none", fillstyle="none")
     if not low <= value <= high:
         arrow = r"$\uparrow$" if value > high else r"$\downarrow$"
-        where = {"xy": (steps, inside), "xytext": (7, 0), "textcoords": "offset points", "va": "center"}
-        axes.annotate(f"{value:.2f} {arrow}", **where, fontsize=9, color=COLOURS[name])
+        label = f"{value:.2f} {arrow}"
+        axes.annotate(label, (steps, inside), xytext=(7, 0), textcoords="offset points", va="center", fontsize=9, color=COLOURS[name])
 
 
 def _panel(width: float, height: float) -> tuple[Figure, Axes]:
@@ -195,6 +195,6 @@ def _svg(figure: Figure, name: str, title: str) -> str:
     text = out.getvalue().replace(INK, "currentColor")
     text = text[text.index("<svg") :]
     text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
-    width = 4 / 3 * float(re.search(r'width="([\d.]+)pt"', text)[1])
+    width = 4 / 3 * float(re.findall(r'width="([\d.]+)pt"', text)[0])
     head = f'<svg role="img" aria-label="{title}" style="max-width: {width:.0f}px"'
     return re.sub(r'<svg|\s(?:width|height)="[\d.]+pt"', lambda found: head if found[0] == "<svg" else "", text, count=3)

@@ -49,7 +49,7 @@ def metrics(manifest: dict, summaries: dict, evaluations: dict, stages: dict[str
     """The flat summary: likelihoods in bits per character, judged samples, costs. A missing measurement is null."""
     flow = evaluations.get("flow", {}).get("likelihood", {})
     baseline = evaluations.get("autoregressive", {})
-    reference = next((evaluations[name]["reference"] for name in RUNS if name in evaluations), {})
+    reference: dict[str, Any] = next((evaluations[name]["reference"] for name in RUNS if name in evaluations), {})
 
     def short(entry: dict | None) -> dict[str, Any] | None:
         return None if entry is None else {"judge_bits_per_char": entry["judge_bits_per_char"], "entropy": entry["entropy"]}
@@ -82,7 +82,7 @@ def page(
 ) -> dict[str, Any]:
     """What report.write_report asks for."""
     train, validation = (manifest["splits"][split] for split in ("train", "validation"))
-    reference = next((evaluations[name]["reference"] for name in RUNS if name in evaluations), {})
+    reference: dict[str, Any] = next((evaluations[name]["reference"] for name in RUNS if name in evaluations), {})
     samples: dict[str, Any] = {name: evaluations[name]["samples"] for name in ("flow", "flow_map") if name in evaluations}
     if "autoregressive" in evaluations:
         samples["autoregressive"] = evaluations["autoregressive"]["samples"]["autoregressive"]

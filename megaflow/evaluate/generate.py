@@ -49,6 +49,12 @@ class Run:
     def is_map(self) -> bool:
         return self.stage == "distill"
 
+    @property
+    def flow(self) -> tuple[TextDiT, Parts, Clock]:
+        """Network, parts and clock of a flow or flow map; asked of nothing else."""
+        assert isinstance(self.network, TextDiT) and self.parts is not None and self.clock is not None
+        return self.network, self.parts, self.clock
+
 
 def load_run(directory: str | Path) -> Run:
     """Any run, baseline included, with its averaged weights. Raises UserError."""
@@ -132,7 +138,7 @@ def generate(
         else:
             see = callback if callback is not None and start == 0 else sampler.silent
             ids = write_by_flow(run, places, lengths, steps or 1, method, temperature, gamma, seed, see)
-        rows += [row if length is None else row[:length] for row, length in zip(ids.tolist(), lengths or [None] * len(places), strict=True)]
+        rows += ids.tolist() if lengths is None else [row[:length] for row, length in zip(ids.tolist(), lengths, strict=True)]
     return rows
 
 
@@ -148,7 +154,8 @@ def write_by_flow(
     see: Callback,
 ) -> Tensor:
     """(B, L) tokens by one of the samplers, on `steps` steps of the run's own clock."""
-    parts, device = run.parts, run.network.weight.device
+    network, parts, clock = run.flow
+    device = network.weight.device
     shape = (run.manifest["length"], parts.code.dim)
     counted = None if lengths is None else torch.tensor(lengths, device=device)
 
@@ -157,12 +164,13 @@ def write_by_flow(
 
     denoise = denoiser(run, places, counted, temperature, seed, draws=method == "ancestral")
     y = random.normal(places, shape, seed, "initial noise").to(device)
-    times = clocks.grid(run.clock, steps).tolist()
+    times = clocks.grid(clock, steps).tolist()
     if method == "ode":
         return sampler.ode(denoise, y, times, see)
     if method == "flow_map":
         return sampler.flow_map(denoise, y, times, see)
     if method == "stochastic":
+        assert gamma is not None
         towards = denoise if run.is_map else (lambda y, s, t: denoise(y, s, s))
         return sampler.stochastic(towards, y, times, gamma, fresh, see)
     return sampler.ancestral(denoise, lambda ids: lookup(parts.code, ids), y, times, fresh, see)
@@ -172,7 +180,7 @@ def denoiser(
     run: Run, places: list[int], lengths: Tensor | None, temperature: float, seed: int, draws: bool
 ) -> Callable[[Tensor, float, float], Posterior]:
     """The network as samplers see it. `draws`: tokens are drawn from the posterior instead of its most likely ones."""
-    network = run.network
+    network, _, _ = run.flow
     calls = iter(range(10**9))
 
     def denoise(y: Tensor, s: float, t: float) -> Posterior:
@@ -192,6 +200,7 @@ def denoiser(
 def write_autoregressively(run: Run, places: list[int], temperature: float, seed: int) -> Tensor:
     """(B, L) tokens drawn one after another, keys and values cached."""
     network, cache, width = run.network, Cache(), run.manifest["length"]
+    assert isinstance(network, Autoregressive)
     uniform = torch.stack([torch.rand(width, generator=random.generator(seed, "token draws", place)) for place in places])
     previous, columns = None, []
     for position in range(width):
@@ -207,7 +216,7 @@ def row_lengths(run: Run, places: list[int], seed: int) -> list[int] | None:
         return None
     counts = np.load(Path(run.config.data.path) / LENGTH_COUNTS_FILE)
     cumulative = np.cumsum(counts / counts.sum())
-    return [int(min(np.searchsorted(cumulative, random.uniform(seed, "length", place), side="right"), len(counts) - 1)) for place in places]
+    return [min(int(np.searchsorted(cumulative, random.uniform(seed, "length", place), side="right")), len(counts) - 1) for place in places]
 
 
 def text_of(run: Run, row: list[int]) -> str:

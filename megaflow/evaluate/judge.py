@@ -80,7 +80,8 @@ def fit(text: str | Iterable[str], order: int = 6) -> Judge:
     for k in range(1, order):
         tails = raw[k][0] & ((1 << bits * k) - 1)
         # the edge of a text is a predecessor like any character, or an n-gram seen only there would be lost
-        continuations.append(_table(*np.unique(np.concatenate([tails, np.unique(starts[k - 1])]), return_counts=True), bits))
+        grams, counts = np.unique(np.concatenate([tails, np.unique(starts[k - 1])]), return_counts=True)
+        continuations.append(_table(grams, counts, bits))
     return Judge(order, alphabet, [_table(grams, counts, bits) for grams, counts in raw], continuations)
 
 

@@ -99,7 +99,8 @@ def _view(data: dict[str, Any]) -> dict[str, Any]:
     samples, profile, curves = (data.get(part) or {} for part in ("samples", "profile", "curves"))
     constant = constant_samples(samples)
     unigram = ((data.get("likelihood") or {}).get("unigram") or {}).get("nats_per_token")
-    panels = {"learning": [(NAMES[name], _safe(figures.learning(name, curves[name]))) for name in NAMES if curves.get(name)]}
+    panels: dict[str, Any] = {}
+    panels["learning"] = [(NAMES[name], _safe(figures.learning(name, curves[name]))) for name in NAMES if curves.get(name)]
     panels["cross_entropy"] = _safe(figures.cross_entropy(profile, unigram)) if profile.get("cross_entropy") else None
     panels["clock"] = _safe(figures.clock(profile)) if profile.get("clock_cdf") else None
     for field, error, label in (

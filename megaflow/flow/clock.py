@@ -93,8 +93,8 @@ def mixture(clocks: list[Clock], shares: list[float]) -> Clock:
     times = torch.unique(torch.cat([clock.times for clock in clocks]))
     # the same time out of two parts may differ by rounding; between two such nodes the slope would be rounding over rounding
     times = times[torch.cat([times.new_ones(1), times.diff()]) > 1e-13]
-    tau = sum(share * forward(clock, times) for clock, share in zip(clocks, shares, strict=True))
-    return Clock(times, tau)
+    parts = (share * forward(clock, times) for clock, share in zip(clocks, shares, strict=True))
+    return Clock(times, sum(parts, torch.zeros_like(times)))
 
 
 def within(clock: Clock, low: float, high: float) -> Clock:

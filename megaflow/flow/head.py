@@ -9,7 +9,7 @@ results; the losses compute their gradients in the same pass, since a chunk of l
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,14 +32,15 @@ class Head:
         return Head(self.weight.detach(), self.bias.detach(), self.code, self.skip)
 
 
-class Read(NamedTuple):
+@dataclass(frozen=True)
+class Read:
     """What the logits are made of, per token: hidden (n, d) and, with the skip, the state y (n, d_c) and its time s (n,)."""
 
     hidden: Tensor
     y: Tensor | None = None
     s: Tensor | None = None
 
-    def __getitem__(self, part: slice) -> "Read":  # type: ignore[override]
+    def __getitem__(self, part: slice) -> "Read":
         return Read(self.hidden[part], None if self.y is None else self.y[part], None if self.s is None else self.s[part])
 
 
@@ -51,9 +52,9 @@ def reader(head: Head, buffer: Buffer | None = None) -> Callable[[Read], Tensor]
     seen = evidence(head.code, head.bias, buffer) if head.skip and head.code is not None else None
 
     def f(read: Read) -> Tensor:
-        hidden, y, s = tuple(read)
+        hidden = read.hidden
         if seen is not None:
-            said = seen(y, s)
+            said = seen(read.y, read.s)
             if said.dtype != hidden.dtype:
                 return said.add_(hidden @ head.weight.T)
             return torch.addmm(said, hidden, head.weight.T, out=None if buffer is None else said)
@@ -94,13 +95,16 @@ def reduce(head: Head, read: Read, reduction: Callable[[Tensor, slice], tuple[Te
 
 def posterior(head: Head, read: Read, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
     """Mean of psi in the state's dimensions (n, d_c), most likely token (n,), its probability (n,)."""
+    code = head.code
+    assert code is not None
 
     def one(z: Tensor, part: slice) -> tuple[Tensor, ...]:
         p = torch.softmax(z if temperature == 1.0 else z.div_(temperature), -1)
         confidence, token = p.max(-1)
-        return codes.mean(head.code, p), token, confidence
+        return codes.mean(code, p), token, confidence
 
-    return reduce(head, read, one)  # type: ignore[return-value]
+    mean, token, confidence = reduce(head, read, one)
+    return mean, token, confidence
 
 
 def draw(head: Head, read: Read, uniform: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -113,19 +117,23 @@ def draw(head: Head, read: Read, uniform: Tensor, temperature: float = 1.0) -> t
         below = torch.where(token > 0, cumulative.gather(1, (token - 1).clamp(min=0)), 0.0)
         return token[:, 0], ((cumulative.gather(1, token) - below) / total)[:, 0].float()
 
-    return reduce(head, read, one)  # type: ignore[return-value]
+    token, probability = reduce(head, read, one)
+    return token, probability
 
 
 def denoising_error(head: Head, read: Read, ids: Tensor) -> tuple[Tensor, Tensor]:
     """Cross-entropy -log psi[token] (n,) and squared error |C[token] - psi C|^2 (n,): the two integrands of the bound."""
+    code = head.code
+    assert code is not None
 
     def one(z: Tensor, part: slice) -> tuple[Tensor, ...]:
         log_p = torch.log_softmax(z, -1, out=z)
         nll = -log_p.gather(1, ids[part, None])[:, 0]
-        error = codes.lookup(head.code, ids[part]).to(z.dtype) - codes.mean(head.code, log_p.exp_())
+        error = codes.lookup(code, ids[part]).to(z.dtype) - codes.mean(code, log_p.exp_())
         return nll, error.square().sum(-1)
 
-    return reduce(head, read, one)  # type: ignore[return-value]
+    nll, error = reduce(head, read, one)
+    return nll, error
 
 
 def negative_log_likelihood(head: Head, read: Read, ids: Tensor) -> Tensor:

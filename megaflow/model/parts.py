@@ -88,7 +88,7 @@ def same(a: Parts, b: Parts) -> bool:
     pairs = [(a.log_prior, b.log_prior), (a.code.leverage, b.code.leverage)]
     if (a.code.matrix is None) != (b.code.matrix is None):
         return False
-    if a.code.matrix is not None:
+    if a.code.matrix is not None and b.code.matrix is not None:
         pairs.append((a.code.matrix, b.code.matrix))
     return a.span == b.span and all(torch.equal(x, y) for x, y in pairs)
 

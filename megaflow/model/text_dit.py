@@ -102,7 +102,7 @@ class TextDiT(nn.Module):
 
     def initialize(self) -> None:
         """Draw the initial weights from torch's global generator."""
-        if self.table is not None:
+        if self.table is not None and self.widen is not None:
             nn.init.normal_(self.table)
             nn.init.normal_(self.widen.weight, std=self.table.shape[1] ** -0.5)
         if self.state is not None:
@@ -120,7 +120,7 @@ class TextDiT(nn.Module):
             self.map_time.initialize(zero=True)
         if self.map_state is not None:
             nn.init.zeros_(self.map_state.weight)
-        if self.map_table is not None:
+        if self.map_table is not None and self.map_widen is not None:
             with torch.no_grad():
                 self.map_table.copy_(self.table if self.table is not None else torch.randn_like(self.map_table))
             nn.init.zeros_(self.map_widen.weight)
@@ -149,13 +149,13 @@ class TextDiT(nn.Module):
 
     def embed(self, y: Tensor, s: Tensor, lengths: Tensor | None = None) -> Tensor:
         """What the trunk reads of a state at time s, wherever it goes from there: (B, L, d)."""
-        x: Tensor | float = 0.0
-        if self.table is not None:
+        found: list[Tensor] = []
+        if self.table is not None and self.widen is not None:
             flat = belief_embedding(self.code, self.log_prior, y.flatten(0, 1), _per_token(s, y), self.table)
-            x = self.widen(windows(flat.view(*y.shape[:2], -1), self.neighbors, self.neighbors, lengths))
+            found.append(self.widen(windows(flat.view(*y.shape[:2], -1), self.neighbors, self.neighbors, lengths)))
         if self.state is not None:
-            x = x + self.state((y * self.state_scale(s)).to(self.state.weight.dtype))
-        return x
+            found.append(self.state((y * self.state_scale(s)).to(self.state.weight.dtype)))
+        return sum(found[1:], found[0])
 
     def embed_ahead(self, y: Tensor, s: Tensor, t: Tensor) -> Tensor:
         """What a flow map reads of the state besides, (B, L, d): times (t - s) / (1 - s), so nothing on the diagonal."""
@@ -163,6 +163,7 @@ class TextDiT(nn.Module):
         if self.map_state is not None:
             scaled = y * (self.state_scale(s) * ahead.to(y.dtype))
             return self.map_state(scaled.to(self.map_state.weight.dtype))
+        assert self.map_table is not None and self.map_widen is not None
         gain = (HOT_GAIN / self.code.leverage.mean().sqrt()).expand(y.shape[0] * y.shape[1])
         gain = torch.maximum(gain, channel_strength(_per_token(s, y)).to(gain.dtype))
         hot = belief_embedding(self.code, self.log_prior, y.flatten(0, 1), _per_token(s, y), self.map_table, gain)

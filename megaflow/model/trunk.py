@@ -72,7 +72,6 @@ class Block(nn.Module):
             self.gains = nn.Parameter(torch.ones(2, hidden))
         else:
             self.modulation = nn.Linear(condition, 6 * hidden)
-            self.gains = None
 
     def initialize(self) -> None:
         for layer in (self.qkv, self.up):
@@ -133,7 +132,7 @@ class Trunk(nn.Module):
 
     def initialize(self) -> None:
         for block in self.blocks:
-            block.initialize()
+            block.initialize()  # type: ignore[operator]  # torch does not type the members of a ModuleList
         if self.last_modulation is not None:
             nn.init.zeros_(self.last_modulation.weight)
             nn.init.zeros_(self.last_modulation.bias)

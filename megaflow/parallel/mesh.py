@@ -7,10 +7,13 @@ import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ def agree(mesh: Mesh, flag: bool) -> bool:
     return bool(total(mesh, torch.tensor(float(flag))).item() > 0)
 
 
-def shared(mesh: Mesh, value: object) -> object:
+def shared(mesh: Mesh, value: T) -> T:
     """The first process's value, on every process."""
     if mesh.size == 1:
         return value

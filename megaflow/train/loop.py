@@ -58,7 +58,7 @@ def train(config: Config, stage: Stage, mesh: Mesh, began: float) -> int:
     held_out = validation_rows(config, mesh)
     deep = engine.start(engine.Trainee(stage.network, stage.loss), config, mesh, micro, accumulation)
     average = {name: weight.clone() for name, weight in engine.weights(deep).items()}
-    state = {"step": 0, "tokens": 0, "seconds": 0.0, "training_seconds": 0.0}
+    state: dict[str, Any] = {"step": 0, "tokens": 0, "seconds": 0.0, "training_seconds": 0.0}
     found = checkpoints.newest(directory)
     if found is not None:
         engine.restore(deep, found.weights, found.moments, found.state["step"])

@@ -6,6 +6,7 @@ which ZeRO's flat slices and bf16 engine are not: config/check.py refuses those 
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ class Together(torch.optim.Optimizer):
         self.parts = parts
         self.param_groups = [group for part in parts for group in part.param_groups]
 
-    def step(self, closure: Callable[[], Any] | None = None) -> None:
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         for part in self.parts:
             part.step()
 
@@ -38,9 +39,9 @@ def owns(optimizer: torch.optim.Optimizer, p: Tensor) -> bool:
 def make(network: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
     """The optimizer that a config names, over the parameters that are trained."""
     named = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
-    adam = {"lr": optim.learning_rate, "betas": (optim.beta1, optim.beta2), "weight_decay": optim.weight_decay}
+    adam = partial(torch.optim.AdamW, lr=optim.learning_rate, betas=(optim.beta1, optim.beta2), weight_decay=optim.weight_decay)
     if optim.name == "adamw":
-        return torch.optim.AdamW([p for _, p in named], **adam)
+        return adam([p for _, p in named])
     matrices = [p for name, p in named if is_block_matrix(name, p)]
     others = [p for name, p in named if not is_block_matrix(name, p)]
     muon = torch.optim.Muon(
@@ -50,7 +51,7 @@ def make(network: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
         weight_decay=optim.weight_decay,
         adjust_lr_fn="match_rms_adamw",  # one learning rate serves both parts
     )
-    return Together([muon, torch.optim.AdamW(others, **adam)])
+    return Together([muon, adam(others)])
 
 
 def is_block_matrix(name: str, p: Tensor) -> bool:

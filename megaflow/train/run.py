@@ -205,7 +205,12 @@ def _wandb(config: Config, directory: Path) -> Any:
     import wandb
 
     return wandb.init(
-        project=config.log.project, name=directory.name, dir=str(directory), mode=config.log.wandb, config=flatten(config), resume="allow"
+        project=config.log.project,
+        name=directory.name,
+        dir=str(directory),
+        mode="online" if config.log.wandb == "online" else "offline",
+        config=flatten(config),
+        resume="allow",
     )
 
 

@@ -31,7 +31,8 @@ class Batch(NamedTuple):
 class Stage(Protocol):
     """One kind of training."""
 
-    network: nn.Module
+    @property
+    def network(self) -> nn.Module: ...
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Weighted sum over the batch's tokens, with gradient, and the stage's observations, a fixed-size fp64 vector that adds up."""

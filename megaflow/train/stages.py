@@ -57,7 +57,7 @@ def _train(loaded: Loaded, kind: str, began: float) -> int:
             if mesh.first:
                 loaded = open_run(loaded, kind)
                 contradictions(loaded.config)  # recorded values may not hold with a changed layout
-            loaded = meshes.shared(mesh, loaded)  # type: ignore[assignment]
+            loaded = meshes.shared(mesh, loaded)
             config = loaded.config
             if finished(directory, config.train.steps):
                 if mesh.first:
@@ -65,8 +65,8 @@ def _train(loaded: Loaded, kind: str, began: float) -> int:
                         f"{directory}: finished at step {config.train.steps}; nothing to do (a larger train.steps goes on)", file=sys.stderr
                     )
                 return 0
-            for model in filter(None, (directory, config.distill.teacher if kind == "distill" else None)):
-                check_tokenizer(Path(model), manifest)
+            for model in [directory, Path(config.distill.teacher)] if kind == "distill" else [directory]:
+                check_tokenizer(model, manifest)
             if mesh.first and not (directory / TOKENIZER_FILE).exists():
                 write_atomically(directory / TOKENIZER_FILE, json.dumps(manifest["tokenizer"], indent=1))
             (directory / "summary.json").unlink(missing_ok=True)

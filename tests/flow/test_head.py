@@ -212,7 +212,7 @@ def test_draws_have_the_law_of_the_posterior(kind, temperature):
     """One token seen n times with evenly spaced uniforms: counts are n times the probabilities, to one."""
     head, read = make(kind, 1)
     n = 5000
-    many = Read(*(None if x is None else x.expand(n, *x.shape[1:]) for x in read))
+    many = Read(*(None if x is None else x.expand(n, *x.shape[1:]) for x in (read.hidden, read.y, read.s)))
     uniform = (torch.arange(n, dtype=torch.float64) + 0.5) / n
     token, probability = heads.draw(head, many, uniform, temperature)
     p = torch.softmax(dense_logits(head, read) / temperature, -1)[0].detach()

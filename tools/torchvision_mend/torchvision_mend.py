@@ -21,10 +21,10 @@ SCHEMAS = {
     "qnms": "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 }
 
-libraries = []  # torch forgets a Library's operators when the object dies
+libraries: list[object] = []  # torch forgets a Library's operators when the object dies
 
 
-def declare_missing_operators():
+def declare_missing_operators() -> None:
     """Declare those of SCHEMAS that torch does not know, if torchvision has loaded and has no operators of its own."""
     torch = sys.modules.get("torch")
     extension = sys.modules.get("torchvision.extension")
@@ -42,7 +42,7 @@ class MendingFinder:
     """Finds no module: it only notices the import that would fail."""
 
     @staticmethod
-    def find_spec(fullname, path=None, target=None):
+    def find_spec(fullname: str, path: object = None, target: object = None) -> None:
         if fullname == "torchvision._meta_registrations":
             try:
                 declare_missing_operators()
@@ -51,7 +51,7 @@ class MendingFinder:
         return None
 
 
-def install():
+def install() -> None:
     """Put the finder in front of sys.meta_path, once."""
     if MendingFinder not in sys.meta_path:
         sys.meta_path.insert(0, MendingFinder)

@@ -95,6 +95,7 @@ def run(arguments: argparse.Namespace) -> int:
         prepare(load(arguments.config, arguments.overrides).config.data)
         return 0
     if arguments.command in ("pretrain", "distill"):
+        process.leave_on_signals()
         from megaflow.train import stages
         from megaflow.train.loop import NotFinite
 

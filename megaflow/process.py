@@ -1,7 +1,13 @@
-"""What a process asks of the C runtime before anything heavy is imported."""
+"""What a process asks of the system before anything heavy is imported: the C runtime and signals."""
 
 import ctypes
 import os
+import signal
+from typing import Any, NoReturn
+
+STOPPED = 75
+"""Exit code of a training run that a signal stopped: the same command continues it (EX_TEMPFAIL of sysexits.h)."""
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # malloc.h
 
@@ -22,3 +28,15 @@ def settle() -> None:
         return
     mallopt(MMAP_THRESHOLD, 2**30)
     mallopt(TRIM_THRESHOLD, 2**31 - 1)
+
+
+def leave_on_signals() -> None:
+    """Until the training loop takes the signals over, and saves, there is nothing to save: leave with STOPPED at once."""
+
+    def leave(number: int, frame: Any) -> NoReturn:
+        # neither print, which the signal may have interrupted, nor sys.exit, which is lost where it comes inside a callback from C++
+        os.write(2, b"megaflow: stopped by a signal outside of training steps; the same command goes on\n")
+        os._exit(STOPPED)
+
+    for number in STOP_SIGNALS:
+        signal.signal(number, leave)

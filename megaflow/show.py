@@ -3,7 +3,7 @@
 import os
 from typing import Any
 
-from megaflow.config.check import contradictions, resolve
+from megaflow.config.check import contradictions, of_shards, resolve
 from megaflow.config.load import ConfigError, describe, flatten, load
 from megaflow.config.schema import keys
 from megaflow.train.run import load_distill
@@ -16,11 +16,12 @@ def resolved(path: str | None, overrides: list[str]) -> str:
     loaded = load(path, overrides)
     if loaded.config.distill.teacher and os.path.isdir(loaded.config.distill.teacher):
         loaded = load_distill(path, overrides)
-    contradictions(loaded.config)
+    contradictions(loaded)
     if os.path.isfile(os.path.join(loaded.config.data.path, "prepared.json")):
         from megaflow.data.shards import read_manifest
 
-        loaded = resolve(loaded, read_manifest(loaded.config.data.path)["tokenizer"]["vocab_size"])
+        manifest = read_manifest(loaded.config.data.path)
+        loaded = resolve(of_shards(loaded, manifest), manifest["tokenizer"]["vocab_size"])
     lines: list[str] = []
     section: tuple[str, ...] = ()
     for name, value in flatten(loaded.config).items():

@@ -45,7 +45,7 @@ class TestResolved:
     def test_contradictions_are_told(self, cli):
         told = cli("config", ROOT / "configs" / "char" / "flow.yaml", "model.hidden=192", "model.heads=5")
         assert told.code == 2 and told.err == (
-            "megaflow: model.hidden=192 is not a multiple of model.heads=5: every head needs the same width\n"
+            "megaflow: command line: model.hidden=192 is not a multiple of model.heads=5: every head needs the same width\n"
         )
 
     def test_no_config_named(self, cli):

@@ -3,8 +3,8 @@
 import copy
 from typing import Any
 
-from megaflow.config.load import ConfigError, Loaded
-from megaflow.config.schema import Config
+from megaflow.config.load import ConfigError, Loaded, assemble, flatten
+from megaflow.config.schema import TOKENIZERS, Config
 
 IDENTITY_UP_TO = 256
 """Largest vocabulary whose one-hot state is carried as it is; above, a frame costs less and loses nothing."""
@@ -31,39 +31,83 @@ def resolve(loaded: Loaded, vocab: int) -> Loaded:
     settle(optim, "name", "optim.name", "muon" if config.parallel.zero == 0 and train.precision == "fp32" else "adamw")
     settle(optim, "warmup_steps", "optim.warmup_steps", min(2500, train.steps // 10))
     settle(train, "validate_every", "train.validate_every", max(50, train.steps // 20))
-    contradictions(config, vocab)
-    return Loaded(config, origin)
+    found = Loaded(config, origin)
+    contradictions(found, vocab)
+    return found
 
 
-def contradictions(config: Config, vocab: int | None = None) -> None:
+def contradictions(loaded: Loaded, vocab: int | None = None) -> None:
     """Refuse values that cannot hold together. With `vocab` unknown only what does not depend on it. Raises ConfigError."""
+    config = loaded.config
     model, flow, train = config.model, config.flow, config.train
+
+    def refuse(sentence: str, *names: str) -> None:
+        places = dict.fromkeys(loaded.origin[name] for name in names if loaded.origin[name] not in ("default", "auto"))
+        raise ConfigError((f"{', '.join(places)}: " if places else "") + sentence)
+
     if model.hidden % model.heads:
-        raise ConfigError(f"model.hidden={model.hidden} is not a multiple of model.heads={model.heads}: every head needs the same width")
+        refuse(
+            f"model.hidden={model.hidden} is not a multiple of model.heads={model.heads}: every head needs the same width",
+            "model.hidden",
+            "model.heads",
+        )
     if model.hidden // model.heads % 2:
-        raise ConfigError(
+        refuse(
             f"model.hidden={model.hidden} over model.heads={model.heads} gives heads of {model.hidden // model.heads} dimensions; "
-            "rotary positions need an even number"
+            "rotary positions need an even number",
+            "model.hidden",
+            "model.heads",
         )
     if model.family == "flow" and vocab is not None:
         if flow.code == "identity" and flow.code_dim != vocab:
-            raise ConfigError(f"flow.code=identity has as many dimensions as tokens, {vocab}; flow.code_dim={flow.code_dim} contradicts it")
+            refuse(
+                f"flow.code=identity has as many dimensions as tokens, {vocab}; flow.code_dim={flow.code_dim} contradicts it",
+                "flow.code",
+                "flow.code_dim",
+            )
         if flow.code == "frame" and flow.code_dim >= vocab:
-            raise ConfigError(
-                f"flow.code=frame needs flow.code_dim below the vocabulary of {vocab}, not {flow.code_dim}; or use flow.code=identity"
+            refuse(
+                f"flow.code=frame needs flow.code_dim below the vocabulary of {vocab}, not {flow.code_dim}; or use flow.code=identity",
+                "flow.code",
+                "flow.code_dim",
             )
         if flow.skip == "off" and flow.code == "frame":
-            raise ConfigError(
+            refuse(
                 "flow.skip=off contradicts flow.code=frame: without the channel term a coded flow never resolves its tokens "
-                "and has no bound"
+                "and has no bound",
+                "flow.skip",
+                "flow.code",
             )
     if config.optim.name == "muon" and (config.parallel.zero or train.precision != "fp32"):
-        raise ConfigError(
+        refuse(
             "optim.name=muon orthogonalises whole matrices, which are flat slices under ZeRO and in DeepSpeed's bf16 engine; "
-            "use parallel.zero=0 with train.precision=fp32, or optim.name=adamw"
+            "use parallel.zero=0 with train.precision=fp32, or optim.name=adamw",
+            "optim.name",
+            "parallel.zero",
+            "train.precision",
         )
     if config.distill.teacher and config.distill.boundary_fraction and train.global_batch < 4:
-        raise ConfigError(f"train.global_batch={train.global_batch} cannot hold diagonal, inner and boundary rows; use 4 or more")
+        refuse(
+            f"train.global_batch={train.global_batch} cannot hold diagonal, inner and boundary rows; use 4 or more", "train.global_batch"
+        )
+
+
+def of_shards(loaded: Loaded, manifest: dict[str, Any]) -> Loaded:
+    """The config with what its shards were made with: values that were set must agree with it, defaults give way. Raises ConfigError."""
+    values, origin = flatten(loaded.config), dict(loaded.origin)
+    for name in ("normalize", "tokenizer", "vocab_size", "length", "packing"):
+        key, made = f"data.{name}", manifest["settings"].get(name)
+        if made is None or values[key] == made:
+            continue
+        if name == "tokenizer" and values[key] not in TOKENIZERS and made not in TOKENIZERS:
+            continue  # the same tokenizer.json may lie elsewhere now; its hash is compared with the model's
+        if origin[key] != "default":
+            raise ConfigError(
+                f"{origin[key]}: {key}={values[key]} contradicts the shards in {values['data.path']}, which were made with {made}; "
+                "use the value they were made with, or other shards"
+            )
+        values[key], origin[key] = made, "shards"
+    return Loaded(assemble([("shards", values)]).config, origin)
 
 
 def batch_split(config: Config, processes: int) -> tuple[int, int]:

@@ -73,6 +73,8 @@ def checked(source: str, name: str, value: Any) -> Any:
         )
     item = schema[name]
     rule = item.metadata
+    if isinstance(value, bool) and rule["choices"] and (word := "on" if value else "off") in rule["choices"]:
+        value = word  # YAML reads an unquoted on or off as true or false
     expected = describe(item)
     wrong = ConfigError(f"{source}: {name} must be {expected}, not {value!r}")
     if rule["auto"] and value == "auto":

@@ -26,6 +26,10 @@ def key(
     return field(default=default, metadata=metadata)
 
 
+TOKENIZERS = ("characters", "bytes", "bpe", "gpt2", "bert")
+"""Names of tokenizers; anything else is the path of a tokenizer.json."""
+
+
 @dataclass
 class RunConfig:
     dir: str = key("runs/run", "directory of the run; nothing is written outside it")

@@ -19,7 +19,7 @@ from megaflow.errors import UserError
 
 # kinds whose decoding gives the text back, so that characters can be counted before encoding
 EXACT_KINDS = ("characters", "bytes", "bpe", "gpt2")
-# a place where no pre-tokenizer of tokenizer.KINDS joins what is left of it with what is right of it
+# a place where no pre-tokenizer of the named kinds joins what is left of it with what is right of it
 SAFE_CUT = re.compile(r"(?<=\w)(?=[ \n])")
 PIECE = 1 << 16
 BATCH = 1 << 18

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from megaflow.config.schema import DataConfig
+from megaflow.config.schema import TOKENIZERS, DataConfig
 from megaflow.errors import UserError
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -28,12 +28,11 @@ END = "<|end|>"
 # the first of these that a tokenizer knows is its end-of-document token
 END_TOKENS = (END, "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
 LETTERS = " " + string.ascii_lowercase
-KINDS = ("characters", "bytes", "bpe", "gpt2", "bert")
 
 
 def tokenizer_kind(config: DataConfig) -> str:
-    """One of KINDS, or 'file' for the path of a tokenizer.json."""
-    return config.tokenizer if config.tokenizer in KINDS else "file"
+    """One of TOKENIZERS, or 'file' for the path of a tokenizer.json."""
+    return config.tokenizer if config.tokenizer in TOKENIZERS else "file"
 
 
 def given_tokenizer(config: DataConfig) -> Tokenizer | None:
@@ -118,7 +117,7 @@ def _bert_tokenizer(folder: str) -> Tokenizer:
 
 def _foreign_tokenizer(path: str) -> Tokenizer:
     if not os.path.isfile(path):
-        raise UserError(f"data.tokenizer={path} is neither one of {', '.join(KINDS)} nor a file: give the path of a tokenizer.json.")
+        raise UserError(f"data.tokenizer={path} is neither one of {', '.join(TOKENIZERS)} nor a file: give the path of a tokenizer.json.")
     try:
         spec = json.loads(Path(path).read_text("utf-8"))
         # prefixes, suffixes, truncation and padding are the business of whoever writes rows: here that is packing

@@ -33,13 +33,15 @@ PARTIAL = ".partial"
 
 @dataclass
 class Checkpoint:
-    """weights, averaged, moments, stage: names to tensors; state: plain numbers, `step` among them."""
+    """weights, averaged, moments, stage: names to tensors; state: plain numbers, `step` among them; sha256: of one that was read,
+    of its averaged weights and what its stage keeps (the clock), which is what evaluation and distillation see."""
 
     weights: dict[str, Tensor]
     averaged: dict[str, Tensor]
     moments: dict[str, Tensor]
     stage: dict[str, Tensor]
     state: dict[str, Any]
+    sha256: str = ""
 
 
 class Damaged(UserError):
@@ -102,7 +104,8 @@ def read(path: Path, names: tuple[str, ...] = TENSORS) -> Checkpoint:
                 f"{path / file}: not the file that was written (its hash differs); delete this checkpoint to go on from an earlier one"
             )
     tensors = {name: load_file(path / f"{name}.safetensors") if name in names else {} for name in TENSORS}
-    return Checkpoint(**tensors, state=json.loads((path / "state.json").read_text()))
+    seen = "".join(manifest[f"{name}.safetensors"]["sha256"] for name in ("averaged", "stage"))
+    return Checkpoint(**tensors, state=json.loads((path / "state.json").read_text()), sha256=hashlib.sha256(seen.encode()).hexdigest())
 
 
 def newest(run: Path, names: tuple[str, ...] = TENSORS) -> Checkpoint | None:

@@ -17,15 +17,13 @@ from megaflow.config.schema import Config
 from megaflow.data.stream import TokenStream
 from megaflow.parallel import mesh as meshes
 from megaflow.parallel.mesh import Mesh
+from megaflow.process import STOP_SIGNALS, STOPPED
 from megaflow.progress import Progress
 from megaflow.train import checkpoint as checkpoints
 from megaflow.train import ema, engine
 from megaflow.train.checkpoint import Checkpoint
 from megaflow.train.run import Metrics, read_json, record_start, write_atomically
 from megaflow.train.stage import Batch, Stage
-
-STOPPED = 75
-"""Exit code of a run that a signal stopped after saving: the same command continues it (EX_TEMPFAIL of sysexits.h)."""
 
 
 class NotFinite(Exception):
@@ -37,7 +35,7 @@ class Stop:
 
     def __init__(self) -> None:
         self.asked = False
-        self.before = {number: signal.signal(number, self._remember) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        self.before = {number: signal.signal(number, self._remember) for number in STOP_SIGNALS}
 
     def _remember(self, number: int, frame: Any) -> None:
         self.asked = True
@@ -100,7 +98,8 @@ def train(config: Config, stage: Stage, mesh: Mesh, began: float) -> int:
             line["tokens_per_second"] = counted / elapsed
             if metrics is not None and ((step + 1) % config.log.every == 0 or last):
                 metrics.write(line)
-            progress.update(step + 1, f"loss {loss:.4f}  {counted / elapsed:,.0f} tokens/s") if mesh.first else None
+            if mesh.first:
+                progress.update(step + 1, f"loss {loss:.4f}  {counted / elapsed:,.0f} tokens/s")
             if (step + 1) % int(config.train.validate_every) == 0 or last:
                 validate(stage, average, held_out, metrics, state)
             if (step + 1) % config.train.checkpoint_every == 0 or last or stopped:
@@ -179,6 +178,7 @@ def announce(config: Config, stage: Stage, step: int, mesh: Mesh) -> None:
         "parameters": f"{sum(p.numel() for p in stage.network.parameters()):,}",
         "attention": attention_kernel(stage.network),
         "processes": f"{mesh.size} on {mesh.device.type}, ZeRO {config.parallel.zero}, {config.train.precision}",
+        "optimizer": f"{config.optim.name}, learning rate up to {config.optim.learning_rate:g}",
         "batch": f"{config.train.global_batch} rows",
     }
     print(f"{config.run.dir}: " + ("starts" if step == 0 else f"continues after step {step}"), file=sys.stderr)
@@ -193,7 +193,10 @@ def attention_kernel(network: Any) -> str:
 def not_finite(directory: Path, step: int, loss: float) -> str:
     good = checkpoints.steps(directory)
     where = f"the last good checkpoint is {checkpoints.folder(directory, good[-1])}" if good else "there is no checkpoint yet"
-    return f"{directory}: the loss of step {step + 1} is {loss}; {where}; lower optim.learning_rate or look at the data of this step"
+    return (
+        f"{directory}: the loss of step {step + 1} is {loss}; {where}; look at the data of this step, or start another run.dir with a "
+        "lower optim.learning_rate"
+    )
 
 
 def summarize(directory: Path, config: Config, stage: Stage, state: dict, mesh: Mesh) -> None:

@@ -65,9 +65,10 @@ def open_run(loaded: Loaded, stage: str) -> Loaded:
     """
     directory = Path(loaded.config.run.dir)
     if not (directory / "config.yaml").exists():
-        for name, text in (("config.yaml", to_yaml(loaded.config)), ("origin.json", json.dumps(loaded.origin, indent=1))):
-            write_atomically(directory / name, text)
+        # config.yaml last: it makes the directory a run, and a kill in between leaves none
         write_atomically(directory / "run.json", json.dumps({"stage": stage, "starts": []}, indent=1))
+        write_atomically(directory / "origin.json", json.dumps(loaded.origin, indent=1))
+        write_atomically(directory / "config.yaml", to_yaml(loaded.config))
         return loaded
     recorded, kind = read_config(directory), read_json(directory / "run.json").get("stage")
     if kind != stage:
@@ -204,14 +205,18 @@ def _wandb(config: Config, directory: Path) -> Any:
     os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
 
-    return wandb.init(
-        project=config.log.project,
-        name=directory.name,
-        dir=str(directory),
-        mode="online" if config.log.wandb == "online" else "offline",
-        config=flatten(config),
-        resume="allow",
-    )
+    try:
+        return wandb.init(
+            project=config.log.project,
+            name=directory.name,
+            dir=str(directory),
+            mode="online" if config.log.wandb == "online" else "offline",
+            config=flatten(config),
+            resume="allow",
+        )
+    except wandb.errors.Error as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"log.wandb={config.log.wandb}: {reason}; see to that, or use log.wandb=offline and wandb sync later") from None
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

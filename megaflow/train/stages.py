@@ -7,13 +7,14 @@ from pathlib import Path
 
 import torch
 
-from megaflow.config.check import contradictions, resolve
-from megaflow.config.load import Loaded, load
+from megaflow.config.check import batch_split, contradictions, of_shards, resolve
+from megaflow.config.load import ConfigError, Loaded, load
 from megaflow.config.schema import Config
 from megaflow.data.shards import open_prepared, unigram_counts
 from megaflow.errors import UserError
 from megaflow.flow.clock import Clock
 from megaflow.model import build, parts
+from megaflow.model.attention import choose
 from megaflow.model.autoregressive import Autoregressive
 from megaflow.model.parts import Parts
 from megaflow.model.text_dit import TextDiT
@@ -32,6 +33,8 @@ from megaflow.train.stage_map import MapStage
 
 TOKENIZER_FILE = "tokenizer.json"
 """What the manifest of the first shards of a run said of their tokenizer."""
+TEACHER_FILE = "teacher.json"
+"""Step and hash of the checkpoint that a flow map is distilled from."""
 
 
 def pretrain(path: str, overrides: list[str]) -> int:
@@ -47,16 +50,21 @@ def distill(path: str, overrides: list[str]) -> int:
 
 
 def _train(loaded: Loaded, kind: str, began: float) -> int:
-    contradictions(loaded.config)
+    if kind == "pretrain" and loaded.config.distill.teacher:
+        raise ConfigError(f"{loaded.origin['distill.teacher']}: distill.teacher is set; this is a config for megaflow distill")
+    contradictions(loaded)
     manifest = open_prepared(loaded.config.data.path)
-    loaded = resolve(loaded, manifest["tokenizer"]["vocab_size"])
+    loaded = resolve(of_shards(loaded, manifest), manifest["tokenizer"]["vocab_size"])
     directory = Path(loaded.config.run.dir)
     with meshes.join() as mesh:
+        # what cannot run here is refused before it becomes a run
+        batch_split(loaded.config, mesh.size)
+        choose(loaded.config.model.attention, mesh.device, loaded.config.train.precision == "bf16")
         held = lock(directory) if mesh.first else None
         try:
             if mesh.first:
                 loaded = open_run(loaded, kind)
-                contradictions(loaded.config)  # recorded values may not hold with a changed layout
+                contradictions(loaded)  # recorded values may not hold with a changed layout
             loaded = meshes.shared(mesh, loaded)
             config = loaded.config
             if finished(directory, config.train.steps):
@@ -108,6 +116,7 @@ def distill_stage(config: Config, mesh: Mesh) -> Stage:
             f"{file}: code, prior or range differ from those of the teacher {source}; they must be its own, start the map afresh"
         )
     found = trained(source)
+    _same_teacher(Path(config.run.dir), source, found, mesh)
     teacher = build.flow_network(config, fixed, mesh.device)
     ema.load(teacher, found.averaged)
     network = build.flow_network(config, fixed, mesh.device, is_map=True)
@@ -117,6 +126,20 @@ def distill_stage(config: Config, mesh: Mesh) -> Stage:
     network.initialize_map()
     clock = Clock(found.stage["clock_times"], found.stage["clock_tau"])
     return MapStage(config, network, teacher.eval(), _on_device(fixed, mesh), clock)
+
+
+def _same_teacher(directory: Path, source: Path, found: Checkpoint, mesh: Mesh) -> None:
+    """Note which checkpoint of the teacher this map is distilled from, or refuse another than the one noted. Raises UserError."""
+    file = directory / TEACHER_FILE
+    if mesh.first and not file.exists():
+        write_atomically(file, json.dumps({"step": found.state["step"], "sha256": found.sha256}, indent=1))
+    meshes.barrier(mesh)
+    was = read_json(file)
+    if was["sha256"] != found.sha256:
+        raise UserError(
+            f"{directory}: its teacher {source} has changed since (step {was['step']} then, {found.state['step']} now); "
+            "distil the flow as it is now into another run.dir"
+        )
 
 
 def trained_flow(directory: Path, config: Config, is_map: bool, device: torch.device) -> tuple[TextDiT, Parts, Clock, Checkpoint]:

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from megaflow.config.check import batch_split, contradictions, resolve
+from megaflow.config.check import batch_split, contradictions, of_shards, resolve
 from megaflow.config.load import ConfigError, Loaded, assemble, flatten, load
 from megaflow.config.schema import Config, keys
 
@@ -113,6 +113,27 @@ def _settled(name: str, value: object, vocab: int) -> object:
     return value if value != "auto" else flatten(resolve(loaded(), vocab).config)[name]
 
 
+class TestShards:
+    """What shards were made with is what a run records; values that were set must agree."""
+
+    MADE = {"settings": {"tokenizer": "bytes", "normalize": "none", "length": 32, "packing": "wrap"}}
+
+    def test_defaults_give_way(self):
+        found = of_shards(loaded(("data.length", 32)), self.MADE)
+        assert (found.config.data.tokenizer, found.config.data.length) == ("bytes", 32)
+        assert (found.origin["data.tokenizer"], found.origin["data.length"]) == ("shards", "test")
+        assert found.config.data.vocab_size == 4096  # they say nothing of it
+
+    @pytest.mark.parametrize("name, value", [("tokenizer", "bpe"), ("normalize", "letters"), ("length", 64), ("packing", "document")])
+    def test_what_was_set_must_agree(self, name, value):
+        with pytest.raises(ConfigError, match=f"test: data.{name}={value} contradicts the shards in runs/data.*made with"):
+            of_shards(loaded((f"data.{name}", value)), self.MADE)
+
+    def test_a_tokenizer_file_may_have_moved(self):
+        made = {"settings": {**self.MADE["settings"], "tokenizer": "old/tokenizer.json"}}
+        assert of_shards(loaded(("data.tokenizer", "new/tokenizer.json")), made).config.data.tokenizer == "new/tokenizer.json"
+
+
 class TestContradictions:
     @pytest.mark.parametrize(
         "values, words",
@@ -130,10 +151,11 @@ class TestContradictions:
     def test_both_values_are_named_and_what_to_do(self, values, words):
         with pytest.raises(ConfigError) as error:
             resolve(loaded(*values.items()), LARGE)
+        assert str(error.value).startswith("test: ")
         assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
 
     def test_flow_keys_do_not_concern_the_baseline(self):
-        contradictions(resolved(LARGE, model__family="autoregressive"), LARGE)
+        contradictions(resolve(loaded(("model.family", "autoregressive")), LARGE), LARGE)
         kept = resolve(loaded(("model.family", "autoregressive"), ("flow.code", "frame"), ("flow.skip", "off")), LARGE).config
         assert (kept.flow.code, kept.flow.skip) == ("frame", "off")
 

@@ -140,6 +140,13 @@ class TestRefusals:
         assert "train.steps must be" in refusal(write("train: {steps: none}"), "train.steps=5")
 
 
+def test_on_and_off_need_no_quotes(write):
+    """YAML reads them as true and false; where they are choices they are words."""
+    found = load(write("flow: {skip: off}\nlog: {wandb: off}"), []).config
+    assert (found.flow.skip, found.log.wandb) == ("off", "off") and load(write(""), ["flow.skip=on"]).config.flow.skip == "on"
+    assert "one of off, offline, online, not True" in refusal(write("log: {wandb: on}"))
+
+
 class TestBases:
     def test_later_layers_win(self, write):
         """default < bases in order, depth first < the file < overrides; and every value knows its layer."""

@@ -1,6 +1,5 @@
 """Every kind of tokenizer: exact round trips, nothing added, nothing read out of the text, cut anywhere it is cut."""
 
-
 from pathlib import Path
 
 import numpy as np

@@ -16,7 +16,13 @@ from megaflow.train import run as runs
 from megaflow.train import stages
 
 STEPS, EVERY = 150, 20
-LENGTH = (f"train.steps={STEPS}", f"train.checkpoint_every={EVERY}", "train.validate_every=50", "train.validation_rows=8")
+LENGTH = (
+    "optim.name=auto",
+    f"train.steps={STEPS}",
+    f"train.checkpoint_every={EVERY}",
+    "train.validate_every=50",
+    "train.validation_rows=8",
+)
 
 
 @pytest.fixture(scope="module")
@@ -108,12 +114,15 @@ def past_a_checkpoint(training: Training) -> bool:
     return step > EVERY and 3 <= step % EVERY <= EVERY - 3 and step < STEPS - 30
 
 
-KILLED = [("char", "flow"), ("coded", "flow"), ("coded", "autoregressive"), ("char", "flow_map")]
+KILLED = [(kind, family) for kind in ("char", "coded") for family in ("flow", "autoregressive", "flow_map")]
 
 
 @pytest.mark.parametrize("kind, family", KILLED)
 def test_kill_in_the_middle_of_the_steps(start, command, undisturbed, kind, family):
-    """kill -9 some steps after a checkpoint: those steps are taken again, and come out the same to the last bit."""
+    """kill -9 some steps after a checkpoint: those steps are taken again, and come out the same to the last bit.
+
+    By the optimizer that a command takes by itself: Muon and AdamW together.
+    """
     training = start(kind, family)
     killed_at = training.stop_where(past_a_checkpoint)
     code, _ = training.send(signal.SIGKILL)
@@ -137,6 +146,18 @@ def test_a_signal_saves_and_leaves_with_75(start, command, undisturbed, kind, nu
     assert stopped_at <= step <= stopped_at + 2 and training.last_step() == step
     finish(command(kind, "flow", training.directory))
     assert curve(training.directory) == curve(undisturbed(kind, "flow"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_before_the_first_step_leaves_with_75(start, command, undisturbed, number):
+    """While the engine starts there is nothing to save; the same command starts again."""
+    training = start("coded", "flow")
+    training.stop_where(lambda training: (training.directory / ".lock").exists())
+    code, said = training.send(number)
+    assert code == 75 and "stopped by a signal" in said and "Traceback" not in said
+    assert not checkpoints.steps(training.directory) or training.last_step() > 0
+    finish(command("coded", "flow", training.directory))
+    assert curve(training.directory) == curve(undisturbed("coded", "flow"))
 
 
 def test_kill_while_a_checkpoint_is_written(start, command, undisturbed):

@@ -273,12 +273,41 @@ class TestRefusals:
         command = ("pretrain", config("coded"), f"run.dir={directory}", f"data.path={data}", "train.steps=2")
         assert cli(*command).code == 0
         shutil.rmtree(data)
-        prepare(load(config("coded"), [f"data.path={data}", f"data.source={texts['sentences']}", "data.normalize=letters"]).config.data)
+        prepare(load(config("coded"), [f"data.path={data}", f"data.source={texts['sentences']}"]).config.data)
         self.refused(cli(*command[:-1], "train.steps=3"), str(directory), "tokenizer", "differs from the model's")
         distill = ("distill", config("coded", "flow_map"), f"distill.teacher={directory}", f"run.dir={tmp_path / 'map'}", "train.steps=2")
         self.refused(cli(*distill), str(directory), "differs from the model's")
         self.refused(cli("sample", directory), str(directory), "differs from the model's")
         assert json.loads((directory / "summary.json").read_text())["steps"] == 2  # a refusal takes nothing away
+
+    def test_shards_that_contradict_the_config(self, cli, config, shards, tmp_path):
+        told = cli("pretrain", config("coded"), f"run.dir={tmp_path / 'run'}", f"data.path={shards('documents')}")
+        self.refused(told, "coded-flow.yaml: data.length=16 contradicts the shards", "made with 48")
+
+    def test_a_teacher_that_has_moved_on(self, copied, cli, config, tmp_path):
+        """With the fixed clock nothing else would show it."""
+        teacher, command = tmp_path / "teacher", ["distill", config("coded", "flow_map"), f"run.dir={tmp_path / 'map'}"]
+        flow = ["pretrain", config("coded"), f"run.dir={teacher}", "flow.clock.name=uniform"]
+        command.append(f"distill.teacher={teacher}")
+        assert cli(*flow, "train.steps=5").code == 0 and cli(*command, "train.steps=2").code == 0
+        assert cli(*command, "train.steps=3").code == 0
+        assert cli(*flow, "train.steps=6").code == 0
+        self.refused(cli(*command, "train.steps=4"), f"its teacher {teacher} has changed since (step 5 then, 6 now)", "another run.dir")
+
+    def test_a_distill_config_is_not_pretrained(self, cli, config, trained, tmp_path):
+        told = cli("pretrain", config("coded", "flow_map"), f"run.dir={tmp_path / 'run'}")
+        self.refused(told, "flow_map.yaml: distill.teacher is set", "megaflow distill")
+
+    def test_what_is_refused_at_the_start_is_no_run_yet(self, cli, config, tmp_path):
+        command = ("pretrain", config("coded"), f"run.dir={tmp_path / 'run'}", "train.steps=2")
+        self.refused(cli(*command, "model.attention=flash"), "model.attention=flash needs")
+        assert cli(*command).code == 0
+
+    def test_wandb_without_an_account(self, cli, config, tmp_path, monkeypatch):
+        monkeypatch.delenv("WANDB_API_KEY", raising=False)
+        monkeypatch.setenv("HOME", str(tmp_path))
+        told = cli("pretrain", config("coded"), f"run.dir={tmp_path / 'run'}", "log.wandb=online")
+        self.refused(told, "log.wandb=online: ", "log.wandb=offline")
 
     def test_no_shards(self, cli, config, tmp_path):
         self.refused(

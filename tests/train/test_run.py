@@ -112,6 +112,22 @@ class TestOpenRun:
         with pytest.raises(ConfigError, match="started by megaflow pretrain, not by megaflow distill; choose another run.dir"):
             open_run(given(directory), "distill")
 
+    @pytest.mark.parametrize("written", [1, 2])
+    def test_a_kill_between_its_first_files_leaves_no_run(self, directory, monkeypatch, written):
+        count, write = iter(range(written)), run.write_atomically
+
+        def killed(path, text):
+            if next(count, None) is None:
+                raise KeyboardInterrupt
+            write(path, text)
+
+        monkeypatch.setattr(run, "write_atomically", killed)
+        with pytest.raises(KeyboardInterrupt):
+            open_run(given(directory), "pretrain")
+        assert len(list(directory.glob("*.json")) + list(directory.glob("*.yaml"))) == written
+        monkeypatch.undo()
+        assert open_run(given(directory, run__seed=1), "pretrain").config == read_config(directory).config
+
     def test_not_a_run(self, tmp_path):
         with pytest.raises(UserError, match="nowhere: no such directory"):
             read_config(tmp_path / "nowhere")

@@ -21,6 +21,7 @@ from megaflow.model import parts as made
 from megaflow.model.parts import Parts
 from megaflow.model.text_dit import Shape, TextDiT, TimeEmbedding
 from megaflow.train.stage import Batch
+from megaflow.train.stage_flow import FlowStage
 from megaflow.train.stage_map import MapStage
 from tests.flow import toy as toys
 
@@ -210,24 +211,16 @@ def large_batch() -> Batch:
 
 
 def test_no_tensor_of_tokens_times_vocabulary_exists_in_stage_1():
-    network, batch = large(None, ("belief", "linear")), large_batch()
-
-    def state() -> tuple[Tensor, Tensor]:
-        s = torch.linspace(0.0, 0.95, ROWS, dtype=torch.float64)
-        noise = torch.randn(ROWS, WIDTH, 16, generator=torch.Generator().manual_seed(1))
-        return noisy_state(codes.lookup(network.code, batch.ids), noise, s), s
-
-    def ours() -> Tensor:
-        y, s = state()
-        loss, _ = heads.cross_entropy(network.head(), network.read(network(y, s), y, s), batch.ids.flatten(), batch.weight)
-        return loss
+    network, batch, config = large(None, ("belief", "linear")), large_batch(), Config()
+    config.flow.clock.bins = 20
+    stage = FlowStage(config, network, Parts(network.code, network.log_prior, network.span))
 
     def dense() -> Tensor:
-        y, s = state()
-        z = network(y, s) @ network.weight.T + network.bias
+        s = torch.linspace(0.0, 0.95, ROWS, dtype=torch.float64)
+        z = network(torch.randn(ROWS, WIDTH, 16), s) @ network.weight.T + network.bias
         return torch.nn.functional.cross_entropy(z.flatten(0, 1), batch.ids.flatten())
 
-    assert recorded(ours) == channel.CHUNK_ELEMENTS["cpu"] < ROWS * WIDTH * MANY
+    assert recorded(lambda: stage.loss(batch)[0]) == channel.CHUNK_ELEMENTS["cpu"] < ROWS * WIDTH * MANY
     assert all(p.grad is not None for p in network.parameters())
     assert recorded(dense) >= ROWS * WIDTH * MANY  # the recorder would have seen one
 

@@ -10,6 +10,7 @@ summary.json     of a finished run: seconds, speed, memory
 import fcntl
 import json
 import os
+import secrets
 import subprocess
 import sys
 import time
@@ -209,6 +210,7 @@ def _wandb(config: Config, directory: Path) -> Any:
         return wandb.init(
             project=config.log.project,
             name=directory.name,
+            id=_wandb_id(directory),
             dir=str(directory),
             mode="online" if config.log.wandb == "online" else "offline",
             config=flatten(config),
@@ -217,6 +219,15 @@ def _wandb(config: Config, directory: Path) -> Any:
     except wandb.errors.Error as error:
         reason = " ".join(str(error).split())
         raise UserError(f"log.wandb={config.log.wandb}: {reason}; see to that, or use log.wandb=offline and wandb sync later") from None
+
+
+def _wandb_id(directory: Path) -> str:
+    """One curve for all starts of a run: steps that are taken again after a kill are the same, and synced once."""
+    content = read_json(directory / "run.json")
+    if "wandb" not in content:
+        content["wandb"] = secrets.token_hex(4)
+        write_atomically(directory / "run.json", json.dumps(content, indent=1))
+    return content["wandb"]
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

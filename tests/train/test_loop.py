@@ -303,6 +303,12 @@ class TestRefusals:
         self.refused(cli(*command, "model.attention=flash"), "model.attention=flash needs")
         assert cli(*command).code == 0
 
+    def test_wandb_sees_one_run_however_often_it_is_started(self, cli, config, tmp_path):
+        command = ("pretrain", config("coded"), f"run.dir={tmp_path / 'run'}", "log.wandb=offline")
+        assert cli(*command, "train.steps=2").code == 0 and cli(*command, "train.steps=3").code == 0
+        written = [path.name for path in (tmp_path / "run" / "wandb").glob("offline-run-*")]
+        assert len({name.rsplit("-", 1)[1] for name in written}) == 1, written
+
     def test_wandb_without_an_account(self, cli, config, tmp_path, monkeypatch):
         monkeypatch.delenv("WANDB_API_KEY", raising=False)
         monkeypatch.setenv("HOME", str(tmp_path))

@@ -91,9 +91,9 @@ class TextDiT(nn.Module):
         self.table = nn.Parameter(torch.empty(shape.vocab, shape.belief_dim)) if "belief" in reads else None
         self.widen = nn.Linear(shape.window * shape.belief_dim, shape.hidden, bias=False) if "belief" in reads else None
         self.state = nn.Linear(code.dim, shape.hidden, bias=False) if "linear" in reads else None
-        self.map_state = nn.Linear(code.dim, shape.hidden, bias=False) if map_reads == "linear" else None
+        self.map_state = nn.Linear(shape.window * code.dim, shape.hidden, bias=False) if map_reads == "linear" else None
         self.map_table = nn.Parameter(torch.empty(shape.vocab, shape.belief_dim)) if map_reads == "hot_belief" else None
-        self.map_widen = nn.Linear(shape.belief_dim, shape.hidden, bias=False) if map_reads == "hot_belief" else None
+        self.map_widen = nn.Linear(shape.window * shape.belief_dim, shape.hidden, bias=False) if map_reads == "hot_belief" else None
         self.time = TimeEmbedding(span)
         self.map_time = TimeEmbedding(span) if map_reads is not None else None
         self.trunk = Trunk(shape.layers, shape.hidden, shape.heads, shape.mlp_ratio, CONDITION, kernel)
@@ -133,18 +133,26 @@ class TextDiT(nn.Module):
         return Read(hidden.flatten(0, 1), y.flatten(0, 1), _per_token(s, y))
 
     def forward(
-        self, y: Tensor, s: Tensor, t: Tensor | None = None, lengths: Tensor | None = None, embedded: Tensor | None = None
+        self,
+        y: Tensor,
+        s: Tensor,
+        t: Tensor | None = None,
+        lengths: Tensor | None = None,
+        embedded: Tensor | None = None,
+        ahead: Tensor | None = None,
     ) -> Tensor:
         """Hidden states (B, L, d) of psi_{s,t} at y (B, L, d_c). s, t: (B,) real times, fp64; t = None is the diagonal.
 
-        `embedded` is `embed(y, s, lengths)` where the caller has it already: it does not depend on t.
+        `embedded` is `embed(y, s, lengths)` and `ahead` is `embed_ahead(y, s, lengths)` where the caller has them already: they do not
+        depend on t.
         """
         x = self.embed(y, s, lengths) if embedded is None else embedded
         condition = self.time(s)
         if self.map_time is not None:
             condition = condition + self.map_time(s if t is None else t)
         if t is not None and self.map_reads not in (None, "none"):
-            x = x + self.embed_ahead(y, s, t)
+            ahead = self.embed_ahead(y, s, lengths) if ahead is None else ahead
+            x = x + ((t - s) / (1.0 - s))[:, None, None].to(x.dtype) * ahead
         return self.trunk(x, F.silu(condition), lengths=lengths)
 
     def embed(self, y: Tensor, s: Tensor, lengths: Tensor | None = None) -> Tensor:
@@ -157,17 +165,16 @@ class TextDiT(nn.Module):
             found.append(self.state((y * self.state_scale(s)).to(self.state.weight.dtype)))
         return sum(found[1:], found[0])
 
-    def embed_ahead(self, y: Tensor, s: Tensor, t: Tensor) -> Tensor:
-        """What a flow map reads of the state besides, (B, L, d): times (t - s) / (1 - s), so nothing on the diagonal."""
-        ahead = ((t - s) / (1.0 - s))[:, None, None]
+    def embed_ahead(self, y: Tensor, s: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """What a flow map reads of the state besides, (B, L, d); it enters times (t - s) / (1 - s), so not at all on the diagonal."""
         if self.map_state is not None:
-            scaled = y * (self.state_scale(s) * ahead.to(y.dtype))
-            return self.map_state(scaled.to(self.map_state.weight.dtype))
+            scaled = (y * self.state_scale(s)).to(self.map_state.weight.dtype)
+            return self.map_state(windows(scaled, self.neighbors, self.neighbors, lengths))
         assert self.map_table is not None and self.map_widen is not None
         gain = (HOT_GAIN / self.code.leverage.mean().sqrt()).expand(y.shape[0] * y.shape[1])
         gain = torch.maximum(gain, channel_strength(_per_token(s, y)).to(gain.dtype))
         hot = belief_embedding(self.code, self.log_prior, y.flatten(0, 1), _per_token(s, y), self.map_table, gain)
-        return ahead.to(hot.dtype) * self.map_widen(hot.view(*y.shape[:2], -1))
+        return self.map_widen(windows(hot.view(*y.shape[:2], -1), self.neighbors, self.neighbors, lengths))
 
     def state_scale(self, s: Tensor) -> Tensor:
         """One over the known rms of y at time s, (B, 1, 1): sqrt((s^2 mean leverage + (1 - s)^2 d_c) / d_c), a frame's Gram being I."""

@@ -94,10 +94,24 @@ def test_a_fresh_flow_map_is_its_teachers_denoiser(kind, map_reads):
 def test_what_a_map_reads_besides_is_silent_on_the_diagonal(map_reads):
     network = stirred(make(map_reads=map_reads))
     y, s = some_states(network)
-    assert (network.embed_ahead(y, s, s) == 0.0).all()
-    full, part = network.embed_ahead(y, s, torch.ones_like(s)), network.embed_ahead(y, s, s + 0.25 * (1.0 - s))
-    assert full.abs().amax((1, 2)).min() > 0.01
-    torch.testing.assert_close(part, 0.25 * full, rtol=0, atol=1e-5)
+    ahead, entered = network.embed_ahead(y, s), []
+    network.trunk.register_forward_pre_hook(lambda module, arguments: entered.append(arguments[0]))
+    for t in (s, s + 0.25 * (1.0 - s), torch.ones_like(s)):
+        network(y, s, t)
+    at_rest, part, full = (x - network.embed(y, s) for x in entered)
+    assert (at_rest == 0.0).all() and ahead.abs().amax((1, 2)).min() > 0.01
+    torch.testing.assert_close(part, 0.25 * ahead, rtol=0, atol=1e-5)
+    torch.testing.assert_close(full, ahead, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("map_reads", ["linear", "hot_belief"])
+def test_what_lies_ahead_is_read_of_the_neighbours_too(map_reads):
+    network = stirred(make(map_reads=map_reads, neighbors=1))
+    y, s = some_states(network)
+    other = y.clone()
+    other[:, 2] += 1.0
+    reached = (network.embed_ahead(y, s) - network.embed_ahead(other, s)).abs().amax((0, 2)) > 0.0
+    assert reached.tolist() == [abs(i - 2) <= 1 for i in range(LENGTH)]
 
 
 @pytest.mark.parametrize("map_reads", MAP_READS)

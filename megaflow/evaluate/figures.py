@@ -83,7 +83,7 @@ def cross_entropy(profile: dict, unigram: float | None) -> str:
         axes.plot(profile["t"], profile["cross_entropy"], color=COLOURS["flow"], marker=".", markersize=3, linewidth=1)
         if unigram is not None:
             axes.axhline(unigram, color=COLOURS["unigram"], linestyle="dotted")
-            axes.annotate("unigram entropy", (0.99, unigram), xytext=(0, 3), textcoords="offset points", ha="right", fontsize=9)
+            axes.annotate("unigram entropy", (0.99, unigram), xytext=(0, 7), textcoords="offset points", ha="right", fontsize=9)
         axes.set_ylim(0, 1.15 * np.nanmax([*profile["cross_entropy"], unigram or 0.0]))
         axes.set_ylabel("cross-entropy (nats per token)")
         _time_axes(axes)

@@ -156,6 +156,7 @@ def page(
         "title": f"One text, every position at once: {directory.name}",
         "about": {
             "text": ", ".join(Path(source["name"]).name for source in manifest["sources"]),
+            "sources": [f"{source['name']} ({source['bytes']:,} bytes, sha256 {source['sha256'][:12]}…)" for source in manifest["sources"]],
             "training_tokens": train["tokens"],
             "validation_tokens": validation["tokens"],
             "vocab_size": manifest["tokenizer"]["vocab_size"],

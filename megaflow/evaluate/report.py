@@ -5,7 +5,8 @@ A part or a model that has no place here raises ValueError, since it would be dr
 `autoregressive`.
 
     title        str
-    about        {"text": str (what was learned from), "training_tokens", "validation_tokens", "vocab_size", "length": int,
+    about        {"text": str (what was learned from), "sources": [str, …] (its files, as the commands need them),
+                  "training_tokens", "validation_tokens", "vocab_size", "length": int,
                   "tokenizer": str, "characters_per_token": float, "machine": str}
     stages       [{"name": str, "parameters", "steps", "tokens": int, "seconds", "tokens_per_second": float, "peak_memory_bytes": int}, …],
                  in the order they were run

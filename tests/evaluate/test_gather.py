@@ -97,6 +97,8 @@ class TestWhole:
     def test_the_page_is_in_words(self, folder, cli):
         cli("report", folder)
         page = (folder / "report.html").read_text()
+        source = json.loads((folder / "data" / "prepared.json").read_text())["sources"][0]
+        assert f"and the text: {source['name']} ({source['bytes']:,} bytes, sha256 {source['sha256'][:12]}…)." in page
         for raw in ("train flow", "evaluate flow_map", "bpe vocabulary", "± 0.000"):
             assert raw not in page
         for words in (

@@ -43,20 +43,20 @@ def parser() -> argparse.ArgumentParser:
         "--method", choices=("auto", "ode", "flow_map", "stochastic", "ancestral"), default="auto", help="sampler (default: auto)"
     )
     sample.add_argument("--gamma", type=float, default=None, help="share of fresh noise of --method stochastic, 0 to 1 (default 0.75)")
-    sample.add_argument("--temperature", type=float, default=1.0, help="of the posteriors (default 1)")
+    sample.add_argument("--temperature", type=float, default=1.0, help="of the posteriors, above 0 (default 1)")
     sample.add_argument("--seed", type=int, default=0, help="of noise and draws (default 0)")
     sample.add_argument("--json", action="store_true", help="JSON with tokens instead of plain text")
 
     evaluate = commands.add_parser(
         "evaluate", help="likelihood and judged samples of a run", description="Likelihood and judged samples of a run."
     )
-    evaluate.add_argument("run", metavar="RUN", help="run directory; the result is also written to RUN/evaluation.json")
+    evaluate.add_argument("run", metavar="RUN", help="run directory; the result is written to RUN/evaluation.json")
     evaluate.add_argument("--steps", default="1,2,4,16,64", help="step counts to sample with (default 1,2,4,16,64)")
     evaluate.add_argument("--samples", type=int, default=64, help="texts per step count (default 64)")
     evaluate.add_argument("--rows", type=int, default=256, help="validation rows of the likelihood (default 256)")
-    evaluate.add_argument("--draws", type=int, default=8, help="draws of noise and time per row (default 8)")
+    evaluate.add_argument("--draws", type=int, default=8, help="draws of noise and time per row, at least 2 for a flow (default 8)")
     evaluate.add_argument("--seed", type=int, default=0, help="of noise and draws (default 0)")
-    evaluate.add_argument("--json", metavar="FILE", default=None, help="write the JSON to another place")
+    evaluate.add_argument("--json", metavar="FILE", default=None, help="write the JSON to this file as well")
 
     report = commands.add_parser(
         "report", help="metrics.json and report.html of a folder of runs", description="Gather DIR/{data,flow,autoregressive,flow_map}."
@@ -131,7 +131,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def whole(text: str, option: str) -> int:
     """A positive integer of an option. Raises UserError."""
-    if not text.strip().isdigit() or int(text) < 1:
+    if not text.strip().isdecimal() or int(text) < 1:
         raise UserError(f"{option}: {text!r} is not a positive whole number")
     return int(text)
 

@@ -4,8 +4,10 @@ Everything is computed from the run's newest checkpoint (averaged weights) and t
 already there, of the same checkpoint with the same settings, computes nothing.
 """
 
+import hashlib
 import json
 import math
+import os
 import resource
 import time
 from pathlib import Path
@@ -18,6 +20,7 @@ from megaflow.data.stream import TokenStream
 from megaflow.data.tokenizer import decode
 from megaflow.errors import UserError
 from megaflow.evaluate import judge as judges
+from megaflow.evaluate import kept
 from megaflow.evaluate.generate import Run, generate, load_run, text_of
 from megaflow.evaluate.judge import Judge
 from megaflow.flow.likelihood import Estimate, RangeTooShort
@@ -25,12 +28,13 @@ from megaflow.model.autoregressive import Autoregressive
 from megaflow.model.bound import bound_of_rows
 from megaflow.parallel import random
 from megaflow.progress import Progress
-from megaflow.train.run import write_atomically
+from megaflow.train.run import read_config, write_atomically
 from megaflow.train.stage_autoregressive import AutoregressiveStage
 
 JUDGE_CHARACTERS = 8_000_000
 """The judge is fitted to at most this many characters of the training split, from its beginning."""
 
+JUDGE_FILE = "judge.npz"
 CONTEXTS_CHECKED = 256
 SHOWN_TEXTS = 8
 
@@ -38,19 +42,58 @@ SHOWN_TEXTS = 8
 def evaluate(
     directory: str | Path, steps: list[int], samples: int, rows: int, draws: int, seed: int, out: str | None = None
 ) -> dict[str, Any]:
-    """Evaluate a run and write RUN/evaluation.json (or `out`). Raises UserError."""
+    """Evaluate a run, write RUN/evaluation.json, and copy it to `out`. Raises UserError."""
     began = time.monotonic()
-    if min(samples, rows, draws) < 1:
-        raise UserError("--samples, --rows and --draws must be positive whole numbers")
+    check(Path(directory), steps, samples, rows, draws, out)
     run = load_run(directory)
     settings = {"steps": steps, "samples": samples, "rows": rows, "draws": draws, "seed": seed}
-    identity = {"run": str(directory), "step": run.checkpoint.state["step"], "settings": settings}
-    path = Path(out) if out else run.directory / "evaluation.json"
-    if path.exists() and (old := json.loads(path.read_text())) and {k: old.get(k) for k in identity} == identity:
-        return old
+    identity = {**kept.weights_of(run.directory, run.checkpoint.state["step"]), "shards": shards_of(run), "settings": settings}
+    result = kept.read(run.directory)
+    if not kept.is_of(result, identity):
+        if result.get("shards") != identity["shards"]:
+            (run.directory / JUDGE_FILE).unlink(missing_ok=True)  # it was fitted to other text
+        result = measure(run, identity, began)
+        write_atomically(run.directory / kept.FILE, as_json(result))
+    result["run"] = str(directory)  # the same run may be called by another path
+    if out:
+        write_atomically(Path(out), as_json(result))
+    return result
+
+
+def check(directory: Path, steps: list[int], samples: int, rows: int, draws: int, out: str | None) -> None:
+    """Refuse, before anything is loaded, what would fail after all the work. Raises UserError."""
+    for option, value in (("--samples", samples), ("--rows", rows), ("--draws", draws), *(("--steps", step) for step in steps)):
+        if value < 1:
+            raise UserError(f"{option}: {value} is not a positive whole number")
+    if not steps:
+        raise UserError("--steps: no number of steps is given")
+    if draws < 2 and read_config(directory).config.model.family != "autoregressive":
+        raise UserError(f"--draws: {draws} draw of noise and time per row has no error estimate; give 2 or more")
+    for path in (directory / kept.FILE, *([Path(out)] if out else [])):
+        if path.parent.exists() and not os.access(path.parent, os.W_OK | os.X_OK):
+            raise UserError(f"{path}: the result cannot be written, {path.parent} is not writable; make it so or choose another place")
+    if out and not Path(out).parent.is_dir():
+        raise UserError(f"--json {out}: there is no folder {Path(out).parent}; make it first")
+    if out and Path(out).is_dir():
+        raise UserError(f"--json {out}: this is a folder; give the path of a file")
+
+
+def shards_of(run: Run) -> str:
+    """A hash of the shards that everything is measured on."""
+    return hashlib.sha256(json.dumps(run.manifest["files"], sort_keys=True).encode()).hexdigest()
+
+
+def as_json(result: dict[str, Any]) -> str:
+    return json.dumps(result, ensure_ascii=False, indent=1, allow_nan=False)
+
+
+def measure(run: Run, identity: dict[str, Any], began: float) -> dict[str, Any]:
+    """Everything an evaluation holds, from the start."""
+    steps, samples, rows, draws, seed = (identity["settings"][key] for key in ("steps", "samples", "rows", "draws", "seed"))
     held_out = validation(run, rows)
     judge = fitted_judge(run)
-    result = {
+    result: dict[str, Any] = {
+        "run": str(run.directory),
         **identity,
         "kind": "autoregressive" if run.parts is None else ("flow_map" if run.is_map else "flow"),
         "likelihood": likelihood(run, held_out, draws, seed),
@@ -77,7 +120,6 @@ def evaluate(
         result["trajectory"] = trajectory(run, seed)
     result["seconds"] = time.monotonic() - began
     result["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    write_atomically(path, json.dumps(result, ensure_ascii=False, indent=1, allow_nan=False))
     return result
 
 
@@ -151,7 +193,7 @@ def counted(held_out: HeldOut, start: int, rows: int = 64) -> int:
 
 def fitted_judge(run: Run) -> Judge:
     """The judge of the run's training split, fitted once and kept in the run."""
-    path = run.directory / "judge.npz"
+    path = run.directory / JUDGE_FILE
     if path.exists():
         return judges.load(path)
     stream = TokenStream(run.config.data.path, "train", run.config.run.seed, shuffle=False)
@@ -177,7 +219,7 @@ def contexts(held_out: HeldOut, order: int) -> list[str]:
 
 
 def judged(run: Run, rows: list[list[int]], judge: Judge) -> dict[str, Any]:
-    """Bits per character under the judge with its standard error over texts, entropy within a text, and the first texts."""
+    """Bits per character under the judge and entropy within a text, with their standard errors over texts, and the first texts."""
     texts = [text_of(run, row) for row in rows]
     per_text = np.array([[judges.bits(judge, text).sum(), len(text)] for text in texts if text])
     mean = float(per_text[:, 0].sum() / per_text[:, 1].sum()) if len(per_text) else None
@@ -185,10 +227,12 @@ def judged(run: Run, rows: list[list[int]], judge: Judge) -> dict[str, Any]:
     if len(per_text) > 1:
         residual = per_text[:, 0] - mean * per_text[:, 1]
         error = float(np.sqrt((residual**2).sum() * len(per_text) / (len(per_text) - 1)) / per_text[:, 1].sum())
+    entropies = judges.token_entropies(rows)
     return {
         "judge_bits_per_char": mean,
         "judge_standard_error": error,
         "entropy": judges.token_entropy(rows),
+        "entropy_standard_error": float(np.std(entropies, ddof=1) / math.sqrt(len(entropies))) if len(entropies) > 1 else None,
         "distinct": len(set(texts)),
         "count": len(rows),
         "texts": texts[:SHOWN_TEXTS],
@@ -241,10 +285,11 @@ def table(result: dict[str, Any]) -> str:
             lines.append(f"  standard error  {found['standard_error_bits_per_char']:.4f} bits/char of noise and times")
         lines.append(f"unigram entropy   {found['unigram_bits_per_char']:.4f} bits/char")
     lines.append(f"judge             {result['judge']['name']}; sums to one within {result['judge']['sum_error']:.0e}")
-    lines.append(f"{'text':<18}{'judge bits/char':>16}{'+-':>8}{'entropy nats':>14}{'distinct':>10}")
+    lines.append(f"{'text':<18}{'judge bits/char':>16}{'+-':>8}{'entropy nats':>14}{'+-':>8}{'distinct':>10}")
     shown = {f"{k} steps" if k.isdigit() else k: v for k, v in result["samples"].items()} | result["reference"]
     for name, value in shown.items():
         bits = "none" if value["judge_bits_per_char"] is None else f"{value['judge_bits_per_char']:.3f}"
         error = "" if value["judge_standard_error"] is None else f"{value['judge_standard_error']:.3f}"
-        lines.append(f"{name:<18}{bits:>16}{error:>8}{value['entropy']:>14.3f}{value['distinct']:>6}/{value['count']}")
+        spread = "" if value["entropy_standard_error"] is None else f"{value['entropy_standard_error']:.3f}"
+        lines.append(f"{name:<18}{bits:>16}{error:>8}{value['entropy']:>14.3f}{spread:>8}{value['distinct']:>6}/{value['count']}")
     return "\n".join(lines)

@@ -52,7 +52,7 @@ def drawable(value: float | None) -> bool:
 def learning(name: str, curve: dict) -> str:
     """Training loss (raw, faint, and its running mean) and validation loss against tokens.
 
-    curve: tokens and loss (N,), and optionally validation_tokens and validation_loss (M,); nats per token.
+    curve: tokens and loss (N,), optionally validation_tokens and validation_loss (M,), and what they are: axis, loss_is, validation_is.
     """
     with matplotlib.rc_context(STYLE):
         figure, axes = _panel(3.3, 2.6)
@@ -62,12 +62,16 @@ def learning(name: str, curve: dict) -> str:
         colour = COLOURS[name]
         thin = slice(None, None, -(-len(tokens) // MOST_POINTS))
         axes.plot(tokens[thin] / size, loss[thin], color=colour, alpha=0.3, linewidth=0.6)
-        axes.plot(tokens[thin] / size, _running_mean(loss, window(len(loss)))[thin], color=colour, label="training")
+        smooth = _running_mean(loss, window(len(loss)))[thin]
+        axes.plot(tokens[thin] / size, smooth, color=colour, label=curve.get("loss_is", "training"))
         if curve.get("validation_loss"):
             held_out = np.asarray(curve["validation_tokens"], float) / size
-            axes.plot(held_out, curve["validation_loss"], color=INK, marker="o", markersize=2.6, linewidth=0.8, label="validation")
+            label = curve.get("validation_is", "validation")
+            axes.plot(held_out, curve["validation_loss"], color=INK, marker="o", markersize=2.6, linewidth=0.8, label=label)
         axes.set_xlabel(f"tokens read ({unit})" if unit else "tokens read")
-        axes.set_ylabel("loss (nats per token)")
+        axes.set_ylabel(curve.get("axis", "loss (nats per token)"))
+        low, high = axes.get_ylim()
+        axes.set_ylim(low, high + 0.2 * (high - low))  # the legend has room of its own
         axes.legend(loc="upper right")
         return _svg(figure, f"learning-{name}", f"Learning curve, {name}")
 
@@ -79,7 +83,7 @@ def cross_entropy(profile: dict, unigram: float | None) -> str:
         axes.plot(profile["t"], profile["cross_entropy"], color=COLOURS["flow"], marker=".", markersize=3, linewidth=1)
         if unigram is not None:
             axes.axhline(unigram, color=COLOURS["unigram"], linestyle="dotted")
-            axes.annotate("unigram entropy", (0.99, unigram), xytext=(0, 3), textcoords="offset points", ha="right", fontsize=9)
+            axes.annotate("unigram entropy", (0.99, unigram), xytext=(0, 7), textcoords="offset points", ha="right", fontsize=9)
         axes.set_ylim(0, 1.15 * np.nanmax([*profile["cross_entropy"], unigram or 0.0]))
         axes.set_ylabel("cross-entropy (nats per token)")
         _time_axes(axes)
@@ -124,7 +128,7 @@ def quality(samples: dict, field: str, error: str, label: str, constant: set[tup
             curve = [(steps, value) for (family, steps), value in points.items() if family == name and (family, steps) not in constant]
             errors = [samples[name][str(steps)].get(error) or 0.0 for steps, _ in curve]
             places, values = [steps for steps, _ in curve], [value for _, value in curve]
-            axes.errorbar(places, values, errors, color=COLOURS[name], marker=marker, elinewidth=0.9)
+            axes.errorbar(places, values, errors, color=COLOURS[name], marker=marker, markersize=3.2, elinewidth=0.9, capsize=2.5)
         for name, level in levels.items():
             axes.axhline(level, color=COLOURS[name], linestyle=DASHES[name], linewidth=1.1)
         scale = [value for key, value in points.items() if key not in constant] + list(levels.values())

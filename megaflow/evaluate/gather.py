@@ -1,33 +1,84 @@
 """`megaflow report DIR`: what the runs of a folder measured, as DIR/metrics.json, and the page that shows it, DIR/report.html.
 
 Looks for DIR/data (shards) and the runs DIR/flow, DIR/autoregressive and DIR/flow_map; those that are missing or not evaluated are
-said to be so. No number is computed here that a run has not written.
+said to be so, and an evaluation of other weights than the run's newest is refused. No number is computed here that a run has not
+written.
 """
 
 import json
 import os
 import platform
+import shlex
 from pathlib import Path
 from typing import Any
 
 from megaflow.data.shards import SECONDS_FILE, read_manifest
 from megaflow.errors import UserError
-from megaflow.train.run import lines, read_json, versions, write_atomically
+from megaflow.evaluate import kept
+from megaflow.train.run import lines, read_config, read_json, versions, write_atomically
 
 RUNS = ("flow", "autoregressive", "flow_map")
+STAGES = {
+    "prepare": "prepare the text",
+    "train flow": "train the flow",
+    "train autoregressive": "train the autoregressive model",
+    "train flow_map": "distil the flow map",
+    "evaluate flow": "evaluate the flow",
+    "evaluate autoregressive": "evaluate the autoregressive model",
+    "evaluate flow_map": "evaluate the flow map",
+}
+TOKENIZERS = {"bpe": "byte-pair", "characters": "character", "bytes": "byte", "gpt2": "GPT-2", "bert": "BERT"}
+
+CURVES = {
+    "flow": {
+        "axis": "nats per token",
+        "loss_is": "training: cross-entropy",
+        "validation_is": "validation: bound",
+        "meaning": "the line is the denoising cross-entropy at times drawn by the clock, which moves while it is fitted; "
+        "the dots are the variational bound of validation rows, which is not the line's quantity",
+    },
+    "flow without a bound": {
+        "axis": "nats per token",
+        "loss_is": "training: on the clock",
+        "validation_is": "validation: even in log-SNR",
+        "meaning": "the line is the denoising cross-entropy at times drawn by the clock, which moves while it is fitted; "
+        "the dots are that of validation rows at times even in log-SNR, which is not the line's quantity",
+    },
+    "flow_map": {
+        "axis": "objective (adaptive weights)",
+        "loss_is": "training",
+        "validation_is": "validation",
+        "meaning": "line and dots are the objective of distillation: divergences from its targets times adaptive weights, not nats",
+    },
+    "flow_map without weights": {
+        "axis": "divergence (nats per token)",
+        "loss_is": "training",
+        "validation_is": "validation",
+        "meaning": "line and dots are the divergence from the targets of distillation",
+    },
+    "autoregressive": {
+        "axis": "nats per token",
+        "loss_is": "training",
+        "validation_is": "validation",
+        "meaning": "line and dots are the negative log-likelihood",
+    },
+}
+"""What the losses of a run are; see report.py."""
 
 
 def report(directory: str | Path) -> None:
-    """Write metrics.json and report.html. Raises UserError where DIR holds none of the runs."""
+    """Write metrics.json and report.html. Raises UserError where DIR holds none of the runs, or an evaluation is of other weights."""
     from megaflow.evaluate.report import write_report
 
     directory = Path(directory)
     found = {name: directory / name for name in RUNS if (directory / name / "summary.json").is_file()}
     if not found:
         raise UserError(f"{directory}: no finished run among {', '.join(RUNS)}; a report gathers what those runs have written")
+    if not (directory / "data").is_dir():
+        raise UserError(f"{directory / 'data'}: there is no folder of this name; a report reads there what the runs were trained on")
     manifest = read_manifest(directory / "data")
     summaries = {name: read_json(path / "summary.json") for name, path in found.items()}
-    evaluations = {name: read_json(path / "evaluation.json") for name, path in found.items() if (path / "evaluation.json").is_file()}
+    evaluations = {name: evaluation for name, path in found.items() if (evaluation := present_evaluation(path))}
     for name in found:
         if name not in evaluations:
             print(f"{found[name]} is not evaluated; megaflow evaluate {found[name]}")
@@ -36,6 +87,19 @@ def report(directory: str | Path) -> None:
     write_atomically(directory / "metrics.json", json.dumps(measured, indent=1, ensure_ascii=False))
     write_report(page(directory, manifest, found, summaries, evaluations, stages), directory / "report.html")
     print(f"{directory / 'metrics.json'}\n{directory / 'report.html'}")
+
+
+def present_evaluation(run: Path) -> dict[str, Any]:
+    """A run's evaluation, empty where there is none. Raises UserError where it is of other weights than the run has now."""
+    found = kept.read(run)
+    if not found and not (run / kept.FILE).exists():
+        return {}
+    newest = kept.newest_weights(run)
+    if not kept.is_of(found, newest):
+        step, was = newest["step"] if newest else None, found.get("step")
+        of = f"of step {was}" if was is not None and was != step else "of other weights"
+        raise UserError(f"{run}: its evaluation is {of}, not of its newest checkpoint (step {step}); megaflow evaluate {run} mends it")
+    return found
 
 
 def stage_seconds(directory: Path, summaries: dict, evaluations: dict) -> dict[str, float]:
@@ -92,17 +156,18 @@ def page(
         "title": f"One text, every position at once: {directory.name}",
         "about": {
             "text": ", ".join(Path(source["name"]).name for source in manifest["sources"]),
+            "sources": [f"{source['name']} ({source['bytes']:,} bytes, sha256 {source['sha256'][:12]}…)" for source in manifest["sources"]],
             "training_tokens": train["tokens"],
             "validation_tokens": validation["tokens"],
             "vocab_size": manifest["tokenizer"]["vocab_size"],
             "length": manifest["length"],
-            "tokenizer": manifest["tokenizer"]["kind"],
+            "tokenizer": TOKENIZERS.get(manifest["tokenizer"]["kind"]),
             "characters_per_token": validation["characters"] / validation["tokens"],
             "machine": f"{platform.system()} {platform.machine()}, {len(os.sched_getaffinity(0))} CPU cores",
         },
         "stages": [stage_row(name, seconds, summaries, evaluations) for name, seconds in stages.items()],
         "likelihood": likelihoods(evaluations),
-        "curves": {name: curve(path) for name, path in found.items()},
+        "curves": {name: curve(name, path) for name, path in found.items()},
         "samples": samples,
         "commands": commands(directory),
         "versions": versions(),
@@ -118,7 +183,7 @@ def page(
 
 
 def stage_row(name: str, seconds: float, summaries: dict, evaluations: dict) -> dict[str, Any]:
-    row: dict[str, Any] = {"name": name, "seconds": seconds}
+    row: dict[str, Any] = {"name": STAGES[name], "seconds": seconds}
     kind, _, run = name.partition(" ")
     if kind == "train":
         row |= {k: summaries[run][k] for k in ("parameters", "steps", "tokens", "tokens_per_second", "peak_memory_bytes")}
@@ -128,33 +193,38 @@ def stage_row(name: str, seconds: float, summaries: dict, evaluations: dict) -> 
 
 
 def likelihoods(evaluations: dict) -> dict[str, Any]:
-    """Unigram entropy and every run's likelihood, with errors, and a note on what was measured."""
+    """Unigram entropy and every run's likelihood, with the errors of those that are estimates, and a note on what was measured."""
     table: dict[str, Any] = {}
     for name, evaluation in evaluations.items():
         entry = evaluation["likelihood"]
         if entry["kind"] == "none":
             continue
-        table[name] = {
-            "nats_per_token": entry["nats_per_token"],
-            "nats_standard_error": entry["standard_error_nats"],
-            "bits_per_char": entry["bits_per_char"],
-            "bits_standard_error": entry.get("standard_error_bits_per_char", 0.0),
-        }
+        table[name] = {"nats_per_token": entry["nats_per_token"], "bits_per_char": entry["bits_per_char"]}
+        if entry["kind"] == "bound":
+            table[name]["nats_standard_error"] = entry["standard_error_nats"]
+            table[name]["bits_standard_error"] = entry["standard_error_bits_per_char"]
         table["unigram"] = {"nats_per_token": entry["unigram_nats_per_token"], "bits_per_char": entry["unigram_bits_per_char"]}
-        settings = evaluation["settings"]
-        table["note"] = (
-            f"{entry['tokens']:,} validation tokens; averaged weights; {settings['draws']} draws of noise and time per row, paired with "
-            "the unigram channel at the same draws. The error is that of the draws."
-        )
+        if entry["kind"] == "bound":
+            table["note"] = (
+                f"Of {entry['tokens']:,} validation tokens, with averaged weights. A bound is the mean over "
+                f"{evaluation['settings']['draws']} draws of noise and time per row, paired with the unigram channel at the same draws; "
+                "its error is that of the draws."
+            )
     return table
 
 
-def curve(path: Path) -> dict[str, list[float]]:
-    """Training and validation loss of a run against tokens."""
+def curve(name: str, path: Path) -> dict[str, Any]:
+    """Training and validation loss of a run against tokens, and what each of them is."""
     written = lines(path / "metrics.jsonl")
     losses = [line for line in written if "loss" in line]
     checks = [line for line in written if "validation_loss" in line]
+    kind = name
+    if name == "flow" and not any("validation_standard_error" in line for line in checks):
+        kind = "flow without a bound"
+    if name == "flow_map" and read_config(path).config.distill.weighting == "none":
+        kind = "flow_map without weights"
     return {
+        **CURVES[kind],
         "tokens": [line["tokens"] for line in losses],
         "loss": [line["loss"] for line in losses],
         "validation_tokens": [line["tokens"] for line in checks],
@@ -163,11 +233,17 @@ def curve(path: Path) -> dict[str, list[float]]:
 
 
 def commands(directory: Path) -> list[str]:
-    """The commands that lead to this page, as the runs recorded them."""
-    found = [" ".join(["megaflow", *read_json(directory / "data" / SECONDS_FILE)["command"]])]
+    """The commands that lead from the sources of the text to this page, as the runs recorded them."""
+    found = [["megaflow", *read_json(directory / "data" / SECONDS_FILE)["command"]]]
     for name in RUNS:
         file = directory / name / "run.json"
-        if file.is_file() and (starts := read_json(file)["starts"]):
-            found.append(" ".join(["megaflow", *starts[0]["command"][1:]]))
-    found += [f"megaflow evaluate {directory / name}" for name in RUNS if (directory / name / "evaluation.json").is_file()]
-    return [*found, f"megaflow report {directory}"]
+        starts = read_json(file)["starts"] if file.is_file() else []
+        for start in starts:  # a run that was continued with other settings took more than one
+            if (command := ["megaflow", *start["command"][1:]]) not in found:
+                found.append(command)
+    for name in RUNS:
+        if settings := kept.read(directory / name).get("settings"):
+            steps = ",".join(map(str, settings["steps"]))
+            others = [text for key in ("samples", "rows", "draws", "seed") for text in (f"--{key}", str(settings[key]))]
+            found.append(["megaflow", "evaluate", str(directory / name), "--steps", steps, *others])
+    return [shlex.join(command) for command in [*found, ["megaflow", "report", str(directory)]]]

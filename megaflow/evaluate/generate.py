@@ -1,5 +1,6 @@
 """Text from a run: its network, a grid of its clock, a sampler, and its tokenizer."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +61,7 @@ def load_run(directory: str | Path) -> Run:
     """Any run, baseline included, with its averaged weights. Raises UserError."""
     directory = Path(directory)
     config, stage = read_config(directory).config, stage_of(directory)
+    check_shards(directory, Path(config.data.path))
     manifest = open_prepared(config.data.path)
     check_tokenizer(directory, manifest)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -69,6 +71,21 @@ def load_run(directory: str | Path) -> Run:
         return Run(directory, config, stage, network, None, None, manifest, tokenizer, found)
     flow, parts, clock, found = trained_flow(directory, config, stage == "distill", device)
     return Run(directory, config, stage, flow, parts, clock, manifest, tokenizer, found)
+
+
+def check_shards(directory: Path, shards: Path) -> None:
+    """Say where a run's shards are missing and what helps: a relative path counts from where the run was started. Raises UserError."""
+    if shards.is_dir():
+        return
+    beside = next((parent for parent in directory.resolve().parents if (parent / shards).is_dir()), None)
+    if shards.is_absolute():
+        advice = "put them back there, or prepare them there again with megaflow prepare"
+    elif beside is not None:
+        advice = f"run this command in {beside}"
+    else:
+        advice = "run this command in the folder that the run was started in"
+    where = shards if shards.is_absolute() else f"{shards} of the present folder {Path.cwd()}"
+    raise UserError(f"{directory}: the run's shards are not at {where}; {advice}")
 
 
 def sample(
@@ -83,12 +100,18 @@ def sample(
     """`megaflow sample RUN`: texts, their tokens and how they were made. Raises UserError."""
     if count < 1:
         raise UserError(f"--count: {count} is not a positive number of texts")
+    check_temperature(temperature)
     run = load_run(directory)
     method, steps, gamma = chosen(run, method, steps, gamma)
     rows = generate(run, count, steps, method, temperature, gamma, seed)
     settings = {"method": method, "steps": steps, "temperature": temperature, "gamma": gamma, "seed": seed}
     made = {"run": str(directory), "step": run.checkpoint.state["step"], **settings}
     return {**made, "texts": [text_of(run, row) for row in rows], "tokens": rows}
+
+
+def check_temperature(temperature: float) -> None:
+    if not 0.0 < temperature < math.inf:
+        raise UserError(f"--temperature: {temperature} is not a finite number above 0")
 
 
 def chosen(run: Run, method: str, steps: int | None, gamma: float | None) -> tuple[str, int | None, float | None]:
@@ -127,8 +150,7 @@ def generate(
     callback: Callback | None = None,
 ) -> list[list[int]]:
     """`count` rows of tokens, each a function of (seed, its index) alone; `callback` sees the steps of the first batch."""
-    if not temperature > 0.0:
-        raise UserError(f"--temperature: {temperature} is not above 0")
+    check_temperature(temperature)
     rows: list[list[int]] = []
     for start in range(0, count, BATCH):
         places = list(range(start, min(start + BATCH, count)))

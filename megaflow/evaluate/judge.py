@@ -130,13 +130,19 @@ def sum_error(judge: Judge, contexts: Iterable[str]) -> float:
     return max(abs(float(distribution(judge, context).sum()) - 1.0) for context in contexts)
 
 
-def token_entropy(rows: Sequence[Sequence[int]]) -> float:
-    """Mean over texts of the unigram entropy of the tokens within a text, in nats; empty texts are left out, nan if all are."""
+def token_entropies(rows: Sequence[Sequence[int]]) -> list[float]:
+    """The unigram entropy of the tokens within each text, in nats; empty texts are left out."""
     entropies = []
     for row in rows:
         share = np.fromiter(Counter(int(token) for token in row).values(), dtype=np.float64) / max(len(row), 1)
         if len(row):
             entropies.append(float(-(share * np.log(share)).sum()))
+    return entropies
+
+
+def token_entropy(rows: Sequence[Sequence[int]]) -> float:
+    """Mean of token_entropies over the texts; nan if all are empty."""
+    entropies = token_entropies(rows)
     return sum(entropies) / len(entropies) if entropies else math.nan
 
 

@@ -5,13 +5,15 @@ A part or a model that has no place here raises ValueError, since it would be dr
 `autoregressive`.
 
     title        str
-    about        {"text": str (what was learned from), "training_tokens", "validation_tokens", "vocab_size", "length": int,
+    about        {"text": str (what was learned from), "sources": [str, …] (its files, as the commands need them),
+                  "training_tokens", "validation_tokens", "vocab_size", "length": int,
                   "tokenizer": str, "characters_per_token": float, "machine": str}
     stages       [{"name": str, "parameters", "steps", "tokens": int, "seconds", "tokens_per_second": float, "peak_memory_bytes": int}, …],
                  in the order they were run
     likelihood   {"unigram" | model: {"nats_per_token", "nats_standard_error", "bits_per_char", "bits_standard_error": float},
                   "note": str (rows, weights, range of log-SNR: said below the table)}, on the validation split
-    curves       {model: {"tokens", "loss": [N], "validation_tokens", "validation_loss": [M]}}, nats per token
+    curves       {model: {"tokens", "loss": [N], "validation_tokens", "validation_loss": [M], "axis", "loss_is", "validation_is": str
+                  (labels of the panel), "meaning": str (said below it: what the two losses of this model are)}}
     profile      {"t", "cross_entropy": [K] (nats per token in each bin), "clock_t", "clock_cdf": [K'], "clock": str (its name)}
     samples      {"flow" | "flow_map": {"<steps>": SAMPLES}, "autoregressive" | "data" | "unigram": SAMPLES}
                  SAMPLES = {"judge_bits_per_char", "judge_standard_error", "entropy" (nats), "entropy_standard_error": float,
@@ -19,7 +21,7 @@ A part or a model that has no place here raises ValueError, since it would be dr
     trajectory   {"model": str, "times": [S], "tokens": [S][L] of str, "confidence": [S][L] in [0, 1]}, one text, the argmax at every
                  solver step; a time is that of the state the step reads
     judge        {"order", "symbols", "training_characters", "contexts_checked": int, "sum_error": float (see judge.sum_error)}
-    commands     [str, …], that lead from nothing to this page
+    commands     [str, …], that lead from the text sources to this page
     versions     {package: version}
 """
 
@@ -56,7 +58,8 @@ def write_report(data: dict[str, Any], out: Path | str) -> None:
         raise ValueError(f"the report has no place for {', '.join(unknown)}")
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     page = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    page.filters |= {"fixed": fixed, "count": count, "gibibytes": gibibytes, "duration": duration, "visible": visible}
+    page.filters |= {"fixed": fixed, "error": error, "count": count, "gibibytes": gibibytes}
+    page.filters |= {"duration": duration, "visible": visible, "blank": blank}
     parts = {part: data.get(part) for part in PARTS}
     Path(out).write_text(page.get_template("report.html.j2").render(**parts, **_view(data)), encoding="utf-8")
 
@@ -66,6 +69,23 @@ def fixed(value: float | None, digits: int = 3) -> str:
     if value is None:
         return "–"
     return f"{value:.{digits}f}" if math.isfinite(value) else "undefined"
+
+
+def error(value: float | None) -> str:
+    """' ± 0.021', with a digit that is not zero; nothing for what is exact or has no error given."""
+    if value is None or value < 1e-9:  # rounding of what is the same in every text
+        return ""
+    return f" ± {value:.3f}" if not value < 0.0005 else f" ± {value:.0e}"
+
+
+def blank(text: str) -> str:
+    """What a text of nothing but white space is, in words, '(128 spaces)'; nothing for any other."""
+    if text.strip():
+        return ""
+    kinds = [(text.count(" "), "space"), (text.count("\n"), "line break")]
+    kinds.append((len(text) - sum(number for number, _ in kinds), "other white space"))
+    named = [f"{number} {name}{'s' if number > 1 and not name.startswith('other') else ''}" for number, name in kinds if number]
+    return f"({' and '.join(named)})" if named else "(no characters)"
 
 
 def count(value: float | None) -> str:

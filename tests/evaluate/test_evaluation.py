@@ -11,6 +11,7 @@ import pytest
 from megaflow.data.stream import TokenStream
 from megaflow.evaluate.evaluation import evaluate, judged, table
 from megaflow.evaluate.generate import load_run
+from megaflow.train import checkpoint as checkpoints
 from megaflow.train import run as runs
 
 QUICK = {"steps": [1, 3], "samples": 6, "rows": 24, "draws": 2, "seed": 0}
@@ -116,6 +117,36 @@ class TestComputedOnce:
         assert cli("evaluate", directory, *OPTIONS, "--seed", 1).code == 0
         assert json.loads(file.read_text())["step"] == 45
 
+    def test_a_run_trained_afresh_to_the_same_step_is_computed(self, copied, cli):
+        """To the same place, as well: nothing but the weights tells the two apart."""
+        directory = copied("coded", "autoregressive")
+        assert cli("evaluate", directory, *OPTIONS).code == 0
+        expected = json.loads((directory / "evaluation.json").read_text())["likelihood"]["nats_per_token"]
+        found = checkpoints.newest(directory)
+        found.averaged = {name: 0.5 * value for name, value in found.averaged.items()}
+        checkpoints.save(directory, found, keep=1)
+        assert cli("evaluate", directory, *OPTIONS).code == 0
+        result = json.loads((directory / "evaluation.json").read_text())
+        assert result["step"] == 40 and result["likelihood"]["nats_per_token"] != expected
+
+    @pytest.mark.parametrize("content", ["", "{", "[]", "null"])
+    def test_a_damaged_result_is_measured_anew(self, copied, evaluated, cli, content):
+        expected = evaluated("coded", "autoregressive")
+        directory = copied("coded", "autoregressive")
+        (directory / "evaluation.json").write_text(content)
+        told = cli("evaluate", directory, *OPTIONS)
+        assert told.code == 0 and "Traceback" not in told.err
+        assert json.loads((directory / "evaluation.json").read_text())["likelihood"] == expected["likelihood"]
+
+    def test_the_judge_of_other_shards_is_not_used(self, copied, evaluated, cli):
+        evaluated("coded", "autoregressive")
+        directory = copied("coded", "autoregressive")
+        result = json.loads((directory / "evaluation.json").read_text())
+        (directory / "evaluation.json").write_text(json.dumps(result | {"shards": "others"}))
+        (directory / "judge.npz").write_text("of other text")
+        assert cli("evaluate", directory, *OPTIONS).code == 0
+        assert json.loads((directory / "evaluation.json").read_text())["reference"] == result["reference"]
+
     def test_the_same_numbers_from_scratch(self, evaluated, copied, cli):
         """Everything is a function of checkpoint, shards and seed."""
         expected = evaluated("coded")
@@ -129,9 +160,14 @@ class TestComputedOnce:
 
 
 class TestOptions:
-    def test_json_elsewhere(self, trained, cli, tmp_path):
-        told = cli("evaluate", trained("coded", "autoregressive"), *OPTIONS, "--json", tmp_path / "out.json")
-        assert told.code == 0 and json.loads((tmp_path / "out.json").read_text())["kind"] == "autoregressive"
+    def test_json_elsewhere_as_well(self, copied, cli, tmp_path):
+        """The result is kept in the run and copied to the file, whether it was computed just now or before."""
+        directory = copied("coded", "autoregressive")
+        (directory / "evaluation.json").unlink(missing_ok=True)
+        for name in ("first.json", "second.json"):
+            told = cli("evaluate", directory, *OPTIONS, "--json", tmp_path / name)
+            assert told.code == 0 and json.loads((tmp_path / name).read_text())["kind"] == "autoregressive"
+            assert (tmp_path / name).read_text() == (directory / "evaluation.json").read_text()
 
     @pytest.mark.parametrize(
         "options, words",
@@ -139,13 +175,28 @@ class TestOptions:
             (["--steps", "1,x"], "--steps: 'x' is not a positive whole number"),
             (["--steps", "0"], "--steps: '0' is not a positive whole number"),
             (["--steps", "1,,2"], "--steps: '' is not"),
-            (["--samples", "0"], "must be positive whole numbers"),
-            (["--rows", "-1"], "must be positive whole numbers"),
+            (["--steps", "²"], "--steps: '²' is not a positive whole number"),
+            (["--samples", "0"], "--samples: 0 is not a positive whole number"),
+            (["--rows", "-1"], "--rows: -1 is not a positive whole number"),
+            (["--draws", "0"], "--draws: 0 is not a positive whole number"),
+            (["--draws", "1"], "--draws: 1 draw of noise and time per row has no error estimate; give 2 or more"),
+            (["--json", "no/such/folder.json"], "--json no/such/folder.json: there is no folder no/such; make it first"),
+            (["--json", "/"], "--json /: this is a folder"),
         ],
     )
-    def test_bad_ones(self, trained, cli, options, words):
+    def test_bad_ones_are_refused_before_anything_is_loaded(self, trained, cli, monkeypatch, options, words):
+        monkeypatch.setattr("megaflow.evaluate.evaluation.load_run", lambda directory: pytest.fail("loaded"))
         told = cli("evaluate", trained("coded"), *options)
         assert told.code == 2 and words in told.err and told.err.count("\n") == 1
+
+    def test_a_place_that_cannot_be_written_is_refused_first(self, trained, cli, monkeypatch, tmp_path):
+        monkeypatch.setattr("megaflow.evaluate.evaluation.os.access", lambda path, mode: Path(path) != tmp_path)
+        told = cli("evaluate", trained("coded"), *OPTIONS, "--json", tmp_path / "out.json")
+        assert told.code == 2 and f"{tmp_path} is not writable" in told.err and told.err.count("\n") == 1
+
+    def test_one_draw_is_enough_where_nothing_is_drawn(self, copied, cli):
+        """The baseline's likelihood is exact."""
+        assert cli("evaluate", copied("coded", "autoregressive"), *OPTIONS[:-1], "1").code == 0
 
     def test_no_run(self, cli, tmp_path):
         told = cli("evaluate", tmp_path / "no")
@@ -163,6 +214,18 @@ def test_judged_is_the_mean_over_characters_not_over_texts(trained):
     texts = judged(run, rows, judge)["texts"]
     expected = sum(bits(judge, text).sum() for text in texts) / sum(map(len, texts))
     assert judged(run, rows, judge)["judge_bits_per_char"] == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_error_of_the_entropy_is_that_of_a_mean_over_texts(trained):
+    from megaflow.evaluate.evaluation import fitted_judge
+
+    run = load_run(trained("coded"))
+    rows = [[40, 41], [40, 40], [40, 41], [42, 42, 42]]
+    entropies = np.array([1.0, 0.0, 1.0, 0.0]) * math.log(2)
+    found = judged(run, rows, fitted_judge(run))
+    assert found["entropy"] == pytest.approx(entropies.mean())
+    assert found["entropy_standard_error"] == pytest.approx(entropies.std(ddof=1) / 2)
+    assert judged(run, rows[:1], fitted_judge(run))["entropy_standard_error"] is None
 
 
 def test_nothing_of_training_is_touched(trained, evaluated):

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from megaflow.evaluate.evaluation import evaluate
+from megaflow.evaluate.gather import commands, curve
+from megaflow.train import checkpoint as checkpoints
 
 STEPS = [1, 2, 4, 16, 64]
 
@@ -92,6 +94,79 @@ class TestWhole:
         assert f"{found['flow_bound_bits_per_char']:.3f}" in page and f"{found['autoregressive_bits_per_char']:.3f}" in page
         assert "order 6" in page and "flow map" in page and page.count("<svg") >= 5
 
+    def test_the_page_is_in_words(self, folder, cli):
+        cli("report", folder)
+        page = (folder / "report.html").read_text()
+        source = json.loads((folder / "data" / "prepared.json").read_text())["sources"][0]
+        assert f"and the text: {source['name']} ({source['bytes']:,} bytes, sha256 {source['sha256'][:12]}…)." in page
+        for raw in ("train flow", "evaluate flow_map", "bpe vocabulary", "± 0.000"):
+            assert raw not in page
+        for words in (
+            "distil the flow map",
+            "of a byte-pair vocabulary with 300 entries",
+            "variational bound of validation rows",
+            "not nats",
+        ):
+            assert words in page
+
+    def test_the_commands_are_those_that_were_run(self, folder):
+        """With every option of the evaluations."""
+        found = commands(folder)
+        assert all(command.startswith("megaflow ") for command in found)
+        assert f"megaflow evaluate {folder / 'flow'} --steps 1,2,4,16,64 --samples 3 --rows 8 --draws 2 --seed 0" in found
+        assert found[-1] == f"megaflow report {folder}" and len(found) == len(set(found))
+
+    def test_every_start_is_a_command(self, part_of):
+        path = part_of("data", "flow")
+        written = json.loads((path / "flow" / "run.json").read_text())
+        first = {**written["starts"][0], "command": ["megaflow", "pretrain", "a b.yaml"]}
+        written["starts"] = [first, first, {**first, "command": ["megaflow", "pretrain", "a b.yaml", "train.steps=9"]}]
+        (path / "flow" / "run.json").write_text(json.dumps(written))
+        assert commands(path)[1:3] == ["megaflow pretrain 'a b.yaml'", "megaflow pretrain 'a b.yaml' train.steps=9"]
+
+
+class TestOtherWeights:
+    def refused(self, cli, path, words):
+        told = cli("report", path)
+        assert (told.code, told.out) == (2, "") and told.err.count("\n") == 1
+        assert f"{path / 'flow'}: its evaluation is {words}" in told.err and f"megaflow evaluate {path / 'flow'} mends it" in told.err
+        assert not (path / "report.html").exists()
+
+    def test_a_run_that_was_continued(self, part_of, cli):
+        path = part_of("data", "flow")
+        found = checkpoints.newest(path / "flow")
+        found.state["step"] = 6
+        checkpoints.save(path / "flow", found, keep=2)
+        self.refused(cli, path, "of step 4, not of its newest checkpoint (step 6)")
+
+    def test_a_run_that_was_trained_afresh_to_the_same_step(self, part_of, cli):
+        path = part_of("data", "flow")
+        found = checkpoints.newest(path / "flow")
+        found.averaged = {name: 0.5 * value for name, value in found.averaged.items()}
+        checkpoints.save(path / "flow", found, keep=2)
+        self.refused(cli, path, "of other weights, not of its newest checkpoint (step 4)")
+
+    def test_a_damaged_evaluation(self, part_of, cli):
+        path = part_of("data", "flow")
+        (path / "flow" / "evaluation.json").write_text("{")
+        self.refused(cli, path, "of other weights")
+
+
+class TestCurves:
+    @pytest.mark.parametrize("weighting, axis", [("adaptive", "objective (adaptive weights)"), ("none", "divergence (nats per token)")])
+    def test_the_map_s_objective_is_nats_only_without_weights(self, part_of, weighting, axis):
+        run = part_of("flow_map") / "flow_map"
+        written = (run / "config.yaml").read_text()
+        (run / "config.yaml").write_text(written.replace("weighting: adaptive", f"weighting: {weighting}"))
+        assert curve("flow_map", run)["axis"] == axis
+
+    def test_a_flow_s_dots_are_its_bound_if_it_has_one(self, part_of):
+        run = part_of("flow") / "flow"
+        assert curve("flow", run)["validation_is"] == "validation: bound"
+        written = (run / "metrics.jsonl").read_text()
+        (run / "metrics.jsonl").write_text(written.replace("validation_standard_error", "other"))
+        assert curve("flow", run)["validation_is"] == "validation: even in log-SNR"
+
 
 class TestMissing:
     def test_a_flow_alone(self, part_of, cli):
@@ -119,7 +194,7 @@ class TestMissing:
         (tmp_path / "empty").mkdir()
         for path, words in (
             (tmp_path / "empty", "no finished run among flow, autoregressive, flow_map"),
-            (part_of("flow"), "there is no folder"),
+            (part_of("flow"), "there is no folder of this name"),
         ):
             told = cli("report", path)
             assert told.code == 2 and words in told.err and told.err.count("\n") == 1

@@ -93,8 +93,9 @@ class TestSettings:
             ("flow", ["--gamma", "-0.1"], "--gamma: -0.1 is not between 0 and 1"),
             ("flow", ["--steps", "0"], "--steps: 0 is not a positive number"),
             ("flow", ["--count", "0"], "--count: 0 is not a positive number"),
-            ("flow", ["--temperature", "0"], "--temperature: 0.0 is not above 0"),
-            ("flow", ["--temperature", "nan"], "--temperature: nan is not above 0"),
+            ("flow", ["--temperature", "0"], "--temperature: 0.0 is not a finite number above 0"),
+            ("flow", ["--temperature", "inf"], "--temperature: inf is not a finite number above 0"),
+            ("flow", ["--temperature", "nan"], "--temperature: nan is not a finite number above 0"),
             ("autoregressive", ["--steps", "4"], "is autoregressive"),
             ("autoregressive", ["--method", "ode"], "is autoregressive"),
             ("autoregressive", ["--gamma", "0.5"], "is autoregressive"),
@@ -110,6 +111,25 @@ class TestSettings:
         for path, words in ((tmp_path / "no", "no such directory"), (shards("coded"), "not a run directory"), (empty, "no checkpoint yet")):
             told = cli("sample", path)
             assert told.code == 2 and words in told.err and str(path) in told.err and told.err.count("\n") == 1
+
+    def test_shards_that_are_elsewhere(self, copied, shards, cli, tmp_path, monkeypatch):
+        """A relative data.path counts from where the run was started: the sentence says where that is, if it can be seen."""
+        directory = copied("coded")
+        place = directory.parent
+        config = (directory / "config.yaml").read_text()
+        (directory / "config.yaml").write_text(config.replace(str(shards("coded")), "some/data"))
+        (tmp_path / "elsewhere").mkdir()
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        for command in ("sample", "evaluate"):
+            told = cli(command, directory)
+            assert told.code == 2 and "run this command in the folder that the run was started in" in told.err
+            assert told.err.count("\n") == 1 and "data.path" not in told.err
+        shutil.copytree(shards("coded"), place / "some" / "data")
+        assert f"run this command in {place}\n" in cli("sample", directory).err
+        monkeypatch.chdir(place)
+        assert cli("sample", directory, "--count", 1, "--steps", 1).code == 0
+        (directory / "config.yaml").write_text(config.replace(str(shards("coded")), "/no/data"))
+        assert "are not at /no/data; put them back there" in cli("sample", directory).err
 
     def test_the_temperature_reaches_the_posterior(self, trained):
         """Near zero a baseline writes its most likely tokens, whatever the seed; hot, it draws almost evenly."""

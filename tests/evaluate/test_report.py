@@ -205,6 +205,37 @@ def test_white_space_in_tokens_is_visible():
     assert [report.visible(token) for token in (" the", "\n", " ", "", "a\tb")] == [" the", "↵", "␣", "∅", "a⇥b"]
 
 
+def test_a_text_of_white_space_is_described():
+    assert [report.blank(text) for text in (" " * 128, "\n \n", "\t", "", " a ")] == [
+        "(128 spaces)", "(1 space and 2 line breaks)", "(1 other white space)", "(no characters)", "",
+    ]  # fmt: skip
+
+
+def test_a_blank_text_is_no_empty_box(data, tmp_path):
+    other = {"samples": copy.deepcopy(data["samples"])}
+    other["samples"]["flow"]["1"]["texts"] = [" " * 128] * 3
+    assert "every text is the same (128 spaces)" in words_of(render(other, tmp_path))
+
+
+def test_exact_numbers_have_no_error():
+    assert [report.error(value) for value in (None, 0.0, 2e-16, 0.021, 0.0002)] == ["", "", "", " ± 0.021", " ± 2e-04"]
+
+
+def test_a_curve_is_called_what_it_is(data, tmp_path):
+    """The labels of a panel and the sentence below it are those of the curve."""
+    curves = copy.deepcopy(data["curves"])
+    curves["flow"] |= {"axis": "nats", "loss_is": "the line", "validation_is": "the dots", "meaning": "line and dots are two things"}
+    before = re.findall(r"<svg.*?</svg>", render({"curves": data["curves"]}, tmp_path), flags=re.S)
+    page = render({"curves": curves}, tmp_path)
+    after = re.findall(r"<svg.*?</svg>", page, flags=re.S)
+    assert [a == b for a, b in zip(before, after, strict=True)] == [False, True, True]
+    assert "Flow: line and dots are two things." in words_of(page)
+
+
+def test_the_commands_need_the_text_sources(page):
+    assert "From the text sources named above, the commands at the end of the page reproduce it" in words_of(page)
+
+
 def test_a_running_mean_keeps_a_constant_and_skips_what_is_not_finite():
     np.testing.assert_allclose(figures._running_mean(np.full(30, 2.0), 7), 2.0)
     values = np.array([1.0, np.nan, 3.0, 5.0])

@@ -1,0 +1,40 @@
+"""RUN/evaluation.json: what was measured, and of which weights.
+
+`evaluate` measures anew what is not of the run's present weights, and `report` refuses it.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megaflow.train import checkpoint as checkpoints
+from megaflow.train.run import read_json
+
+FILE = "evaluation.json"
+MEASURED = ("averaged", "stage")  # the files of a checkpoint that numbers depend on: weights and clock
+
+
+def weights_of(run: Path, step: int) -> dict[str, Any]:
+    """What identifies a checkpoint's weights: its step and the hashes of its files. A run that was trained afresh has others."""
+    manifest = read_json(checkpoints.folder(run, step) / "manifest.json")
+    return {"step": step, "weights": {name: manifest[f"{name}.safetensors"]["sha256"] for name in MEASURED}}
+
+
+def newest_weights(run: Path) -> dict[str, Any] | None:
+    """`weights_of` the checkpoint that an evaluation would take now: the newest intact one. Raises UserError."""
+    found = checkpoints.newest(run, MEASURED)
+    return None if found is None else weights_of(run, found.state["step"])
+
+
+def read(run: Path) -> dict[str, Any]:
+    """The run's evaluation; empty where there is none, or its file is damaged, which is as good as none."""
+    try:
+        found = json.loads((run / FILE).read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def is_of(found: dict[str, Any], identity: dict[str, Any] | None) -> bool:
+    """Whether an evaluation has this identity."""
+    return identity is not None and {key: found.get(key) for key in identity} == identity

@@ -160,7 +160,7 @@ class TextDiT(nn.Module):
         found: list[Tensor] = []
         if self.table is not None and self.widen is not None:
             flat = belief_embedding(self.code, self.log_prior, y.flatten(0, 1), _per_token(s, y), self.table)
-            found.append(self.widen(windows(flat.view(*y.shape[:2], -1), self.neighbors, self.neighbors, lengths)))
+            found.append(self.widen(windows(flat.view(*y.shape[:2], flat.shape[-1]), self.neighbors, self.neighbors, lengths)))
         if self.state is not None:
             found.append(self.state((y * self.state_scale(s)).to(self.state.weight.dtype)))
         return sum(found[1:], found[0])
@@ -174,7 +174,7 @@ class TextDiT(nn.Module):
         gain = (HOT_GAIN / self.code.leverage.mean().sqrt()).expand(y.shape[0] * y.shape[1])
         gain = torch.maximum(gain, channel_strength(_per_token(s, y)).to(gain.dtype))
         hot = belief_embedding(self.code, self.log_prior, y.flatten(0, 1), _per_token(s, y), self.map_table, gain)
-        return self.map_widen(windows(hot.view(*y.shape[:2], -1), self.neighbors, self.neighbors, lengths))
+        return self.map_widen(windows(hot.view(*y.shape[:2], hot.shape[-1]), self.neighbors, self.neighbors, lengths))
 
     def state_scale(self, s: Tensor) -> Tensor:
         """One over the known rms of y at time s, (B, 1, 1): sqrt((s^2 mean leverage + (1 - s)^2 d_c) / d_c), a frame's Gram being I."""

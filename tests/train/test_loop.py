@@ -143,7 +143,7 @@ class TestOverrides:
             "distill.boundary_fraction=0",
             "distill.boundary_fraction=1",
             "distill.weighting=none",
-            "distill.state_input=hot_belief",
+            "distill.state_input=linear",
             "distill.state_input=none",
             "optim.name=muon",
             "parallel.zero=1",

@@ -1,6 +1,6 @@
 """What the trunk should read: linear against belief input, with an autoregressive reference, on equal trunk, tokens and seeds.
 
-    python tools/belief_table.py runs/quickstart/data --out runs/belief_table [--steps 700] [--seeds 3]
+    python tools/belief_table.py runs/quickstart/data --out runs/belief_table [--steps 400] [--map-steps 150] [--seeds 3]
 
 Trains every variant with the ordinary command and configs/quickstart/flow.yaml, then flow maps from the belief flow that read the
 state in different ways, evaluates all of them, and writes OUT/table.md and OUT/table.json. Killed, it goes on where it was.
@@ -52,8 +52,8 @@ def main() -> None:
     parser.add_argument("data", help="prepared shards")
     parser.add_argument("--out", type=Path, default=Path("runs/belief_table"))
     parser.add_argument("--config", default="configs/quickstart/flow.yaml")
-    parser.add_argument("--steps", type=int, default=700)
-    parser.add_argument("--map-steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--map-steps", type=int, default=150)
     parser.add_argument("--seeds", type=int, default=3)
     arguments = parser.parse_args()
     common = [f"data.path={arguments.data}", "log.wandb=off", "train.checkpoint_every=100"]

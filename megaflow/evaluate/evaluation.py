@@ -47,7 +47,7 @@ def evaluate(
     check(Path(directory), steps, samples, rows, draws, out)
     run = load_run(directory)
     settings = {"steps": steps, "samples": samples, "rows": rows, "draws": draws, "seed": seed}
-    identity = {**kept.weights_of(run.directory, run.checkpoint.state["step"]), "shards": shards_of(run), "settings": settings}
+    identity = {**kept.weights_of(run.checkpoint), "shards": shards_of(run), "settings": settings}
     result = kept.read(run.directory)
     if not kept.is_of(result, identity):
         if result.get("shards") != identity["shards"]:

@@ -8,22 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from megaflow.train import checkpoint as checkpoints
-from megaflow.train.run import read_json
+from megaflow.train.checkpoint import Checkpoint
 
 FILE = "evaluation.json"
-MEASURED = ("averaged", "stage")  # the files of a checkpoint that numbers depend on: weights and clock
 
 
-def weights_of(run: Path, step: int) -> dict[str, Any]:
-    """What identifies a checkpoint's weights: its step and the hashes of its files. A run that was trained afresh has others."""
-    manifest = read_json(checkpoints.folder(run, step) / "manifest.json")
-    return {"step": step, "weights": {name: manifest[f"{name}.safetensors"]["sha256"] for name in MEASURED}}
+def weights_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What identifies a checkpoint's weights: its step and the hash of its files. A run that was trained afresh has another."""
+    return {"step": checkpoint.state["step"], "weights": checkpoint.sha256}
 
 
 def newest_weights(run: Path) -> dict[str, Any] | None:
     """`weights_of` the checkpoint that an evaluation would take now: the newest intact one. Raises UserError."""
-    found = checkpoints.newest(run, MEASURED)
-    return None if found is None else weights_of(run, found.state["step"])
+    found = checkpoints.newest(run, ("averaged", "stage"))
+    return None if found is None else weights_of(found)
 
 
 def read(run: Path) -> dict[str, Any]:

@@ -55,6 +55,7 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--samples", type=int, default=64, help="texts per step count (default 64)")
     evaluate.add_argument("--rows", type=int, default=256, help="validation rows of the likelihood (default 256)")
     evaluate.add_argument("--draws", type=int, default=8, help="draws of noise and time per row, at least 2 for a flow (default 8)")
+    evaluate.add_argument("--temperature", type=float, default=1.0, help="of the posteriors that write samples, above 0 (default 1)")
     evaluate.add_argument("--seed", type=int, default=0, help="of noise and draws (default 0)")
     evaluate.add_argument("--json", metavar="FILE", default=None, help="write the JSON to this file as well")
 
@@ -121,7 +122,8 @@ def run(arguments: argparse.Namespace) -> int:
         from megaflow.evaluate.evaluation import evaluate, table
 
         steps = [whole(part, "--steps") for part in arguments.steps.split(",")]
-        print(table(evaluate(arguments.run, steps, arguments.samples, arguments.rows, arguments.draws, arguments.seed, arguments.json)))
+        sizes = arguments.samples, arguments.rows, arguments.draws
+        print(table(evaluate(arguments.run, steps, *sizes, arguments.seed, arguments.temperature, arguments.json)))
         return 0
     from megaflow.evaluate.gather import report
 

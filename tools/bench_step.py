@@ -31,11 +31,10 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from megaflow.config.check import resolve  # noqa: E402
 from megaflow.config.load import assemble  # noqa: E402
-from megaflow.flow import clock as clocks  # noqa: E402
 from megaflow.flow import code as codes  # noqa: E402
 from megaflow.flow.likelihood import Range  # noqa: E402
 from megaflow.model import build  # noqa: E402
-from megaflow.model.parts import Parts  # noqa: E402
+from megaflow.model.parts import Parts, fit_clock, initial_profile  # noqa: E402
 from megaflow.parallel import random  # noqa: E402
 from megaflow.progress import Progress  # noqa: E402
 from megaflow.train.stage import Batch  # noqa: E402
@@ -83,7 +82,8 @@ def side(kind: str, values: dict[str, Any], vocab: int, length: int) -> Side:
         if kind == "map":
             teacher = build.flow_network(config, fixed, device)
             teacher.initialize()
-            stage = MapStage(config, network, teacher, fixed, clocks.uniform())
+            clock = fit_clock(config.flow.clock, fixed, initial_profile(fixed, config.flow.clock, seed=0))  # a flow's own at its start
+            stage = MapStage(config, network, teacher, fixed, clock)
         else:
             stage = FlowStage(config, network, fixed)
     return Side(stage, torch.optim.AdamW(network.parameters(), lr=1e-4), config.train.global_batch, length)

@@ -28,6 +28,7 @@ def resolve(loaded: Loaded, vocab: int) -> Loaded:
     settle(flow, "code_dim", "flow.code_dim", vocab if flow.code == "identity" else min(64, max(2, vocab // 2)))
     settle(model, "input", "model.input", "belief")
     settle(flow, "skip", "flow.skip", "off" if model.input == "linear" and flow.code == "identity" else "on")
+    settle(config.distill, "state_input", "distill.state_input", "linear" if model.input == "linear" else "hot_belief")
     settle(optim, "name", "optim.name", "muon" if config.parallel.zero == 0 and train.precision == "fp32" else "adamw")
     settle(optim, "warmup_steps", "optim.warmup_steps", min(2500, train.steps // 10))
     settle(train, "validate_every", "train.validate_every", max(50, train.steps // 20))
@@ -85,6 +86,12 @@ def contradictions(loaded: Loaded, vocab: int | None = None) -> None:
             "optim.name",
             "parallel.zero",
             "train.precision",
+        )
+    if config.distill.teacher and config.distill.state_input == "hot_belief" and model.input == "linear":
+        refuse(
+            "distill.state_input=hot_belief needs a flow that reads beliefs, and its model.input is linear; use distill.state_input=linear",
+            "distill.state_input",
+            "model.input",
         )
     if config.distill.teacher and config.distill.boundary_fraction and train.global_batch < 4:
         refuse(

@@ -135,7 +135,11 @@ class DistillConfig:
     weighting: str = key("adaptive", "adaptive: detached (|q - p|^2 + c)^-r of the distance to the target", choices=("none", "adaptive"))
     adaptive_power: float = key(0.5, "r of the adaptive weight", low=0.0, high=1.0)
     adaptive_constant: float = key(0.01, "c of the adaptive weight", above=0.0)
-    state_input: str = key("hot_belief", "what the map reads of the state besides the belief", choices=("hot_belief", "linear", "none"))
+    state_input: str = key(
+        "auto",
+        "what the map reads of the state besides; auto: hot_belief where the flow reads beliefs, else linear",
+        choices=("auto", "hot_belief", "linear", "none"),
+    )
 
 
 @dataclass

@@ -21,7 +21,7 @@ from megaflow.data.tokenizer import decode
 from megaflow.errors import UserError
 from megaflow.evaluate import judge as judges
 from megaflow.evaluate import kept
-from megaflow.evaluate.generate import Run, generate, load_run, text_of
+from megaflow.evaluate.generate import Run, check_temperature, generate, load_run, text_of
 from megaflow.evaluate.judge import Judge
 from megaflow.flow.likelihood import Estimate, RangeTooShort
 from megaflow.model.autoregressive import Autoregressive
@@ -40,13 +40,21 @@ SHOWN_TEXTS = 8
 
 
 def evaluate(
-    directory: str | Path, steps: list[int], samples: int, rows: int, draws: int, seed: int, out: str | None = None
+    directory: str | Path,
+    steps: list[int],
+    samples: int,
+    rows: int,
+    draws: int,
+    seed: int,
+    temperature: float = 1.0,
+    out: str | None = None,
 ) -> dict[str, Any]:
     """Evaluate a run, write RUN/evaluation.json, and copy it to `out`. Raises UserError."""
     began = time.monotonic()
     check(Path(directory), steps, samples, rows, draws, out)
+    check_temperature(temperature)
     run = load_run(directory)
-    settings = {"steps": steps, "samples": samples, "rows": rows, "draws": draws, "seed": seed}
+    settings = {"steps": steps, "samples": samples, "rows": rows, "draws": draws, "seed": seed, "temperature": temperature}
     identity = {**kept.weights_of(run.checkpoint), "shards": shards_of(run), "settings": settings}
     result = kept.read(run.directory)
     if not kept.is_of(result, identity):
@@ -89,7 +97,9 @@ def as_json(result: dict[str, Any]) -> str:
 
 def measure(run: Run, identity: dict[str, Any], began: float) -> dict[str, Any]:
     """Everything an evaluation holds, from the start."""
-    steps, samples, rows, draws, seed = (identity["settings"][key] for key in ("steps", "samples", "rows", "draws", "seed"))
+    settings = identity["settings"]
+    steps, samples, rows, draws, seed = (settings[key] for key in ("steps", "samples", "rows", "draws", "seed"))
+    temperature = settings["temperature"]
     held_out = validation(run, rows)
     judge = fitted_judge(run)
     result: dict[str, Any] = {
@@ -109,12 +119,12 @@ def measure(run: Run, identity: dict[str, Any], began: float) -> dict[str, Any]:
         "reference": reference(run, held_out, judge, samples, seed),
     }
     if run.parts is None:
-        result["samples"]["autoregressive"] = judged(run, generate(run, samples, None, "autoregressive", 1.0, None, seed), judge)
+        result["samples"]["autoregressive"] = judged(run, generate(run, samples, None, "autoregressive", temperature, None, seed), judge)
     else:
         progress = Progress(f"samples {run.directory.name}", sum(steps), "steps")
         for done, count in enumerate(steps):
             method = "flow_map" if run.is_map else "ode"
-            result["samples"][str(count)] = judged(run, generate(run, samples, count, method, 1.0, None, seed), judge)
+            result["samples"][str(count)] = judged(run, generate(run, samples, count, method, temperature, None, seed), judge)
             progress.update(sum(steps[: done + 1]))
         result["profile"] = profile(run)
         result["trajectory"] = trajectory(run, seed)
@@ -275,7 +285,8 @@ def trajectory(run: Run, seed: int, steps: int = 16) -> dict[str, Any]:
 def table(result: dict[str, Any]) -> str:
     """The evaluation as a person reads it."""
     found = result["likelihood"]
-    lines = [f"{result['run']}  step {result['step']}  {result['kind']}"]
+    temperature = result["settings"]["temperature"]
+    lines = [f"{result['run']}  step {result['step']}  {result['kind']}" + (f"  temperature {temperature:g}" if temperature != 1.0 else "")]
     if found["kind"] == "none":
         lines.append(f"likelihood        none: {found['reason']}")
     else:

@@ -244,6 +244,6 @@ def commands(directory: Path) -> list[str]:
     for name in RUNS:
         if settings := kept.read(directory / name).get("settings"):
             steps = ",".join(map(str, settings["steps"]))
-            others = [text for key in ("samples", "rows", "draws", "seed") for text in (f"--{key}", str(settings[key]))]
+            others = [text for key in ("samples", "rows", "draws", "seed", "temperature") for text in (f"--{key}", str(settings[key]))]
             found.append(["megaflow", "evaluate", str(directory / name), "--steps", steps, *others])
     return [shlex.join(command) for command in [*found, ["megaflow", "report", str(directory)]]]

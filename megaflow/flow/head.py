@@ -219,10 +219,13 @@ def divergence(
     target: a chunk's place among the tokens -> its target (n, V), asked for once a chunk; chunks hold whole rows of `whole` tokens.
     """
 
+    scratch = Buffer()
+
     def measure(z: Tensor, part: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         p, log_q = target(part), torch.log_softmax(z, -1, out=z)
         # clamp and log together cost a fifth of xlogy, which no vector instruction does
-        losses = p.clamp(min=torch.finfo(p.dtype).tiny).log_().sub_(log_q).mul_(p).sum(-1)
+        log_p = torch.clamp(p, min=torch.finfo(p.dtype).tiny, out=scratch(p, *p.shape)).log_()
+        losses = log_p.sub_(log_q).mul_(p).sum(-1)
         gradient = log_q.exp_().sub_(p)
         w = weight[part].to(z.dtype)
         if reweight is not None:

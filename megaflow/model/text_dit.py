@@ -4,7 +4,8 @@
 
 The condition is a fixed bounded function of the real times: log-SNR, clipped to the range of the bound and scaled to [0, 1], ends
 included; never a clock that is being refitted. A flow map adds an embedding of t whose last layer starts at zero, so that it starts
-as its teacher's denoiser at s.
+as its teacher's denoiser at s. The table that beliefs are embedded by stays its teacher's: what a state says is seen once, for the
+teacher and for every end t.
 """
 
 import math
@@ -44,6 +45,20 @@ class Shape:
         return 2 * self.neighbors + 1
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What a state says, embedded by the table: the part of reading it that costs a pass over the vocabulary.
+
+    belief: (B, L, d_e), None where no beliefs are read; hot: (B, L, d_e), a flow map's hot belief, None where it reads none.
+    """
+
+    belief: Tensor | None
+    hot: Tensor | None
+
+    def __getitem__(self, rows: slice) -> "Seen":
+        return Seen(None if self.belief is None else self.belief[rows], None if self.hot is None else self.hot[rows])
+
+
 class TimeEmbedding(nn.Module):
     """(B,) times in [0, 1] to (B, CONDITION): Fourier features of the scaled log-SNR and a small MLP."""
 
@@ -71,7 +86,8 @@ class TextDiT(nn.Module):
     """code, log_prior (V,) and span are fixed parts of the flow, kept in fp32 beside the weights.
 
     reads: which of 'belief' and 'linear' (a linear reading of y) enter the trunk; map_reads: None for a plain flow, else what a
-    flow map reads besides, times (t - s) / (1 - s) and therefore silent on the diagonal: 'linear', 'hot_belief' or 'none'.
+    flow map reads besides, times (t - s) / (1 - s) and therefore silent on the diagonal: 'linear', 'hot_belief' (where beliefs are
+    read) or 'none'. A flow map's table gets no gradient.
     """
 
     def __init__(
@@ -88,11 +104,11 @@ class TextDiT(nn.Module):
         super().__init__()
         self.code, self.log_prior, self.span, self.skip = code, log_prior, span, skip
         self.reads, self.map_reads, self.neighbors = reads, map_reads, shape.neighbors
-        self.table = nn.Parameter(torch.empty(shape.vocab, shape.belief_dim)) if "belief" in reads else None
+        table = nn.Parameter(torch.empty(shape.vocab, shape.belief_dim), requires_grad=map_reads is None)
+        self.table = table if "belief" in reads else None
         self.widen = nn.Linear(shape.window * shape.belief_dim, shape.hidden, bias=False) if "belief" in reads else None
         self.state = nn.Linear(code.dim, shape.hidden, bias=False) if "linear" in reads else None
         self.map_state = nn.Linear(shape.window * code.dim, shape.hidden, bias=False) if map_reads == "linear" else None
-        self.map_table = nn.Parameter(torch.empty(shape.vocab, shape.belief_dim)) if map_reads == "hot_belief" else None
         self.map_widen = nn.Linear(shape.window * shape.belief_dim, shape.hidden, bias=False) if map_reads == "hot_belief" else None
         self.time = TimeEmbedding(span)
         self.map_time = TimeEmbedding(span) if map_reads is not None else None
@@ -120,9 +136,7 @@ class TextDiT(nn.Module):
             self.map_time.initialize(zero=True)
         if self.map_state is not None:
             nn.init.zeros_(self.map_state.weight)
-        if self.map_table is not None and self.map_widen is not None:
-            with torch.no_grad():
-                self.map_table.copy_(self.table if self.table is not None else torch.randn_like(self.map_table))
+        if self.map_widen is not None:
             nn.init.zeros_(self.map_widen.weight)
 
     def head(self) -> Head:
@@ -132,49 +146,58 @@ class TextDiT(nn.Module):
         """Flat tokens for the head: hidden (B, L, d), state y (B, L, d_c) and the time s (B,) of the state."""
         return Read(hidden.flatten(0, 1), y.flatten(0, 1), _per_token(s, y))
 
-    def forward(
-        self,
-        y: Tensor,
-        s: Tensor,
-        t: Tensor | None = None,
-        lengths: Tensor | None = None,
-        embedded: Tensor | None = None,
-        ahead: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, y: Tensor, s: Tensor, t: Tensor | None = None, lengths: Tensor | None = None, seen: Seen | None = None) -> Tensor:
         """Hidden states (B, L, d) of psi_{s,t} at y (B, L, d_c). s, t: (B,) real times, fp64; t = None is the diagonal.
 
-        `embedded` is `embed(y, s, lengths)` and `ahead` is `embed_ahead(y, s, lengths)` where the caller has them already: they do not
-        depend on t.
+        `seen` is `see(y, s, t)` where the caller has it already, for this end t or any other after s.
         """
-        x = self.embed(y, s, lengths) if embedded is None else embedded
+        seen = self.see(y, s, t) if seen is None else seen
+        entering: list[Tensor] = []
+        if self.widen is not None:
+            entering.append(self.widen(self.beside(seen.belief, self.widen, lengths)))
+        if self.state is not None:
+            entering.append(self.state((y * self.state_scale(s)).to(self.state.weight.dtype)))
         condition = self.time(s)
         if self.map_time is not None:
             condition = condition + self.map_time(s if t is None else t)
         if t is not None and self.map_reads not in (None, "none"):
-            ahead = self.embed_ahead(y, s, lengths) if ahead is None else ahead
-            x = x + ((t - s) / (1.0 - s))[:, None, None].to(x.dtype) * ahead
-        return self.trunk(x, F.silu(condition), lengths=lengths)
+            if self.map_state is not None:
+                ahead = self.map_state(self.beside(y * self.state_scale(s), self.map_state, lengths))
+            else:
+                assert self.map_widen is not None
+                ahead = self.map_widen(self.beside(seen.hot, self.map_widen, lengths))
+            entering.append(((t - s) / (1.0 - s))[:, None, None].to(ahead.dtype) * ahead)
+        return self.trunk(sum(entering[1:], entering[0]), F.silu(condition), lengths=lengths)
 
-    def embed(self, y: Tensor, s: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """What the trunk reads of a state at time s, wherever it goes from there: (B, L, d)."""
-        found: list[Tensor] = []
-        if self.table is not None and self.widen is not None:
-            flat = belief_embedding(self.code, self.log_prior, y.flatten(0, 1), _per_token(s, y), self.table)
-            found.append(self.widen(windows(flat.view(*y.shape[:2], flat.shape[-1]), self.neighbors, self.neighbors, lengths)))
-        if self.state is not None:
-            found.append(self.state((y * self.state_scale(s)).to(self.state.weight.dtype)))
-        return sum(found[1:], found[0])
+    def see(self, y: Tensor, s: Tensor, t: Tensor | None = None) -> Seen:
+        """What states y (B, L, d_c) at times s (B,) say; with ends t, also what a flow map reads besides of rows with s < t.
 
-    def embed_ahead(self, y: Tensor, s: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """What a flow map reads of the state besides, (B, L, d); it enters times (t - s) / (1 - s), so not at all on the diagonal."""
-        if self.map_state is not None:
-            scaled = (y * self.state_scale(s)).to(self.map_state.weight.dtype)
-            return self.map_state(windows(scaled, self.neighbors, self.neighbors, lengths))
-        assert self.map_table is not None and self.map_widen is not None
-        gain = (HOT_GAIN / self.code.leverage.mean().sqrt()).expand(y.shape[0] * y.shape[1])
-        gain = torch.maximum(gain, channel_strength(_per_token(s, y)).to(gain.dtype))
-        hot = belief_embedding(self.code, self.log_prior, y.flatten(0, 1), _per_token(s, y), self.map_table, gain)
-        return self.map_widen(windows(hot.view(*y.shape[:2], hot.shape[-1]), self.neighbors, self.neighbors, lengths))
+        The hot belief is the posterior of a channel read as if it were sharper, c at least HOT_GAIN over the code's mean norm. Where c is
+        that large the two are the same, and cost nothing; nor does the hot belief of a row that stays, which does not enter.
+        """
+        if self.table is None:
+            return Seen(None, None)
+        belief = self.embed_belief(y, s)
+        if t is None or self.map_widen is None:
+            return Seen(belief, None)
+        gain = HOT_GAIN / self.code.leverage.mean().sqrt()
+        moving = (t > s) & (channel_strength(s) < gain)
+        hot = belief.clone()
+        hot[moving] = self.embed_belief(y[moving], s[moving], gain)
+        return Seen(belief, hot)
+
+    def embed_belief(self, y: Tensor, s: Tensor, gain: Tensor | None = None) -> Tensor:
+        """belief @ table, (B, L, d_e), of a channel of strength `gain` instead of its own if given."""
+        assert self.table is not None
+        times = _per_token(s, y)
+        gain = None if gain is None else gain.expand(len(times))
+        flat = belief_embedding(self.code, self.log_prior, y.flatten(0, 1), times, self.table, gain)
+        return flat.view(*y.shape[:2], flat.shape[-1])
+
+    def beside(self, x: Tensor | None, layer: nn.Linear, lengths: Tensor | None) -> Tensor:
+        """Every position of x (B, L, d) beside its neighbours, in the precision of the layer that reads it."""
+        assert x is not None
+        return windows(x.to(layer.weight.dtype), self.neighbors, self.neighbors, lengths)
 
     def state_scale(self, s: Tensor) -> Tensor:
         """One over the known rms of y at time s, (B, 1, 1): sqrt((s^2 mean leverage + (1 - s)^2 d_c) / d_c), a frame's Gram being I."""

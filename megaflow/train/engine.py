@@ -102,15 +102,17 @@ def step(engine: Any) -> float:
 
 
 def weights(engine: Any) -> dict[str, Tensor]:
-    """Full fp32 weight of every parameter, by name. A collective call where ZeRO shards."""
+    """Full fp32 weight of every parameter, frozen ones included, by name. A collective call where ZeRO shards."""
     from deepspeed.utils import safe_get_full_fp32_param
 
     full = _named(engine)
     if all(p.dtype == torch.float32 for p in full.values()):
         return {name: p.detach() for name, p in full.items()}
+    found = {name: p.detach().float() for name, p in full.items() if not p.requires_grad}
+    trained = {name: p for name, p in full.items() if p.requires_grad}
     if not _sharded(engine):
-        return {name: _master(engine, p).detach() for name, p in full.items()}
-    return {name: safe_get_full_fp32_param(p).view_as(p) for name, p in full.items()}
+        return found | {name: _master(engine, p).detach() for name, p in trained.items()}
+    return found | {name: safe_get_full_fp32_param(p).view_as(p) for name, p in trained.items()}
 
 
 def moments(engine: Any) -> dict[str, Tensor]:
@@ -119,6 +121,8 @@ def moments(engine: Any) -> dict[str, Tensor]:
 
     found: dict[str, Tensor] = {}
     for name, p in _named(engine).items():
+        if not p.requires_grad:
+            continue
         if _sharded(engine):
             found |= {f"{key}.{name}": safe_get_full_optimizer_state(p, key).view_as(p) for key in ADAM_MOMENTS}
         else:
@@ -135,6 +139,8 @@ def restore(engine: Any, weight: dict[str, Tensor], moment: dict[str, Tensor], s
         _make_optimizer_states(engine, steps)
     for name, p in _named(engine).items():
         p.copy_(weight[name])
+        if not p.requires_grad:
+            continue
         values = {key: moment[f"{key}.{name}"].to(p.device) for key in MOMENTS if f"{key}.{name}" in moment}
         if _sharded(engine):
             safe_set_full_fp32_param(p, weight[name].to(p.device))
@@ -163,7 +169,7 @@ def _master(engine: Any, p: nn.Parameter) -> Tensor:
 
 
 def _named(engine: Any) -> dict[str, nn.Parameter]:
-    return {name.removeprefix("network."): p for name, p in engine.module.named_parameters() if p.requires_grad}
+    return {name.removeprefix("network."): p for name, p in engine.module.named_parameters()}
 
 
 def _wrapped(engine: Any) -> bool:
@@ -181,7 +187,8 @@ def _undo_first_step(engine: Any) -> None:
     """DeepSpeed's unsharded bf16 optimizer makes its state by a step without gradients, which counts as one and decays the weights."""
     engine.optimizer.state.clear()
     for p in _named(engine).values():
-        _master(engine, p).copy_(p)
+        if p.requires_grad:
+            _master(engine, p).copy_(p)
 
 
 def _make_optimizer_states(engine: Any, steps: int) -> None:

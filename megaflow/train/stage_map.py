@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from megaflow.config.schema import Config
 from megaflow.flow import flow_map
@@ -25,7 +24,7 @@ from megaflow.flow.interpolant import noisy_state, transport
 from megaflow.flow.likelihood import RangeTooShort
 from megaflow.model.bound import bound_of_rows
 from megaflow.model.parts import Parts
-from megaflow.model.text_dit import TextDiT
+from megaflow.model.text_dit import Seen, TextDiT
 from megaflow.parallel import random
 from megaflow.train.stage import Batch, cells, noise
 
@@ -61,19 +60,15 @@ class MapStage:
         split = int((kinds == DIAGONAL).sum())
         y, times = y[order], flow_map.Times(*(x[order] for x in times))
         lengths = None if batch.lengths is None else batch.lengths[order]
-        embedded, ahead = self.network.embed(y, times.s, lengths), None
-        if self.network.map_reads not in (None, "none"):  # where it goes nowhere a row does not read what lies ahead
-            moving = self.network.embed_ahead(y[split:], times.s[split:], None if lengths is None else lengths[split:])
-            ahead = F.pad(moving, (0, 0, 0, 0, split, 0))
-        hidden = self.network(y, times.s, times.t, lengths, embedded, ahead)
+        seen = self.network.see(y, times.s, times.t)  # with nothing trained in it: the teacher and every target see the same
+        hidden = self.network(y, times.s, times.t, lengths, seen)
         losses, observed = [], torch.zeros(2, 2, dtype=torch.float64)
         for index, part in enumerate((slice(0, split), slice(split, len(order)))):
             if part.start == part.stop:
                 continue
             some = None if lengths is None else lengths[part]
-            at = y[part], flow_map.Times(*(x[part] for x in times)), some
-            seen = embedded[part].detach(), None if ahead is None else ahead[part].detach()
-            target = self.diagonal_target(*at) if index == 0 else self.semigroup_target(*at, *seen)
+            at = y[part], flow_map.Times(*(x[part] for x in times)), some, seen[part]
+            target = self.diagonal_target(*at) if index == 0 else self.semigroup_target(*at)
             read = self.network.read(hidden[part], y[part], times.s[part])
             weight = batch.weight.view(batch.ids.shape)[order[part]].flatten()
             whole = 1 if index == 0 else y.shape[1]
@@ -90,18 +85,15 @@ class MapStage:
         return partial(flow_map.adaptive_weight, power=distill.adaptive_power, constant=distill.adaptive_constant)
 
     @torch.no_grad()
-    def diagonal_target(self, y: Tensor, times: flow_map.Times, lengths: Tensor | None) -> Callable[[slice], Tensor]:
+    def diagonal_target(self, y: Tensor, times: flow_map.Times, lengths: Tensor | None, seen: Seen) -> Callable[[slice], Tensor]:
         """The frozen teacher's posterior at (y, s), by chunks of tokens."""
-        read, psi = self.teacher.read(self.teacher(y, times.s, lengths=lengths), y, times.s), heads.probabilities(self.teacher.head())
+        hidden, psi = self.teacher(y, times.s, lengths=lengths, seen=seen), heads.probabilities(self.teacher.head())
+        read = self.teacher.read(hidden, y, times.s)
         return lambda tokens: psi(read[tokens])
 
-    def semigroup_target(
-        self, y: Tensor, times: flow_map.Times, lengths: Tensor | None, embedded: Tensor, ahead: Tensor | None
-    ) -> Callable[[slice], Tensor]:
+    def semigroup_target(self, y: Tensor, times: flow_map.Times, lengths: Tensor | None, seen: Seen) -> Callable[[slice], Tensor]:
         """The identity's right side from the live network, by chunks of whole rows: psi_{s,u} at y is followed to the next state and
-        mixed with psi_{u,t} there while it is at hand, as it is too large to be kept for all rows.
-
-        `embedded` and `ahead` are what the network read of y for the graded pass; the first term reads the same.
+        mixed with psi_{u,t} there while it is at hand, as it is too large to be kept for all rows. `seen` is what y says at s.
         """
         length, network = y.shape[1], self.network
         first, second = heads.probabilities(network.head()), heads.probabilities(network.head())
@@ -109,11 +101,10 @@ class MapStage:
         @torch.no_grad()
         def target(tokens: slice) -> Tensor:
             rows = slice(tokens.start // length, tokens.stop // length)
-            (s, u, t), seen = (x[rows] for x in times), None if lengths is None else lengths[rows]
-            hidden = network(y[rows], s, u, seen, embedded[rows], None if ahead is None else ahead[rows])
-            from_s = first(network.read(hidden, y[rows], s))
+            (s, u, t), some = (x[rows] for x in times), None if lengths is None else lengths[rows]
+            from_s = first(network.read(network(y[rows], s, u, some, seen[rows]), y[rows], s))
             midway = transport(y[rows], s, u, mean(self.parts.code, from_s).view(y[rows].shape))
-            from_u = second(network.read(network(midway, u, t, seen), midway, u))
+            from_u = second(network.read(network(midway, u, t, some), midway, u))
             share = flow_map.semigroup_share(s, u, t).to(y.dtype).repeat_interleave(length)
             return from_u.lerp_(from_s, share[:, None])
 

@@ -145,6 +145,10 @@ class TestContradictions:
             ({"flow.skip": "off", "flow.code": "frame"}, ["flow.skip=off", "flow.code=frame"]),
             ({"optim.name": "muon", "parallel.zero": 1}, ["optim.name=muon", "parallel.zero=0", "optim.name=adamw"]),
             ({"optim.name": "muon", "train.precision": "bf16"}, ["optim.name=muon", "train.precision=fp32", "optim.name=adamw"]),
+            (
+                {"distill.teacher": "x", "distill.state_input": "hot_belief", "model.input": "linear"},
+                ["distill.state_input=hot_belief", "model.input", "distill.state_input=linear"],
+            ),
             ({"distill.teacher": "x", "train.global_batch": 3}, ["train.global_batch=3", "4"]),
         ],
     )
@@ -153,6 +157,10 @@ class TestContradictions:
             resolve(loaded(*values.items()), LARGE)
         assert str(error.value).startswith("test: ")
         assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
+
+    @pytest.mark.parametrize("reads, state_input", [("belief", "hot_belief"), ("both", "hot_belief"), ("linear", "linear")])
+    def test_a_map_reads_hot_what_its_teacher_reads(self, reads, state_input):
+        assert resolve(loaded(("model.input", reads), ("distill.teacher", "x")), LARGE).config.distill.state_input == state_input
 
     def test_flow_keys_do_not_concern_the_baseline(self):
         contradictions(resolve(loaded(("model.family", "autoregressive")), LARGE), LARGE)

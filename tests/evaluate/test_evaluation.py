@@ -14,7 +14,7 @@ from megaflow.evaluate.generate import load_run
 from megaflow.train import checkpoint as checkpoints
 from megaflow.train import run as runs
 
-QUICK = {"steps": [1, 3], "samples": 6, "rows": 24, "draws": 2, "seed": 0}
+QUICK = {"steps": [1, 3], "samples": 6, "rows": 24, "draws": 2, "seed": 0, "temperature": 1.0}
 OPTIONS = ["--steps", "1,3", "--samples", "6", "--rows", "24", "--draws", "2"]
 RUNS = [("char", "flow"), ("coded", "flow"), ("documents", "flow"), ("char", "flow_map"), ("coded", "autoregressive")]
 
@@ -116,6 +116,19 @@ class TestComputedOnce:
         assert cli("pretrain", config("coded"), f"run.dir={directory}", "train.steps=45").code == 0
         assert cli("evaluate", directory, *OPTIONS, "--seed", 1).code == 0
         assert json.loads(file.read_text())["step"] == 45
+
+    @pytest.mark.parametrize("family", ["flow", "autoregressive"])
+    def test_a_temperature_is_of_the_samples_and_not_of_the_likelihood(self, copied, evaluated, family, cli):
+        was, directory = evaluated("coded", family), copied("coded", family)
+        told = cli("evaluate", directory, *OPTIONS, "--temperature", 0.5)
+        assert told.code == 0 and told.out.startswith(f"{directory}  step 40  {family}  temperature 0.5\n")
+        result = json.loads((directory / "evaluation.json").read_text())
+        assert result["likelihood"] == was["likelihood"] and result["reference"] == was["reference"]
+        name = "3" if family == "flow" else "autoregressive"
+        assert result["samples"][name]["texts"] != was["samples"][name]["texts"]
+        assert (
+            cli("evaluate", directory, *OPTIONS, "--temperature", 0).err == "megaflow: --temperature: 0.0 is not a finite number above 0\n"
+        )
 
     def test_a_run_trained_afresh_to_the_same_step_is_computed(self, copied, cli):
         """To the same place, as well: nothing but the weights tells the two apart."""

@@ -113,7 +113,7 @@ class TestWhole:
         """With every option of the evaluations."""
         found = commands(folder)
         assert all(command.startswith("megaflow ") for command in found)
-        assert f"megaflow evaluate {folder / 'flow'} --steps 1,2,4,16,64 --samples 3 --rows 8 --draws 2 --seed 0" in found
+        assert f"megaflow evaluate {folder / 'flow'} --steps 1,2,4,16,64 --samples 3 --rows 8 --draws 2 --seed 0 --temperature 1.0" in found
         assert found[-1] == f"megaflow report {folder}" and len(found) == len(set(found))
 
     def test_every_start_is_a_command(self, part_of):

@@ -6,6 +6,7 @@ States are (n, L, d_c); a time is a number, or one for each row.
 
 import itertools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -132,7 +133,7 @@ class Exact(nn.Module):
         self.toy, self.code, self.skip = toy, code, False
         self.weight, self.bias = nn.Parameter(torch.eye(toy.vocab)), nn.Parameter(torch.zeros(toy.vocab))
 
-    def forward(self, y: Tensor, s: Tensor, t: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
+    def forward(self, y: Tensor, s: Tensor, t: Tensor | None = None, lengths: Tensor | None = None, seen: Any = None) -> Tensor:
         return denoiser(self.toy, y.double(), s.double()).clamp(min=1e-38).log().to(self.weight.dtype)
 
     def head(self) -> Head:

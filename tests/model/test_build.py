@@ -49,7 +49,7 @@ def test_a_flow_map_has_what_the_flow_has_and_more(config, parts, reads):
     flow, flow_map = build.flow_network(config, parts, CPU), build.flow_network(config, parts, CPU, is_map=True)
     more = set(flow_map.state_dict()) - set(flow.state_dict())
     assert set(flow.state_dict()) < set(flow_map.state_dict())
-    own = {"linear": {"map_state"}, "hot_belief": {"map_table", "map_widen"}, "none": set()}[reads]
+    own = {"linear": {"map_state"}, "hot_belief": {"map_widen"}, "none": set()}[reads]
     assert {name.split(".")[0] for name in more} == {"map_time"} | own
 
 

@@ -19,7 +19,7 @@ from megaflow.flow.interpolant import noisy_state, time_of
 from megaflow.flow.likelihood import Range, information_range
 from megaflow.model import parts as made
 from megaflow.model.parts import Parts
-from megaflow.model.text_dit import Shape, TextDiT, TimeEmbedding
+from megaflow.model.text_dit import HOT_GAIN, Shape, TextDiT, TimeEmbedding
 from megaflow.train.stage import Batch
 from megaflow.train.stage_flow import FlowStage
 from megaflow.train.stage_map import MapStage
@@ -90,28 +90,74 @@ def test_a_fresh_flow_map_is_its_teachers_denoiser(kind, map_reads):
         assert torch.equal(student(y, s, t), teacher(y, s))
 
 
+def entering(network: TextDiT, y: Tensor, s: Tensor, t: Tensor | None = None) -> Tensor:
+    """What the network hands to its trunk."""
+    caught: list[Tensor] = []
+    hook = network.trunk.register_forward_pre_hook(lambda module, arguments: caught.append(arguments[0]))
+    network(y, s, t)
+    hook.remove()
+    return caught[0]
+
+
 @pytest.mark.parametrize("map_reads", ["linear", "hot_belief"])
 def test_what_a_map_reads_besides_is_silent_on_the_diagonal(map_reads):
     network = stirred(make(map_reads=map_reads))
     y, s = some_states(network)
-    ahead, entered = network.embed_ahead(y, s), []
-    network.trunk.register_forward_pre_hook(lambda module, arguments: entered.append(arguments[0]))
-    for t in (s, s + 0.25 * (1.0 - s), torch.ones_like(s)):
-        network(y, s, t)
-    at_rest, part, full = (x - network.embed(y, s) for x in entered)
-    assert (at_rest == 0.0).all() and ahead.abs().amax((1, 2)).min() > 0.01
-    torch.testing.assert_close(part, 0.25 * ahead, rtol=0, atol=1e-5)
-    torch.testing.assert_close(full, ahead, rtol=0, atol=1e-5)
+    at_rest, part, full = (entering(network, y, s, t) - entering(network, y, s) for t in (s, s + 0.25 * (1.0 - s), torch.ones_like(s)))
+    assert (at_rest == 0.0).all() and full.abs().amax((1, 2)).min() > 0.01
+    torch.testing.assert_close(part, 0.25 * full, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("map_reads", ["linear", "hot_belief"])
 def test_what_lies_ahead_is_read_of_the_neighbours_too(map_reads):
     network = stirred(make(map_reads=map_reads, neighbors=1))
     y, s = some_states(network)
-    other = y.clone()
+    other, end = y.clone(), torch.ones_like(s)
     other[:, 2] += 1.0
-    reached = (network.embed_ahead(y, s) - network.embed_ahead(other, s)).abs().amax((0, 2)) > 0.0
+    ahead, moved = (entering(network, x, s, end) - entering(network, x, s) for x in (y, other))
+    reached = (ahead - moved).abs().amax((0, 2)) > 1e-5
     assert reached.tolist() == [abs(i - 2) <= 1 for i in range(LENGTH)]
+
+
+def test_the_hot_belief_is_that_of_a_sharper_channel_until_the_channel_is_as_sharp():
+    network = stirred(make(map_reads="hot_belief"))
+    gain = HOT_GAIN / network.code.leverage.mean().sqrt()
+    reached = 0.5 * (2.0 + 1.0 / gain - ((2.0 + 1.0 / gain) ** 2 - 4.0).sqrt()).double()  # where t / (1 - t)^2 is the gain
+    s = torch.tensor([0.0, 0.2, reached - 1e-3, reached + 1e-3, 0.9], dtype=torch.float64)
+    y = torch.randn(5, LENGTH, DIM, generator=torch.Generator().manual_seed(0))
+    seen = network.see(y, s, torch.ones_like(s))
+    times = s.float()[:, None].expand(5, LENGTH).flatten()
+    sharp, own = (channel.belief(network.code, network.log_prior, y.flatten(0, 1), times, g) for g in (gain.expand(5 * LENGTH), None))
+    torch.testing.assert_close(seen.belief, (own @ network.table).view(5, LENGTH, -1))
+    torch.testing.assert_close(seen.hot[:3], (sharp @ network.table).view(5, LENGTH, -1)[:3])
+    apart = (seen.hot - seen.belief).abs().amax((1, 2))
+    assert apart[:2].min() > 0.1 and 0.0 < apart[2] < 0.1 and (apart[3:] == 0.0).all()
+    assert torch.equal(network.see(y, s, s).hot, seen.belief) and network.see(y, s).hot is None
+
+
+@pytest.mark.parametrize("map_reads", MAP_READS)
+def test_what_is_seen_once_serves_every_end_and_the_teacher(map_reads):
+    network, teacher = stirred(make(map_reads=map_reads)), stirred(make(), seed=8)
+    with torch.no_grad():
+        network.table.copy_(teacher.table)
+    y, s = some_states(network)
+    seen = network.see(y, s, torch.ones_like(s))
+    for t in (None, s, s + 0.3 * (1.0 - s), torch.ones_like(s)):
+        some = network(y[1:3], s[1:3], None if t is None else t[1:3], seen=seen[1:3])
+        assert torch.equal(network(y, s, t, seen=seen), network(y, s, t))
+        torch.testing.assert_close(some, network(y, s, t)[1:3])
+    assert torch.equal(teacher(y, s, seen=seen), teacher(y, s))
+
+
+@pytest.mark.parametrize("map_reads", MAP_READS)
+def test_a_map_s_table_is_its_teacher_s_and_gets_no_gradient(map_reads):
+    network = make(map_reads=map_reads)
+    y, s = some_states(network)
+    network(y, s, torch.ones_like(s)).square().sum().backward()
+    assert network.table.grad is None and network.widen.weight.grad is not None
+    flow = make()
+    flow(y, s).square().sum().backward()
+    assert flow.table.grad is not None
 
 
 @pytest.mark.parametrize("map_reads", MAP_READS)
@@ -160,8 +206,10 @@ def test_the_linear_reading_is_of_unit_size(kind):
     torch.testing.assert_close(rms, torch.ones(5), rtol=0, atol=0.03)
 
 
-@pytest.mark.parametrize("map_reads", [None, "linear", "hot_belief"])
-@pytest.mark.parametrize("reads", INPUTS, ids="+".join)
+READINGS = [(reads, map_reads) for reads in INPUTS for map_reads in (None, "linear", "hot_belief")]
+
+
+@pytest.mark.parametrize("reads, map_reads", [pair for pair in READINGS if pair != (("linear",), "hot_belief")])
 @pytest.mark.parametrize("neighbors", [0, 2])
 def test_padding_does_not_reach_counted_tokens(reads, map_reads, neighbors):
     network = stirred(make(reads=reads, map_reads=map_reads, neighbors=neighbors))
@@ -184,7 +232,7 @@ def test_the_input_layer_reads_its_neighbours(neighbors):
     y, s = some_states(network)
     other = y.clone()
     other[3, 2] += 1.0
-    reached = (network.embed(y, s) - network.embed(other, s)).abs().amax(-1)[3] > 0.0
+    reached = (entering(network, y, s) - entering(network, other, s)).abs().amax(-1)[3] > 0.0
     assert reached.tolist() == [abs(i - 2) <= neighbors for i in range(LENGTH)]
 
 

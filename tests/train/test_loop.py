@@ -73,6 +73,12 @@ class TestARun:
         map_stage, teacher = (checkpoints.newest(trained("char", family)).stage for family in ("flow_map", "flow"))
         assert all(torch.equal(map_stage[name], teacher[name]) for name in ("clock_times", "clock_tau"))
 
+    def test_a_map_reads_beliefs_by_its_teacher_s_table(self, trained):
+        found, teacher = (checkpoints.newest(trained("coded", family)) for family in ("flow_map", "flow"))
+        assert torch.equal(found.averaged["table"], teacher.averaged["table"])
+        assert torch.equal(found.weights["table"], teacher.averaged["table"]) and "exp_avg.table" not in found.moments
+        assert not torch.equal(found.averaged["widen.weight"], teacher.averaged["widen.weight"])
+
     def test_the_clock_was_refitted_and_is_in_the_checkpoint(self, trained):
         directory = trained("coded")
         before, after = (checkpoints.read(checkpoints.folder(directory, step)).stage for step in (30, 40))

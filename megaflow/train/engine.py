@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from megaflow.config.schema import Config, OptimConfig
 from megaflow.parallel.mesh import Mesh
-from megaflow.train.optimizer import Together, make
+from megaflow.train.optimizer import make
 
 ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
 MOMENTS = (*ADAM_MOMENTS, "momentum_buffer")
@@ -126,7 +126,7 @@ def moments(engine: Any) -> dict[str, Tensor]:
         if _sharded(engine):
             found |= {f"{key}.{name}": safe_get_full_optimizer_state(p, key).view_as(p) for key in ADAM_MOMENTS}
         else:
-            found |= {f"{key}.{name}": value for key, value in _state(engine, p).items() if key != "step"}
+            found |= {f"{key}.{name}": value for key, value in engine.optimizer.state[_master(engine, p)].items() if key != "step"}
     return found
 
 
@@ -147,17 +147,12 @@ def restore(engine: Any, weight: dict[str, Tensor], moment: dict[str, Tensor], s
             for key, value in values.items():
                 safe_set_full_optimizer_state(p, value, key)
         else:
-            _master(engine, p).copy_(weight[name])
-            state = _state(engine, p)
+            master = _master(engine, p)
+            master.copy_(weight[name])
+            state = engine.optimizer.state[master]
             state |= {key: value.clone() for key, value in values.items()}
             if "exp_avg" in values:
                 state["step"] = torch.tensor(float(steps))
-
-
-def _state(engine: Any, p: nn.Parameter) -> dict[str, Any]:
-    """An unsharded parameter's optimizer state, itself and not a copy."""
-    optimizer = engine.optimizer
-    return optimizer.state_of(p) if isinstance(optimizer, Together) else optimizer.state[_master(engine, p)]
 
 
 def _master(engine: Any, p: nn.Parameter) -> Tensor:

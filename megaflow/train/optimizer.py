@@ -2,7 +2,7 @@
 
 Muon (Jordan et al. 2024; torch.optim.Muon) moves a weight matrix by its orthogonalised momentum. Flows leave the plateau on which they
 know no more than the unigram law several times sooner with it (docs/pretraining.md has the figures). It needs whole matrices,
-which ZeRO's flat slices and bf16 engine are not: config/check.py refuses those together.
+which ZeRO's flat slices are not: config/check.py refuses those together.
 """
 
 from collections.abc import Callable
@@ -16,24 +16,18 @@ from megaflow.config.schema import OptimConfig
 
 
 class Together(torch.optim.Optimizer):
-    """Several optimizers that look like one to DeepSpeed: param_groups and state are those of all parts."""
+    """Several optimizers that look like one to DeepSpeed: param_groups and state are those of all parts, the same objects."""
 
     def __init__(self, parts: list[torch.optim.Optimizer]) -> None:
         super().__init__([p for part in parts for group in part.param_groups for p in group["params"]], {})
         self.parts = parts
         self.param_groups = [group for part in parts for group in part.param_groups]
+        for part in parts:
+            part.state = self.state
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         for part in self.parts:
             part.step()
-
-    def state_of(self, p: Tensor) -> dict[str, Any]:
-        """The state of a parameter, in the part that owns it; a parameter has none before its first step."""
-        return next(part.state[p] for part in self.parts if p in part.state or owns(part, p))
-
-
-def owns(optimizer: torch.optim.Optimizer, p: Tensor) -> bool:
-    return any(p is q for group in optimizer.param_groups for q in group["params"])
 
 
 def make(network: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:

@@ -92,15 +92,14 @@ class TestTogether:
             group["lr"] = 0.0
         assert all(torch.equal(a, b) for a, b in zip(train(network, [optimizer]), before, strict=True))
 
-    def test_state_of_is_the_state_itself(self, network):
+    def test_its_state_is_that_of_the_parts_itself(self, network):
         optimizer = make(network, OPTIM)
-        assert isinstance(optimizer, Together)
-        assert all(len(optimizer.state_of(p)) == 0 for p in network.parameters())
+        assert isinstance(optimizer, Together) and not optimizer.state
         train(network, [optimizer], steps=1)
-        assert set(optimizer.state_of(network.block["qkv"].weight)) == {"momentum_buffer"}
-        assert set(optimizer.state_of(network.gain)) == {"step", "exp_avg", "exp_avg_sq"}
+        assert set(optimizer.state[network.block["qkv"].weight]) == {"momentum_buffer"}
+        assert set(optimizer.state[network.gain]) == {"step", "exp_avg", "exp_avg_sq"}
         before = network.gain.detach().clone()
-        optimizer.state_of(network.gain)["exp_avg"].zero_()
+        optimizer.state[network.gain]["exp_avg"].zero_()
         network.zero_grad(set_to_none=False)
         optimizer.parts[1].param_groups[0]["weight_decay"] = 0.0
         optimizer.step()

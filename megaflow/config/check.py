@@ -29,7 +29,7 @@ def resolve(loaded: Loaded, vocab: int) -> Loaded:
     settle(model, "input", "model.input", "belief")
     settle(flow, "skip", "flow.skip", "off" if model.input == "linear" and flow.code == "identity" else "on")
     settle(config.distill, "state_input", "distill.state_input", "linear" if model.input == "linear" else "hot_belief")
-    settle(optim, "name", "optim.name", "muon" if config.parallel.zero == 0 else "adamw")
+    settle(optim, "name", "optim.name", "muon")
     settle(optim, "warmup_steps", "optim.warmup_steps", min(2500, train.steps // 10))
     settle(train, "validate_every", "train.validate_every", max(50, train.steps // 20))
     found = Loaded(config, origin)
@@ -79,12 +79,6 @@ def contradictions(loaded: Loaded, vocab: int | None = None) -> None:
                 "flow.skip",
                 "flow.code",
             )
-    if config.optim.name == "muon" and config.parallel.zero:
-        refuse(
-            "optim.name=muon orthogonalises whole matrices, which are flat slices under ZeRO; use parallel.zero=0, or optim.name=adamw",
-            "optim.name",
-            "parallel.zero",
-        )
     if config.distill.teacher and config.distill.state_input == "hot_belief" and model.input == "linear":
         refuse(
             "distill.state_input=hot_belief needs a flow that reads beliefs, and its model.input is linear; use distill.state_input=linear",

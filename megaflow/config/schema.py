@@ -94,7 +94,7 @@ class FlowConfig:
 class OptimConfig:
     name: str = key(
         "auto",
-        "adamw, or muon for the matrices of the blocks and adamw for the rest; auto: muon where it can run (ZeRO 0)",
+        "adamw, or muon for the matrices of the blocks and adamw for the rest; auto: muon",
         choices=("auto", "adamw", "muon"),
     )
     learning_rate: float = key(3e-3, "peak learning rate", above=0.0)

@@ -3,7 +3,7 @@
     checkpoints/step-00001200/
         weights.safetensors    every parameter
         averaged.safetensors   its exponential moving average: what evaluation and distillation use
-        moments.safetensors    AdamW's two moments
+        moments.safetensors    the optimizer's moments
         stage.safetensors      what the stage must keep (the clock and its profile)
         state.json             step, tokens and seconds so far
         manifest.json          SHA-256 and size of each file above

@@ -1,24 +1,27 @@
 """DeepSpeed's engine from a config, and logical weights and moments out of it and into it again.
 
 DeepSpeed is the engine in every case, one process on a CPU included. What is kept of it is what no layout owns: for every parameter
-name the full fp32 weight and AdamW's two moments. They go into checkpoints and come back under any ZeRO stage and any number of
+name the full fp32 weight and the optimizer's moments. They go into checkpoints and come back under any ZeRO stage and any number of
 data-parallel processes.
 """
 
 import logging
 import os
 import warnings
+from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from megaflow.config.schema import Config, OptimConfig
 from megaflow.parallel.mesh import Mesh
-from megaflow.train.optimizer import make
+from megaflow.train.optimizer import Piece, Together, make
 
 ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
-MOMENTS = (*ADAM_MOMENTS, "momentum_buffer")
+MUON_MOMENTS = ("momentum_buffer",)
+MOMENTS = (*ADAM_MOMENTS, *MUON_MOMENTS)
 
 
 def quiet_deepspeed() -> Any:
@@ -65,7 +68,11 @@ def start(trainee: Trainee, config: Config, mesh: Mesh, micro: int, accumulation
     deepspeed.init_distributed("nccl" if mesh.device.type == "cuda" else "gloo", verbose=False, dist_init_required=False)
     deepspeed.utils.groups._WORLD_GROUP = None  # it keeps its clone of the group that an earlier run in this process has left
     engine, *_ = deepspeed.initialize(model=trainee, optimizer=optimizer, config=settings)
-    if _wrapped(engine) and not _sharded(engine):
+    if _sharded(engine):
+        _make_optimizer_states(engine)
+        if isinstance(optimizer, Together):
+            _slice_muon(engine, optimizer)
+    elif _wrapped(engine):
         _undo_first_step(engine)
     return engine
 
@@ -120,11 +127,12 @@ def moments(engine: Any) -> dict[str, Tensor]:
     from deepspeed.utils import safe_get_full_optimizer_state
 
     found: dict[str, Tensor] = {}
+    kinds = _kinds(engine) if _sharded(engine) else {}
     for name, p in _named(engine).items():
         if not p.requires_grad:
             continue
         if _sharded(engine):
-            found |= {f"{key}.{name}": safe_get_full_optimizer_state(p, key).view_as(p) for key in ADAM_MOMENTS}
+            found |= {f"{key}.{name}": safe_get_full_optimizer_state(p, key).view_as(p) for key in kinds[p]}
         else:
             found |= {f"{key}.{name}": value for key, value in engine.optimizer.state[_master(engine, p)].items() if key != "step"}
     return found
@@ -136,7 +144,7 @@ def restore(engine: Any, weight: dict[str, Tensor], moment: dict[str, Tensor], s
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
     if _sharded(engine):
-        _make_optimizer_states(engine, steps)
+        _set_steps(engine, steps)
     for name, p in _named(engine).items():
         p.copy_(weight[name])
         if not p.requires_grad:
@@ -186,12 +194,48 @@ def _undo_first_step(engine: Any) -> None:
             _master(engine, p).copy_(p)
 
 
-def _make_optimizer_states(engine: Any, steps: int) -> None:
-    """AdamW makes its state at its first step; make it now, so that there is something to restore into."""
-    inner = engine.optimizer.optimizer
-    for group in inner.param_groups:
+def _make_optimizer_states(engine: Any) -> None:
+    """Optimizers make their state at their first step, and DeepSpeed links it to the parameters' names after that of the first group.
+
+    Made now, there is something to restore into, and the groups after the first are linked too.
+    """
+    for group in engine.optimizer.param_groups:
         for flat in group["params"]:
-            if not inner.state[flat]:
-                inner.state[flat] = {key: torch.zeros_like(flat) for key in ADAM_MOMENTS}
-            inner.state[flat]["step"] = torch.tensor(float(steps))
+            engine.optimizer.state[flat] = {key: torch.zeros_like(flat) for key in _moments_of(group)}
+            if "exp_avg" in _moments_of(group):
+                engine.optimizer.state[flat]["step"] = torch.tensor(0.0)
     engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def _set_steps(engine: Any, steps: int) -> None:
+    """AdamW's count of steps, by which it corrects its moments."""
+    for group in engine.optimizer.param_groups:
+        for flat in group["params"]:
+            if "step" in engine.optimizer.state[flat]:
+                engine.optimizer.state[flat]["step"].fill_(float(steps))
+
+
+def _moments_of(group: dict[str, Any]) -> tuple[str, ...]:
+    return MUON_MOMENTS if "momentum" in group else ADAM_MOMENTS
+
+
+def _kinds(engine: Any) -> dict[nn.Parameter, tuple[str, ...]]:
+    """The moments that each parameter of a sharded engine has: those of its group."""
+    groups = zip(engine.optimizer.param_groups, engine.optimizer.bit16_groups, strict=True)
+    return {p: _moments_of(group) for group, params in groups for p in params}
+
+
+def _slice_muon(engine: Any, optimizer: Together) -> None:
+    """Tell Muon what this process's slice holds of each matrix, as DeepSpeed maps parameters to slices. A collective call."""
+    matrices = engine.optimizer.bit16_groups[0]  # those of Together's first part
+    group = matrices[0]._dp_group
+    holders = torch.tensor([float(p._hp_mapping is not None) for p in matrices], device=matrices[0].device)
+    dist.all_reduce(holders, group=group)
+    pieces = []
+    for p, cut in zip(matrices, (holders > 1).tolist(), strict=True):
+        if p._hp_mapping is not None:
+            inside, flat = p._hp_mapping.lp_fragment_address, p._hp_mapping.hp_fragment_address
+            pieces.append(Piece(p.shape, inside.start, inside.numel, flat.start, cut))
+        elif cut:
+            pieces.append(Piece(p.shape, 0, 0, 0, cut))
+    optimizer.slice_muon(pieces, partial(dist.all_reduce, group=group))

@@ -143,7 +143,6 @@ class TestContradictions:
             ({"flow.code": "identity", "flow.code_dim": 64}, ["flow.code=identity", "4096", "flow.code_dim=64"]),
             ({"flow.code": "frame", "flow.code_dim": 4096}, ["flow.code=frame", "flow.code_dim", "4096", "flow.code=identity"]),
             ({"flow.skip": "off", "flow.code": "frame"}, ["flow.skip=off", "flow.code=frame"]),
-            ({"optim.name": "muon", "parallel.zero": 1}, ["optim.name=muon", "parallel.zero=0", "optim.name=adamw"]),
             (
                 {"distill.teacher": "x", "distill.state_input": "hot_belief", "model.input": "linear"},
                 ["distill.state_input=hot_belief", "model.input", "distill.state_input=linear"],
@@ -195,9 +194,9 @@ class TestBatchSplit:
             batch_split(config, processes)
 
 
-@pytest.mark.parametrize("overrides, name", [([], "muon"), (["parallel.zero=1"], "adamw"), (["train.precision=bf16"], "muon")])
-def test_the_optimizer_follows_the_layout(tmp_path, overrides, name):
-    """Muon where it can run, so that a change of layout or precision alone trains."""
+@pytest.mark.parametrize("overrides", [[], ["parallel.zero=1"], ["parallel.zero=2"], ["train.precision=bf16"]])
+def test_the_optimizer_does_not_depend_on_the_layout(tmp_path, overrides):
+    """So that a run goes on when only its layout is changed."""
     path = tmp_path / "c.yaml"
     path.write_text("{}")
-    assert resolve(load(path, overrides), 27).config.optim.name == name
+    assert resolve(load(path, overrides), 27).config.optim.name == "muon"

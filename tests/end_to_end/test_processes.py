@@ -32,18 +32,22 @@ def here(words: list[str]) -> None:
     assert getattr(stages, words[0])(words[1], words[2:]) == 0
 
 
-def check(torchrun, words, tmp_path, kind: str, family: str, zero: int) -> None:
-    """Losses, norms and validations of two processes are those of one to 1e-5; half as many rows at once, so they accumulate too."""
-    optimizer = "optim.name=adamw" if zero else "optim.name=auto"  # Muon, where it can run
-    here(words(kind, family, "one", optimizer))
-    done = torchrun(2, *words(kind, family, "two", optimizer, f"parallel.zero={zero}", "train.micro_batch=2"))
+def check(torchrun, words, tmp_path, kind: str, family: str, zero: int, *overrides: str) -> None:
+    """Losses, norms and validations of two processes are those of one to rounding; half as many rows at once, so they accumulate too.
+
+    By the optimizer that a command takes by itself, Muon and AdamW together. Muon orthogonalises in bf16: the last bit of a gradient
+    becomes the third digit of some steps, without sharding too, and a map's target is made of two passes through the moved network.
+    """
+    tolerance = 5e-5 if family == "flow_map" else 1e-5
+    here(words(kind, family, "one", "optim.name=auto", *overrides))
+    done = torchrun(2, *words(kind, family, "two", "optim.name=auto", *overrides, f"parallel.zero={zero}", "train.micro_batch=2"))
     assert done.returncode == 0, done.stderr
     one, two = (runs.lines(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
     assert [line["step"] for line in two] == [line["step"] for line in one] and len(one) == 10
     for ours, theirs in zip(two, one, strict=True):
         assert ours.keys() == theirs.keys() and ours["tokens"] == theirs["tokens"]
         for name in ours.keys() & {"loss", "validation_loss", "learning_rate"}:
-            assert ours[name] == pytest.approx(theirs[name], rel=1e-5)
+            assert ours[name] == pytest.approx(theirs[name], rel=tolerance)
         if "grad_norm" in ours:
             assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
     assert runs.read_json(tmp_path / "two" / "run.json")["starts"][0]["processes"] == 2
@@ -54,6 +58,23 @@ def test_two_processes_have_the_losses_of_one(torchrun, words, tmp_path, kind, f
     check(torchrun, words, tmp_path, kind, family, zero)
 
 
+@pytest.mark.parametrize("zero", [1, 2])
+def test_a_matrix_that_two_processes_share(torchrun, words, tmp_path, zero):
+    """The border between the slices of three blocks lies within a matrix of the second, which Muon needs whole."""
+    check(torchrun, words, tmp_path, "coded", "autoregressive", zero, "model.layers=3")
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2])
+def test_two_processes_in_bf16(torchrun, words, tmp_path, zero):
+    """Gradients of fewer rows are rounded at other places: the losses of one process without sharding, to what bf16 holds."""
+    overrides = ("optim.name=auto", "train.precision=bf16", "model.layers=3")
+    here(words("coded", "autoregressive", "one", *overrides))
+    done = torchrun(2, *words("coded", "autoregressive", "two", *overrides, f"parallel.zero={zero}"))
+    assert done.returncode == 0, done.stderr
+    one, two = ([line["loss"] for line in runs.lines(tmp_path / name / "metrics.jsonl") if "loss" in line] for name in ("one", "two"))
+    assert two == pytest.approx(one, rel=2e-3) and len(one) == 8
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("kind, family, zero", REST)
 def test_two_processes_have_the_losses_of_one_whatever_they_train(torchrun, words, tmp_path, kind, family, zero):
@@ -62,8 +83,9 @@ def test_two_processes_have_the_losses_of_one_whatever_they_train(torchrun, word
 
 def test_a_run_moves_to_another_layout_in_the_middle(torchrun, words, tmp_path):
     """Four steps on two processes under ZeRO 2, four more on one under ZeRO 0: the curve of one process all along."""
-    here(words("coded", "autoregressive", "one"))
-    both = words("coded", "autoregressive", "moved")
+    overrides = ("optim.name=auto", "model.layers=3")
+    here(words("coded", "autoregressive", "one", *overrides))
+    both = words("coded", "autoregressive", "moved", *overrides)
     done = torchrun(2, *both, "parallel.zero=2")
     assert done.returncode == 0, done.stderr
     directory = tmp_path / "moved"

@@ -91,7 +91,7 @@ def mesh():
         yield joined
 
 
-LAYOUTS = [*(("adamw", zero, precision) for precision in ("fp32", "bf16") for zero in (0, 1, 2)), ("muon", 0, "fp32"), ("muon", 0, "bf16")]
+LAYOUTS = [(name, zero, precision) for name in ("adamw", "muon") for precision in ("fp32", "bf16") for zero in (0, 1, 2)]
 
 
 @pytest.mark.parametrize("name, zero, precision", LAYOUTS)
@@ -126,38 +126,58 @@ class TestRoundTrip:
 
 
 class TestLayouts:
+    @pytest.mark.parametrize("name", ["adamw", "muon"])
     @pytest.mark.parametrize("source, target", [(0, 1), (1, 2), (2, 0)])
-    def test_another_zero_stage_goes_on_the_same_way(self, mesh, source, target):
-        first = Session(small("adamw", source, "fp32"), mesh, seed=1)
+    def test_another_zero_stage_goes_on_the_same_way(self, mesh, name, source, target):
+        first = Session(small(name, source, "fp32"), mesh, seed=1)
         for number in range(3):
             first.step(number)
-        second = Session(small("adamw", target, "fp32"), mesh, seed=2)
+        second = Session(small(name, target, "fp32"), mesh, seed=2)
         engine.restore(second.engine, *first.state(), steps=3)
         for number in (3, 4, 5):
             assert second.step(number) == pytest.approx(first.step(number), rel=1e-6)
 
     @pytest.mark.parametrize(
-        "name, one, other, tolerance",
+        "one, other, tolerance",
         [
-            ("adamw", (0, "fp32"), (1, "fp32"), 1e-6),
-            ("adamw", (0, "fp32"), (2, "fp32"), 1e-6),
-            ("adamw", (0, "bf16"), (1, "bf16"), 1e-6),
-            ("adamw", (0, "bf16"), (2, "bf16"), 1e-6),
-            ("adamw", (0, "fp32"), (0, "bf16"), 2e-3),
-            ("muon", (0, "fp32"), (0, "bf16"), 2e-3),
+            ((0, "fp32"), (1, "fp32"), 1e-6),
+            ((0, "fp32"), (2, "fp32"), 1e-6),
+            ((0, "bf16"), (1, "bf16"), 1e-6),
+            ((0, "bf16"), (2, "bf16"), 1e-6),
+            ((0, "fp32"), (0, "bf16"), 2e-3),
         ],
     )
+    @pytest.mark.parametrize("name", ["adamw", "muon"])
     def test_every_layout_takes_the_same_steps_from_the_first_on(self, mesh, name, one, other, tolerance):
         """ZeRO only shards and bf16 only rounds. DeepSpeed's bf16 optimizer counts a step before the first, which must be undone."""
         first, second = (Session(small(name, *layout), mesh, seed=1) for layout in (one, other))
         for number in range(4):
             assert second.step(number)[0] == pytest.approx(first.step(number)[0], rel=tolerance)
 
+    @pytest.mark.parametrize("name", ["adamw", "muon"])
     @pytest.mark.parametrize("zero", [0, 1, 2])
-    def test_accumulation_changes_nothing(self, mesh, zero):
-        whole, parts = (Session(small("adamw", zero, "fp32"), mesh, seed=1, accumulation=a) for a in (1, 4))
+    def test_accumulation_changes_nothing(self, mesh, name, zero):
+        whole, parts = (Session(small(name, zero, "fp32"), mesh, seed=1, accumulation=a) for a in (1, 4))
         for number in range(3):
             assert parts.step(number) == pytest.approx(whole.step(number), rel=2e-6)
+
+    @pytest.mark.parametrize("precision", ["fp32", "bf16"])
+    @pytest.mark.parametrize("zero", [0, 1, 2])
+    def test_the_gradient_is_clipped_before_muon_and_its_step_is_not(self, mesh, zero, precision):
+        """The momentum after a step is a twentieth of the clipped gradient; an orthogonalised step does not depend on its length."""
+        moved, norms = [], []
+        for clip in (0.0, 1e-3):
+            config = small("muon", zero, precision)
+            config.optim.clip_norm, config.optim.weight_decay = clip, 0.0
+            session = Session(config, mesh, seed=1)
+            before = session.state()[0]
+            assert session.step(0)[1] > 0.1
+            after, moments = session.state()
+            held = {name.partition(".")[2]: value for name, value in moments.items() if name.startswith("momentum_buffer.")}
+            norms.append(torch.cat([value.flatten() for value in held.values()]).norm().item())
+            moved.append(torch.cat([(after[name] - before[name]).flatten() for name in held]))
+        assert norms[0] > 1e-3 and 0.0 < norms[1] < 1.01 * 0.05 * 1e-3
+        assert 0.0 < (moved[0] - moved[1]).norm() < 0.2 * moved[0].norm()  # Newton-Schulz rounds to bf16
 
     @pytest.mark.parametrize("zero", [0, 1, 2])
     def test_the_norm_is_that_of_the_whole_gradient_before_clipping(self, mesh, zero):

@@ -244,6 +244,31 @@ class TestResume:
         train("coded", "flow", f"run.dir={directory}")
         assert json.loads((directory / "summary.json").read_text())["steps"] == 40
 
+    @pytest.mark.parametrize("kind, family", [("coded", "flow"), ("char", "flow_map")])
+    @pytest.mark.parametrize("precision", ["fp32", "bf16"])
+    def test_a_default_run_goes_on_under_other_zero_stages(self, train, kind, family, precision):
+        """Unclipped, every number is that of a run without sharding to the last bit: weights, averages, moments and losses."""
+        moved, undisturbed = self.under_every_zero_stage(train, kind, family, f"train.precision={precision}", "optim.clip_norm=0")
+        assert losses(moved) == losses(undisturbed)
+        ours, theirs = (checkpoints.newest(path) for path in (moved, undisturbed))
+        assert {name.partition(".")[0] for name in ours.moments} == {"exp_avg", "exp_avg_sq", "momentum_buffer"}
+        for part in checkpoints.TENSORS:
+            one, other = getattr(ours, part), getattr(theirs, part)
+            assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+    def test_a_clipped_default_run_does_so_to_rounding(self, train):
+        """ZeRO sums the gradient's norm up in another order."""
+        moved, undisturbed = self.under_every_zero_stage(train, "coded", "flow")
+        assert losses(moved) == pytest.approx(losses(undisturbed), rel=1e-5)
+
+    def under_every_zero_stage(self, train, kind: str, family: str, *overrides: str) -> tuple[Path, Path]:
+        """A run of eight steps without sharding, eight under ZeRO 1, eight under ZeRO 2 and eight without; and one without all along."""
+        overrides = ("optim.name=auto", "optim.schedule=constant", "optim.warmup_steps=4", *overrides)
+        undisturbed = train(kind, family, *overrides, "train.steps=32", name="undisturbed")
+        for steps, zero in ((8, 0), (16, 1), (24, 2), (32, 0)):
+            moved = train(kind, family, *overrides, f"train.steps={steps}", f"parallel.zero={zero}")
+        return moved, undisturbed
+
 
 class TestRefusals:
     def refused(self, told, *words: str, code: int = 2) -> None:

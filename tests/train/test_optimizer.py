@@ -1,11 +1,14 @@
 """Muon for the matrices of the blocks and AdamW for the rest: two optimizers that behave as one."""
 
+import threading
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
 
 from megaflow.config.schema import OptimConfig
-from megaflow.train.optimizer import Together, is_block_matrix, make
+from megaflow.train.optimizer import Piece, SlicedMuon, Together, is_block_matrix, make
 
 
 class Network(nn.Module):
@@ -104,3 +107,81 @@ class TestTogether:
         optimizer.parts[1].param_groups[0]["weight_decay"] = 0.0
         optimizer.step()
         assert torch.equal(network.gain, before)  # no momentum left, and no gradient
+
+
+SHAPES = [(6, 4), (3, 9), (5, 5)]
+SIZES = [rows * columns for rows, columns in SHAPES]
+
+
+def pieces(start: int, end: int, borders: list[int]) -> list[Piece]:
+    """What the slice [start, end) of matrices of SHAPES, laid end to end, holds of each."""
+    found, offset = [], 0
+    for shape, size in zip(SHAPES, SIZES, strict=True):
+        low, high = max(offset, start), min(offset + size, end)
+        cut, count = any(offset < border < offset + size for border in borders), max(high - low, 0)
+        if cut or count:
+            found.append(Piece(torch.Size(shape), low - offset if count else 0, count, low - start if count else 0, cut))
+        offset += size
+    return found
+
+
+def summing(processes: int) -> Callable[[torch.Tensor], None]:
+    """The sum over threads that call it together, in place."""
+    barrier, given = threading.Barrier(processes), {}
+
+    def total(tensor: torch.Tensor) -> None:
+        given[threading.get_ident()] = tensor.clone()
+        barrier.wait(10)
+        tensor.copy_(sum(given.values()))
+        barrier.wait(10)
+
+    return total
+
+
+class TestSlicedMuon:
+    @pytest.mark.parametrize("borders", [[], [24], [51], [30], [10], [1, 2], [24, 51], [10, 40], [10, 20], [28, 36, 50], [60, 75]])
+    def test_slices_take_the_steps_of_whole_matrices(self, borders):
+        """To the last bit, wherever the borders lie: between matrices, within one, and several in the same one; with padding at the end."""
+        settings = dict(lr=0.02, momentum=0.95, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+        padding, draw = 3, torch.Generator().manual_seed(0)
+        start = [torch.randn(shape, generator=draw) for shape in SHAPES]
+        gradients = [[torch.randn(shape, generator=draw) for shape in SHAPES] for _ in range(4)]
+        whole = [nn.Parameter(matrix.clone()) for matrix in start]
+        muon = torch.optim.Muon(whole, **settings)
+        ends = [*borders, sum(SIZES) + padding]
+        total, slices, threads = summing(len(ends)), [], []
+
+        def flat(matrices: list[torch.Tensor]) -> torch.Tensor:
+            return torch.cat([*(matrix.flatten() for matrix in matrices), torch.zeros(padding)])
+
+        def work(weights: nn.Parameter, low: int, high: int) -> None:
+            template = torch.optim.Muon([nn.Parameter(torch.zeros(1, 1))], **settings)
+            template.param_groups[0]["params"] = [weights]
+            template.state[weights]["momentum_buffer"] = torch.zeros_like(weights)
+            sliced = SlicedMuon(template, pieces(low, high, borders), total)
+            for number in range(4):
+                weights.grad = flat(gradients[number])[low:high].clone()
+                sliced.step()
+
+        for low, high in zip([0, *ends], ends, strict=False):
+            slices.append(nn.Parameter(flat(start)[low:high].clone()))
+            threads.append(threading.Thread(target=work, args=(slices[-1], low, high)))
+        for thread in threads:
+            thread.start()
+        for number in range(4):
+            for p, gradient in zip(whole, gradients[number], strict=True):
+                p.grad = gradient
+            muon.step()
+        for thread in threads:
+            thread.join()
+        assert torch.equal(torch.cat([piece.detach() for piece in slices]), flat([p.detach() for p in whole]))
+        assert not any(torch.equal(p, before) for p, before in zip(whole, start, strict=True))
+
+    def test_it_waits_for_a_gradient_of_its_own(self):
+        """ZeRO steps one group after the other; nothing moves or decays, and no momentum fades, in the other's turn."""
+        muon = torch.optim.Muon([nn.Parameter(torch.ones(2, 3))], lr=0.1, weight_decay=0.5)
+        flat = nn.Parameter(torch.ones(6))
+        muon.param_groups[0]["params"] = [flat]
+        muon.state[flat]["momentum_buffer"] = torch.ones(6)
+        SlicedMuon(muon, [Piece(torch.Size((2, 3)), 0, 6, 0, False)], lambda tensor: None).step()
+        assert torch.equal(flat, torch.ones(6)) and torch.equal(muon.state[flat]["momentum_buffer"], torch.ones(6))

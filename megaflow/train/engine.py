@@ -1,8 +1,8 @@
-"""DeepSpeed's engine from a config, and logical weights and moments out of it and into it again.
+"""DeepSpeed's engine from a config, and logical weights, averages and moments out of it and into it again.
 
 DeepSpeed is the engine in every case, one process on a CPU included. What is kept of it is what no layout owns: for every parameter
-name the full fp32 weight and the optimizer's moments. They go into checkpoints and come back under any ZeRO stage and any number of
-data-parallel processes.
+name the full fp32 weight, its moving average and the optimizer's moments. They go into checkpoints and come back under any ZeRO stage
+and any number of data-parallel processes.
 """
 
 import logging
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from megaflow.config.schema import Config, OptimConfig
 from megaflow.parallel.mesh import Mesh
+from megaflow.train import ema
 from megaflow.train.optimizer import Piece, Together, make
 
 ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -110,29 +111,22 @@ def step(engine: Any) -> float:
 
 def weights(engine: Any) -> dict[str, Tensor]:
     """Full fp32 weight of every parameter, frozen ones included, by name. A collective call where ZeRO shards."""
-    from deepspeed.utils import safe_get_full_fp32_param
-
     full = _named(engine)
     if all(p.dtype == torch.float32 for p in full.values()):
         return {name: p.detach() for name, p in full.items()}
-    found = {name: p.detach().float() for name, p in full.items() if not p.requires_grad}
-    trained = {name: p for name, p in full.items() if p.requires_grad}
-    if not _sharded(engine):
-        return found | {name: _master(engine, p).detach() for name, p in trained.items()}
-    return found | {name: safe_get_full_fp32_param(p).view_as(p) for name, p in trained.items()}
+    fetch = _gather if _sharded(engine) else partial(_master, engine)
+    return {name: fetch(p).detach() if p.requires_grad else p.detach().float() for name, p in full.items()}
 
 
 def moments(engine: Any) -> dict[str, Tensor]:
     """The optimizer's moments, as 'exp_avg.NAME', 'momentum_buffer.NAME', …, full and fp32. A collective call where ZeRO shards."""
-    from deepspeed.utils import safe_get_full_optimizer_state
-
     found: dict[str, Tensor] = {}
     kinds = _kinds(engine) if _sharded(engine) else {}
     for name, p in _named(engine).items():
         if not p.requires_grad:
             continue
         if _sharded(engine):
-            found |= {f"{key}.{name}": safe_get_full_optimizer_state(p, key).view_as(p) for key in kinds[p]}
+            found |= {f"{key}.{name}": _gather(p, key) for key in kinds[p]}
         else:
             found |= {f"{key}.{name}": value for key, value in engine.optimizer.state[_master(engine, p)].items() if key != "step"}
     return found
@@ -161,6 +155,53 @@ def restore(engine: Any, weight: dict[str, Tensor], moment: dict[str, Tensor], s
             state |= {key: value.clone() for key, value in values.items()}
             if "exp_avg" in values:
                 state["step"] = torch.tensor(float(steps))
+
+
+class Average:
+    """The moving average of an engine's weights. Under ZeRO each process keeps that of its slices only, beside the optimizer's moments."""
+
+    def __init__(self, engine: Any) -> None:
+        """Starts as the weights of an engine that was just started; it has made the averages of its slices, if any, itself."""
+        self.engine = engine
+        self.whole = None if _sharded(engine) else {name: weight.clone() for name, weight in weights(engine).items()}
+
+    def update(self, rate: float) -> None:
+        """Follow the weights of another step; nothing is gathered."""
+        if self.whole is not None:
+            ema.update(self.whole, weights(self.engine), rate)
+            return
+        slices = {str(index): flat for index, flat in enumerate(_slices(self.engine))}
+        ema.update({index: self.engine.optimizer.state[flat]["average"] for index, flat in slices.items()}, slices, rate)
+
+    def weights(self) -> dict[str, Tensor]:
+        """Full and fp32, by name, frozen parameters as they are. A collective call where ZeRO shards."""
+        if self.whole is not None:
+            return self.whole
+        return {name: _gather(p, "average") if p.requires_grad else p.detach().float() for name, p in _named(self.engine).items()}
+
+    def restore(self, values: dict[str, Tensor]) -> None:
+        """Go on from what `weights` gave, under any layout."""
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        moved = {name: values[name].to(p.device) for name, p in _named(self.engine).items()}
+        if self.whole is not None:
+            self.whole = moved
+            return
+        for name, p in _named(self.engine).items():
+            if p.requires_grad:
+                safe_set_full_optimizer_state(p, moved[name], "average")
+
+
+def _gather(p: nn.Parameter, key: str | None = None) -> Tensor:
+    """A sharded parameter's full fp32 weight, or what the optimizer keeps of it by this name. A collective call."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    return (safe_get_full_fp32_param(p) if key is None else safe_get_full_optimizer_state(p, key)).view_as(p)
+
+
+def _slices(engine: Any) -> list[Tensor]:
+    """The flat fp32 weights that this process holds of a sharded engine, one tensor for each of the optimizer's groups."""
+    return [flat for group in engine.optimizer.param_groups for flat in group["params"]]
 
 
 def _master(engine: Any, p: nn.Parameter) -> Tensor:
@@ -195,24 +236,25 @@ def _undo_first_step(engine: Any) -> None:
 
 
 def _make_optimizer_states(engine: Any) -> None:
-    """Optimizers make their state at their first step, and DeepSpeed links it to the parameters' names after that of the first group.
+    """Optimizers make their state at their first step, and DeepSpeed links it to the parameters after that of the first group.
 
-    Made now, there is something to restore into, and the groups after the first are linked too.
+    Made now, there is something to restore into, the groups after the first are linked too, and so is the moving average, which
+    optimizers pass over.
     """
     for group in engine.optimizer.param_groups:
         for flat in group["params"]:
-            engine.optimizer.state[flat] = {key: torch.zeros_like(flat) for key in _moments_of(group)}
-            if "exp_avg" in _moments_of(group):
-                engine.optimizer.state[flat]["step"] = torch.tensor(0.0)
+            state = {key: torch.zeros_like(flat) for key in _moments_of(group)}
+            if "exp_avg" in state:
+                state["step"] = torch.tensor(0.0)
+            engine.optimizer.state[flat] = state | {"average": flat.detach().clone()}
     engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
 def _set_steps(engine: Any, steps: int) -> None:
     """AdamW's count of steps, by which it corrects its moments."""
-    for group in engine.optimizer.param_groups:
-        for flat in group["params"]:
-            if "step" in engine.optimizer.state[flat]:
-                engine.optimizer.state[flat]["step"].fill_(float(steps))
+    for flat in _slices(engine):
+        if "step" in engine.optimizer.state[flat]:
+            engine.optimizer.state[flat]["step"].fill_(float(steps))
 
 
 def _moments_of(group: dict[str, Any]) -> tuple[str, ...]:

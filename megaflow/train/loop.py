@@ -55,12 +55,12 @@ def train(config: Config, stage: Stage, mesh: Mesh, began: float) -> int:
     stream = TokenStream(config.data.path, "train", config.run.seed)
     held_out = validation_rows(config, mesh)
     deep = engine.start(engine.Trainee(stage.network, stage.loss), config, mesh, micro, accumulation)
-    average = {name: weight.clone() for name, weight in engine.weights(deep).items()}
+    average = engine.Average(deep)
     state: dict[str, Any] = {"step": 0, "tokens": 0, "seconds": 0.0, "training_seconds": 0.0}
     found = checkpoints.newest(directory)
     if found is not None:
         engine.restore(deep, found.weights, found.moments, found.state["step"])
-        average = {name: value.to(mesh.device) for name, value in found.averaged.items()}
+        average.restore(found.averaged)
         stage.restore(found.stage)
         state = found.state
     seconds_before = state["seconds"]
@@ -72,10 +72,10 @@ def train(config: Config, stage: Stage, mesh: Mesh, began: float) -> int:
     stop, progress = Stop(), Progress(directory.name, steps, "steps", state["step"])
 
     def save() -> None:
-        weights, moments = engine.weights(deep), engine.moments(deep)
+        weights, averaged, moments = engine.weights(deep), average.weights(), engine.moments(deep)
         state["seconds"] = seconds_before + time.monotonic() - began
         if mesh.first:
-            checkpoints.save(directory, Checkpoint(weights, average, moments, stage.state(), dict(state)), config.train.keep_checkpoints)
+            checkpoints.save(directory, Checkpoint(weights, averaged, moments, stage.state(), dict(state)), config.train.keep_checkpoints)
         meshes.barrier(mesh)
 
     stopped = False
@@ -89,7 +89,7 @@ def train(config: Config, stage: Stage, mesh: Mesh, began: float) -> int:
                 raise NotFinite(not_finite(directory, step, loss))
             norm = engine.step(deep)
             stage.learn(observed, step)
-            ema.update(average, engine.weights(deep), ema.decay(config.optim.ema_decay, step))
+            average.update(ema.decay(config.optim.ema_decay, step))
             elapsed = time.monotonic() - start
             state["step"], state["tokens"] = step + 1, state["tokens"] + counted
             state["training_seconds"] += elapsed
@@ -101,7 +101,7 @@ def train(config: Config, stage: Stage, mesh: Mesh, began: float) -> int:
             if mesh.first:
                 progress.update(step + 1, f"loss {loss:.4f}  {counted / elapsed:,.0f} tokens/s")
             if (step + 1) % int(config.train.validate_every) == 0 or last:
-                validate(stage, average, held_out, metrics, state)
+                validate(stage, average.weights(), held_out, metrics, state)
             if (step + 1) % config.train.checkpoint_every == 0 or last or stopped:
                 save()
         if mesh.first and state["step"] >= steps and not (directory / "summary.json").exists():

@@ -62,6 +62,12 @@ def test_two_processes_have_the_losses_of_one(torchrun, words, tmp_path, kind, f
 def test_a_matrix_that_two_processes_share(torchrun, words, tmp_path, zero):
     """The border between the slices of three blocks lies within a matrix of the second, which Muon needs whole."""
     check(torchrun, words, tmp_path, "coded", "autoregressive", zero, "model.layers=3")
+    one, two = (checkpoints.newest(tmp_path / name) for name in ("one", "two"))
+    for part in ("weights", "averaged", "moments"):
+        ours, theirs = getattr(two, part), getattr(one, part)
+        assert ours.keys() == theirs.keys()
+        for name, value in theirs.items():
+            assert (ours[name] - value).norm() <= 5e-3 * value.norm(), f"{part} {name}"
 
 
 @pytest.mark.parametrize("zero", [0, 1, 2])

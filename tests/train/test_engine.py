@@ -10,7 +10,7 @@ from megaflow.config.schema import Config, OptimConfig
 from megaflow.model.build import autoregressive_network
 from megaflow.parallel import mesh as meshes
 from megaflow.parallel import random
-from megaflow.train import engine
+from megaflow.train import ema, engine
 from megaflow.train.stage import Batch
 from megaflow.train.stage_autoregressive import AutoregressiveStage
 
@@ -58,10 +58,12 @@ def small(name: str, zero: int, precision: str) -> Config:
 class Session:
     """A DeepSpeed engine over a real network on fixed batches of 4 rows of 8 tokens out of 11."""
 
-    def __init__(self, config: Config, mesh: meshes.Mesh, seed: int, accumulation: int = 1) -> None:
+    def __init__(self, config: Config, mesh: meshes.Mesh, seed: int, accumulation: int = 1, frozen: str = "") -> None:
         torch.manual_seed(seed)
         network = autoregressive_network(config, torch.full((11,), 1 / 11).log(), mesh.device)
         network.initialize()
+        for name, p in network.named_parameters():
+            p.requires_grad_(name != frozen)
         self.accumulation = accumulation
         stage = AutoregressiveStage(config, network)
         self.engine = engine.start(engine.Trainee(network, stage.loss), config, mesh, 4 // accumulation, accumulation)
@@ -123,6 +125,44 @@ class TestRoundTrip:
         if precision == "bf16":  # the masters hold what bf16 cannot
             assert any((value != value.bfloat16().float()).any() for value in weights.values())
             assert all(p.dtype == torch.bfloat16 for p in session.engine.module.parameters())
+
+
+@pytest.mark.parametrize("name, zero, precision", LAYOUTS)
+class TestAverage:
+    def test_it_is_that_of_the_whole_weights(self, mesh, name, zero, precision):
+        """And goes on from a restored one of another layout; frozen parameters keep their value."""
+        session, other = (Session(small(name, z, precision), mesh, seed=1, frozen="table") for z in (zero, (zero + 1) % 3))
+        expected = session.state()[0]
+        average, moved = engine.Average(session.engine), engine.Average(other.engine)
+        for number, rate in enumerate((0.1, 0.5, 0.9)):
+            session.step(number)
+            average.update(rate)
+            ema.update(expected, engine.weights(session.engine), rate)
+        self.equal(average.weights(), expected)
+        moved.restore(average.weights())
+        other.step(0)
+        moved.update(0.75)
+        ema.update(expected, engine.weights(other.engine), 0.75)
+        self.equal(moved.weights(), expected)
+        assert torch.equal(expected["table"], session.state()[0]["table"])
+        assert not any(torch.equal(value, session.state()[0][key]) for key, value in expected.items() if key.endswith("qkv.weight"))
+
+    def equal(self, found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            torch.testing.assert_close(found[key], value, rtol=1e-6, atol=1e-8)
+
+    def test_updating_gathers_nothing(self, mesh, monkeypatch, name, zero, precision):
+        """What a process keeps is as large as its slices, where the weights are sharded."""
+        session = Session(small(name, zero, precision), mesh, seed=1)
+        average = engine.Average(session.engine)
+        session.step(0)
+        if zero:
+            monkeypatch.setattr(engine, "_gather", None)
+            optimizer = session.engine.optimizer
+            assert average.whole is None
+            assert all(optimizer.state[flat]["average"].shape == flat.shape for group in optimizer.param_groups for flat in group["params"])
+        average.update(0.5)
 
 
 class TestLayouts:

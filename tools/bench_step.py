@@ -4,10 +4,10 @@
     flow_over_autoregressive   a flow's step against the baseline's on the same trunk
     distill_over_flow          a step of stage 2, half of its rows diagonal, against a step of stage 1 on as many rows of that trunk
 
-Steps of the sides alternate, so that whatever else the machine does falls on all; a ratio is the median over rounds of steps and
-its spread the quartiles. A step is what the loop does: draws, forward, backward, clipping, AdamW. FLOPs are counted by PyTorch's
-FlopCounterMode. Memory is the peak of resident memory during a step above what was resident before it, each side in a process of its
-own (on a GPU the allocator's peak).
+Every side is a process of its own, as a training run is, and has its memory to itself. Their steps alternate, so that whatever else the
+machine does falls on all; a ratio is the median over rounds of steps and its spread the quartiles. A step is what the loop does: draws,
+forward, backward, clipping, AdamW. FLOPs are counted by PyTorch's FlopCounterMode. Memory is the peak of resident memory during a step
+above what was resident before it (on a GPU the allocator's peak).
 """
 
 import argparse
@@ -111,24 +111,39 @@ class Measured(NamedTuple):
     tokens: int
 
 
-def alternate(title: str, sides: dict[str, Side], budget: float) -> dict[str, Measured]:
-    """Rounds of one step of every side until the budget of seconds is spent, three at least."""
-    found = {}
-    for name, one in sides.items():  # the first steps warm up, and are counted, not timed
-        with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: in_place_product}) as counter:
-            step(one, 0)
-        step(one, 1)
-        found[name] = Measured([], counter.get_total_flops(), one.rows * one.length)
+def alternate(title: str, sides: dict[str, tuple[dict[str, Any], int]], budget: float) -> dict[str, Measured]:
+    """Rounds of one step of every side until the budget of seconds is spent, three at least. sides: kind -> config values, row length."""
+    spawn, found, pipes = multiprocessing.get_context("spawn"), {}, {}
+    for kind, (values, length) in sides.items():  # one after the other: their first steps are not to disturb each other
+        pipes[kind], other = spawn.Pipe()
+        spawn.Process(target=_steps, args=(other, kind, values, length, torch.get_num_threads()), daemon=True).start()
+        other.close()
+        found[kind] = Measured([], *pipes[kind].recv())
     progress, began, rounds = Progress(title, budget, "s"), time.perf_counter(), 0
     while (spent := time.perf_counter() - began) < budget or rounds < 3:
         progress.update(min(spent, budget))
         rounds += 1
-        for name, one in sides.items():
-            start = time.perf_counter()
-            step(one, 1 + rounds)
-            found[name].seconds.append(time.perf_counter() - start)
+        for kind, pipe in pipes.items():
+            pipe.send(1 + rounds)
+            found[kind].seconds.append(pipe.recv())
     progress.update(budget)
+    for pipe in pipes.values():
+        pipe.send(None)
     return found
+
+
+def _steps(pipe: Any, kind: str, values: dict[str, Any], length: int, threads: int) -> None:
+    """The process of a side: sends FLOPs and tokens of a step, then answers each number of a step with the seconds that it took."""
+    torch.set_num_threads(threads)
+    one = side(kind, values, VOCAB, length)
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: in_place_product}) as counter:
+        step(one, 0)  # the first steps warm up, and are not timed
+    step(one, 1)
+    pipe.send((counter.get_total_flops(), one.rows * one.length))
+    while (number := pipe.recv()) is not None:
+        start = time.perf_counter()
+        step(one, number)
+        pipe.send(time.perf_counter() - start)
 
 
 def ratio(name: str, upper: Measured, lower: Measured) -> dict[str, Any]:
@@ -182,12 +197,12 @@ def main() -> None:
         else f"{platform.machine()} CPU, {len(os.sched_getaffinity(0))} cores",
         "torch": torch.__version__,
     }
-    small = alternate("dense, code", {kind: side(kind, SMALL, VOCAB, SMALL_LENGTH) for kind in ("dense", "code")}, arguments.seconds)
+    small = alternate("dense, code", dict.fromkeys(("dense", "code"), (SMALL, SMALL_LENGTH)), arguments.seconds)
     found |= ratio("dense_over_code_step", small["dense"], small["code"])
     memory = {kind: peak_memory(kind) for kind in ("dense", "code")}
     found |= {"dense_over_code_memory": memory["dense"] / memory["code"], "peak_step_memory_bytes": memory}
     kinds = ("autoregressive", "code", "map")
-    large = alternate("autoregressive, flow, map", {kind: side(kind, LARGE, VOCAB, LARGE_LENGTH) for kind in kinds}, arguments.seconds)
+    large = alternate("autoregressive, flow, map", dict.fromkeys(kinds, (LARGE, LARGE_LENGTH)), arguments.seconds)
     found |= ratio("flow_over_autoregressive", large["code"], large["autoregressive"])
     found |= ratio("distill_over_flow", large["map"], large["code"])
     for name, value in found.items():

@@ -22,8 +22,8 @@ from megaflow.flow.interpolant import channel_strength
 
 CHUNK_ELEMENTS = {"cpu": 2**21, "cuda": 2**27}
 """Logits of one chunk, on each kind of device: what a CPU's caches hold; half a gigabyte of a GPU, which keeps it busy."""
-CHUNK_TOKENS = 128
-"""Tokens of a chunk at least: every chunk reads and writes the gradients of whole tables, which fewer tokens do not pay for."""
+CHUNK_TOKENS = 256
+"""Tokens of a chunk at least: every chunk reads and writes whole tables and their gradients, which fewer tokens do not pay for."""
 
 
 def chunks(tokens: int, vocab: int, device: torch.device, whole: int = 1) -> list[slice]:

@@ -5,6 +5,7 @@ import math
 import re
 import resource
 import shutil
+import time
 from pathlib import Path
 
 import pytest

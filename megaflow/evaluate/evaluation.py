@@ -35,6 +35,9 @@ JUDGE_CHARACTERS = 8_000_000
 """The judge is fitted to at most this many characters of the training split, from its beginning."""
 
 JUDGE_FILE = "judge.npz"
+COOLED, COOLED_STEPS = (0.85, 0.7), 16
+"""Texts at temperature 1 are also judged at these, up to this many steps: fewer steps write with less entropy, and so does a lower
+temperature; only at equal entropy do judged values compare."""
 CONTEXTS_CHECKED = 256
 SHOWN_TEXTS = 8
 
@@ -55,6 +58,7 @@ def evaluate(
     check_temperature(temperature)
     run = load_run(directory)
     settings = {"steps": steps, "samples": samples, "rows": rows, "draws": draws, "seed": seed, "temperature": temperature}
+    settings["cooled"] = list(COOLED) if temperature == 1.0 else []
     identity = {**kept.weights_of(run.checkpoint), "shards": shards_of(run), "settings": settings}
     result = kept.read(run.directory)
     if not kept.is_of(result, identity):
@@ -98,8 +102,7 @@ def as_json(result: dict[str, Any]) -> str:
 def measure(run: Run, identity: dict[str, Any], began: float) -> dict[str, Any]:
     """Everything an evaluation holds, from the start."""
     settings = identity["settings"]
-    steps, samples, rows, draws, seed = (settings[key] for key in ("steps", "samples", "rows", "draws", "seed"))
-    temperature = settings["temperature"]
+    samples, rows, draws, seed = (settings[key] for key in ("samples", "rows", "draws", "seed"))
     held_out = validation(run, rows)
     judge = fitted_judge(run)
     result: dict[str, Any] = {
@@ -115,17 +118,10 @@ def measure(run: Run, identity: dict[str, Any], began: float) -> dict[str, Any]:
             "contexts_checked": CONTEXTS_CHECKED,
             "sum_error": judges.sum_error(judge, contexts(held_out, judge.order)),
         },
-        "samples": {},
         "reference": reference(run, held_out, judge, samples, seed),
     }
-    if run.parts is None:
-        result["samples"]["autoregressive"] = judged(run, generate(run, samples, None, "autoregressive", temperature, None, seed), judge)
-    else:
-        progress = Progress(f"samples {run.directory.name}", sum(steps), "steps")
-        for done, count in enumerate(steps):
-            method = "flow_map" if run.is_map else "ode"
-            result["samples"][str(count)] = judged(run, generate(run, samples, count, method, temperature, None, seed), judge)
-            progress.update(sum(steps[: done + 1]))
+    result |= written(run, settings, judge)
+    if run.parts is not None:
         result["profile"] = profile(run)
         result["trajectory"] = trajectory(run, seed)
     result["seconds"] = time.monotonic() - began
@@ -249,6 +245,26 @@ def judged(run: Run, rows: list[list[int]], judge: Judge) -> dict[str, Any]:
     }
 
 
+def written(run: Run, settings: dict[str, Any], judge: Judge) -> dict[str, Any]:
+    """Judged `samples` by number of steps ('autoregressive' for the baseline), and the same `cooled`, without texts."""
+    method = "autoregressive" if run.parts is None else ("flow_map" if run.is_map else "ode")
+    counts, temperature = [None] if run.parts is None else settings["steps"], settings["temperature"]
+    plan = [(count, temperature) for count in counts]
+    plan += [(count, cold) for count in counts if count is None or 1 < count <= COOLED_STEPS for cold in settings["cooled"]]
+    found: dict[str, Any] = {"samples": {}, "cooled": {}}
+    progress, done = Progress(f"samples {run.directory.name}", sum(count or 1 for count, _ in plan), "steps"), 0
+    for count, heat in plan:
+        entry = judged(run, generate(run, settings["samples"], count, method, heat, None, settings["seed"]), judge)
+        name = "autoregressive" if count is None else str(count)
+        if heat == temperature:
+            found["samples"][name] = entry
+        else:
+            numbers = {key: value for key, value in entry.items() if key != "texts"}
+            found["cooled"].setdefault(name, []).append({"temperature": heat, **numbers})
+        progress.update(done := done + (count or 1))
+    return found
+
+
 def reference(run: Run, held_out: HeldOut, judge: Judge, samples: int, seed: int) -> dict[str, Any]:
     """Real validation text, and tokens drawn one by one from the unigram law, through the same judge."""
     law = (run.network.log_prior if run.parts is None else run.parts.log_prior).double().cpu().exp()
@@ -296,11 +312,16 @@ def table(result: dict[str, Any]) -> str:
             lines.append(f"  standard error  {found['standard_error_bits_per_char']:.4f} bits/char of noise and times")
         lines.append(f"unigram entropy   {found['unigram_bits_per_char']:.4f} bits/char")
     lines.append(f"judge             {result['judge']['name']}; sums to one within {result['judge']['sum_error']:.0e}")
-    lines.append(f"{'text':<18}{'judge bits/char':>16}{'+-':>8}{'entropy nats':>14}{'+-':>8}{'distinct':>10}")
-    shown = {f"{k} steps" if k.isdigit() else k: v for k, v in result["samples"].items()} | result["reference"]
+    lines.append(f"{'text':<34}{'judge bits/char':>16}{'+-':>8}{'entropy nats':>14}{'+-':>8}{'distinct':>10}")
+    shown = {}
+    for name, entry in result["samples"].items():
+        label = f"{name} steps" if name.isdigit() else name
+        shown[label] = entry
+        shown |= {f"  temperature {cold['temperature']:g} ({label})": cold for cold in result["cooled"].get(name, [])}
+    shown |= result["reference"]
     for name, value in shown.items():
         bits = "none" if value["judge_bits_per_char"] is None else f"{value['judge_bits_per_char']:.3f}"
         error = "" if value["judge_standard_error"] is None else f"{value['judge_standard_error']:.3f}"
         spread = "" if value["entropy_standard_error"] is None else f"{value['entropy_standard_error']:.3f}"
-        lines.append(f"{name:<18}{bits:>16}{error:>8}{value['entropy']:>14.3f}{spread:>8}{value['distinct']:>6}/{value['count']}")
+        lines.append(f"{name:<34}{bits:>16}{error:>8}{value['entropy']:>14.3f}{spread:>8}{value['distinct']:>6}/{value['count']}")
     return "\n".join(lines)

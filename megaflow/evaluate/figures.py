@@ -145,6 +145,32 @@ def quality(samples: dict, field: str, error: str, label: str, constant: set[tup
         return _svg(figure, f"quality-{field}", f"{label} against steps")
 
 
+def frontier(samples: dict, cooled: dict, constant: set[tuple[str, int]]) -> str:
+    """Judge against entropy: for every number of steps a line from temperature 1, where the number stands, down to the lowest.
+
+    samples, cooled: see report.py; constant: (family, steps) that are left out.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _panel(4.6, 3.4)
+        for name in (*MARKERS, "autoregressive"):
+            own = samples.get(name) or {}
+            for kind, entry in ({name: own} if name == "autoregressive" else own).items():
+                line = [entry, *(cooled.get(name) or {}).get(kind, [])]
+                line = [point for point in line if drawable(point.get("judge_bits_per_char"))]
+                if not line or kind.isdigit() and (name, int(kind)) in constant:
+                    continue
+                places, values = [point["entropy"] for point in line], [point["judge_bits_per_char"] for point in line]
+                axes.plot(places, values, color=COLOURS[name], marker=MARKERS.get(name, "^"), markersize=3.2, linewidth=0.9)
+                if kind.isdigit():
+                    axes.annotate(kind, (places[0], values[0]), xytext=(5, 2), textcoords="offset points", fontsize=8, color=COLOURS[name])
+        for name in ("data", "unigram"):
+            if drawable((samples.get(name) or {}).get("judge_bits_per_char")):
+                axes.plot(samples[name]["entropy"], samples[name]["judge_bits_per_char"], color=COLOURS[name], marker="*", markersize=8)
+        axes.set_xlabel("entropy within a text (nats)")
+        axes.set_ylabel("judge (bits per character)")
+        return _svg(figure, "frontier", "Judge against entropy at falling temperature")
+
+
 def _scale(axes: Axes, values: list[float]) -> None:
     """Limits of the y axis with room around the values."""
     room = 0.12 * (max(values) - min(values)) or 0.5

@@ -124,6 +124,12 @@ def metrics(manifest: dict, summaries: dict, evaluations: dict, stages: dict[str
     }
     samples["autoregressive"] = short(baseline.get("samples", {}).get("autoregressive"))
     samples |= {"data": short(reference.get("data")), "unigram": short(reference.get("unigram"))}
+    colder = {
+        name: {
+            kind: [{"temperature": entry["temperature"], **(short(entry) or {})} for entry in entries] for kind, entries in found.items()
+        }
+        for name, found in cooled(evaluations).items()
+    }
     return {
         "unigram_entropy_bits_per_char": flow.get("unigram_bits_per_char"),
         "flow_bound_bits_per_char": flow.get("bits_per_char"),
@@ -131,6 +137,7 @@ def metrics(manifest: dict, summaries: dict, evaluations: dict, stages: dict[str
         "flow_map_bound_bits_per_char": evaluations.get("flow_map", {}).get("likelihood", {}).get("bits_per_char"),
         "autoregressive_bits_per_char": baseline.get("likelihood", {}).get("bits_per_char"),
         "samples": samples,
+        "cooled": colder,
         "seconds": sum(stages.values()),
         "stage_seconds": stages,
         "tokens_per_second": {name: summary["tokens_per_second"] for name, summary in summaries.items()},
@@ -169,6 +176,7 @@ def page(
         "likelihood": likelihoods(evaluations),
         "curves": {name: curve(name, path) for name, path in found.items()},
         "samples": samples,
+        "cooled": cooled(evaluations),
         "commands": commands(directory),
         "versions": versions(),
     }
@@ -180,6 +188,11 @@ def page(
     if drawn in evaluations:
         data["trajectory"] = {"model": drawn, **evaluations[drawn]["trajectory"]}
     return data
+
+
+def cooled(evaluations: dict) -> dict[str, Any]:
+    """Samples at lower temperatures: run -> number of steps ('autoregressive' for the baseline) -> one entry a temperature."""
+    return {name: evaluations[name]["cooled"] for name in RUNS if name in evaluations and evaluations[name].get("cooled")}
 
 
 def stage_row(name: str, seconds: float, summaries: dict, evaluations: dict) -> dict[str, Any]:

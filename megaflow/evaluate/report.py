@@ -18,6 +18,7 @@ A part or a model that has no place here raises ValueError, since it would be dr
     samples      {"flow" | "flow_map": {"<steps>": SAMPLES}, "autoregressive" | "data" | "unigram": SAMPLES}
                  SAMPLES = {"judge_bits_per_char", "judge_standard_error", "entropy" (nats), "entropy_standard_error": float,
                  "count": int (texts judged), "texts": [str, …] (from the first drawn on)}
+    cooled       {model: {"<steps>" | "autoregressive": [SAMPLES and "temperature": float, …]}}: lower temperatures, without texts
     trajectory   {"model": str, "times": [S], "tokens": [S][L] of str, "confidence": [S][L] in [0, 1]}, one text, the argmax at every
                  solver step; a time is that of the state the step reads
     judge        {"order", "symbols", "training_characters", "contexts_checked": int, "sum_error": float (see judge.sum_error)}
@@ -36,7 +37,7 @@ from markupsafe import Markup
 from megaflow.evaluate import figures
 from megaflow.progress import duration
 
-PARTS = ("title", "about", "stages", "likelihood", "curves", "profile", "samples", "trajectory", "judge", "commands", "versions")
+PARTS = ("title", "about", "stages", "likelihood", "curves", "profile", "samples", "cooled", "trajectory", "judge", "commands", "versions")
 NAMES = {
     "flow": "flow",
     "flow_map": "flow map",
@@ -51,7 +52,8 @@ MOST_ROWS = 12  # of a trajectory on the page
 
 def write_report(data: dict[str, Any], out: Path | str) -> None:
     """Render the page to `out`. The same data gives the same bytes. Raises ValueError if the data break the contract above."""
-    known = {"samples": NAMES, "curves": ("flow", "flow_map", "autoregressive"), "likelihood": (*MEANING, "note")}
+    models = ("flow", "flow_map", "autoregressive")
+    known = {"samples": NAMES, "cooled": models, "curves": models, "likelihood": (*MEANING, "note")}
     unknown = [key for key in data if key not in PARTS]
     unknown += [f"{part}.{key}" for part, names in known.items() for key in data.get(part) or {} if key not in names]
     if unknown:
@@ -129,6 +131,7 @@ def _view(data: dict[str, Any]) -> dict[str, Any]:
     ):
         measured = any(figures.drawable(entry.get(field)) for _, _, entry in _entries(samples))
         panels[field] = _safe(figures.quality(samples, field, error, label, constant)) if measured else None
+    panels["frontier"] = _safe(figures.frontier(samples, data["cooled"], constant)) if data.get("cooled") else None
     return {
         "names": NAMES,
         "meaning": MEANING,

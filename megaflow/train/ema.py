@@ -6,6 +6,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from megaflow.errors import UserError
+
 
 def decay(largest: float, step: int) -> float:
     """Decay of step 0, 1, …: at most (1 + n) / (10 + n), so that short runs do not average in their beginning."""
@@ -31,6 +33,11 @@ def in_place(network: nn.Module, average: dict[str, Tensor]) -> Iterator[None]:
 
 @torch.no_grad()
 def load(network: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Copy weights into a network by name, converting to its precision. Raises KeyError where a name is missing."""
+    """Copy weights into a network by name, converting to its precision. Raises UserError where a name is missing."""
+    missing = [name for name, _ in network.named_parameters() if name not in weights]
+    if missing:
+        raise UserError(
+            f"the checkpoint has no weights for {', '.join(missing[:3])}: another version of megaflow has written it; train anew"
+        )
     for name, p in network.named_parameters():
         p.copy_(weights[name])

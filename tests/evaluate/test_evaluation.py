@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from megaflow.data.stream import TokenStream
-from megaflow.evaluate.evaluation import evaluate, judged, table
-from megaflow.evaluate.generate import load_run
+from megaflow.evaluate.evaluation import COOLED, evaluate, fitted_judge, judged, table
+from megaflow.evaluate.generate import generate, load_run
 from megaflow.train import checkpoint as checkpoints
 from megaflow.train import run as runs
 
@@ -39,9 +39,20 @@ class TestEveryRun:
         result = evaluated(kind, family)
         written = json.loads((trained(kind, family) / "evaluation.json").read_text())
         assert written == json.loads(json.dumps(result))
-        assert result["kind"] == family and result["step"] == 40 and result["settings"] == QUICK
+        assert result["kind"] == family and result["step"] == 40 and result["settings"] == QUICK | {"cooled": list(COOLED)}
         assert len(numbers(written)) > 30 and all(map(math.isfinite, numbers(written)))
         assert result["judge"]["sum_error"] < 1e-9
+
+    def test_texts_are_judged_at_lower_temperatures_too(self, evaluated, trained, kind, family):
+        result, run = evaluated(kind, family), load_run(trained(kind, family))
+        name, count, method = ("3", 3, "flow_map" if run.is_map else "ode") if run.parts else ("autoregressive", None, "autoregressive")
+        assert set(result["cooled"]) == {name}  # one step has no other temperature: it is an argmax
+        assert [cold["temperature"] for cold in result["cooled"][name]] == list(COOLED)
+        for cold in result["cooled"][name]:
+            expected = judged(run, generate(run, 6, count, method, cold["temperature"], None, 0), fitted_judge(run))
+            assert {key: cold[key] for key in ("judge_bits_per_char", "entropy")} == {
+                key: expected[key] for key in ("judge_bits_per_char", "entropy")
+            }
 
     def test_likelihood(self, evaluated, trained, kind, family):
         """Bits per character follow from nats per token and the split's characters; the unigram entropy is that of the tokens."""

@@ -60,6 +60,11 @@ def data() -> dict:
             "data": samples(7, 1.561, 3.691),
             "unigram": samples(8, 4.155, 3.818),
         },
+        "cooled": {
+            "flow": {"4": [{"temperature": 0.7, "judge_bits_per_char": 2.903, "entropy": 3.506}]},
+            "flow_map": {"4": [{"temperature": 0.85, "judge_bits_per_char": 2.417, "entropy": 3.601}]},
+            "autoregressive": {"autoregressive": [{"temperature": 0.7, "judge_bits_per_char": 1.322, "entropy": 3.402}]},
+        },
         "trajectory": {
             "times": np.linspace(0, 0.97, 32).tolist(),
             "tokens": words,
@@ -111,7 +116,7 @@ def test_the_page_is_deterministic(page, data, tmp_path):
 
 def test_ids_are_unique_over_the_drawings(page):
     panels = re.findall(r"<svg.*?</svg>", page, flags=re.S)
-    assert len(panels) == 7  # three learning curves, profile and clock, judge and entropy
+    assert len(panels) == 8  # three learning curves, profile and clock, judge, entropy and both
     ids = [set(re.findall(r"\bid=\"([^\"]+)\"", panel)) for panel in panels]
     assert sum(map(len, ids)) == len(set().union(*ids))
     assert all(set(re.findall(r"href=\"#([^\"]+)\"", panel)) <= own for panel, own in zip(panels, ids, strict=True))
@@ -121,7 +126,11 @@ def test_drawings_follow_the_numbers(page, data, tmp_path):
     other = copy.deepcopy(data)
     other["samples"]["flow_map"]["4"]["judge_bits_per_char"] = 2.9
     before, after = (re.findall(r"<svg.*?</svg>", text, flags=re.S) for text in (page, render(other, tmp_path)))
-    assert [a == b for a, b in zip(before, after, strict=True)] == [True] * 5 + [False, True]
+    assert [a == b for a, b in zip(before, after, strict=True)] == [True] * 5 + [False, True, False]
+    other = copy.deepcopy(data)
+    other["cooled"]["autoregressive"]["autoregressive"][0]["entropy"] = 3.3
+    after = re.findall(r"<svg.*?</svg>", render(other, tmp_path), flags=re.S)
+    assert [a == b for a, b in zip(before, after, strict=True)] == [True] * 7 + [False]
 
 
 def test_a_standard_error_is_drawn(page, data, tmp_path):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from megaflow.errors import UserError
 from megaflow.train import ema
 
 
@@ -63,5 +64,5 @@ class TestInPlace:
         assert all(torch.equal(p, own[name]) for name, p in network.named_parameters())
 
     def test_a_missing_name_is_an_error(self, network):
-        with pytest.raises(KeyError):
+        with pytest.raises(UserError, match="no weights for 0.bias"):
             ema.load(network, {"0.weight": torch.zeros(2, 3)})

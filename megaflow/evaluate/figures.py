@@ -151,7 +151,7 @@ def frontier(samples: dict, cooled: dict, constant: set[tuple[str, int]]) -> str
     samples, cooled: see report.py; constant: (family, steps) that are left out.
     """
     with matplotlib.rc_context(STYLE):
-        figure, axes = _panel(4.6, 3.4)
+        figure, axes = _panel(6.2, 3.6)
         for name in (*MARKERS, "autoregressive"):
             own = samples.get(name) or {}
             for kind, entry in ({name: own} if name == "autoregressive" else own).items():
@@ -162,7 +162,8 @@ def frontier(samples: dict, cooled: dict, constant: set[tuple[str, int]]) -> str
                 places, values = [point["entropy"] for point in line], [point["judge_bits_per_char"] for point in line]
                 axes.plot(places, values, color=COLOURS[name], marker=MARKERS.get(name, "^"), markersize=3.2, linewidth=0.9)
                 if kind.isdigit():
-                    axes.annotate(kind, (places[0], values[0]), xytext=(5, 2), textcoords="offset points", fontsize=8, color=COLOURS[name])
+                    aside = (5, 3 if name == "flow" else -9)
+                    axes.annotate(kind, (places[0], values[0]), xytext=aside, textcoords="offset points", fontsize=9, color=COLOURS[name])
         for name in ("data", "unigram"):
             if drawable((samples.get(name) or {}).get("judge_bits_per_char")):
                 axes.plot(samples[name]["entropy"], samples[name]["judge_bits_per_char"], color=COLOURS[name], marker="*", markersize=8)

@@ -46,6 +46,8 @@ def contradictions(loaded: Loaded, vocab: int | None = None) -> None:
         places = dict.fromkeys(loaded.origin[name] for name in names if loaded.origin[name] not in ("default", "auto"))
         raise ConfigError((f"{', '.join(places)}: " if places else "") + sentence)
 
+    if not config.run.dir.strip():
+        refuse("run.dir is empty; name the directory that the run is to have of its own", "run.dir")
     if model.hidden % model.heads:
         refuse(
             f"model.hidden={model.hidden} is not a multiple of model.heads={model.heads}: every head needs the same width",

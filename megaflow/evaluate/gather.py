@@ -79,6 +79,7 @@ def report(directory: str | Path) -> None:
     manifest = read_manifest(directory / "data")
     summaries = {name: read_json(path / "summary.json") for name, path in found.items()}
     evaluations = {name: evaluation for name, path in found.items() if (evaluation := present_evaluation(path))}
+    alike(evaluations)
     for name in found:
         if name not in evaluations:
             print(f"{found[name]} is not evaluated; megaflow evaluate {found[name]}")
@@ -100,6 +101,15 @@ def present_evaluation(run: Path) -> dict[str, Any]:
         of = f"of step {was}" if was is not None and was != step else "of other weights"
         raise UserError(f"{run}: its evaluation is {of}, not of its newest checkpoint (step {step}); megaflow evaluate {run} mends it")
     return found
+
+
+def alike(evaluations: dict) -> None:
+    """Refuse evaluations whose numbers do not compare. Raises UserError."""
+    for setting in ("samples", "rows", "temperature"):
+        found = {name: evaluation["settings"][setting] for name, evaluation in evaluations.items()}
+        if len(set(found.values())) > 1:
+            each = ", ".join(f"{value} ({name})" for name, value in found.items())
+            raise UserError(f"the runs were evaluated with different --{setting}: {each}; evaluate them alike, then report")
 
 
 def stage_seconds(directory: Path, summaries: dict, evaluations: dict) -> dict[str, float]:

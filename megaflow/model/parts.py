@@ -25,6 +25,8 @@ from megaflow.flow.likelihood import Range, information_range
 from megaflow.parallel import random
 
 FILE = "flow.safetensors"
+FADED = 1e-12
+"""Weight below which a bin of the profile fades no further: what has long not been seen keeps its value."""
 RESOLVED = 1e-3
 """The range ends where the channel alone leaves less than this, nats a token."""
 
@@ -112,8 +114,10 @@ class Profile:
     def observe(self, total: Tensor, weight: Tensor, memory: float) -> None:
         """Take in one step: sums of cross-entropy and of tokens per bin (K,), as shares of the step's tokens."""
         bins = len(self.total)
-        self.total = memory * self.total + (1.0 - memory) * bins * total
-        self.weight = memory * self.weight + (1.0 - memory) * bins * weight
+        new_total = memory * self.total + (1.0 - memory) * bins * total
+        new_weight = memory * self.weight + (1.0 - memory) * bins * weight
+        faded = new_weight < FADED
+        self.total, self.weight = torch.where(faded, self.total, new_total), torch.where(faded, self.weight, new_weight)
 
 
 def initial_profile(parts: Parts, config: ClockConfig, seed: int) -> Profile:

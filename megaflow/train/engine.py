@@ -68,7 +68,9 @@ def start(trainee: Trainee, config: Config, mesh: Mesh, micro: int, accumulation
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it even where there is one process
     deepspeed.init_distributed("nccl" if mesh.device.type == "cuda" else "gloo", verbose=False, dist_init_required=False)
     deepspeed.utils.groups._WORLD_GROUP = None  # it keeps its clone of the group that an earlier run in this process has left
+    frozen = {name: p.detach().clone() for name, p in trainee.network.named_parameters() if not p.requires_grad}
     engine, *_ = deepspeed.initialize(model=trainee, optimizer=optimizer, config=settings)
+    engine.frozen = frozen  # DeepSpeed rounds them to bf16 with the others, and keeps no fp32 of what it does not train
     if _sharded(engine):
         _make_optimizer_states(engine)
         if isinstance(optimizer, Together):
@@ -115,7 +117,7 @@ def weights(engine: Any) -> dict[str, Tensor]:
     if all(p.dtype == torch.float32 for p in full.values()):
         return {name: p.detach() for name, p in full.items()}
     fetch = _gather if _sharded(engine) else partial(_master, engine)
-    return {name: fetch(p).detach() if p.requires_grad else p.detach().float() for name, p in full.items()}
+    return {name: fetch(p).detach() if p.requires_grad else engine.frozen[name] for name, p in full.items()}
 
 
 def moments(engine: Any) -> dict[str, Tensor]:
@@ -142,6 +144,7 @@ def restore(engine: Any, weight: dict[str, Tensor], moment: dict[str, Tensor], s
     for name, p in _named(engine).items():
         p.copy_(weight[name])
         if not p.requires_grad:
+            engine.frozen[name] = weight[name].to(p.device)
             continue
         values = {key: moment[f"{key}.{name}"].to(p.device) for key in MOMENTS if f"{key}.{name}" in moment}
         if _sharded(engine):
@@ -177,7 +180,8 @@ class Average:
         """Full and fp32, by name, frozen parameters as they are. A collective call where ZeRO shards."""
         if self.whole is not None:
             return self.whole
-        return {name: _gather(p, "average") if p.requires_grad else p.detach().float() for name, p in _named(self.engine).items()}
+        frozen = self.engine.frozen
+        return {name: _gather(p, "average") if p.requires_grad else frozen[name] for name, p in _named(self.engine).items()}
 
     def restore(self, values: dict[str, Tensor]) -> None:
         """Go on from what `weights` gave, under any layout."""

@@ -88,6 +88,8 @@ def train(config: Config, stage: Stage, mesh: Mesh, began: float) -> int:
             if not math.isfinite(loss):
                 raise NotFinite(not_finite(directory, step, loss))
             norm = engine.step(deep)
+            if not math.isfinite(norm):
+                raise NotFinite(not_finite(directory, step, norm))
             stage.learn(observed, step)
             average.update(ema.decay(config.optim.ema_decay, step))
             elapsed = time.monotonic() - start

@@ -138,4 +138,8 @@ class MapStage:
 
     def describe(self) -> dict[str, Any]:
         distill = self.config.distill
-        return {"teacher": distill.teacher, "objective": distill.objective, "reads": f"belief and {distill.state_input} of the state"}
+        return {
+            "teacher": distill.teacher,
+            "objective": distill.objective,
+            "reads": ", ".join([*self.network.reads, f"ahead: {distill.state_input}"]),
+        }

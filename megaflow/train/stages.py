@@ -1,5 +1,6 @@
 """The two commands that train, each readable from top to bottom: pretrain (stage 1 and the baseline) and distill (stage 2)."""
 
+import hashlib
 import json
 import sys
 import time
@@ -33,6 +34,8 @@ from megaflow.train.stage_map import MapStage
 
 TOKENIZER_FILE = "tokenizer.json"
 """What the manifest of the first shards of a run said of their tokenizer."""
+SHARDS_FILE = "shards.json"
+"""Hash of the files of the shards that a run was started on."""
 TEACHER_FILE = "teacher.json"
 """Step and hash of the checkpoint that a flow map is distilled from."""
 
@@ -77,6 +80,7 @@ def _train(loaded: Loaded, kind: str, began: float) -> int:
                 check_tokenizer(model, manifest)
             if mesh.first and not (directory / TOKENIZER_FILE).exists():
                 write_atomically(directory / TOKENIZER_FILE, json.dumps(manifest["tokenizer"], indent=1))
+            same_shards(directory, manifest, mesh)
             (directory / "summary.json").unlink(missing_ok=True)
             torch.manual_seed(random.generator(config.run.seed, "weights").initial_seed())
             stage = pretrain_stage(config, manifest, mesh) if kind == "pretrain" else distill_stage(config, mesh)
@@ -176,6 +180,16 @@ def check_tokenizer(directory: Path, manifest: dict) -> None:
             f"{directory}: the shards' tokenizer ({manifest['tokenizer']['hash'][:12]}) differs from the model's ({was[:12]}); "
             "use the shards this run was started on, or another run.dir"
         )
+
+
+def same_shards(directory: Path, manifest: dict, mesh: Mesh) -> None:
+    """Note which shards this run is trained on, or refuse others than those noted. Raises UserError."""
+    file, now = directory / SHARDS_FILE, hashlib.sha256(json.dumps(manifest["files"], sort_keys=True).encode()).hexdigest()
+    if mesh.first and not file.exists():
+        write_atomically(file, json.dumps({"sha256": now}, indent=1))
+    meshes.barrier(mesh)
+    if read_json(file)["sha256"] != now:
+        raise UserError(f"{directory}: its shards have been made anew from other text since; restore them, or choose another run.dir")
 
 
 def _save_parts(fixed: Parts, file: Path) -> None:

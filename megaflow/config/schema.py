@@ -1,7 +1,7 @@
 """Every key a config may hold: one dataclass per part, one field per key.
 
 A field says what it means, which values it takes and whether `auto` is one of them, so that the loader can
-refuse a wrong value with one sentence (see load.py) and `megaflow config --help` can list all of them.
+refuse a wrong value with one sentence (see load.py) and `megaflow config --keys` can list all of them.
 """
 
 import dataclasses

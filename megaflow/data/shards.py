@@ -130,6 +130,11 @@ def write_manifest(folder: str | Path, manifest: dict[str, Any]) -> dict[str, An
     return manifest
 
 
+def identity(manifest: dict[str, Any]) -> str:
+    """A hash of the shards' files: equal where they hold the same tokens."""
+    return hashlib.sha256(json.dumps(manifest["files"], sort_keys=True).encode()).hexdigest()
+
+
 def read_manifest(folder: str | Path) -> dict[str, Any]:
     """The manifest of a prepared folder; raises UserError if there is no such folder, or it is not one, or is damaged."""
     folder = Path(folder)

@@ -4,7 +4,6 @@ Everything is computed from the run's newest checkpoint (averaged weights) and t
 already there, of the same checkpoint with the same settings, computes nothing.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from megaflow.data import shards
 from megaflow.data.stream import TokenStream
 from megaflow.data.tokenizer import decode
 from megaflow.errors import UserError
@@ -59,7 +59,7 @@ def evaluate(
     run = load_run(directory)
     settings = {"steps": steps, "samples": samples, "rows": rows, "draws": draws, "seed": seed, "temperature": temperature}
     settings["cooled"] = list(COOLED) if temperature == 1.0 else []
-    identity = {**kept.weights_of(run.checkpoint), "shards": shards_of(run), "settings": settings}
+    identity = {**kept.weights_of(run.checkpoint), "shards": shards.identity(run.manifest), "settings": settings}
     result = kept.read(run.directory)
     if not kept.is_of(result, identity):
         if result.get("shards") != identity["shards"]:
@@ -88,11 +88,6 @@ def check(directory: Path, steps: list[int], samples: int, rows: int, draws: int
         raise UserError(f"--json {out}: there is no folder {Path(out).parent}; make it first")
     if out and Path(out).is_dir():
         raise UserError(f"--json {out}: this is a folder; give the path of a file")
-
-
-def shards_of(run: Run) -> str:
-    """A hash of the shards that everything is measured on."""
-    return hashlib.sha256(json.dumps(run.manifest["files"], sort_keys=True).encode()).hexdigest()
 
 
 def as_json(result: dict[str, Any]) -> str:

@@ -86,10 +86,10 @@ def train(config: Config, stage: Stage, mesh: Mesh, began: float) -> int:
             engine.set_learning_rate(deep, rate)
             loss, observed, counted, asked = accumulate(deep, stage, stream, config, mesh, step, micro, accumulation, stop)
             if not math.isfinite(loss):
-                raise NotFinite(not_finite(directory, step, loss))
+                raise NotFinite(not_finite(directory, step, "loss", loss))
             norm = engine.step(deep)
             if not math.isfinite(norm):
-                raise NotFinite(not_finite(directory, step, norm))
+                raise NotFinite(not_finite(directory, step, "gradient's norm", norm))
             stage.learn(observed, step)
             average.update(ema.decay(config.optim.ema_decay, step))
             elapsed = time.monotonic() - start
@@ -192,11 +192,11 @@ def attention_kernel(network: Any) -> str:
     return network.trunk.blocks[0].kernel
 
 
-def not_finite(directory: Path, step: int, loss: float) -> str:
+def not_finite(directory: Path, step: int, what: str, value: float) -> str:
     good = checkpoints.steps(directory)
     where = f"the last good checkpoint is {checkpoints.folder(directory, good[-1])}" if good else "there is no checkpoint yet"
     return (
-        f"{directory}: the loss of step {step + 1} is {loss}; {where}; look at the data of this step, or start another run.dir with a "
+        f"{directory}: the {what} of step {step + 1} is {value}; {where}; look at the data of this step, or start another run.dir with a "
         "lower optim.learning_rate"
     )
 

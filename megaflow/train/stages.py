@@ -1,6 +1,5 @@
 """The two commands that train, each readable from top to bottom: pretrain (stage 1 and the baseline) and distill (stage 2)."""
 
-import hashlib
 import json
 import sys
 import time
@@ -11,6 +10,7 @@ import torch
 from megaflow.config.check import batch_split, contradictions, of_shards, resolve
 from megaflow.config.load import ConfigError, Loaded, load
 from megaflow.config.schema import Config
+from megaflow.data import shards
 from megaflow.data.shards import open_prepared, unigram_counts
 from megaflow.errors import UserError
 from megaflow.flow.clock import Clock
@@ -184,7 +184,7 @@ def check_tokenizer(directory: Path, manifest: dict) -> None:
 
 def same_shards(directory: Path, manifest: dict, mesh: Mesh) -> None:
     """Note which shards this run is trained on, or refuse others than those noted. Raises UserError."""
-    file, now = directory / SHARDS_FILE, hashlib.sha256(json.dumps(manifest["files"], sort_keys=True).encode()).hexdigest()
+    file, now = directory / SHARDS_FILE, shards.identity(manifest)
     if mesh.first and not file.exists():
         write_atomically(file, json.dumps({"sha256": now}, indent=1))
     meshes.barrier(mesh)

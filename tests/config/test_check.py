@@ -147,6 +147,7 @@ class TestContradictions:
                 {"distill.teacher": "x", "distill.state_input": "hot_belief", "model.input": "linear"},
                 ["distill.state_input=hot_belief", "model.input", "distill.state_input=linear"],
             ),
+            ({"run.dir": " "}, ["run.dir is empty"]),
             ({"distill.teacher": "x", "train.global_batch": 3}, ["train.global_batch=3", "4"]),
         ],
     )

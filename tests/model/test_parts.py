@@ -140,3 +140,9 @@ def test_the_clock_follows_the_profile():
     earlier = Profile(profile.edges, 1.5 * torch.sigmoid(flow.span.low + 3.0 - centres), profile.weight)
     after = log_snr(clocks.inverse(made.fit_clock(config, flow, earlier), half)).item()
     assert after < before - 1.0
+
+
+def test_a_profile_without_memory_keeps_what_it_does_not_see():
+    profile = Profile(torch.linspace(0, 1, 4).double(), torch.tensor([3.0, 2.0, 1.0]).double(), torch.ones(3).double())
+    profile.observe(torch.tensor([0.0, 0.5, 0.0]).double(), torch.tensor([0.0, 0.5, 0.0]).double(), memory=0.0)
+    assert profile.cross_entropy.tolist() == [3.0, 1.0, 1.0]

@@ -29,9 +29,9 @@ train: {steps: 40, global_batch: 8, checkpoint_every: 10, validate_every: 10, va
 log: {wandb: "off"}
 """
 DATA = {
-    "char": "normalize: letters, tokenizer: characters, length: 32",
-    "coded": "normalize: none, tokenizer: bpe, vocab_size: 300, length: 16",
-    "documents": "normalize: none, tokenizer: bpe, vocab_size: 300, length: 48, packing: document",
+    "char": "validation_fraction: 0.2, normalize: letters, tokenizer: characters, length: 32",
+    "coded": "validation_fraction: 0.2, normalize: none, tokenizer: bpe, vocab_size: 300, length: 16",
+    "documents": "validation_fraction: 0.2, normalize: none, tokenizer: bpe, vocab_size: 300, length: 48, packing: document",
 }
 REPOSITORY = {"char": "char", "coded": "quickstart", "documents": "quickstart"}
 
@@ -68,7 +68,7 @@ def shards(workspace: Path, texts: dict[str, Path]) -> Callable[[str], Path]:
         if not path.exists():
             source = texts["sentences" if kind == "documents" else "chapters"]
             file = workspace / f"data-{kind}.yaml"
-            file.write_text(f"data: {{path: {path}, source: ['{source}'], validation_fraction: 0.2, workers: 1, {DATA[kind]}}}\n")
+            file.write_text(f"data: {{path: {path}, source: ['{source}'], workers: 1, {DATA[kind]}}}\n")
             prepare(load(file).config.data)
         return path
 

@@ -6,8 +6,8 @@
 
 Every side is a process of its own, as a training run is, and has its memory to itself. Their steps alternate, so that whatever else the
 machine does falls on all; a ratio is the median over rounds of steps and its spread the quartiles. A step is what the loop does: draws,
-forward, backward, clipping, AdamW. FLOPs are counted by PyTorch's FlopCounterMode. Memory is the peak of resident memory during a step
-above what was resident before it (on a GPU the allocator's peak).
+forward, backward, clipping and the default optimizer (Muon and AdamW together). FLOPs are counted by PyTorch's FlopCounterMode. Memory
+is the peak of resident memory during a step above what was resident before it (on a GPU the allocator's peak).
 """
 
 import argparse
@@ -37,6 +37,7 @@ from megaflow.model import build  # noqa: E402
 from megaflow.model.parts import Parts, fit_clock, initial_profile  # noqa: E402
 from megaflow.parallel import random  # noqa: E402
 from megaflow.progress import Progress  # noqa: E402
+from megaflow.train.optimizer import make  # noqa: E402
 from megaflow.train.stage import Batch  # noqa: E402
 from megaflow.train.stage_autoregressive import AutoregressiveStage  # noqa: E402
 from megaflow.train.stage_flow import FlowStage  # noqa: E402
@@ -66,8 +67,8 @@ def side(kind: str, values: dict[str, Any], vocab: int, length: int) -> Side:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     family = "autoregressive" if kind == "autoregressive" else "flow"
     code_name = "identity" if kind == "dense" else "frame"
-    loaded = assemble([("benchmark", {**values, "model.family": family, "flow.code": code_name, "flow.clock.bins": 20})])
-    config = resolve(loaded, vocab).config
+    same = {"model.family": family, "flow.code": code_name, "flow.clock.bins": 20, "optim.learning_rate": 1e-4}
+    config = resolve(assemble([("benchmark", values | same)]), vocab).config
     log_prior = torch.log_softmax(-torch.log1p(torch.arange(vocab, dtype=torch.float32)), 0)  # Zipf's law
     torch.manual_seed(0)
     if family == "autoregressive":
@@ -86,7 +87,7 @@ def side(kind: str, values: dict[str, Any], vocab: int, length: int) -> Side:
             stage = MapStage(config, network, teacher, fixed, clock)
         else:
             stage = FlowStage(config, network, fixed)
-    return Side(stage, torch.optim.AdamW(network.parameters(), lr=1e-4), config.train.global_batch, length)
+    return Side(stage, make(network, config.optim), config.train.global_batch, length)
 
 
 def step(one: Side, number: int) -> None:

@@ -96,9 +96,9 @@ def contradictions(loaded: Loaded, vocab: int | None = None) -> None:
 def of_shards(loaded: Loaded, manifest: dict[str, Any]) -> Loaded:
     """The config with what its shards were made with: values that were set must agree with it, defaults give way. Raises ConfigError."""
     values, origin = flatten(loaded.config), dict(loaded.origin)
-    for name in ("normalize", "tokenizer", "vocab_size", "length", "packing"):
-        key, made = f"data.{name}", manifest["settings"].get(name)
-        if made is None or values[key] == made:
+    for name, made in manifest["settings"].items():  # what prepare was told, of the keys that shape shards
+        key = f"data.{name}"
+        if values[key] == made:
             continue
         if name == "tokenizer" and values[key] not in TOKENIZERS and made not in TOKENIZERS:
             continue  # the same tokenizer.json may lie elsewhere now; its hash is compared with the model's

@@ -103,7 +103,7 @@ class OptimConfig:
     warmup_steps: Any = key("auto", "steps of linear warm-up; auto: 2500, at most a tenth of the run", low=0, auto=True)
     beta1: float = key(0.9, "AdamW's first decay", low=0.0, high=0.9999)
     beta2: float = key(0.99, "AdamW's second decay", low=0.0, high=0.99999)
-    weight_decay: float = key(0.0, "AdamW's decoupled decay", low=0.0)
+    weight_decay: float = key(0.0, "decoupled decay of the weights", low=0.0)
     clip_norm: float = key(1.0, "largest norm of the gradient; 0: never clipped", low=0.0)
     ema_decay: float = key(0.9999, "decay of the averaged weights, at most (1 + n) / (10 + n) after n steps", low=0.0, high=0.999999)
 

@@ -28,6 +28,7 @@ LENGTH_COUNTS_FILE = "length_counts.npy"
 SECONDS_FILE = "seconds.json"
 SPLITS = ("train", "validation")
 VERSION = 1
+NEEDED = {"sources", "settings", "tokenizer", "length", "packing", "splits", "files"}
 # small enough that the shuffle, which moves samples within blocks of 2^18, mixes several shards
 SHARD_BYTES = 1 << 24
 
@@ -112,12 +113,10 @@ class SplitWriter:
 
 def describe_file(path: str | Path) -> dict[str, Any]:
     """Size and sha256 of a file, which is on disk for good when this returns."""
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
         os.fsync(file.fileno())
-        return {"bytes": file.tell(), "sha256": digest.hexdigest()}
+        return {"bytes": file.tell(), "sha256": digest}
 
 
 def write_manifest(folder: str | Path, manifest: dict[str, Any]) -> dict[str, Any]:
@@ -147,6 +146,8 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text("utf-8"))
         version = manifest["version"]
+        if version == VERSION and (missing := NEEDED - manifest.keys()):
+            raise KeyError(*missing)
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path} is damaged: delete {folder} and run megaflow prepare again.") from error
     if version != VERSION:
@@ -154,8 +155,17 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     return manifest
 
 
+def verify_file(folder: str | Path, name: str, manifest: dict[str, Any]) -> None:
+    """Compare the sha256 of one file with the manifest's; raises UserError where it differs."""
+    with (Path(folder) / name).open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != manifest["files"][name]["sha256"]:
+        raise UserError(f"{Path(folder) / name} is not what prepare wrote (sha256 differs): delete {folder} and prepare it again.")
+
+
 def open_prepared(folder: str | Path) -> dict[str, Any]:
-    """The manifest of a prepared folder after checking that every file is there and has its size; UserError otherwise."""
+    """The manifest of a prepared folder after checking that every file is there and has its size, and the content of all but the
+    shards, which TokenStream checks as it comes to them; UserError otherwise."""
     manifest = read_manifest(folder)
     for name, expected in manifest["files"].items():
         path = Path(folder) / name
@@ -164,6 +174,8 @@ def open_prepared(folder: str | Path) -> dict[str, Any]:
             raise UserError(f"{path} is missing: delete {folder} and run megaflow prepare again.")
         if size != expected["bytes"]:
             raise UserError(f"{path} has {size} bytes instead of {expected['bytes']}: delete {folder} and run megaflow prepare again.")
+        if path.suffix != ".mds":
+            verify_file(folder, name, manifest)
     return manifest
 
 
@@ -173,8 +185,7 @@ def verify(folder: str | Path) -> dict[str, Any]:
     files: dict[str, Any] = manifest["files"]
     progress, done = Progress("verify shards", sum(file["bytes"] for file in files.values()) / 1e6, "MB"), 0
     for name, expected in files.items():
-        if describe_file(Path(folder) / name)["sha256"] != expected["sha256"]:
-            raise UserError(f"{Path(folder) / name} is not what prepare wrote (sha256 differs): delete {folder} and prepare it again.")
+        verify_file(folder, name, manifest)
         done += expected["bytes"]
         progress.update(done / 1e6)
     return manifest

@@ -12,37 +12,48 @@ import torch
 from streaming import LocalDataset
 from streaming.base.shuffle import get_shuffle
 
-from megaflow.data.shards import SPLITS, open_prepared
+from megaflow.data.shards import SPLITS, open_prepared, verify_file
 from megaflow.errors import UserError
 
 
 class TokenStream:
     """The rows of one split of a prepared folder, by place.
 
-    `shuffle=False` is the order they were written in, every epoch. Raises UserError if the folder is not sound.
+    `shuffle=False` is the order they were written in, every epoch. Raises UserError if the folder is not sound; a shard is compared
+    with the manifest when its first row is read.
     """
 
     def __init__(self, folder: str | Path, split: str, seed: int, shuffle: bool = True) -> None:
         if split not in SPLITS:
             raise UserError(f"there is no split {split!r} in {folder}: it is one of {', '.join(SPLITS)}.")
-        self.manifest = open_prepared(folder)
+        self.folder, self.split, self.manifest = Path(folder), split, open_prepared(folder)
         # LocalDataset is random access to files: no shared memory, no locks, nothing left behind by a killed run
         self.dataset = LocalDataset(str(folder), split)
         self.seed, self.shuffle = seed, shuffle
         self.orders: dict[int, np.ndarray] = {}
+        self.verified: set[int] = set()
 
     def __len__(self) -> int:
         """Rows of an epoch."""
         return len(self.dataset)
 
     def rows(self, places: Sequence[int] | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids (B, L) int64 and how many of each row count (B,) int64, at `places` (B,) >= 0; ids beyond are 0."""
-        samples = [self.dataset[self.row_number(int(place))] for place in places]
+        """Ids (B, L) int64 and how many of each row count (B,) int64, at `places` (B,) >= 0; ids beyond are 0. Raises UserError."""
+        samples = [self.sample(self.row_number(int(place))) for place in places]
         ids = np.zeros((len(samples), self.manifest["length"]), np.int64)
         for row, sample in zip(ids, samples, strict=True):
             row[:] = sample["tokens"]
         lengths = np.array([sample["length"] for sample in samples], np.int64)
         return torch.from_numpy(ids), torch.from_numpy(lengths)
+
+    def sample(self, number: int) -> dict:
+        """A row of the split by its number."""
+        shard, _ = self.dataset.spanner[number]
+        if shard not in self.verified:
+            raw, _ = self.dataset.shards[shard].file_pairs[0]
+            verify_file(self.folder, f"{self.split}/{raw.basename}", self.manifest)
+            self.verified.add(shard)
+        return self.dataset[number]
 
     def row_number(self, place: int) -> int:
         """The row of the split, in the order it was written, that stands at `place`."""

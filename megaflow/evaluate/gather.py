@@ -18,6 +18,7 @@ from megaflow.evaluate import kept
 from megaflow.train.run import lines, read_config, read_json, versions, write_atomically
 
 RUNS = ("flow", "autoregressive", "flow_map")
+SUMMED = ("parameters", "steps", "tokens", "seconds", "tokens_per_second", "peak_memory_bytes")
 STAGES = {
     "prepare": "prepare the text",
     "train flow": "train the flow",
@@ -77,7 +78,7 @@ def report(directory: str | Path) -> None:
     if not (directory / "data").is_dir():
         raise UserError(f"{directory / 'data'}: there is no folder of this name; a report reads there what the runs were trained on")
     manifest = read_manifest(directory / "data")
-    summaries = {name: read_json(path / "summary.json") for name, path in found.items()}
+    summaries = {name: read_json(path / "summary.json", *SUMMED) for name, path in found.items()}
     evaluations = {name: evaluation for name, path in found.items() if (evaluation := present_evaluation(path))}
     alike(evaluations)
     for name in found:
@@ -114,7 +115,7 @@ def alike(evaluations: dict) -> None:
 
 def stage_seconds(directory: Path, summaries: dict, evaluations: dict) -> dict[str, float]:
     """Seconds of every stage, in the order they run; installation is not among them."""
-    seconds = {"prepare": read_json(directory / "data" / SECONDS_FILE)["seconds"]}
+    seconds = {"prepare": read_json(directory / "data" / SECONDS_FILE, "seconds", "command")["seconds"]}
     seconds |= {f"train {name}": summaries[name]["seconds"] for name in RUNS if name in summaries}
     return seconds | {f"evaluate {name}": evaluations[name]["seconds"] for name in RUNS if name in evaluations}
 
@@ -260,7 +261,7 @@ def commands(directory: Path) -> list[str]:
     found = [["megaflow", *read_json(directory / "data" / SECONDS_FILE)["command"]]]
     for name in RUNS:
         file = directory / name / "run.json"
-        starts = read_json(file)["starts"] if file.is_file() else []
+        starts = read_json(file, "starts")["starts"] if file.is_file() else []
         for start in starts:  # a run that was continued with other settings took more than one
             if (command := ["megaflow", *start["command"][1:]]) not in found:
                 found.append(command)

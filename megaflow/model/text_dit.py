@@ -25,6 +25,8 @@ from megaflow.model.trunk import Trunk
 CONDITION = 128
 FREQUENCIES = 16
 HOT_GAIN = 3.0
+HEAD_STD = 0.1
+"""Spread of an initial logit: the first loss is the channel's own, and every row of the head has a direction."""
 
 
 @dataclass(frozen=True)
@@ -104,9 +106,10 @@ class TextDiT(nn.Module):
         super().__init__()
         self.code, self.log_prior, self.span, self.skip = code, log_prior, span, skip
         self.reads, self.map_reads, self.neighbors = reads, map_reads, shape.neighbors
-        table = nn.Parameter(torch.empty(shape.vocab, shape.belief_dim), requires_grad=map_reads is None)
-        self.table = table if "belief" in reads else None
-        self.widen = nn.Linear(shape.window * shape.belief_dim, shape.hidden, bias=False) if "belief" in reads else None
+        self.table = self.widen = None
+        if "belief" in reads:
+            self.table = nn.Parameter(torch.empty(shape.vocab, shape.belief_dim), requires_grad=map_reads is None)
+            self.widen = nn.Linear(shape.window * shape.belief_dim, shape.hidden, bias=False)
         self.state = nn.Linear(code.dim, shape.hidden, bias=False) if "linear" in reads else None
         self.map_state = nn.Linear(shape.window * code.dim, shape.hidden, bias=False) if map_reads == "linear" else None
         self.map_widen = nn.Linear(shape.window * shape.belief_dim, shape.hidden, bias=False) if map_reads == "hot_belief" else None
@@ -204,9 +207,6 @@ class TextDiT(nn.Module):
         s = s.double()[:, None, None]
         mean_square = s**2 * self.code.leverage.double().mean() / self.code.dim + (1.0 - s) ** 2
         return mean_square.rsqrt().to(self.code.leverage.dtype)
-
-
-HEAD_STD = 0.1
 
 
 def windows(x: Tensor, before: int, after: int, lengths: Tensor | None = None) -> Tensor:

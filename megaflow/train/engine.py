@@ -116,21 +116,21 @@ def weights(engine: Any) -> dict[str, Tensor]:
     full = _named(engine)
     if all(p.dtype == torch.float32 for p in full.values()):
         return {name: p.detach() for name, p in full.items()}
-    fetch = _gather if _sharded(engine) else partial(_master, engine)
+    fetch = _gather if _sharded(engine) else _masters(engine).__getitem__
     return {name: fetch(p).detach() if p.requires_grad else engine.frozen[name] for name, p in full.items()}
 
 
 def moments(engine: Any) -> dict[str, Tensor]:
     """The optimizer's moments, as 'exp_avg.NAME', 'momentum_buffer.NAME', …, full and fp32. A collective call where ZeRO shards."""
     found: dict[str, Tensor] = {}
-    kinds = _kinds(engine) if _sharded(engine) else {}
+    kinds, masters = (_kinds(engine), {}) if _sharded(engine) else ({}, _masters(engine))
     for name, p in _named(engine).items():
         if not p.requires_grad:
             continue
         if _sharded(engine):
             found |= {f"{key}.{name}": _gather(p, key) for key in kinds[p]}
         else:
-            found |= {f"{key}.{name}": value for key, value in engine.optimizer.state[_master(engine, p)].items() if key != "step"}
+            found |= {f"{key}.{name}": value for key, value in engine.optimizer.state[masters[p]].items() if key != "step"}
     return found
 
 
@@ -139,6 +139,7 @@ def restore(engine: Any, weight: dict[str, Tensor], moment: dict[str, Tensor], s
     """Put logical weights and moments, as taken by `weights` and `moments` after `steps` steps, into an engine of any layout."""
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
+    masters = {} if _sharded(engine) else _masters(engine)
     if _sharded(engine):
         _set_steps(engine, steps)
     for name, p in _named(engine).items():
@@ -152,7 +153,7 @@ def restore(engine: Any, weight: dict[str, Tensor], moment: dict[str, Tensor], s
             for key, value in values.items():
                 safe_set_full_optimizer_state(p, value, key)
         else:
-            master = _master(engine, p)
+            master = masters[p]
             master.copy_(weight[name])
             state = engine.optimizer.state[master]
             state |= {key: value.clone() for key, value in values.items()}
@@ -208,12 +209,12 @@ def _slices(engine: Any) -> list[Tensor]:
     return [flat for group in engine.optimizer.param_groups for flat in group["params"]]
 
 
-def _master(engine: Any, p: nn.Parameter) -> Tensor:
-    """The fp32 weight that an unsharded optimizer moves: the parameter itself, or DeepSpeed's copy of a bf16 one."""
+def _masters(engine: Any) -> dict[nn.Parameter, Tensor]:
+    """The fp32 weights that an unsharded optimizer moves: the parameters themselves, or DeepSpeed's copies of bf16 ones."""
     if not _wrapped(engine):
-        return p
+        return {p: p for p in engine.module.parameters() if p.requires_grad}
     both = zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups, strict=True)  # "fp16" is any half precision
-    return next(full for half, master in both for q, full in zip(half, master, strict=True) if q is p)
+    return {p: full for half, masters in both for p, full in zip(half, masters, strict=True)}
 
 
 def _named(engine: Any) -> dict[str, nn.Parameter]:
@@ -234,9 +235,8 @@ def _sharded(engine: Any) -> bool:
 def _undo_first_step(engine: Any) -> None:
     """DeepSpeed's unsharded bf16 optimizer makes its state by a step without gradients, which counts as one and decays the weights."""
     engine.optimizer.state.clear()
-    for p in _named(engine).values():
-        if p.requires_grad:
-            _master(engine, p).copy_(p)
+    for p, master in _masters(engine).items():
+        master.copy_(p)
 
 
 def _make_optimizer_states(engine: Any) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from megaflow.config.check import batch_split
 from megaflow.config.schema import Config
 from megaflow.data.stream import TokenStream
+from megaflow.model.attention import choose
 from megaflow.parallel import mesh as meshes
 from megaflow.parallel.mesh import Mesh
 from megaflow.process import STOP_SIGNALS, STOPPED
@@ -57,12 +58,12 @@ def train(config: Config, stage: Stage, mesh: Mesh, began: float) -> int:
     deep = engine.start(engine.Trainee(stage.network, stage.loss), config, mesh, micro, accumulation)
     average = engine.Average(deep)
     state: dict[str, Any] = {"step": 0, "tokens": 0, "seconds": 0.0, "training_seconds": 0.0}
-    found = checkpoints.newest(directory)
-    if found is not None:
-        engine.restore(deep, found.weights, found.moments, found.state["step"])
-        average.restore(found.averaged)
-        stage.restore(found.stage)
-        state = found.state
+    saved = checkpoints.newest(directory)
+    if saved is not None:
+        engine.restore(deep, saved.weights, saved.moments, saved.state["step"])
+        average.restore(saved.averaged)
+        stage.restore(saved.stage)
+        state = saved.state
     seconds_before = state["seconds"]
     metrics = None
     if mesh.first:
@@ -73,6 +74,8 @@ def train(config: Config, stage: Stage, mesh: Mesh, began: float) -> int:
 
     def save() -> None:
         weights, averaged, moments = engine.weights(deep), average.weights(), engine.moments(deep)
+        if not all(value.isfinite().all() for value in weights.values()):  # a checkpoint is one that a run can go on from
+            raise NotFinite(not_finite(directory, f"after step {state['step']} not all weights are finite"))
         state["seconds"] = seconds_before + time.monotonic() - began
         if mesh.first:
             checkpoints.save(directory, Checkpoint(weights, averaged, moments, stage.state(), dict(state)), config.train.keep_checkpoints)
@@ -86,24 +89,30 @@ def train(config: Config, stage: Stage, mesh: Mesh, began: float) -> int:
             engine.set_learning_rate(deep, rate)
             loss, observed, counted, asked = accumulate(deep, stage, stream, config, mesh, step, micro, accumulation, stop)
             if not math.isfinite(loss):
-                raise NotFinite(not_finite(directory, step, "loss", loss))
+                raise NotFinite(not_finite(directory, f"the loss of step {step + 1} is {loss}"))
             norm = engine.step(deep)
             if not math.isfinite(norm):
-                raise NotFinite(not_finite(directory, step, "gradient's norm", norm))
-            stage.learn(observed, step)
+                raise NotFinite(not_finite(directory, f"the gradient's norm of step {step + 1} is {norm}"))
+            learned = stage.learn(observed, step)
             average.update(ema.decay(config.optim.ema_decay, step))
             elapsed = time.monotonic() - start
             state["step"], state["tokens"] = step + 1, state["tokens"] + counted
             state["training_seconds"] += elapsed
             last, stopped = step + 1 == steps, asked
             line = {"step": step + 1, "tokens": state["tokens"], "loss": loss, "learning_rate": rate, "grad_norm": norm}
-            line["tokens_per_second"] = counted / elapsed
+            line |= learned | {"tokens_per_second": counted / elapsed}
             if metrics is not None and ((step + 1) % config.log.every == 0 or last):
                 metrics.write(line)
             if mesh.first:
                 progress.update(step + 1, f"loss {loss:.4f}  {counted / elapsed:,.0f} tokens/s")
             if (step + 1) % int(config.train.validate_every) == 0 or last:
-                validate(stage, average.weights(), held_out, metrics, state)
+                averaged = average.weights()  # on every process; the first one validates them
+                found = meshes.shared(mesh, validate(stage, averaged, held_out) if mesh.first else {})
+                for name, value in found.items():
+                    if not math.isfinite(value):  # one step too steep: the loss before it does not show it
+                        raise NotFinite(not_finite(directory, f"the {name.replace('_', ' ')} of step {step + 1} is {value}"))
+                if metrics is not None:
+                    metrics.write({"step": step + 1, "tokens": state["tokens"], **found})
             if (step + 1) % config.train.checkpoint_every == 0 or last or stopped:
                 save()
         if mesh.first and state["step"] >= steps and not (directory / "summary.json").exists():
@@ -167,18 +176,17 @@ def validation_rows(config: Config, mesh: Mesh) -> tuple[Tensor, Tensor | None]:
     return ids.to(mesh.device), lengths.to(mesh.device) if padded else None
 
 
-def validate(stage: Stage, average: dict[str, Tensor], rows: tuple[Tensor, Tensor | None], metrics: Metrics | None, state: dict) -> None:
-    """Validate the averaged weights, on the first process only: it alone has metrics."""
-    if metrics is not None:
-        with ema.in_place(stage.network, average), torch.no_grad():
-            metrics.write({"step": state["step"], "tokens": state["tokens"], **stage.validate(*rows)})
+def validate(stage: Stage, average: dict[str, Tensor], rows: tuple[Tensor, Tensor | None]) -> dict[str, float]:
+    """The stage's metrics on validation rows with averaged weights."""
+    with ema.in_place(stage.network, average), torch.no_grad():
+        return stage.validate(*rows)
 
 
 def announce(config: Config, stage: Stage, step: int, mesh: Mesh) -> None:
     """What is about to run, on the console."""
     facts = stage.describe() | {
         "parameters": f"{sum(p.numel() for p in stage.network.parameters()):,}",
-        "attention": attention_kernel(stage.network),
+        "attention": choose(config.model.attention, mesh.device, config.train.precision == "bf16"),
         "processes": f"{mesh.size} on {mesh.device.type}, ZeRO {config.parallel.zero}, {config.train.precision}",
         "optimizer": f"{config.optim.name}, learning rate up to {config.optim.learning_rate:g}",
         "batch": f"{config.train.global_batch} rows",
@@ -188,17 +196,10 @@ def announce(config: Config, stage: Stage, step: int, mesh: Mesh) -> None:
         print(f"  {name:<12}{value}", file=sys.stderr)
 
 
-def attention_kernel(network: Any) -> str:
-    return network.trunk.blocks[0].kernel
-
-
-def not_finite(directory: Path, step: int, what: str, value: float) -> str:
+def not_finite(directory: Path, what: str) -> str:
     good = checkpoints.steps(directory)
     where = f"the last good checkpoint is {checkpoints.folder(directory, good[-1])}" if good else "there is no checkpoint yet"
-    return (
-        f"{directory}: the {what} of step {step + 1} is {value}; {where}; look at the data of this step, or start another run.dir with a "
-        "lower optim.learning_rate"
-    )
+    return f"{directory}: {what}; {where}; look at the data of this step, or start another run.dir with a lower optim.learning_rate"
 
 
 def summarize(directory: Path, config: Config, stage: Stage, state: dict, mesh: Mesh) -> None:

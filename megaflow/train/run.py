@@ -18,12 +18,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
 
-from megaflow.config.load import ConfigError, Loaded, assemble, checked, flatten, load, to_yaml
+from megaflow.config.load import ConfigError, Loaded, assemble, flatten, load, to_yaml
 from megaflow.config.schema import Config, keys
 from megaflow.errors import UserError
 
 MAY_CHANGE = ("parallel.", "log.", "train.checkpoint_every", "run.dir")
 """Keys that a continued run may change; train.steps may grow."""
+
+TEACHER_DATA = tuple(f"data.{name}" for name in ("path", "normalize", "tokenizer", "vocab_size", "length", "packing"))
+"""Keys of the data that a flow map takes over; those that only prepare reads may differ, if it is distilled on other text."""
 
 PACKAGES = (
     "torch",
@@ -71,7 +74,7 @@ def open_run(loaded: Loaded, stage: str) -> Loaded:
         write_atomically(directory / "origin.json", json.dumps(loaded.origin, indent=1))
         write_atomically(directory / "config.yaml", to_yaml(loaded.config))
         return loaded
-    recorded, kind = read_config(directory), read_json(directory / "run.json").get("stage")
+    recorded, kind = read_config(directory), read_json(directory / "run.json", "stage", "starts")["stage"]
     if kind != stage:
         raise ConfigError(f"{directory}: this run was started by megaflow {kind}, not by megaflow {stage}; choose another run.dir")
     old, new = flatten(recorded.config), flatten(loaded.config)
@@ -101,13 +104,11 @@ def read_config(directory: str | Path) -> Loaded:
     if not (directory / "config.yaml").is_file():
         what = "no such directory" if not directory.is_dir() else "not a run directory (it has no config.yaml)"
         raise UserError(f"{directory}: {what}; give the run.dir of a pretrain or distill config")
-    from omegaconf import OmegaConf
-
-    values = flatten(OmegaConf.to_container(OmegaConf.load(directory / "config.yaml"), resolve=True))
-    for name, value in values.items():
-        checked(str(directory / "config.yaml"), name, value)
-    loaded = assemble([(str(directory / "config.yaml"), values)])
-    loaded.origin.update({k: v for k, v in read_json(directory / "origin.json").items() if k in keys()})
+    file = str(directory / "config.yaml")
+    loaded = load(file)
+    if loaded.origin["run.dir"] == "default":  # whichever version has recorded a config, this is in it
+        raise UserError(f"{file}: not the config of a run; the run directory is damaged, start it afresh elsewhere")
+    loaded.origin.update({k: str(v) for k, v in read_json(directory / "origin.json").items() if k in keys()})
     loaded.config.run.dir = str(directory)
     return loaded
 
@@ -120,7 +121,7 @@ def load_distill(path: str, overrides: list[str]) -> Loaded:
     teacher = read_config(name)
     if stage_of(name) != "pretrain" or teacher.config.model.family != "flow":
         raise ConfigError(f"distill.teacher={name} is not a pretrained flow; a flow map is distilled from one")
-    inherited = {k: v for k, v in flatten(teacher.config).items() if k.startswith(("model.", "flow.", "data."))}
+    inherited = {k: v for k, v in flatten(teacher.config).items() if k.startswith(("model.", "flow.")) or k in TEACHER_DATA}
     loaded = load(path, overrides, inherited, f"teacher {name}")
     new = flatten(loaded.config)
     for k in inherited:
@@ -134,12 +135,12 @@ def load_distill(path: str, overrides: list[str]) -> Loaded:
 
 def stage_of(directory: str | Path) -> str:
     """'pretrain' or 'distill'."""
-    return read_json(Path(directory) / "run.json")["stage"]
+    return read_json(Path(directory) / "run.json", "stage")["stage"]
 
 
 def record_start(directory: Path, processes: int, step: int) -> None:
     """Append this start to run.json: when, from which step, by which command, code and packages."""
-    content = read_json(directory / "run.json")
+    content = read_json(directory / "run.json", "starts")
     content["starts"].append(
         {
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -223,7 +224,7 @@ def _wandb(config: Config, directory: Path) -> Any:
 
 def _wandb_id(directory: Path) -> str:
     """One curve for all starts of a run: steps that are taken again after a kill are the same, and synced once."""
-    content = read_json(directory / "run.json")
+    content = read_json(directory / "run.json", "starts")
     if "wandb" not in content:
         content["wandb"] = secrets.token_hex(4)
         write_atomically(directory / "run.json", json.dumps(content, indent=1))
@@ -243,12 +244,16 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Raises UserError where the file is missing or not JSON."""
+def read_json(path: Path, *needed: str) -> dict[str, Any]:
+    """A JSON object that has the `needed` names. Raises UserError where the file is missing or something else."""
     try:
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}); the run directory is damaged, start it afresh elsewhere") from None
+    if not isinstance(found, dict) or (missing := [name for name in needed if name not in found]):
+        what = f"lacks {', '.join(missing)}" if isinstance(found, dict) else "is not a JSON object"
+        raise UserError(f"{path}: it {what}; the run directory is damaged, start it afresh elsewhere")
+    return found
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -37,8 +37,8 @@ class Stage(Protocol):
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Weighted sum over the batch's tokens, with gradient, and the stage's observations, a fixed-size fp64 vector that adds up."""
 
-    def learn(self, observed: Tensor, step: int) -> None:
-        """Take in a step's observations, summed over the global batch."""
+    def learn(self, observed: Tensor, step: int) -> dict[str, float]:
+        """Take in a step's observations, summed over the global batch. Returns what of them belongs into the step's line of metrics."""
 
     def validate(self, ids: Tensor, lengths: Tensor | None) -> dict[str, float]:
         """Metrics on validation rows with the network's present weights: at least `validation_loss`, nats per token."""

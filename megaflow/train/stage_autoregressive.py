@@ -22,8 +22,8 @@ class AutoregressiveStage:
         loss, _ = heads.cross_entropy(self.network.head(), read, batch.ids.flatten(), batch.weight)
         return loss, torch.zeros(0, dtype=torch.float64)
 
-    def learn(self, observed: Tensor, step: int) -> None:
-        pass
+    def learn(self, observed: Tensor, step: int) -> dict[str, float]:
+        return {}
 
     @torch.no_grad()
     def validate(self, ids: Tensor, lengths: Tensor | None) -> dict[str, float]:

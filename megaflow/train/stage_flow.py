@@ -43,11 +43,12 @@ class FlowStage:
         observed[1].index_add_(0, row, weight.sum(1))
         return observed
 
-    def learn(self, observed: Tensor, step: int) -> None:
+    def learn(self, observed: Tensor, step: int) -> dict[str, float]:
         clock = self.config.flow.clock
         self.profile.observe(observed[0], observed[1], clock.memory)
         if clock.name == "ce_linear" and (step + 1) % clock.refit_every == 0:
             self.clock = fit_clock(clock, self.parts, self.profile)
+        return {}
 
     def validate(self, ids: Tensor, lengths: Tensor | None) -> dict[str, float]:
         try:

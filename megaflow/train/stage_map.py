@@ -110,8 +110,10 @@ class MapStage:
 
         return target
 
-    def learn(self, observed: Tensor, step: int) -> None:
-        pass
+    def learn(self, observed: Tensor, step: int) -> dict[str, float]:
+        """The step's divergences from its targets without weights, nats a token, of rows with s = t and of those with s < t."""
+        names = ("diagonal_divergence", "semigroup_divergence")
+        return {name: (total / weight).item() for name, (total, weight) in zip(names, observed, strict=True) if weight > 0.0}
 
     def validate(self, ids: Tensor, lengths: Tensor | None) -> dict[str, float]:
         """The objective itself on validation rows with draws that never change, the same without its weights, and the diagonal's bound."""

@@ -124,10 +124,8 @@ def distill_stage(config: Config, mesh: Mesh) -> Stage:
     teacher = build.flow_network(config, fixed, mesh.device)
     ema.load(teacher, found.averaged)
     network = build.flow_network(config, fixed, mesh.device, is_map=True)
-    network.initialize()
-    start = dict(network.named_parameters())
-    ema.load(network, {name: found.averaged.get(name, p) for name, p in start.items()})
-    network.initialize_map()
+    network.initialize()  # zeros where only a map has weights; all others become the teacher's
+    ema.load(network, {name: found.averaged.get(name, p) for name, p in network.named_parameters()})
     clock = Clock(found.stage["clock_times"], found.stage["clock_tau"])
     return MapStage(config, network, teacher.eval(), _on_device(fixed, mesh), clock)
 
@@ -138,7 +136,7 @@ def _same_teacher(directory: Path, source: Path, found: Checkpoint, mesh: Mesh) 
     if mesh.first and not file.exists():
         write_atomically(file, json.dumps({"step": found.state["step"], "sha256": found.sha256}, indent=1))
     meshes.barrier(mesh)
-    was = read_json(file)
+    was = read_json(file, "step", "sha256")
     if was["sha256"] != found.sha256:
         raise UserError(
             f"{directory}: its teacher {source} has changed since (step {was['step']} then, {found.state['step']} now); "
@@ -174,7 +172,7 @@ def trained(directory: Path) -> Checkpoint:
 def check_tokenizer(directory: Path, manifest: dict) -> None:
     """Refuse shards whose tokenizer is not the one that this run's model was started with. Raises UserError."""
     file = directory / TOKENIZER_FILE
-    was = read_json(file)["hash"] if file.exists() else manifest["tokenizer"]["hash"]
+    was = read_json(file, "hash")["hash"] if file.exists() else manifest["tokenizer"]["hash"]
     if was != manifest["tokenizer"]["hash"]:
         raise UserError(
             f"{directory}: the shards' tokenizer ({manifest['tokenizer']['hash'][:12]}) differs from the model's ({was[:12]}); "
@@ -188,7 +186,7 @@ def same_shards(directory: Path, manifest: dict, mesh: Mesh) -> None:
     if mesh.first and not file.exists():
         write_atomically(file, json.dumps({"sha256": now}, indent=1))
     meshes.barrier(mesh)
-    if read_json(file)["sha256"] != now:
+    if read_json(file, "sha256")["sha256"] != now:
         raise UserError(f"{directory}: its shards have been made anew from other text since; restore them, or choose another run.dir")
 
 

@@ -116,7 +116,7 @@ def _settled(name: str, value: object, vocab: int) -> object:
 class TestShards:
     """What shards were made with is what a run records; values that were set must agree."""
 
-    MADE = {"settings": {"tokenizer": "bytes", "normalize": "none", "length": 32, "packing": "wrap"}}
+    MADE = {"settings": {"tokenizer": "bytes", "normalize": "none", "length": 32, "packing": "wrap", "validation_fraction": 0.05}}
 
     def test_defaults_give_way(self):
         found = of_shards(loaded(("data.length", 32)), self.MADE)
@@ -124,7 +124,10 @@ class TestShards:
         assert (found.origin["data.tokenizer"], found.origin["data.length"]) == ("shards", "test")
         assert found.config.data.vocab_size == 4096  # they say nothing of it
 
-    @pytest.mark.parametrize("name, value", [("tokenizer", "bpe"), ("normalize", "letters"), ("length", 64), ("packing", "document")])
+    @pytest.mark.parametrize(
+        "name, value",
+        [("tokenizer", "bpe"), ("normalize", "letters"), ("length", 64), ("packing", "document"), ("validation_fraction", 0.3)],
+    )
     def test_what_was_set_must_agree(self, name, value):
         with pytest.raises(ConfigError, match=f"test: data.{name}={value} contradicts the shards in runs/data.*made with"):
             of_shards(loaded((f"data.{name}", value)), self.MADE)

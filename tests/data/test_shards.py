@@ -24,7 +24,8 @@ def folder(tmp_path) -> Path:
         writer.end_document(10)
         counts[split] = writer.finish(letters)
         np.save(tmp_path / shards.UNIGRAM_FILE, writer.unigram)
-    shards.write_manifest(tmp_path, {"length": LENGTH, "splits": counts})
+    described = {"sources": [], "settings": {}, "tokenizer": {"hash": tokenizer.tokenizer_hash(letters)}, "packing": "wrap"}
+    shards.write_manifest(tmp_path, {"length": LENGTH, "splits": counts, **described})
     return tmp_path
 
 
@@ -78,6 +79,16 @@ def test_a_changed_byte_is_found_by_verify(folder):
         shards.verify(folder)
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "train/index.json", "unigram.npy"])
+def test_a_changed_byte_of_a_small_file_is_found_at_once(folder, name):
+    path = folder / name
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=f"{name} is not what prepare wrote"):
+        shards.open_prepared(folder)
+
+
 def test_a_version_from_the_future(folder):
     manifest = json.loads((folder / "prepared.json").read_text())
     (folder / "prepared.json").write_text(json.dumps(manifest | {"version": 99}))
@@ -85,7 +96,7 @@ def test_a_version_from_the_future(folder):
         shards.open_prepared(folder)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", "\x00"])
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", "\x00", '{"version": 1, "files": {}}'])
 def test_a_damaged_manifest(folder, content):
     (folder / "prepared.json").write_text(content)
     with pytest.raises(UserError, match="prepared.json is damaged"):

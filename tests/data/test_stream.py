@@ -1,5 +1,6 @@
 """The order of a run: every row once an epoch, a pure function of (seed, epoch), resumed by one number."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -120,6 +121,20 @@ def test_padding_is_zero_and_not_counted(tmp_path):
     assert len(set(lengths.tolist())) > 1
     for row, length in zip(ids, lengths, strict=True):
         assert (row[:length] > 0).all() and (row[length:] == 0).all()
+
+
+def test_a_damaged_shard_is_found_when_its_first_row_is_read(folder, tmp_path):
+    """Not before: a run does not read all shards at its start."""
+    copy = Path(shutil.copytree(folder, tmp_path / "data"))
+    damaged = copy / "train" / "shard.00002.mds"
+    data = bytearray(damaged.read_bytes())
+    data[-1] ^= 1
+    damaged.write_bytes(data)
+    stream = TokenStream(copy, "train", seed=0, shuffle=False)
+    first = int(stream.shard_sizes()[:2].sum())
+    stream.rows(range(first))
+    with pytest.raises(UserError, match=r"train/shard.00002.mds is not what prepare wrote \(sha256 differs\)"):
+        stream.rows([first])
 
 
 def test_errors(folder, tmp_path):

@@ -192,6 +192,15 @@ class TestMissing:
         assert cli("report", path).code == 0
         assert json.loads((path / "metrics.json").read_text())["flow_bound_bits_per_char"] is None
 
+    @pytest.mark.parametrize("setting, value", [("samples", 4), ("rows", 7), ("temperature", 0.9)])
+    def test_evaluations_that_do_not_compare(self, part_of, cli, setting, value):
+        path = part_of("data", "flow", "autoregressive")
+        asked = {"samples": 3, "rows": 8, "temperature": 1.0}
+        evaluate(path / "flow", STEPS, draws=2, seed=0, **asked | {setting: value})
+        told = cli("report", path)
+        assert told.code == 2 and told.err.count("\n") == 1
+        assert f"different --{setting}: {value} (flow), {asked[setting]} (autoregressive)" in told.err
+
     def test_no_run_or_no_data(self, part_of, cli, tmp_path):
         (tmp_path / "empty").mkdir()
         for path, words in (

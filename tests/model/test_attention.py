@@ -1,12 +1,12 @@
 """The attention adapter: every kernel computes the written-out form, with every mask, and a kernel that cannot run is refused."""
 
-import importlib.util
 import math
 
 import pytest
 import torch
 
 from megaflow.errors import UserError
+from megaflow.model import attention
 from megaflow.model.attention import attend, choose
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -54,11 +54,20 @@ def test_the_plain_kernel_has_forward_mode_derivatives():
 
 
 def test_auto_chooses_what_can_run(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(attention, "installed", lambda: False)
     assert choose("auto", GPU, half=True) == "sdpa"
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(attention, "installed", lambda: True)
     assert choose("auto", GPU, half=True) == "flash"
     assert choose("auto", GPU, half=False) == choose("auto", CPU, half=True) == "sdpa"
+
+
+@pytest.mark.parametrize("kernel", ["auto", "flash"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tensors_that_flash_does_not_take_go_to_sdpa(monkeypatch, kernel, dtype):
+    """A run that trained on flash is sampled from fp32 weights, and evaluated where there is no GPU."""
+    monkeypatch.setattr(attention, "installed", lambda: True)
+    x = torch.randn(1, 2, 5, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert torch.equal(attend(kernel, x, x, x, causal=True), attend("sdpa", x, x, x, causal=True))
 
 
 @pytest.mark.parametrize("kernel", ["sdpa", "plain"])
@@ -67,10 +76,10 @@ def test_a_named_kernel_is_kept(kernel):
 
 
 def test_flash_where_it_cannot_run_is_refused(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(attention, "installed", lambda: False)
     with pytest.raises(UserError, match=r"model.attention=flash needs a package flash-attn .*use auto or sdpa"):
         choose("flash", GPU, half=True)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(attention, "installed", lambda: True)
     for device, half in ((CPU, True), (GPU, False)):
         with pytest.raises(UserError, match="needs a GPU with train.precision=bf16"):
             choose("flash", device, half)

@@ -295,15 +295,16 @@ def test_no_tensor_of_tokens_times_vocabulary_exists_in_stage_2(map_reads):
     assert recorded(lambda: stage.loss(large_batch())[0]) == channel.CHUNK_ELEMENTS["cpu"] < ROWS * WIDTH * MANY
 
 
+@pytest.mark.parametrize("map_reads", ["linear", "hot_belief"])
 @pytest.mark.parametrize("kind", ["identity", "frame"])
-def test_stage_2_finds_the_flow_map_of_a_solved_flow(kind):
+def test_stage_2_finds_the_flow_map_of_a_solved_flow(kind, map_reads):
     """The teacher is the exact denoiser of a toy; the map's one step comes to the true one, which it was never shown."""
     code = codes.identity(4) if kind == "identity" else codes.frame(5, 3, torch.Generator().manual_seed(1))
     toy = toys.make(code, length=2, seed=4)
     parts = Parts(code, toy.marginal.mean(0).log().float(), Range(information_range(code, 0.0).low, 9.0))
     torch.manual_seed(0)
     shape = Shape(code.vocab, layers=2, hidden=48, heads=2, mlp_ratio=2, belief_dim=16, neighbors=1)
-    network = TextDiT(shape, code, parts.log_prior, parts.span, True, ("belief",), "linear", "sdpa")
+    network = TextDiT(shape, code, parts.log_prior, parts.span, True, ("belief",), map_reads, "sdpa")
     network.initialize()
     clock = clocks.uniform_log_snr(-4.0, 5.0)
     stage = MapStage(Config(), network, toys.Exact(toy, code), parts, clock)

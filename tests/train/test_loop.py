@@ -15,8 +15,8 @@ from megaflow.config.load import load
 from megaflow.data.prepare import prepare
 from megaflow.model import parts
 from megaflow.train import checkpoint as checkpoints
+from megaflow.train import engine, stages
 from megaflow.train import run as runs
-from megaflow.train import stages
 
 BIT_FOR_BIT = [("char", "flow"), ("coded", "flow"), ("documents", "flow"), ("coded", "autoregressive"), ("char", "flow_map")]
 
@@ -79,6 +79,12 @@ class TestARun:
         assert torch.equal(found.averaged["table"], teacher.averaged["table"])
         assert torch.equal(found.weights["table"], teacher.averaged["table"]) and "exp_avg.table" not in found.moments
         assert not torch.equal(found.averaged["widen.weight"], teacher.averaged["widen.weight"])
+
+    def test_a_map_s_line_has_its_divergences(self, trained):
+        """Of both kinds of rows, without the weights that are in the loss: positive, and what is to go down."""
+        steps = [line for line in runs.lines(trained("char", "flow_map") / "metrics.jsonl") if "loss" in line]
+        for name in ("diagonal_divergence", "semigroup_divergence"):
+            assert all(0.0 < line[name] < 10.0 for line in steps[1:]) and len({line[name] for line in steps}) == len(steps)
 
     def test_the_clock_was_refitted_and_is_in_the_checkpoint(self, trained):
         directory = trained("coded")
@@ -314,6 +320,54 @@ class TestRefusals:
         step, path = re.search(r"the loss of step (\d+) is \S+; the last good checkpoint is (\S+);", told.err).groups()
         assert int(step) > 1 and checkpoints.read(Path(path)).state["step"] == int(step) - 1
         assert all(map(math.isfinite, losses(tmp_path / "run").values()))
+
+    def test_weights_that_are_lost_in_the_last_step(self, cli, config, tmp_path):
+        """No loss comes after it; the validation shows it, and the run is not finished."""
+        told = cli("pretrain", config("coded"), f"run.dir={tmp_path / 'run'}", "optim.learning_rate=1e30", "train.steps=1")
+        self.refused(told, "the validation loss of step 1 is nan", "there is no checkpoint yet", code=1)
+        assert not (tmp_path / "run" / "summary.json").exists()
+        assert [line for line in runs.lines(tmp_path / "run" / "metrics.jsonl") if "validation_loss" in line] == []
+
+    def test_weights_that_are_not_finite_are_not_saved(self, cli, config, copied, monkeypatch):
+        """The last checkpoint that is named is one that a run can go on from."""
+        directory = copied("coded")
+
+        def lost(deep):
+            torch.nn.init.constant_(next(deep.module.parameters()), math.nan)
+            return 1.0
+
+        monkeypatch.setattr(engine, "step", lost)
+        told = cli("pretrain", config("coded"), f"run.dir={directory}", "train.steps=60", "train.checkpoint_every=1")
+        self.refused(told, "after step 41 not all weights are finite", f"{checkpoints.folder(directory, 40)}", code=1)
+        assert checkpoints.steps(directory) == [30, 40]
+
+    def test_a_norm_that_is_not_finite(self, cli, config, copied, monkeypatch):
+        """The weights have taken the step by then: the run goes back to its last checkpoint."""
+        directory = copied("coded")
+        monkeypatch.setattr(engine, "step", lambda deep: math.inf)
+        told = cli("pretrain", config("coded"), f"run.dir={directory}", "train.steps=60")
+        self.refused(told, "the gradient's norm of step 41 is inf", f"{checkpoints.folder(directory, 40)}", code=1)
+        assert checkpoints.steps(directory) == [30, 40] and max(losses(directory)) == 40
+
+    def test_shards_made_anew_of_other_text(self, cli, config, shards, texts, tmp_path):
+        """The 27 letters have the same tokenizer whatever the text: it is the shards that are not the same."""
+        data, directory = tmp_path / "data", tmp_path / "run"
+        shutil.copytree(shards("char"), data)
+        command = ("pretrain", config("char"), f"run.dir={directory}", f"data.path={data}")
+        assert cli(*command, "train.steps=2").code == 0
+        shutil.rmtree(data)
+        source = [f"data.path={data}", f"data.source={texts['sentences']}", "data.validation_fraction=0.2"]
+        prepare(load(config("char"), source).config.data)
+        self.refused(cli(*command, "train.steps=3"), f"{directory}: its shards have been made anew from other text since")
+
+    def test_a_damaged_shard(self, cli, config, shards, tmp_path):
+        data = Path(shutil.copytree(shards("coded"), tmp_path / "data"))
+        damaged = next((data / "train").glob("*.mds"))
+        content = bytearray(damaged.read_bytes())
+        content[len(content) // 2 :] = bytes(len(content) - len(content) // 2)  # as a crash of the machine leaves it
+        damaged.write_bytes(content)
+        told = cli("pretrain", config("coded"), f"run.dir={tmp_path / 'run'}", f"data.path={data}")
+        self.refused(told, f"{damaged} is not what prepare wrote (sha256 differs)")
 
     def test_shards_of_another_tokenizer(self, cli, config, shards, texts, tmp_path):
         """The same path and the same vocabulary size, another BPE: neither going on nor distilling nor sampling takes it for the first."""

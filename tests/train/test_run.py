@@ -208,6 +208,30 @@ class TestRecord:
         assert found["commit"] == commit and found["changed_files"] >= 0
 
 
+DAMAGE = [
+    ("config.yaml", "", "not the config of a run"),
+    ("config.yaml", "run: [", "not valid YAML"),
+    ("config.yaml", "- 1", "a config is a mapping"),
+    ("config.yaml", "run: {dir: x, colour: red}", "there is no key run.colour"),
+    ("origin.json", "", "cannot be read"),
+    ("origin.json", "[]", "it is not a JSON object"),
+    ("run.json", "{}", "it lacks stage"),
+    ("run.json", "{", "cannot be read"),
+]
+
+
+@pytest.mark.parametrize("name, content, words", DAMAGE)
+def test_a_damaged_run_is_said_to_be_one(directory, name, content, words):
+    """With the file that is damaged, whoever reads it: who continues the run, samples from it or distils it."""
+    open_run(given(directory), "pretrain")
+    (directory / name).write_text(content)
+    with pytest.raises(UserError, match=words) as told:
+        read_config(directory), run.stage_of(directory)
+    assert str(directory / name) in str(told.value) and "\n" not in str(told.value)
+    with pytest.raises(UserError, match=words):
+        open_run(given(directory), "pretrain")
+
+
 class TestLock:
     def test_one_process_at_a_time(self, directory):
         held = run.lock(directory)

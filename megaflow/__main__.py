@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+import time
 
 from megaflow import __version__, process
 from megaflow.errors import UserError
@@ -68,10 +69,11 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     """Run a command. Bad input is one sentence on stderr and exit code 2, never a traceback."""
+    began = time.monotonic()
     arguments = parser().parse_args()
     process.settle()
     try:
-        code = run(arguments)
+        code = run(arguments, began)
     except UserError as error:
         print(f"megaflow: {error}", file=sys.stderr)
         code = 2
@@ -87,13 +89,13 @@ def main() -> None:
     sys.exit(code)
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """One branch a command. Raises UserError."""
+def run(arguments: argparse.Namespace, began: float) -> int:
+    """One branch a command; `began`, a time.monotonic(), is before the imports, which are part of a stage's seconds. Raises UserError."""
     if arguments.command == "prepare":
         from megaflow.config.load import load
         from megaflow.data.prepare import prepare
 
-        prepare(load(arguments.config, arguments.overrides).config.data)
+        prepare(load(arguments.config, arguments.overrides).config.data, began)
         return 0
     if arguments.command in ("pretrain", "distill"):
         process.leave_on_signals()
@@ -101,7 +103,7 @@ def run(arguments: argparse.Namespace) -> int:
         from megaflow.train.loop import NotFinite
 
         try:
-            return getattr(stages, arguments.command)(arguments.config, arguments.overrides)
+            return getattr(stages, arguments.command)(arguments.config, arguments.overrides, began)
         except NotFinite as error:
             print(f"megaflow: {error}", file=sys.stderr)
             return 1
@@ -123,7 +125,7 @@ def run(arguments: argparse.Namespace) -> int:
 
         steps = [whole(part, "--steps") for part in arguments.steps.split(",")]
         sizes = arguments.samples, arguments.rows, arguments.draws
-        print(table(evaluate(arguments.run, steps, *sizes, arguments.seed, arguments.temperature, arguments.json)))
+        print(table(evaluate(arguments.run, steps, *sizes, arguments.seed, arguments.temperature, arguments.json, began)))
         return 0
     from megaflow.evaluate.gather import report
 

@@ -8,6 +8,7 @@ the target, which gets its name in one step at the end: whatever happens before 
 import hashlib
 import json
 import os
+import resource
 import shutil
 import socket
 import sys
@@ -31,13 +32,13 @@ from megaflow.errors import UserError
 HASHES = 1 << 64
 
 
-def prepare(config: DataConfig) -> dict[str, Any]:
+def prepare(config: DataConfig, began: float | None = None) -> dict[str, Any]:
     """Make the prepared folder `config.path` (layout: see shards.py) and return its manifest.
 
-    Returns at once if it is there already and was made with the same settings from the same text. Raises UserError
-    if it was made otherwise, for sources that cannot be read, and for a split without a row.
+    Its seconds count from `began`, a time.monotonic(), now if None. Returns at once if it is there already and was made with the same
+    settings from the same text. Raises UserError if it was made otherwise, for sources that cannot be read, and for a split without a row.
     """
-    began = time.monotonic()
+    began = time.monotonic() if began is None else began
     files = sources.find_sources(config.source, config.source_format)
     given = tokenizers.given_tokenizer(config)
     _remove_stale(Path(config.path))
@@ -74,11 +75,17 @@ def prepare(config: DataConfig) -> dict[str, Any]:
             "blank_documents": survey.blank,
         }
         manifest = shards.write_manifest(folder, manifest)
-        (folder / shards.SECONDS_FILE).write_text(json.dumps({"seconds": time.monotonic() - began, "command": sys.argv[1:]}))
+        cost = {"seconds": time.monotonic() - began, "peak_memory_bytes": _peak_memory(), "command": sys.argv[1:]}
+        (folder / shards.SECONDS_FILE).write_text(json.dumps(cost))
     for split, counts in splits.items():
         line = ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in counts.items())
         print(f"{config.path}/{split}  {line}", file=sys.stderr)
     return manifest
+
+
+def _peak_memory() -> int:
+    """Largest resident set so far of this process or of one that it has waited for, in bytes."""
+    return 1024 * max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
 
 
 def _described_sources(files: list[sources.Source]) -> list[dict[str, Any]]:

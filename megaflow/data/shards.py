@@ -4,7 +4,7 @@
     tokenizer.json                   the tokenizer
     train/, validation/              MDS shards, one sample a row: tokens (int32, LENGTH), length (tokens that count)
     unigram.npy                      int64 (V,): how often each token counts in the training rows
-    seconds.json                     how long prepare took, and its command
+    seconds.json                     how long prepare took, its peak memory, and its command
     length_counts.npy                packing=document only, int64 (LENGTH + 1,): training rows of each length
 
 Row r of a split is sample r of its shards in order; ids beyond a row's length are 0.

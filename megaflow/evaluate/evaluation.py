@@ -51,9 +51,13 @@ def evaluate(
     seed: int,
     temperature: float = 1.0,
     out: str | None = None,
+    began: float | None = None,
 ) -> dict[str, Any]:
-    """Evaluate a run, write RUN/evaluation.json, and copy it to `out`. Raises UserError."""
-    began = time.monotonic()
+    """Evaluate a run, write RUN/evaluation.json, and copy it to `out`; its seconds count from `began`, a time.monotonic(), now if None.
+
+    Raises UserError.
+    """
+    began = time.monotonic() if began is None else began
     check(Path(directory), steps, samples, rows, draws, out)
     check_temperature(temperature)
     run = load_run(directory)

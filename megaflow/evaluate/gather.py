@@ -84,10 +84,11 @@ def report(directory: str | Path) -> None:
     for name in found:
         if name not in evaluations:
             print(f"{found[name]} is not evaluated; megaflow evaluate {found[name]}")
-    stages = stage_seconds(directory, summaries, evaluations)
-    measured = metrics(manifest, summaries, evaluations, stages)
+    prepared = read_json(directory / "data" / SECONDS_FILE, "seconds", "peak_memory_bytes", "command")
+    stages = stage_seconds(prepared, summaries, evaluations)
+    measured = metrics(prepared, summaries, evaluations, stages)
     write_atomically(directory / "metrics.json", json.dumps(measured, indent=1, ensure_ascii=False))
-    write_report(page(directory, manifest, found, summaries, evaluations, stages), directory / "report.html")
+    write_report(page(directory, manifest, prepared, found, summaries, evaluations, stages), directory / "report.html")
     print(f"{directory / 'metrics.json'}\n{directory / 'report.html'}")
 
 
@@ -113,14 +114,14 @@ def alike(evaluations: dict) -> None:
             raise UserError(f"the runs were evaluated with different --{setting}: {each}; evaluate them alike, then report")
 
 
-def stage_seconds(directory: Path, summaries: dict, evaluations: dict) -> dict[str, float]:
+def stage_seconds(prepared: dict, summaries: dict, evaluations: dict) -> dict[str, float]:
     """Seconds of every stage, in the order they run; installation is not among them."""
-    seconds = {"prepare": read_json(directory / "data" / SECONDS_FILE, "seconds", "command")["seconds"]}
+    seconds = {"prepare": prepared["seconds"]}
     seconds |= {f"train {name}": summaries[name]["seconds"] for name in RUNS if name in summaries}
     return seconds | {f"evaluate {name}": evaluations[name]["seconds"] for name in RUNS if name in evaluations}
 
 
-def metrics(manifest: dict, summaries: dict, evaluations: dict, stages: dict[str, float]) -> dict[str, Any]:
+def metrics(prepared: dict, summaries: dict, evaluations: dict, stages: dict[str, float]) -> dict[str, Any]:
     """The flat summary: likelihoods in bits per character, judged samples, costs. A missing measurement is null."""
     flow = evaluations.get("flow", {}).get("likelihood", {})
     baseline = evaluations.get("autoregressive", {})
@@ -152,15 +153,19 @@ def metrics(manifest: dict, summaries: dict, evaluations: dict, stages: dict[str
         "seconds": sum(stages.values()),
         "stage_seconds": stages,
         "tokens_per_second": {name: summary["tokens_per_second"] for name, summary in summaries.items()},
-        "peak_memory_bytes": max(
-            [s["peak_memory_bytes"] for s in summaries.values()] + [e["peak_memory_bytes"] for e in evaluations.values()], default=None
-        ),
+        "peak_memory_bytes": max(one["peak_memory_bytes"] for one in (prepared, *summaries.values(), *evaluations.values())),
         "versions": versions(),
     }
 
 
 def page(
-    directory: Path, manifest: dict, found: dict[str, Path], summaries: dict, evaluations: dict, stages: dict[str, float]
+    directory: Path,
+    manifest: dict,
+    prepared: dict,
+    found: dict[str, Path],
+    summaries: dict,
+    evaluations: dict,
+    stages: dict[str, float],
 ) -> dict[str, Any]:
     """What report.write_report asks for."""
     train, validation = (manifest["splits"][split] for split in ("train", "validation"))
@@ -183,7 +188,7 @@ def page(
             "characters_per_token": validation["characters"] / validation["tokens"],
             "machine": f"{platform.system()} {platform.machine()}, {len(os.sched_getaffinity(0))} CPU cores",
         },
-        "stages": [stage_row(name, seconds, summaries, evaluations) for name, seconds in stages.items()],
+        "stages": [stage_row(name, seconds, prepared, summaries, evaluations) for name, seconds in stages.items()],
         "likelihood": likelihoods(evaluations),
         "curves": {name: curve(name, path) for name, path in found.items()},
         "samples": samples,
@@ -206,9 +211,11 @@ def cooled(evaluations: dict) -> dict[str, Any]:
     return {name: evaluations[name]["cooled"] for name in RUNS if name in evaluations and evaluations[name].get("cooled")}
 
 
-def stage_row(name: str, seconds: float, summaries: dict, evaluations: dict) -> dict[str, Any]:
+def stage_row(name: str, seconds: float, prepared: dict, summaries: dict, evaluations: dict) -> dict[str, Any]:
     row: dict[str, Any] = {"name": STAGES[name], "seconds": seconds}
     kind, _, run = name.partition(" ")
+    if kind == "prepare":
+        row["peak_memory_bytes"] = prepared["peak_memory_bytes"]
     if kind == "train":
         row |= {k: summaries[run][k] for k in ("parameters", "steps", "tokens", "tokens_per_second", "peak_memory_bytes")}
     if kind == "evaluate":
@@ -242,13 +249,15 @@ def curve(name: str, path: Path) -> dict[str, Any]:
     written = lines(path / "metrics.jsonl")
     losses = [line for line in written if "loss" in line]
     checks = [line for line in written if "validation_loss" in line]
-    kind = name
+    config, kind = read_config(path).config, name
     if name == "flow" and not any("validation_standard_error" in line for line in checks):
         kind = "flow without a bound"
-    if name == "flow_map" and read_config(path).config.distill.weighting == "none":
+    if name == "flow_map" and config.distill.weighting == "none":
         kind = "flow_map without weights"
+    rows = f" (dots: the first {config.train.validation_rows} validation rows, averaged weights)"
     return {
         **CURVES[kind],
+        "meaning": CURVES[kind]["meaning"] + rows,
         "tokens": [line["tokens"] for line in losses],
         "loss": [line["loss"] for line in losses],
         "validation_tokens": [line["tokens"] for line in checks],
@@ -258,7 +267,7 @@ def curve(name: str, path: Path) -> dict[str, Any]:
 
 def commands(directory: Path) -> list[str]:
     """The commands that lead from the sources of the text to this page, as the runs recorded them."""
-    found = [["megaflow", *read_json(directory / "data" / SECONDS_FILE)["command"]]]
+    found = [["megaflow", *read_json(directory / "data" / SECONDS_FILE, "command")["command"]]]
     for name in RUNS:
         file = directory / name / "run.json"
         starts = read_json(file, "starts")["starts"] if file.is_file() else []

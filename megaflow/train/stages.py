@@ -40,15 +40,18 @@ TEACHER_FILE = "teacher.json"
 """Step and hash of the checkpoint that a flow map is distilled from."""
 
 
-def pretrain(path: str, overrides: list[str]) -> int:
-    """`megaflow pretrain CONFIG a.b=c …`: train a flow, or the autoregressive baseline, on token shards. Returns the exit code."""
-    began = time.monotonic()
+def pretrain(path: str, overrides: list[str], began: float | None = None) -> int:
+    """`megaflow pretrain CONFIG a.b=c …`: train a flow, or the autoregressive baseline, on token shards. Returns the exit code.
+
+    The run's seconds count from `began`, a time.monotonic(), now if None.
+    """
+    began = time.monotonic() if began is None else began
     return _train(load(path, overrides), "pretrain", began)
 
 
-def distill(path: str, overrides: list[str]) -> int:
-    """`megaflow distill CONFIG distill.teacher=RUN`: a flow map from a trained flow. Returns the exit code."""
-    began = time.monotonic()
+def distill(path: str, overrides: list[str], began: float | None = None) -> int:
+    """`megaflow distill CONFIG distill.teacher=RUN`: a flow map from a trained flow. Returns the exit code. began: as pretrain's."""
+    began = time.monotonic() if began is None else began
     return _train(load_distill(path, overrides), "distill", began)
 
 

@@ -35,9 +35,11 @@ JUDGE_CHARACTERS = 8_000_000
 """The judge is fitted to at most this many characters of the training split, from its beginning."""
 
 JUDGE_FILE = "judge.npz"
-COOLED, COOLED_STEPS = (0.85, 0.7), 16
+COOLED, COOLED_STEPS = (0.7,), 16
 """Texts at temperature 1 are also judged at these, up to this many steps: fewer steps write with less entropy, and so does a lower
 temperature; only at equal entropy do judged values compare."""
+GAMMA = 1.0
+"""A flow map's texts of two steps and more are also written with this share of fresh noise at every step, which corrects its errors."""
 CONTEXTS_CHECKED = 256
 SHOWN_TEXTS = 8
 
@@ -62,7 +64,7 @@ def evaluate(
     check_temperature(temperature)
     run = load_run(directory)
     settings = {"steps": steps, "samples": samples, "rows": rows, "draws": draws, "seed": seed, "temperature": temperature}
-    settings["cooled"] = list(COOLED) if temperature == 1.0 else []
+    settings |= {"cooled": list(COOLED) if temperature == 1.0 else [], "gamma": GAMMA if run.is_map else None}
     identity = {**kept.weights_of(run.checkpoint), "shards": shards.identity(run.manifest), "settings": settings}
     result = kept.read(run.directory)
     if not kept.is_of(result, identity):
@@ -245,21 +247,23 @@ def judged(run: Run, rows: list[list[int]], judge: Judge) -> dict[str, Any]:
 
 
 def written(run: Run, settings: dict[str, Any], judge: Judge) -> dict[str, Any]:
-    """Judged `samples` by number of steps ('autoregressive' for the baseline), and the same `cooled`, without texts."""
+    """Judged `samples` by number of steps ('autoregressive' for the baseline), the same `cooled`, without texts, and `stochastic`, those
+    that a flow map writes with fresh noise at every step."""
     method = "autoregressive" if run.parts is None else ("flow_map" if run.is_map else "ode")
-    counts, temperature = [None] if run.parts is None else settings["steps"], settings["temperature"]
-    plan = [(count, temperature) for count in counts]
-    plan += [(count, cold) for count in counts if count is None or 1 < count <= COOLED_STEPS for cold in settings["cooled"]]
-    found: dict[str, Any] = {"samples": {}, "cooled": {}}
-    progress, done = Progress(f"samples {run.directory.name}", sum(count or 1 for count, _ in plan), "steps"), 0
-    for count, heat in plan:
-        entry = judged(run, generate(run, settings["samples"], count, method, heat, None, settings["seed"]), judge)
+    counts, temperature, gamma = [None] if run.parts is None else settings["steps"], settings["temperature"], settings["gamma"]
+    plan = [(count, method, temperature, None) for count in counts]
+    plan += [(n, method, cold, None) for n in counts if n is None or 1 < n <= COOLED_STEPS for cold in settings["cooled"]]
+    plan += [(n, "stochastic", temperature, gamma) for n in counts if gamma is not None and n is not None and n > 1]
+    found: dict[str, Any] = {"samples": {}, "cooled": {}, "stochastic": {}}
+    progress, done = Progress(f"samples {run.directory.name}", sum(count or 1 for count, *_ in plan), "steps"), 0
+    for count, way, heat, fresh in plan:
+        entry = judged(run, generate(run, settings["samples"], count, way, heat, fresh, settings["seed"]), judge)
         name = "autoregressive" if count is None else str(count)
-        if heat == temperature:
-            found["samples"][name] = entry
-        else:
+        if heat != temperature:
             numbers = {key: value for key, value in entry.items() if key != "texts"}
             found["cooled"].setdefault(name, []).append({"temperature": heat, **numbers})
+        else:
+            found["samples" if fresh is None else "stochastic"][name] = entry
         progress.update(done := done + (count or 1))
     return found
 
@@ -317,6 +321,8 @@ def table(result: dict[str, Any]) -> str:
         label = f"{name} steps" if name.isdigit() else name
         shown[label] = entry
         shown |= {f"  temperature {cold['temperature']:g} ({label})": cold for cold in result["cooled"].get(name, [])}
+        if name in result["stochastic"]:
+            shown[f"  fresh noise ({label})"] = result["stochastic"][name]
     shown |= result["reference"]
     for name, value in shown.items():
         bits = "none" if value["judge_bits_per_char"] is None else f"{value['judge_bits_per_char']:.3f}"

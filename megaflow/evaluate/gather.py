@@ -134,6 +134,8 @@ def metrics(prepared: dict, summaries: dict, evaluations: dict, stages: dict[str
         name: {count: short(entry) for count, entry in evaluations.get(name, {}).get("samples", {}).items()}
         for name in ("flow", "flow_map")
     }
+    renewed = evaluations.get("flow_map", {}).get("stochastic", {})
+    samples["flow_map_stochastic"] = {count: short(entry) for count, entry in renewed.items()}
     samples["autoregressive"] = short(baseline.get("samples", {}).get("autoregressive"))
     samples |= {"data": short(reference.get("data")), "unigram": short(reference.get("unigram"))}
     colder = {
@@ -171,6 +173,8 @@ def page(
     train, validation = (manifest["splits"][split] for split in ("train", "validation"))
     reference: dict[str, Any] = next((evaluations[name]["reference"] for name in RUNS if name in evaluations), {})
     samples: dict[str, Any] = {name: evaluations[name]["samples"] for name in ("flow", "flow_map") if name in evaluations}
+    if renewed := evaluations.get("flow_map", {}).get("stochastic"):
+        samples["flow_map_stochastic"] = renewed
     if "autoregressive" in evaluations:
         samples["autoregressive"] = evaluations["autoregressive"]["samples"]["autoregressive"]
     samples |= {name: reference[name] for name in ("data", "unigram") if name in reference}

@@ -15,7 +15,7 @@ A part or a model that has no place here raises ValueError, since it would be dr
     curves       {model: {"tokens", "loss": [N], "validation_tokens", "validation_loss": [M], "axis", "loss_is", "validation_is": str
                   (labels of the panel), "meaning": str (said below it: what the two losses of this model are)}}
     profile      {"t", "cross_entropy": [K] (nats per token in each bin), "clock_t", "clock_cdf": [K'], "clock": str (its name)}
-    samples      {"flow" | "flow_map": {"<steps>": SAMPLES}, "autoregressive" | "data" | "unigram": SAMPLES}
+    samples      {"flow" | "flow_map" | "flow_map_stochastic": {"<steps>": SAMPLES}, "autoregressive" | "data" | "unigram": SAMPLES}
                  SAMPLES = {"judge_bits_per_char", "judge_standard_error", "entropy" (nats), "entropy_standard_error": float,
                  "count": int (texts judged), "texts": [str, …] (from the first drawn on)}
     cooled       {model: {"<steps>" | "autoregressive": [SAMPLES and "temperature": float, …]}}: lower temperatures, without texts
@@ -41,10 +41,12 @@ PARTS = ("title", "about", "stages", "likelihood", "curves", "profile", "samples
 NAMES = {
     "flow": "flow",
     "flow_map": "flow map",
+    "flow_map_stochastic": "flow map, fresh noise",
     "autoregressive": "autoregressive",
     "data": "real text",
     "unigram": "unigram draws",
 }
+FAMILIES = ("flow", "flow_map", "flow_map_stochastic")  # that have a number of steps
 MEANING = {"unigram": "exact", "flow": "upper bound", "flow_map": "upper bound", "autoregressive": "exact"}
 MOST_TEXTS = 3  # of a kind on the page
 MOST_ROWS = 12  # of a trajectory on the page
@@ -110,7 +112,7 @@ def constant_samples(samples: dict[str, Any]) -> set[tuple[str, int]]:
     """(family, steps) whose texts, two or more, are all the same: the network's answer did not depend on the noise."""
     return {
         (family, int(steps))
-        for family in ("flow", "flow_map")
+        for family in FAMILIES
         for steps, entry in (samples.get(family) or {}).items()
         if len(entry.get("texts") or []) > 1 and len(set(entry["texts"])) == 1
     }
@@ -142,7 +144,8 @@ def _view(data: dict[str, Any]) -> dict[str, Any]:
         "windows": {NAMES[name]: figures.window(len(curve["loss"])) for name, curve in curves.items() if curve},
         "constant": constant,
         "entries": _entries(samples),
-        "step_counts": sorted({int(steps) for family in ("flow", "flow_map") for steps in samples.get(family) or {}}),
+        "families": FAMILIES,
+        "step_counts": sorted({int(steps) for family in FAMILIES for steps in samples.get(family) or {}}),
         "path": _trajectory(data["trajectory"]) if data.get("trajectory") else None,
         "seconds": sum(stage.get("seconds") or 0.0 for stage in data.get("stages") or []),
     }
@@ -151,7 +154,7 @@ def _view(data: dict[str, Any]) -> dict[str, Any]:
 def _entries(samples: dict[str, Any]) -> list[tuple[str, int | None, dict[str, Any]]]:
     """Every kind of samples as (name, steps or None, entry), in the order of the table."""
     found: list[tuple[str, int | None, dict[str, Any]]] = []
-    for family in ("flow", "flow_map"):
+    for family in FAMILIES:
         found += [(family, int(steps), samples[family][steps]) for steps in sorted(samples.get(family) or {}, key=int)]
     return found + [(name, None, samples[name]) for name in ("autoregressive", "data", "unigram") if samples.get(name)]
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from megaflow.data.stream import TokenStream
-from megaflow.evaluate.evaluation import COOLED, evaluate, fitted_judge, judged, table
+from megaflow.evaluate.evaluation import COOLED, GAMMA, evaluate, fitted_judge, judged, table
 from megaflow.evaluate.generate import generate, load_run
 from megaflow.train import checkpoint as checkpoints
 from megaflow.train import run as runs
@@ -39,7 +39,9 @@ class TestEveryRun:
         result = evaluated(kind, family)
         written = json.loads((trained(kind, family) / "evaluation.json").read_text())
         assert written == json.loads(json.dumps(result))
-        assert result["kind"] == family and result["step"] == 40 and result["settings"] == QUICK | {"cooled": list(COOLED)}
+        gamma = GAMMA if family == "flow_map" else None
+        assert result["kind"] == family and result["step"] == 40
+        assert result["settings"] == QUICK | {"cooled": list(COOLED), "gamma": gamma}
         assert len(numbers(written)) > 30 and all(map(math.isfinite, numbers(written)))
         assert result["judge"]["sum_error"] < 1e-9
 
@@ -53,6 +55,13 @@ class TestEveryRun:
             assert {key: cold[key] for key in ("judge_bits_per_char", "entropy")} == {
                 key: expected[key] for key in ("judge_bits_per_char", "entropy")
             }
+
+    def test_a_map_s_texts_are_judged_with_fresh_noise_too(self, evaluated, trained, kind, family):
+        result, run = evaluated(kind, family), load_run(trained(kind, family))
+        assert set(result["stochastic"]) == ({"3"} if run.is_map else set())  # one step has no noise to renew
+        for entry in result["stochastic"].values():
+            assert entry == judged(run, generate(run, 6, 3, "stochastic", 1.0, GAMMA, 0), fitted_judge(run))
+            assert entry["texts"] != result["samples"]["3"]["texts"]
 
     def test_likelihood(self, evaluated, trained, kind, family):
         """Bits per character follow from nats per token and the split's characters; the unigram entropy is that of the tokens."""

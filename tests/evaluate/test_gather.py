@@ -59,6 +59,7 @@ class TestWhole:
             assert math.isfinite(found[name]) and found[name] > 0
         for family in ("flow", "flow_map"):
             assert list(found["samples"][family]) == [str(count) for count in STEPS]
+        assert list(found["samples"]["flow_map_stochastic"]) == [str(count) for count in STEPS[1:]]
         entries = [
             *found["samples"]["flow"].values(),
             *found["samples"]["flow_map"].values(),
@@ -84,6 +85,9 @@ class TestWhole:
         assert found["unigram_entropy_bits_per_char"] == flow["likelihood"]["unigram_bits_per_char"]
         assert found["autoregressive_bits_per_char"] == baseline["likelihood"]["bits_per_char"]
         assert found["samples"]["flow"]["4"] == {key: flow["samples"]["4"][key] for key in ("judge_bits_per_char", "entropy")}
+        flow_map = json.loads((folder / "flow_map" / "evaluation.json").read_text())
+        renewed = {key: flow_map["stochastic"]["64"][key] for key in ("judge_bits_per_char", "entropy")}
+        assert found["samples"]["flow_map_stochastic"]["64"] == renewed
         cold = flow["cooled"]["4"][0]
         assert found["cooled"]["flow"]["4"][0] == {key: cold[key] for key in ("temperature", "judge_bits_per_char", "entropy")}
         assert found["tokens_per_second"]["flow"] == json.loads((folder / "flow" / "summary.json").read_text())["tokens_per_second"]

@@ -258,10 +258,9 @@ def curve(name: str, path: Path) -> dict[str, Any]:
         kind = "flow without a bound"
     if name == "flow_map" and config.distill.weighting == "none":
         kind = "flow_map without weights"
-    rows = f" (dots: the first {config.train.validation_rows} validation rows, averaged weights)"
     return {
         **CURVES[kind],
-        "meaning": CURVES[kind]["meaning"] + rows,
+        "validation_rows": config.train.validation_rows,
         "tokens": [line["tokens"] for line in losses],
         "loss": [line["loss"] for line in losses],
         "validation_tokens": [line["tokens"] for line in checks],

@@ -13,7 +13,8 @@ A part or a model that has no place here raises ValueError, since it would be dr
     likelihood   {"unigram" | model: {"nats_per_token", "nats_standard_error", "bits_per_char", "bits_standard_error": float},
                   "note": str (rows, weights, range of log-SNR: said below the table)}, on the validation split
     curves       {model: {"tokens", "loss": [N], "validation_tokens", "validation_loss": [M], "axis", "loss_is", "validation_is": str
-                  (labels of the panel), "meaning": str (said below it: what the two losses of this model are)}}
+                  (labels of the panel), "meaning": str (said below it: what the two losses of this model are),
+                  "validation_rows": int (rows that a validation reads)}}
     profile      {"t", "cross_entropy": [K] (nats per token in each bin), "clock_t", "clock_cdf": [K'], "clock": str (its name)}
     samples      {"flow" | "flow_map" | "flow_map_stochastic": {"<steps>": SAMPLES}, "autoregressive" | "data" | "unigram": SAMPLES}
                  SAMPLES = {"judge_bits_per_char", "judge_standard_error", "entropy" (nats), "entropy_standard_error": float,
@@ -142,6 +143,7 @@ def _view(data: dict[str, Any]) -> dict[str, Any]:
         "cells": figures.CELLS,
         "panels": panels,
         "windows": {NAMES[name]: figures.window(len(curve["loss"])) for name, curve in curves.items() if curve},
+        "validation_rows": sorted({curve["validation_rows"] for curve in curves.values() if curve and curve.get("validation_rows")}),
         "constant": constant,
         "entries": _entries(samples),
         "families": FAMILIES,

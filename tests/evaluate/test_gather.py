@@ -96,6 +96,7 @@ class TestWhole:
         cli("report", folder)
         page = (folder / "report.html").read_text()
         found = json.loads((folder / "metrics.json").read_text())
+        assert "the first 64 rows of its split, averaged weights" in page
         assert page.startswith("<!DOCTYPE html>") and not re.findall(r'(?:src|href)="(?!#|data:)', page)  # self-contained
         assert f"{found['flow_bound_bits_per_char']:.3f}" in page and f"{found['autoregressive_bits_per_char']:.3f}" in page
         assert "order 6" in page and "flow map" in page and page.count("<svg") >= 5

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 import time
 
@@ -72,6 +73,8 @@ def main() -> None:
     began = time.monotonic()
     arguments = parser().parse_args()
     process.settle()
+    if not isinstance(sys.stderr, process.Console):
+        sys.stderr = process.Console(sys.stderr)
     try:
         code = run(arguments, began)
     except UserError as error:
@@ -81,8 +84,8 @@ def main() -> None:
         print("megaflow: interrupted; the same command goes on from what is finished", file=sys.stderr)
         code = 130
     except OSError as error:
-        if isinstance(error, BrokenPipeError):  # the reader of our output has seen enough
-            sys.stderr.close()
+        if isinstance(error, BrokenPipeError):  # the reader of our output, the last thing a command does, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(0)
         print(f"megaflow: {error.filename or 'a file'}: {error.strerror or error}; nothing finished is lost", file=sys.stderr)
         code = 1

@@ -3,7 +3,7 @@
 import ctypes
 import os
 import signal
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 STOPPED = 75
 """Exit code of a training run that a signal stopped: the same command continues it (EX_TEMPFAIL of sysexits.h)."""
@@ -28,6 +28,35 @@ def settle() -> None:
         return
     mallopt(MMAP_THRESHOLD, 2**30)
     mallopt(TRIM_THRESHOLD, 2**31 - 1)
+
+
+class Console:
+    """stderr, whose reader may leave while the work goes on: `megaflow pretrain … 2>&1 | head` trains to its end, unseen."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self.stream.write(text)
+        except BrokenPipeError:
+            self.drop()
+        return len(text)
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except BrokenPipeError:
+            self.drop()
+
+    def drop(self) -> None:
+        """From now on nobody reads it, whoever writes."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.stream.fileno())
+        os.close(nowhere)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
 
 
 def leave_on_signals() -> None:

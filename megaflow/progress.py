@@ -42,8 +42,11 @@ class Progress:
         self.shown = now
         speed = (done - self.start) / max(now - self.began, 1e-9)
         left = duration((self.total - done) / speed) if done > self.start else "?"
-        share = 100 * done / max(self.total, 1)
-        line = f"{self.label}  {done:,.0f}/{self.total:,.0f} {self.unit}  {share:3.0f}%  {speed:,.1f} {self.unit}/s  {left} left"
+        share = 100 * done / self.total if self.total else 100
+        digits = 2 if 0 < self.total < 10 and self.total != int(self.total) else 0  # of megabytes
+        line = (
+            f"{self.label}  {done:,.{digits}f}/{self.total:,.{digits}f} {self.unit}  {share:3.0f}%  {speed:,.1f} {self.unit}/s  {left} left"
+        )
         if note:
             line += f"  {note}"
         if self.in_place:

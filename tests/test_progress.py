@@ -28,6 +28,14 @@ def test_what_an_earlier_process_did_does_not_count_as_speed(monkeypatch):
     assert "1.0 steps/s  10s left" in stream.getvalue()
 
 
+def test_less_than_one_of_a_unit():
+    stream = io.StringIO()
+    progress = Progress("tokenize", 0.24, "MB", stream=stream, interval=0.0)
+    progress.update(0.06)
+    progress.update(0.24)
+    assert [line.split("  ")[1:3] for line in stream.getvalue().splitlines()] == [["0.06/0.24 MB", " 25%"], ["0.24/0.24 MB", "100%"]]
+
+
 def test_before_anything_is_done_the_time_left_is_not_known():
     stream = io.StringIO()
     Progress("train", 100, "steps", stream=stream).update(0)

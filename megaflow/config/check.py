@@ -1,6 +1,7 @@
 """What the values of a config mean together: contradictions, and what `auto` stands for once the data is known."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 from megaflow.config.load import ConfigError, Loaded, assemble, flatten
@@ -48,6 +49,15 @@ def contradictions(loaded: Loaded, vocab: int | None = None) -> None:
 
     if not config.run.dir.strip():
         refuse("run.dir is empty; name the directory that the run is to have of its own", "run.dir")
+    if not config.data.path.strip():
+        refuse("data.path is empty; name the folder of token shards that megaflow prepare has written", "data.path")
+    run, data = Path(config.run.dir).resolve(), Path(config.data.path).resolve()
+    if run == data or run in data.parents or data in run.parents:
+        refuse(
+            f"run.dir={config.run.dir} and data.path={config.data.path} lie in one another; a run and its shards need folders of their own",
+            "run.dir",
+            "data.path",
+        )
     if model.hidden % model.heads:
         refuse(
             f"model.hidden={model.hidden} is not a multiple of model.heads={model.heads}: every head needs the same width",

@@ -166,6 +166,8 @@ def _folder_in_one_step(path: Path) -> Iterator[Path]:
         os.rename(folder, path)
     except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, OSError) and path.is_dir() and any(path.iterdir()):
+            raise UserError(f"{path} has been prepared by another process meanwhile; the same command sees what it has made.") from error
         if isinstance(error, OSError):
             raise UserError(f"{path} cannot be written: {error.strerror or error}.") from error
         raise

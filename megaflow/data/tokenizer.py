@@ -151,7 +151,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer of a folder of shards (or of a checkpoint); raises UserError if there is none or it is damaged."""
+    """The tokenizer of a folder of shards; raises UserError if there is none or it is damaged."""
     path = Path(folder) / TOKENIZER_FILE
     if not path.is_file():
         raise UserError(f"{folder} has no {TOKENIZER_FILE}: run megaflow prepare first.")

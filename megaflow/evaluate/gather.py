@@ -9,13 +9,16 @@ import json
 import os
 import platform
 import shlex
+import tempfile
 from pathlib import Path
 from typing import Any
 
+from megaflow.data import shards
 from megaflow.data.shards import SECONDS_FILE, read_manifest
 from megaflow.errors import UserError
 from megaflow.evaluate import kept
 from megaflow.train.run import lines, read_config, read_json, versions, write_atomically
+from megaflow.train.stages import TEACHER_FILE
 
 RUNS = ("flow", "autoregressive", "flow_map")
 SUMMED = ("parameters", "steps", "tokens", "seconds", "tokens_per_second", "peak_memory_bytes")
@@ -69,8 +72,6 @@ CURVES = {
 
 def report(directory: str | Path) -> None:
     """Write metrics.json and report.html. Raises UserError where DIR holds none of the runs, or an evaluation is of other weights."""
-    from megaflow.evaluate.report import write_report
-
     directory = Path(directory)
     found = {name: directory / name for name in RUNS if (directory / name / "summary.json").is_file()}
     if not found:
@@ -81,6 +82,7 @@ def report(directory: str | Path) -> None:
     summaries = {name: read_json(path / "summary.json", *SUMMED) for name, path in found.items()}
     evaluations = {name: evaluation for name, path in found.items() if (evaluation := present_evaluation(path))}
     alike(evaluations)
+    together(directory, manifest, found, evaluations)
     for name in found:
         if name not in evaluations:
             print(f"{found[name]} is not evaluated; megaflow evaluate {found[name]}")
@@ -88,7 +90,12 @@ def report(directory: str | Path) -> None:
     stages = stage_seconds(prepared, summaries, evaluations)
     measured = metrics(prepared, summaries, evaluations, stages)
     write_atomically(directory / "metrics.json", json.dumps(measured, indent=1, ensure_ascii=False))
-    write_report(page(directory, manifest, prepared, found, summaries, evaluations, stages), directory / "report.html")
+    shown = page(directory, manifest, prepared, found, summaries, evaluations, stages)
+    with tempfile.TemporaryDirectory() as scratch:
+        os.environ.setdefault("MPLCONFIGDIR", scratch)  # matplotlib would write to the home directory
+        from megaflow.evaluate.report import write_report
+
+        write_report(shown, directory / "report.html")
     print(f"{directory / 'metrics.json'}\n{directory / 'report.html'}")
 
 
@@ -112,6 +119,20 @@ def alike(evaluations: dict) -> None:
         if len(set(found.values())) > 1:
             each = ", ".join(f"{value} ({name})" for name, value in found.items())
             raise UserError(f"the runs were evaluated with different --{setting}: {each}; evaluate them alike, then report")
+
+
+def together(directory: Path, manifest: dict, found: dict[str, Path], evaluations: dict) -> None:
+    """Refuse runs that are not of these shards, and a map that is not of this flow. Raises UserError."""
+    for name, evaluation in evaluations.items():
+        if evaluation["shards"] != shards.identity(manifest):
+            raise UserError(f"{found[name]} was evaluated on other shards than {directory / 'data'}; a report is of one text")
+    if "flow" in evaluations and "flow_map" in found:
+        teacher = read_json(found["flow_map"] / TEACHER_FILE, "step", "sha256")
+        if teacher["sha256"] != evaluations["flow"]["weights"]:
+            raise UserError(
+                f"{found['flow_map']} was distilled from step {teacher['step']} of another flow than {found['flow']} is now (step "
+                f"{evaluations['flow']['step']}); distil that one, or take one of them out of {directory}"
+            )
 
 
 def stage_seconds(prepared: dict, summaries: dict, evaluations: dict) -> dict[str, float]:
@@ -151,6 +172,7 @@ def metrics(prepared: dict, summaries: dict, evaluations: dict, stages: dict[str
         "flow_map_bound_bits_per_char": evaluations.get("flow_map", {}).get("likelihood", {}).get("bits_per_char"),
         "autoregressive_bits_per_char": baseline.get("likelihood", {}).get("bits_per_char"),
         "samples": samples,
+        "temperature": next((evaluation["settings"]["temperature"] for evaluation in evaluations.values()), None),
         "cooled": colder,
         "seconds": sum(stages.values()),
         "stage_seconds": stages,
@@ -196,6 +218,7 @@ def page(
         "likelihood": likelihoods(evaluations),
         "curves": {name: curve(name, path) for name, path in found.items()},
         "samples": samples,
+        "temperature": next((evaluation["settings"]["temperature"] for evaluation in evaluations.values()), None),
         "cooled": cooled(evaluations),
         "commands": commands(directory),
         "versions": versions(),

@@ -19,6 +19,7 @@ A part or a model that has no place here raises ValueError, since it would be dr
     samples      {"flow" | "flow_map" | "flow_map_stochastic": {"<steps>": SAMPLES}, "autoregressive" | "data" | "unigram": SAMPLES}
                  SAMPLES = {"judge_bits_per_char", "judge_standard_error", "entropy" (nats), "entropy_standard_error": float,
                  "count": int (texts judged), "texts": [str, …] (from the first drawn on)}
+    temperature  float, that `samples` were written at
     cooled       {model: {"<steps>" | "autoregressive": [SAMPLES and "temperature": float, …]}}: lower temperatures, without texts
     trajectory   {"model": str, "times": [S], "tokens": [S][L] of str, "confidence": [S][L] in [0, 1]}, one text, the argmax at every
                  solver step; a time is that of the state the step reads
@@ -38,7 +39,21 @@ from markupsafe import Markup
 from megaflow.evaluate import figures
 from megaflow.progress import duration
 
-PARTS = ("title", "about", "stages", "likelihood", "curves", "profile", "samples", "cooled", "trajectory", "judge", "commands", "versions")
+PARTS = (
+    "title",
+    "about",
+    "stages",
+    "likelihood",
+    "curves",
+    "profile",
+    "samples",
+    "temperature",
+    "cooled",
+    "trajectory",
+    "judge",
+    "commands",
+    "versions",
+)
 NAMES = {
     "flow": "flow",
     "flow_map": "flow map",

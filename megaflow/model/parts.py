@@ -72,6 +72,12 @@ def save(parts: Parts, path: Path) -> None:
     if parts.code.matrix is not None:
         tensors["code"] = parts.code.matrix
     save_file(tensors, path, {"low": repr(parts.span.low), "high": repr(parts.span.high), "dim": str(parts.code.dim)})
+    readable(path)
+
+
+def readable(path: Path) -> None:
+    """safetensors makes files that only their owner reads; a run is read by whoever may read its folder."""
+    path.chmod(path.parent.stat().st_mode & 0o666)
 
 
 def read(path: Path) -> Parts:

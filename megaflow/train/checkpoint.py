@@ -15,6 +15,7 @@ the disk has damaged it, and reading compares every hash.
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megaflow.errors import UserError
+from megaflow.model.parts import readable
 
 TENSORS = ("weights", "averaged", "moments", "stage")
 PARTIAL = ".partial"
@@ -54,7 +56,8 @@ def folder(run: Path, step: int) -> Path:
 
 def steps(run: Path) -> list[int]:
     """Steps of the run's whole checkpoints, oldest first."""
-    return sorted(int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-*") if PARTIAL not in path.name)
+    names = [re.fullmatch(r"step-(\d{8,})", path.name) for path in (run / "checkpoints").glob("step-*")]
+    return sorted(int(name[1]) for name in names if name)
 
 
 def save(run: Path, checkpoint: Checkpoint, keep: int) -> Path:
@@ -71,6 +74,7 @@ def save(run: Path, checkpoint: Checkpoint, keep: int) -> Path:
         for name in TENSORS:
             tensors = {key: value.detach().cpu().contiguous() for key, value in getattr(checkpoint, name).items()}
             save_file(tensors, partial / f"{name}.safetensors")
+            readable(partial / f"{name}.safetensors")
         (partial / "state.json").write_text(json.dumps(checkpoint.state))
         files = sorted(partial.iterdir())
         manifest = {path.name: {"sha256": _sha256(path), "bytes": path.stat().st_size} for path in files}

@@ -16,6 +16,7 @@ from megaflow.config.check import batch_split
 from megaflow.config.schema import Config
 from megaflow.data.stream import TokenStream
 from megaflow.model.attention import choose
+from megaflow.model.build import parameters
 from megaflow.parallel import mesh as meshes
 from megaflow.parallel.mesh import Mesh
 from megaflow.process import STOP_SIGNALS, STOPPED
@@ -185,7 +186,7 @@ def validate(stage: Stage, average: dict[str, Tensor], rows: tuple[Tensor, Tenso
 def announce(config: Config, stage: Stage, step: int, mesh: Mesh) -> None:
     """What is about to run, on the console."""
     facts = stage.describe() | {
-        "parameters": f"{sum(p.numel() for p in stage.network.parameters()):,}",
+        "parameters": f"{parameters(stage.network):,}",
         "attention": choose(config.model.attention, mesh.device, config.train.precision == "bf16"),
         "processes": f"{mesh.size} on {mesh.device.type}, ZeRO {config.parallel.zero}, {config.train.precision}",
         "optimizer": f"{config.optim.name}, learning rate up to {config.optim.learning_rate:g}",
@@ -209,7 +210,7 @@ def summarize(directory: Path, config: Config, stage: Stage, state: dict, mesh: 
         "tokens": state["tokens"],
         "seconds": state["seconds"],
         "tokens_per_second": state["tokens"] / max(state["training_seconds"], 1e-9),
-        "parameters": sum(p.numel() for p in stage.network.parameters()),
+        "parameters": parameters(stage.network),
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "processes": mesh.size,
         "device": torch.cuda.get_device_name() if mesh.device.type == "cuda" else "cpu",
@@ -220,5 +221,8 @@ def summarize(directory: Path, config: Config, stage: Stage, state: dict, mesh: 
 
 
 def finished(directory: Path, steps: int) -> bool:
-    """Whether the run has been trained for this many steps and summed up."""
-    return (directory / "summary.json").exists() and read_json(directory / "summary.json").get("steps") == steps
+    """Whether the run has been trained for this many steps and summed up, and what it has come to is there and intact."""
+    if not (directory / "summary.json").exists() or read_json(directory / "summary.json").get("steps") != steps:
+        return False
+    found = checkpoints.newest(directory, ("averaged", "stage"))
+    return found is not None and found.state["step"] == steps

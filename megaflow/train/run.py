@@ -7,6 +7,7 @@ checkpoints/     see checkpoint.py              flow.safetensors   the flow's fi
 summary.json     of a finished run: seconds, speed, memory
 """
 
+import contextlib
 import fcntl
 import json
 import os
@@ -167,12 +168,12 @@ def versions() -> dict[str, str]:
 
 def git_state() -> dict[str, Any]:
     """Commit of the code that runs and whether it was changed since; empty where it is not a git checkout."""
-    here = Path(__file__).resolve().parent
+    here, git = Path(__file__).resolve().parent, ("git", "--no-optional-locks")  # it reads, and writes no index
     try:
         commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10, check=True
+            [*git, "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10, check=True
         ).stdout.strip()
-        status = subprocess.run(["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, timeout=10, check=True).stdout
+        status = subprocess.run([*git, "status", "--porcelain"], cwd=here, capture_output=True, text=True, timeout=10, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return {}
     return {"commit": commit, "changed_files": len(status.splitlines())}
@@ -192,13 +193,26 @@ class Metrics:
     def write(self, line: dict[str, Any]) -> None:
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
-        if self.wandb is not None:
-            self.wandb.log({k: v for k, v in line.items() if k != "step"}, step=line["step"])
+        self._tell("log", {k: v for k, v in line.items() if k != "step"}, step=line["step"])
 
     def close(self) -> None:
         self.file.close()
-        if self.wandb is not None:
-            self.wandb.finish()
+        self._tell("finish")
+
+    def _tell(self, what: str, *arguments: Any, **named: Any) -> None:
+        """Weights & Biases is a process of its own; where it dies the run goes on without."""
+        if self.wandb is None:
+            return
+        try:
+            getattr(self.wandb, what)(*arguments, **named)
+        except Exception as error:  # of its client, its sockets, its service
+            reason = " ".join(str(error).split()) or type(error).__name__
+            print(f"warning: Weights & Biases is gone ({reason}); the run goes on, metrics.jsonl has everything", file=sys.stderr)
+            self.wandb = None
+            import wandb
+
+            with contextlib.suppress(Exception):
+                wandb.teardown()  # left to the end of the process it fails there, with a traceback
 
 
 def _wandb(config: Config, directory: Path) -> Any:

@@ -32,10 +32,8 @@ from megaflow.train.stage_autoregressive import AutoregressiveStage
 from megaflow.train.stage_flow import FlowStage
 from megaflow.train.stage_map import MapStage
 
-TOKENIZER_FILE = "tokenizer.json"
-"""What the manifest of the first shards of a run said of their tokenizer."""
 SHARDS_FILE = "shards.json"
-"""Hash of the files of the shards that a run was started on."""
+"""Hash of the files of the shards that a run was started on, and what their manifest said of the tokenizer."""
 TEACHER_FILE = "teacher.json"
 """Step and hash of the checkpoint that a flow map is distilled from."""
 
@@ -56,8 +54,9 @@ def distill(path: str, overrides: list[str], began: float | None = None) -> int:
 
 
 def _train(loaded: Loaded, kind: str, began: float) -> int:
-    if kind == "pretrain" and loaded.config.distill.teacher:
-        raise ConfigError(f"{loaded.origin['distill.teacher']}: distill.teacher is set; this is a config for megaflow distill")
+    distilling = [name for name, origin in loaded.origin.items() if name.startswith("distill.") and origin != "default"]
+    if kind == "pretrain" and distilling:
+        raise ConfigError(f"{loaded.origin[distilling[0]]}: {distilling[0]} is set; this is a config for megaflow distill")
     contradictions(loaded)
     manifest = open_prepared(loaded.config.data.path)
     loaded = resolve(of_shards(loaded, manifest), manifest["tokenizer"]["vocab_size"])
@@ -81,8 +80,6 @@ def _train(loaded: Loaded, kind: str, began: float) -> int:
                 return 0
             for model in [directory, Path(config.distill.teacher)] if kind == "distill" else [directory]:
                 check_tokenizer(model, manifest)
-            if mesh.first and not (directory / TOKENIZER_FILE).exists():
-                write_atomically(directory / TOKENIZER_FILE, json.dumps(manifest["tokenizer"], indent=1))
             same_shards(directory, manifest, mesh)
             (directory / "summary.json").unlink(missing_ok=True)
             torch.manual_seed(random.generator(config.run.seed, "weights").initial_seed())
@@ -174,8 +171,8 @@ def trained(directory: Path) -> Checkpoint:
 
 def check_tokenizer(directory: Path, manifest: dict) -> None:
     """Refuse shards whose tokenizer is not the one that this run's model was started with. Raises UserError."""
-    file = directory / TOKENIZER_FILE
-    was = read_json(file, "hash")["hash"] if file.exists() else manifest["tokenizer"]["hash"]
+    file = directory / SHARDS_FILE
+    was = read_json(file, "tokenizer")["tokenizer"]["hash"] if file.exists() else manifest["tokenizer"]["hash"]
     if was != manifest["tokenizer"]["hash"]:
         raise UserError(
             f"{directory}: the shards' tokenizer ({manifest['tokenizer']['hash'][:12]}) differs from the model's ({was[:12]}); "
@@ -187,7 +184,7 @@ def same_shards(directory: Path, manifest: dict, mesh: Mesh) -> None:
     """Note which shards this run is trained on, or refuse others than those noted. Raises UserError."""
     file, now = directory / SHARDS_FILE, shards.identity(manifest)
     if mesh.first and not file.exists():
-        write_atomically(file, json.dumps({"sha256": now}, indent=1))
+        write_atomically(file, json.dumps({"sha256": now, "tokenizer": manifest["tokenizer"]}, indent=1))
     meshes.barrier(mesh)
     if read_json(file, "sha256")["sha256"] != now:
         raise UserError(f"{directory}: its shards have been made anew from other text since; restore them, or choose another run.dir")

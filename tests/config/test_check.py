@@ -137,6 +137,20 @@ class TestShards:
         assert of_shards(loaded(("data.tokenizer", "new/tokenizer.json")), made).config.data.tokenizer == "new/tokenizer.json"
 
 
+class TestPlaces:
+    @pytest.mark.parametrize("run, data", [("a", "a"), ("a", "./a"), ("a/run", "a"), ("a", "a/data")])
+    def test_a_run_and_its_shards_have_folders_of_their_own(self, run, data):
+        with pytest.raises(ConfigError, match=f"run.dir={run} and data.path={data} lie in one another"):
+            contradictions(loaded(("run.dir", run), ("data.path", data)))
+
+    def test_beside_each_other_they_may_lie(self):
+        contradictions(loaded(("run.dir", "a/run"), ("data.path", "a/run-data")))
+
+    def test_shards_without_a_name(self):
+        with pytest.raises(ConfigError, match="test: data.path is empty; name the folder"):
+            contradictions(loaded(("data.path", " ")))
+
+
 class TestContradictions:
     @pytest.mark.parametrize(
         "values, words",

@@ -327,6 +327,16 @@ class TestInterrupted:
             prepare(config())
         assert [path.name for path in tmp_path.iterdir()] == ["source.jsonl"]
 
+    def test_another_prepare_that_was_first(self, config, tmp_path, monkeypatch):
+        def overtaken(*_):
+            (tmp_path / "data").mkdir()
+            (tmp_path / "data" / "prepared.json").write_text("the other's")
+
+        monkeypatch.setattr(stage.sources, "check_unchanged", overtaken)
+        with pytest.raises(UserError, match="data has been prepared by another process meanwhile"):
+            prepare(config())
+        assert (tmp_path / "data" / "prepared.json").read_text() == "the other's" and not list(tmp_path.glob("data.partial-*"))
+
     @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
     def test_a_killed_prepare_leaves_nothing_that_looks_finished(self, config, tmp_path, how):
         source = write_jsonl(tmp_path / "large.jsonl", [f"{place} " * 2000 for place in range(2000)])

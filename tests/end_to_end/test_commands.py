@@ -1,8 +1,13 @@
 """The path from text to report by the real commands on a small real text, in processes of their own, as a user would go it."""
 
+import contextlib
 import json
+import os
 import shutil
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -29,8 +34,9 @@ def place(tmp_path: Path, texts) -> Path:
     return tmp_path
 
 
-def test_from_text_to_report(place, process):
-    """Muon, wandb offline and every other default included; nothing is written outside the run directories."""
+def test_from_text_to_report(place, process, environment, monkeypatch):
+    """Muon, wandb offline and every other default included; nothing is written outside the run directories, not at home either."""
+    monkeypatch.setitem(environment, "HOME", str(place / "home"))
     for command, name in (("prepare", "data"), ("pretrain", "flow"), ("pretrain", "autoregressive"), ("distill", "flow_map")):
         done = process("-m", "megaflow", command, f"{name}.yaml")
         assert done.returncode == 0, done.stderr
@@ -53,6 +59,44 @@ for words in sys.argv[1:]:
     assert len(json.loads(done.stdout.splitlines()[-1])["texts"]) == 2
     assert {path.name for path in place.iterdir()} == {"runs", "text.jsonl", *(f"{name}.yaml" for name in CONFIGS)}
     assert list((place / "runs" / "flow" / "wandb").glob("offline-run-*"))
+
+
+def test_a_reader_that_leaves_ends_nothing(place, environment):
+    """Of a command's progress, that is: `megaflow … 2>&1 | head -1` does its work to the end."""
+    for command, name in (("prepare", "data"), ("pretrain", "flow")):
+        words = f"{sys.executable} -m megaflow {command} {name}.yaml 2>&1 | head -1; exit ${{PIPESTATUS[0]}}"
+        done = subprocess.run(["bash", "-c", words], cwd=place, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0 and done.stdout.count("\n") == 1, done
+    assert json.loads((place / "runs" / "flow" / "summary.json").read_text())["steps"] == 12
+
+
+def test_a_run_outlives_its_wandb(place, environment):
+    """The service is a process of its own, which a job manager's signal may end before the run's."""
+    command = [sys.executable, "-m", "megaflow", "pretrain", "flow.yaml", "train.steps=80", "train.checkpoint_every=1000"]
+    assert subprocess.run([*command[:3], "prepare", "data.yaml"], cwd=place, env=environment, timeout=120).returncode == 0
+    run = subprocess.Popen(command, cwd=place, env=environment, stderr=subprocess.PIPE, text=True)
+    curve, deadline = place / "runs" / "flow" / "metrics.jsonl", time.monotonic() + 60
+    while not (curve.exists() and curve.read_text().count("\n") >= 5):
+        assert run.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    for service in (pid for pid in services(run.pid)):
+        os.kill(service, signal.SIGKILL)
+    _, told = run.communicate(timeout=120)
+    assert run.returncode == 0 and told.count("Weights & Biases is gone") == 1 and "Traceback" not in told, told
+    steps = [line["step"] for line in map(json.loads, curve.read_text().splitlines()) if "loss" in line]
+    assert steps == list(range(1, 81)) and (place / "runs" / "flow" / "checkpoints" / "step-00000080").is_dir()
+
+
+def services(parent: int) -> list[int]:
+    """The processes of Weights & Biases below a process, at least one."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            name, _, rest = (folder / "stat").read_text().partition("(")[2].rpartition(")")
+            if int(rest.split()[1]) == parent and "wandb" in name:
+                found.append(int(folder.name))
+    assert found
+    return found
 
 
 def test_the_installed_command_is_the_module(environment):

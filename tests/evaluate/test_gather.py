@@ -206,6 +206,29 @@ class TestMissing:
         assert told.code == 2 and told.err.count("\n") == 1
         assert f"different --{setting}: {value} (flow), {asked[setting]} (autoregressive)" in told.err
 
+    def test_shards_that_the_runs_were_not_trained_on(self, part_of, shards, cli):
+        path = part_of("flow", "autoregressive")
+        shutil.copytree(shards("char"), path / "data")
+        told = cli("report", path)
+        assert told.code == 2 and told.err.count("\n") == 1
+        assert f"{path / 'flow'} was evaluated on other shards than {path / 'data'}" in told.err
+
+    def test_a_map_of_another_flow(self, part_of, cli, trained):
+        """Its teacher has gone on since, or was never this one."""
+        path = part_of("data", "flow", "flow_map")
+        teacher = json.loads((path / "flow_map" / "teacher.json").read_text())
+        (path / "flow_map" / "teacher.json").write_text(json.dumps({"step": 3, "sha256": teacher["sha256"][::-1]}))
+        told = cli("report", path)
+        assert told.code == 2 and told.err.count("\n") == 1
+        assert f"{path / 'flow_map'} was distilled from step 3 of another flow than {path / 'flow'} is now (step 4)" in told.err
+
+    def test_the_temperature_is_said(self, part_of, cli):
+        path = part_of("data", "flow")
+        evaluate(path / "flow", [2], samples=3, rows=8, draws=2, seed=0, temperature=0.5)
+        assert cli("report", path).code == 0
+        assert json.loads((path / "metrics.json").read_text())["temperature"] == 0.5
+        assert "The numbers of Figure 3 at temperature 0.5" in (path / "report.html").read_text()
+
     def test_no_run_or_no_data(self, part_of, cli, tmp_path):
         (tmp_path / "empty").mkdir()
         for path, words in (

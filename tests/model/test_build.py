@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from megaflow.config.schema import Config
-from megaflow.errors import UserError
 from megaflow.model import build
 from megaflow.model import parts as made
 
@@ -64,9 +63,3 @@ def test_the_baseline_has_the_trunk_of_the_flow(config, parts):
     assert without.items() < {k: v.shape for k, v in baseline.trunk.state_dict().items()}.items()
     assert baseline.weight.shape == flow.weight.shape and baseline.table.shape == flow.table.shape
     assert baseline.widen.weight.shape == flow.widen.weight.shape
-
-
-def test_a_kernel_that_cannot_run_is_refused(config, parts):
-    config.model.attention = "flash"
-    with pytest.raises(UserError, match="model.attention=flash needs"):
-        build.flow_network(config, parts, CPU)

@@ -32,6 +32,16 @@ class TestRoundTrip:
         assert path == tmp_path / "checkpoints" / "step-00000007"
         assert same(checkpoints.read(path), made(7))
 
+    def test_who_may_read_the_folder_may_read_the_weights(self, tmp_path):
+        path = checkpoints.save(tmp_path, made(7), keep=2)
+        assert {file.stat().st_mode & 0o777 for file in path.iterdir()} == {path.stat().st_mode & 0o666}
+
+    def test_a_copy_under_another_name_is_none_of_the_run_s(self, tmp_path):
+        path = checkpoints.save(tmp_path, made(7), keep=2)
+        shutil.copytree(path, path.with_name("step-00000007.bak"))
+        shutil.copytree(path, path.with_name("step-last"))
+        assert checkpoints.steps(tmp_path) == [7] and checkpoints.newest(tmp_path).state["step"] == 7
+
     def test_tensors_that_are_views_or_transposed_survive(self, tmp_path):
         given = made(1)
         given.weights = {"t": torch.arange(12.0).view(3, 4).T, "v": torch.arange(10.0)[::2], "p": torch.nn.Parameter(torch.ones(2))}

@@ -262,6 +262,18 @@ class TestResume:
         assert f"warning: {file}: not the file that was written" in capfd.readouterr().err
         assert losses(directory) == losses(trained("coded"))
 
+    @pytest.mark.parametrize("damage", ["gone", "changed"])
+    def test_a_finished_run_that_has_lost_its_end_comes_to_it_again(self, copied, train, trained, damage):
+        directory = copied("coded")
+        last = checkpoints.folder(directory, 40)
+        if damage == "gone":
+            shutil.rmtree(last)
+        else:
+            content = bytearray((last / "averaged.safetensors").read_bytes())
+            (last / "averaged.safetensors").write_bytes(content[:-1] + bytes([content[-1] ^ 255]))
+        train("coded", "flow", f"run.dir={directory}")
+        assert checkpoints.newest(directory).state["step"] == 40 and losses(directory) == losses(trained("coded"))
+
     def test_a_run_that_was_killed_before_its_summary_is_summed_up(self, copied, train):
         directory = copied("coded")
         (directory / "summary.json").unlink()
@@ -400,6 +412,11 @@ class TestRefusals:
     def test_a_distill_config_is_not_pretrained(self, cli, config, trained, tmp_path):
         told = cli("pretrain", config("coded", "flow_map"), f"run.dir={tmp_path / 'run'}")
         self.refused(told, "flow_map.yaml: distill.teacher is set", "megaflow distill")
+
+    @pytest.mark.parametrize("family", ["flow", "autoregressive"])
+    def test_what_only_distill_reads_is_not_ignored(self, cli, config, tmp_path, family):
+        told = cli("pretrain", config("coded", family), f"run.dir={tmp_path / 'run'}", "distill.weighting=none")
+        self.refused(told, "command line: distill.weighting is set; this is a config for megaflow distill")
 
     def test_what_is_refused_at_the_start_is_no_run_yet(self, cli, config, tmp_path):
         command = ("pretrain", config("coded"), f"run.dir={tmp_path / 'run'}", "train.steps=2")

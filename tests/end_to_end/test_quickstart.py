@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(7200)]  # minutes for the quickstart, many for characters
 
 
 @pytest.fixture(scope="module", params=["quickstart", "char"])
@@ -39,7 +40,6 @@ def path(request, tmp_path_factory, environment) -> SimpleNamespace:
     )
 
 
-@pytest.mark.long
 def test_the_bound_is_below_the_unigram_entropy(path):
     """By .2 bits a character (.6 on characters) and six standard errors, and above the exact likelihood of the baseline."""
     gained = path.metrics["unigram_entropy_bits_per_char"] - path.metrics["flow_bound_bits_per_char"]
@@ -48,7 +48,6 @@ def test_the_bound_is_below_the_unigram_entropy(path):
     assert path.metrics["autoregressive_bits_per_char"] < path.metrics["flow_bound_bits_per_char"]
 
 
-@pytest.mark.long
 def test_the_map_writes_better_than_its_flow_in_as_few_steps(path):
     """Two steps of it (one, on characters) against two of the flow; the flow's own one step is one text, whatever the noise."""
     flow, flow_map = path.metrics["samples"]["flow"], path.metrics["samples"]["flow_map"]
@@ -58,19 +57,16 @@ def test_the_map_writes_better_than_its_flow_in_as_few_steps(path):
     assert path.evaluations["flow_map"]["samples"]["1"]["distinct"] == path.evaluations["flow_map"]["samples"]["1"]["count"]
 
 
-@pytest.mark.long
 def test_the_map_s_two_steps_have_the_entropy_of_text(path):
     samples = path.metrics["samples"]
     assert samples["flow_map"]["2"]["entropy"] == pytest.approx(samples["data"]["entropy"], rel=0.1)
 
 
-@pytest.mark.long
 def test_the_map_s_one_step_is_better_than_the_unigram_law(path):
     found = path.evaluations["flow_map"]
     assert found["samples"]["1"]["judge_bits_per_char"] < found["reference"]["unigram"]["judge_bits_per_char"]
 
 
-@pytest.mark.long
 def test_more_steps_of_the_map_are_better_than_one(path):
     """With fresh noise, at no less entropy; without, once a lower temperature brings the entropy back to that of one step."""
     found = path.evaluations["flow_map"]
@@ -81,7 +77,6 @@ def test_more_steps_of_the_map_are_better_than_one(path):
     assert any(e["entropy"] >= one["entropy"] and e["judge_bits_per_char"] <= one["judge_bits_per_char"] for e in four)
 
 
-@pytest.mark.long
 def test_the_whole_path_again_repeats_nothing(path):
     before = {file: file.read_bytes() for file in path.runs.rglob("*") if file.name in ("metrics.jsonl", "summary.json", "evaluation.json")}
     told = path.again()

@@ -64,7 +64,7 @@ def evaluate(
     check_temperature(temperature)
     run = load_run(directory)
     settings = {"steps": steps, "samples": samples, "rows": rows, "draws": draws, "seed": seed, "temperature": temperature}
-    settings |= {"cooled": list(COOLED) if temperature == 1.0 else [], "gamma": GAMMA if run.is_map else None}
+    settings |= {"cooled": list(COOLED) if temperature == 1.0 else [], "gamma": GAMMA if run.is_map else None, "order": judges.ORDER}
     identity = {**kept.weights_of(run.checkpoint), "shards": shards.identity(run.manifest), "settings": settings}
     result = kept.read(run.directory)
     if not kept.is_of(result, identity):
@@ -104,7 +104,7 @@ def measure(run: Run, identity: dict[str, Any], began: float) -> dict[str, Any]:
     """Everything an evaluation holds, from the start."""
     settings = identity["settings"]
     samples, rows, draws, seed = (settings[key] for key in ("samples", "rows", "draws", "seed"))
-    held_out = validation(run, rows)
+    held_out = RealText(run, "validation", rows)
     judge = fitted_judge(run)
     result: dict[str, Any] = {
         "run": str(run.directory),
@@ -121,7 +121,7 @@ def measure(run: Run, identity: dict[str, Any], began: float) -> dict[str, Any]:
         },
         "reference": reference(run, held_out, judge, samples, seed),
     }
-    result |= written(run, settings, judge)
+    result |= written(run, settings, judge, held_out)
     if run.parts is not None:
         result["profile"] = profile(run)
         result["trajectory"] = trajectory(run, seed)
@@ -130,30 +130,26 @@ def measure(run: Run, identity: dict[str, Any], began: float) -> dict[str, Any]:
     return result
 
 
-class HeldOut:
-    """Validation rows: ids (R, L), lengths (R,) or None, their texts, and characters per counted token of the whole split."""
+class RealText:
+    """Rows of a split: ids (R, L), lengths (R,) or None, their texts, and characters per counted token of the whole split."""
 
-    def __init__(self, run: Run, rows: int) -> None:
-        stream = TokenStream(run.config.data.path, "validation", run.config.run.seed, shuffle=False)
+    def __init__(self, run: Run, split: str, rows: int) -> None:
+        stream = TokenStream(run.config.data.path, split, run.config.run.seed, shuffle=False)
         # rows spread evenly over the split, not its first ones
         places = torch.linspace(0, len(stream) - 1, min(rows, len(stream))).round().long()
         self.ids, lengths = stream.rows(places)
         self.lengths = lengths if bool((lengths < self.ids.shape[1]).any()) else None
         self.rows = [row[:length] for row, length in zip(self.ids.tolist(), lengths.tolist(), strict=True)]
         self.texts = [text_of(run, row) for row in self.rows]
-        split = run.manifest["splits"]["validation"]
-        self.characters_per_token = split["characters"] / split["tokens"]
+        counts = run.manifest["splits"][split]
+        self.characters_per_token = counts["characters"] / counts["tokens"]
 
     def bits_per_character(self, nats_per_token: float) -> float:
         return nats_per_token / self.characters_per_token / math.log(2.0)
 
 
-def validation(run: Run, rows: int) -> HeldOut:
-    return HeldOut(run, rows)
-
-
 @torch.no_grad()
-def likelihood(run: Run, held_out: HeldOut, draws: int, seed: int) -> dict[str, Any]:
+def likelihood(run: Run, held_out: RealText, draws: int, seed: int) -> dict[str, Any]:
     """Nats per token and bits per character: a bound with its Monte-Carlo error for flows, exact for the baseline."""
     device = run.network.weight.device
     ids = held_out.ids.to(device)
@@ -194,7 +190,7 @@ def likelihood(run: Run, held_out: HeldOut, draws: int, seed: int) -> dict[str, 
     return found
 
 
-def counted(held_out: HeldOut, start: int, rows: int = 64) -> int:
+def counted(held_out: RealText, start: int, rows: int = 64) -> int:
     return sum(len(row) for row in held_out.rows[start : start + rows])
 
 
@@ -218,15 +214,16 @@ def fitted_judge(run: Run) -> Judge:
     return judge
 
 
-def contexts(held_out: HeldOut, order: int) -> list[str]:
+def contexts(held_out: RealText, order: int) -> list[str]:
     """CONTEXTS_CHECKED contexts of the judge from validation text, of every length it uses."""
     text = "".join(held_out.texts)
     starts = np.linspace(0, len(text) - order, CONTEXTS_CHECKED).round().astype(int)
     return [text[start : start + index % order] for index, start in enumerate(starts)]
 
 
-def judged(run: Run, rows: list[list[int]], judge: Judge) -> dict[str, Any]:
-    """Bits per character under the judge and entropy within a text, with their standard errors over texts, and the first texts."""
+def judged(run: Run, rows: list[list[int]], judge: Judge, real: list[str]) -> dict[str, Any]:
+    """Bits per character under the judge and entropy within a text, with their standard errors over texts, bits per character of
+    `real` texts under an n-gram of the texts, and the first texts."""
     texts = [text_of(run, row) for row in rows]
     per_text = np.array([[judges.bits(judge, text).sum(), len(text)] for text in texts if text])
     mean = float(per_text[:, 0].sum() / per_text[:, 1].sum()) if len(per_text) else None
@@ -240,13 +237,14 @@ def judged(run: Run, rows: list[list[int]], judge: Judge) -> dict[str, Any]:
         "judge_standard_error": error,
         "entropy": judges.token_entropy(rows),
         "entropy_standard_error": float(np.std(entropies, ddof=1) / math.sqrt(len(entropies))) if len(entropies) > 1 else None,
+        "reverse_bits_per_char": judges.reverse(judge, texts, real) if any(texts) else None,
         "distinct": len(set(texts)),
         "count": len(rows),
         "texts": texts[:SHOWN_TEXTS],
     }
 
 
-def written(run: Run, settings: dict[str, Any], judge: Judge) -> dict[str, Any]:
+def written(run: Run, settings: dict[str, Any], judge: Judge, held_out: RealText) -> dict[str, Any]:
     """Judged `samples` by number of steps ('autoregressive' for the baseline), the same `cooled`, without texts, and `stochastic`, those
     that a flow map writes with fresh noise at every step."""
     method = "autoregressive" if run.parts is None else ("flow_map" if run.is_map else "ode")
@@ -257,7 +255,7 @@ def written(run: Run, settings: dict[str, Any], judge: Judge) -> dict[str, Any]:
     found: dict[str, Any] = {"samples": {}, "cooled": {}, "stochastic": {}}
     progress, done = Progress(f"samples {run.directory.name}", sum(count or 1 for count, *_ in plan), "steps"), 0
     for count, way, heat, fresh in plan:
-        entry = judged(run, generate(run, settings["samples"], count, way, heat, fresh, settings["seed"]), judge)
+        entry = judged(run, generate(run, settings["samples"], count, way, heat, fresh, settings["seed"]), judge, held_out.texts)
         name = "autoregressive" if count is None else str(count)
         if heat != temperature:
             numbers = {key: value for key, value in entry.items() if key != "texts"}
@@ -268,13 +266,18 @@ def written(run: Run, settings: dict[str, Any], judge: Judge) -> dict[str, Any]:
     return found
 
 
-def reference(run: Run, held_out: HeldOut, judge: Judge, samples: int, seed: int) -> dict[str, Any]:
-    """Real validation text, and tokens drawn one by one from the unigram law, through the same judge."""
+def reference(run: Run, held_out: RealText, judge: Judge, samples: int, seed: int) -> dict[str, Any]:
+    """Real validation text, and tokens drawn one by one from the unigram law, through the same judge.
+
+    The text that an n-gram of real text reads is not its own: for that one number it learns from as many rows of the training split.
+    """
     law = (run.network.log_prior if run.parts is None else run.parts.log_prior).double().cpu().exp()
     source = random.generator(seed, "unigram texts")
     drawn = torch.multinomial(law, samples * run.manifest["length"], replacement=True, generator=source).view(samples, -1)
     spread = np.linspace(0, len(held_out.rows) - 1, min(samples, len(held_out.rows))).round().astype(int)
-    return {"data": judged(run, [held_out.rows[i] for i in spread], judge), "unigram": judged(run, drawn.tolist(), judge)}
+    data = judged(run, [held_out.rows[i] for i in spread], judge, held_out.texts)
+    data["reverse_bits_per_char"] = judges.reverse(judge, RealText(run, "train", samples).texts, held_out.texts)
+    return {"data": data, "unigram": judged(run, drawn.tolist(), judge, held_out.texts)}
 
 
 def profile(run: Run) -> dict[str, Any] | None:
@@ -315,7 +318,8 @@ def table(result: dict[str, Any]) -> str:
             lines.append(f"  standard error  {found['standard_error_bits_per_char']:.4f} bits/char of noise and times")
         lines.append(f"unigram entropy   {found['unigram_bits_per_char']:.4f} bits/char")
     lines.append(f"judge             {result['judge']['name']}; sums to one within {result['judge']['sum_error']:.0e}")
-    lines.append(f"{'text':<34}{'judge bits/char':>16}{'+-':>8}{'entropy nats':>14}{'+-':>8}{'distinct':>10}")
+    lines.append("reverse           real text under an n-gram of the texts, bits/char: what they leave out")
+    lines.append(f"{'text':<34}{'judge bits/char':>16}{'+-':>8}{'entropy nats':>14}{'+-':>8}{'reverse':>9}{'distinct':>10}")
     shown = {}
     for name, entry in result["samples"].items():
         label = f"{name} steps" if name.isdigit() else name
@@ -325,8 +329,8 @@ def table(result: dict[str, Any]) -> str:
             shown[f"  fresh noise ({label})"] = result["stochastic"][name]
     shown |= result["reference"]
     for name, value in shown.items():
-        bits = "none" if value["judge_bits_per_char"] is None else f"{value['judge_bits_per_char']:.3f}"
+        bits, back = ("none" if x is None else f"{x:.3f}" for x in (value["judge_bits_per_char"], value["reverse_bits_per_char"]))
         error = "" if value["judge_standard_error"] is None else f"{value['judge_standard_error']:.3f}"
         spread = "" if value["entropy_standard_error"] is None else f"{value['entropy_standard_error']:.3f}"
-        lines.append(f"{name:<34}{bits:>16}{error:>8}{value['entropy']:>14.3f}{spread:>8}{value['distinct']:>6}/{value['count']}")
+        lines.append(f"{name:<34}{bits:>16}{error:>8}{value['entropy']:>14.3f}{spread:>8}{back:>9}{value['distinct']:>6}/{value['count']}")
     return "\n".join(lines)

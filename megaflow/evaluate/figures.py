@@ -158,7 +158,7 @@ def frontier(samples: dict, cooled: dict, constant: set[tuple[str, int]]) -> str
     samples, cooled: see report.py; constant: (family, steps) that are left out.
     """
     with matplotlib.rc_context(STYLE):
-        figure, axes = _panel(6.2, 3.6)
+        figure, axes = _panel(4.6, 3.1)
         for name in (*MARKERS, "autoregressive"):
             own = samples.get(name) or {}
             for kind, entry in ({name: own} if name == "autoregressive" else own).items():

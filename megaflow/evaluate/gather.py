@@ -149,7 +149,7 @@ def metrics(prepared: dict, summaries: dict, evaluations: dict, stages: dict[str
     reference: dict[str, Any] = next((evaluations[name]["reference"] for name in RUNS if name in evaluations), {})
 
     def short(entry: dict | None) -> dict[str, Any] | None:
-        return None if entry is None else {"judge_bits_per_char": entry["judge_bits_per_char"], "entropy": entry["entropy"]}
+        return None if entry is None else {key: entry.get(key) for key in ("judge_bits_per_char", "entropy", "reverse_bits_per_char")}
 
     samples: dict[str, Any] = {
         name: {count: short(entry) for count, entry in evaluations.get(name, {}).get("samples", {}).items()}

@@ -17,8 +17,8 @@ A part or a model that has no place here raises ValueError, since it would be dr
                   "validation_rows": int (rows that a validation reads)}}
     profile      {"t", "cross_entropy": [K] (nats per token in each bin), "clock_t", "clock_cdf": [K'], "clock": str (its name)}
     samples      {"flow" | "flow_map" | "flow_map_stochastic": {"<steps>": SAMPLES}, "autoregressive" | "data" | "unigram": SAMPLES}
-                 SAMPLES = {"judge_bits_per_char", "judge_standard_error", "entropy" (nats), "entropy_standard_error": float,
-                 "count": int (texts judged), "texts": [str, …] (from the first drawn on)}
+                 SAMPLES = {"judge_bits_per_char", "judge_standard_error", "entropy" (nats), "entropy_standard_error",
+                 "reverse_bits_per_char": float, "count": int (texts judged), "texts": [str, …] (from the first drawn on)}
     temperature  float, that `samples` were written at
     cooled       {model: {"<steps>" | "autoregressive": [SAMPLES and "temperature": float, …]}}: lower temperatures, without texts
     trajectory   {"model": str, "times": [S], "tokens": [S][L] of str, "confidence": [S][L] in [0, 1]}, one text, the argmax at every
@@ -146,6 +146,7 @@ def _view(data: dict[str, Any]) -> dict[str, Any]:
     for field, error, label in (
         ("judge_bits_per_char", "judge_standard_error", "judge (bits per character)"),
         ("entropy", "entropy_standard_error", "entropy within a text (nats)"),
+        ("reverse_bits_per_char", "", "reverse (bits per character)"),
     ):
         measured = any(figures.drawable(entry.get(field)) for _, _, entry in _entries(samples))
         panels[field] = _safe(figures.quality(samples, field, error, label, constant)) if measured else None

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from megaflow.data.stream import TokenStream
-from megaflow.evaluate.evaluation import COOLED, GAMMA, evaluate, fitted_judge, judged, table
+from megaflow.evaluate import judge as judges
+from megaflow.evaluate.evaluation import COOLED, GAMMA, RealText, evaluate, fitted_judge, judged, table
 from megaflow.evaluate.generate import generate, load_run
 from megaflow.train import checkpoint as checkpoints
 from megaflow.train import run as runs
@@ -41,7 +42,7 @@ class TestEveryRun:
         assert written == json.loads(json.dumps(result))
         gamma = GAMMA if family == "flow_map" else None
         assert result["kind"] == family and result["step"] == 40
-        assert result["settings"] == QUICK | {"cooled": list(COOLED), "gamma": gamma}
+        assert result["settings"] == QUICK | {"cooled": list(COOLED), "gamma": gamma, "order": judges.ORDER}
         assert len(numbers(written)) > 30 and all(map(math.isfinite, numbers(written)))
         assert result["judge"]["sum_error"] < 1e-9
 
@@ -51,7 +52,7 @@ class TestEveryRun:
         assert set(result["cooled"]) == {name}  # one step has no other temperature: it is an argmax
         assert [cold["temperature"] for cold in result["cooled"][name]] == list(COOLED)
         for cold in result["cooled"][name]:
-            expected = judged(run, generate(run, 6, count, method, cold["temperature"], None, 0), fitted_judge(run))
+            expected = judged(run, generate(run, 6, count, method, cold["temperature"], None, 0), fitted_judge(run), [])
             assert {key: cold[key] for key in ("judge_bits_per_char", "entropy")} == {
                 key: expected[key] for key in ("judge_bits_per_char", "entropy")
             }
@@ -60,7 +61,8 @@ class TestEveryRun:
         result, run = evaluated(kind, family), load_run(trained(kind, family))
         assert set(result["stochastic"]) == ({"3"} if run.is_map else set())  # one step has no noise to renew
         for entry in result["stochastic"].values():
-            assert entry == judged(run, generate(run, 6, 3, "stochastic", 1.0, GAMMA, 0), fitted_judge(run))
+            real = RealText(run, "validation", QUICK["rows"]).texts
+            assert entry == judged(run, generate(run, 6, 3, "stochastic", 1.0, GAMMA, 0), fitted_judge(run), real)
             assert entry["texts"] != result["samples"]["3"]["texts"]
 
     def test_likelihood(self, evaluated, trained, kind, family):
@@ -87,6 +89,18 @@ class TestEveryRun:
         for entry in [*result["samples"].values(), *result["reference"].values()]:
             assert entry["count"] == 6 and 1 <= entry["distinct"] <= 6 and len(entry["texts"]) == 6 and entry["entropy"] >= 0.0
         assert result["reference"]["data"]["judge_bits_per_char"] < result["reference"]["unigram"]["judge_bits_per_char"] - 0.5
+
+    def test_reverse(self, evaluated, trained, kind, family):
+        """Held-out text under an n-gram of the texts; where they are real ones, not of the text that is read."""
+        result, run = evaluated(kind, family), load_run(trained(kind, family))
+        judge, real = fitted_judge(run), RealText(run, "validation", QUICK["rows"]).texts
+        for entry in [*result["samples"].values(), result["reference"]["unigram"]]:
+            assert entry["reverse_bits_per_char"] == judges.reverse(judge, entry["texts"], real)
+        data = result["reference"]["data"]
+        own, other = judges.reverse(judge, data["texts"], real), RealText(run, "train", QUICK["samples"])
+        assert len(other.rows) == QUICK["samples"]
+        assert data["reverse_bits_per_char"] == judges.reverse(judge, other.texts, real) > own
+        assert data["reverse_bits_per_char"] < result["reference"]["unigram"]["reverse_bits_per_char"]
 
     def test_the_table(self, evaluated, kind, family):
         shown = table(evaluated(kind, family))
@@ -244,9 +258,9 @@ def test_judged_is_the_mean_over_characters_not_over_texts(trained):
 
     run = load_run(trained("coded"))
     judge, rows = fitted_judge(run), [[40, 41, 42, 43, 44, 45, 46, 47], [50]]
-    texts = judged(run, rows, judge)["texts"]
+    texts = judged(run, rows, judge, [])["texts"]
     expected = sum(bits(judge, text).sum() for text in texts) / sum(map(len, texts))
-    assert judged(run, rows, judge)["judge_bits_per_char"] == pytest.approx(expected, rel=1e-12)
+    assert judged(run, rows, judge, [])["judge_bits_per_char"] == pytest.approx(expected, rel=1e-12)
 
 
 def test_the_error_of_the_entropy_is_that_of_a_mean_over_texts(trained):
@@ -255,10 +269,10 @@ def test_the_error_of_the_entropy_is_that_of_a_mean_over_texts(trained):
     run = load_run(trained("coded"))
     rows = [[40, 41], [40, 40], [40, 41], [42, 42, 42]]
     entropies = np.array([1.0, 0.0, 1.0, 0.0]) * math.log(2)
-    found = judged(run, rows, fitted_judge(run))
+    found = judged(run, rows, fitted_judge(run), [])
     assert found["entropy"] == pytest.approx(entropies.mean())
     assert found["entropy_standard_error"] == pytest.approx(entropies.std(ddof=1) / 2)
-    assert judged(run, rows[:1], fitted_judge(run))["entropy_standard_error"] is None
+    assert judged(run, rows[:1], fitted_judge(run), [])["entropy_standard_error"] is None
 
 
 def test_nothing_of_training_is_touched(trained, evaluated):

@@ -84,12 +84,16 @@ class TestWhole:
         assert found["flow_bound_standard_error"] == flow["likelihood"]["standard_error_bits_per_char"]
         assert found["unigram_entropy_bits_per_char"] == flow["likelihood"]["unigram_bits_per_char"]
         assert found["autoregressive_bits_per_char"] == baseline["likelihood"]["bits_per_char"]
-        assert found["samples"]["flow"]["4"] == {key: flow["samples"]["4"][key] for key in ("judge_bits_per_char", "entropy")}
+        assert found["samples"]["flow"]["4"] == {
+            key: flow["samples"]["4"][key] for key in ("judge_bits_per_char", "entropy", "reverse_bits_per_char")
+        }
         flow_map = json.loads((folder / "flow_map" / "evaluation.json").read_text())
-        renewed = {key: flow_map["stochastic"]["64"][key] for key in ("judge_bits_per_char", "entropy")}
+        renewed = {key: flow_map["stochastic"]["64"][key] for key in ("judge_bits_per_char", "entropy", "reverse_bits_per_char")}
         assert found["samples"]["flow_map_stochastic"]["64"] == renewed
         cold = flow["cooled"]["4"][0]
-        assert found["cooled"]["flow"]["4"][0] == {key: cold[key] for key in ("temperature", "judge_bits_per_char", "entropy")}
+        assert found["cooled"]["flow"]["4"][0] == {
+            key: cold[key] for key in ("temperature", "judge_bits_per_char", "entropy", "reverse_bits_per_char")
+        }
         assert found["tokens_per_second"]["flow"] == json.loads((folder / "flow" / "summary.json").read_text())["tokens_per_second"]
 
     def test_the_page(self, folder, cli):

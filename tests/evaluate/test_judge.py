@@ -133,6 +133,29 @@ def test_of_a_large_alphabet_the_most_frequent_characters_are_kept():
     assert judging.bits(judge, rare[-1])[0] == judging.bits(judge, "x")[0]
 
 
+def test_turned_around_it_reads_real_text_as_one_that_learned_from_the_texts(judge):
+    texts, real = [sentences(11, 20), "", sentences(12, 20)], [sentences(5, 30)]
+    learned = judging.fit(texts, judge.order, judge.alphabet)
+    assert judging.reverse(judge, texts, real) == judging.bits_per_character(learned, real)
+    assert math.isnan(judging.reverse(judge, ["", ""], real))
+
+
+def test_what_texts_leave_out_costs_them_though_the_judge_likes_them_better(judge):
+    """One sentence again and again is likely text, but says little of what real text holds."""
+    varied, real = [sentences(seed, 2) for seed in range(20, 40)], [sentences(5, 60)]
+    same = [min(varied, key=lambda text: judging.bits(judge, text).mean())] * 20
+    assert judging.bits_per_character(judge, same) < judging.bits_per_character(judge, varied)
+    assert judging.reverse(judge, same, real) > judging.reverse(judge, varied, real) + 0.5
+
+
+def test_turned_around_the_alphabet_stays_the_judge_s(judge):
+    """Texts of few characters must not make all others one cheap class."""
+    learned = judging.fit(["the the"], judge.order, judge.alphabet)
+    assert learned.symbols == judge.symbols > judging.fit(["the the"]).symbols
+    assert judging.sum_error(learned, ["", "t", "the t", "zz"]) < 1e-12
+    assert judging.reverse(judge, ["the the"], ["lord"]) > judging.bits_per_character(judging.fit(["the the"]), ["lord"])
+
+
 def test_saved_and_loaded_it_is_the_same_judge(judge, tmp_path):
     path = tmp_path / "judge"
     judging.save(judge, path)

@@ -21,7 +21,9 @@ def data() -> dict:
         return [" ".join(np.random.default_rng([seed, i]).choice(COMMON, 12)) for i in range(4)]
 
     def samples(seed: int, bits: float, entropy: float) -> dict:
-        return {"judge_bits_per_char": bits, "entropy": entropy, "count": 64, "texts": texts(seed)}
+        reverse = 2.0 + entropy / 8
+        numbers = {"judge_bits_per_char": bits, "entropy": entropy, "reverse_bits_per_char": reverse}
+        return {**numbers, "count": 64, "texts": texts(seed)}
 
     def curve(end: float) -> dict:
         loss = end + 3 * np.exp(-np.arange(120) / 20) + rng.normal(0, 0.1, 120)
@@ -103,9 +105,10 @@ def test_the_numbers_are_on_the_page(page):
     for number in ("1,234,567", "65,432", "2,048", "1,312,768", "245,760", "712", "5m 57s"):
         assert number in words
     assert "4.412 ± 0.021" in words and "1.843 ± 0.009" in words and "5.217" in words and "1.274" in words
-    assert "flow 4 3.247 ± 0.043 3.821 64" in words
-    for bits, entropy in ((9.871, 0.0), (2.652, 3.702), (1.739, 3.719), (1.561, 3.691), (4.155, 3.818)):
-        assert f"{bits:.3f} {entropy:.3f} 64" in words
+    assert "flow 4 3.247 ± 0.043 3.821 2.478 64" in words
+    assert "flow (constant text) 1 9.871 0.000 – 64" in words
+    for bits, entropy in ((2.652, 3.702), (1.739, 3.719), (1.561, 3.691), (4.155, 3.818)):
+        assert f"{bits:.3f} {entropy:.3f} {2 + entropy / 8:.3f} 64" in words
     assert "order 6 (5 characters of context), of the training split, checked to sum to one" in words
     assert "1,000 contexts sum to one within 7e-16" in words
     assert "megaflow pretrain run.yaml run.dir=runs/flow" in words and "numpy 2.1.3" in words
@@ -117,7 +120,7 @@ def test_the_page_is_deterministic(page, data, tmp_path):
 
 def test_ids_are_unique_over_the_drawings(page):
     panels = re.findall(r"<svg.*?</svg>", page, flags=re.S)
-    assert len(panels) == 8  # three learning curves, profile and clock, judge, entropy and both
+    assert len(panels) == 9  # three learning curves, profile and clock, judge, entropy, reverse, judge against entropy
     ids = [set(re.findall(r"\bid=\"([^\"]+)\"", panel)) for panel in panels]
     assert sum(map(len, ids)) == len(set().union(*ids))
     assert all(set(re.findall(r"href=\"#([^\"]+)\"", panel)) <= own for panel, own in zip(panels, ids, strict=True))
@@ -127,11 +130,11 @@ def test_drawings_follow_the_numbers(page, data, tmp_path):
     other = copy.deepcopy(data)
     other["samples"]["flow_map"]["4"]["judge_bits_per_char"] = 2.9
     before, after = (re.findall(r"<svg.*?</svg>", text, flags=re.S) for text in (page, render(other, tmp_path)))
-    assert [a == b for a, b in zip(before, after, strict=True)] == [True] * 5 + [False, True, False]
+    assert [a == b for a, b in zip(before, after, strict=True)] == [True] * 5 + [False, True, True, False]
     other = copy.deepcopy(data)
     other["cooled"]["autoregressive"]["autoregressive"][0]["entropy"] = 3.3
     after = re.findall(r"<svg.*?</svg>", render(other, tmp_path), flags=re.S)
-    assert [a == b for a, b in zip(before, after, strict=True)] == [True] * 7 + [False]
+    assert [a == b for a, b in zip(before, after, strict=True)] == [True] * 8 + [False]
 
 
 def test_a_standard_error_is_drawn(page, data, tmp_path):
@@ -186,7 +189,7 @@ def test_missing_parts_of_parts_are_stated(data, tmp_path):
     assert "Not evaluated: flow map." in words and "No validation loss: flow." in words
     assert "Cross-entropy against time: not evaluated." in words
     assert "Not evaluated: unigram draws." in words and "Not evaluated: no samples with this number of steps." in words
-    assert "autoregressive – 1.739 – 64" in words and "real text – undefined 3.691" in words
+    assert "autoregressive – 1.739 – 2.465 64" in words and "real text – undefined 3.691" in words
     assert "checked to sum to one" not in words and "sum to one: not evaluated" in words
 
 

@@ -21,7 +21,7 @@ from megaflow.data.tokenizer import decode
 from megaflow.errors import UserError
 from megaflow.evaluate import judge as judges
 from megaflow.evaluate import kept
-from megaflow.evaluate.generate import Run, check_temperature, generate, load_run, text_of
+from megaflow.evaluate.generate import BALANCE_TOKENS, Run, balanced, check_temperature, generate, load_run, text_of
 from megaflow.evaluate.judge import Judge
 from megaflow.flow.likelihood import Estimate, RangeTooShort
 from megaflow.model.autoregressive import Autoregressive
@@ -64,7 +64,8 @@ def evaluate(
     check_temperature(temperature)
     run = load_run(directory)
     settings = {"steps": steps, "samples": samples, "rows": rows, "draws": draws, "seed": seed, "temperature": temperature}
-    settings |= {"cooled": list(COOLED) if temperature == 1.0 else [], "gamma": GAMMA if run.is_map else None, "order": judges.ORDER}
+    settings |= {"cooled": list(COOLED) if temperature == 1.0 else [], "order": judges.ORDER}
+    settings |= {"gamma": GAMMA, "balance": BALANCE_TOKENS} if run.is_map else {"gamma": None, "balance": None}
     identity = {**kept.weights_of(run.checkpoint), "shards": shards.identity(run.manifest), "settings": settings}
     result = kept.read(run.directory)
     if not kept.is_of(result, identity):
@@ -245,23 +246,28 @@ def judged(run: Run, rows: list[list[int]], judge: Judge, real: list[str]) -> di
 
 
 def written(run: Run, settings: dict[str, Any], judge: Judge, held_out: RealText) -> dict[str, Any]:
-    """Judged `samples` by number of steps ('autoregressive' for the baseline), the same `cooled`, without texts, and `stochastic`, those
-    that a flow map writes with fresh noise at every step."""
+    """Judged `samples` by number of steps ('autoregressive' for the baseline), the same `cooled`, without texts; of a flow map also
+    those it writes with fresh noise at every step, `stochastic`, and its one-step text as the plain argmax, `unbalanced`."""
     method = "autoregressive" if run.parts is None else ("flow_map" if run.is_map else "ode")
     counts, temperature, gamma = [None] if run.parts is None else settings["steps"], settings["temperature"], settings["gamma"]
-    plan = [(count, method, temperature, None) for count in counts]
-    plan += [(n, method, cold, None) for n in counts if n is None or 1 < n <= COOLED_STEPS for cold in settings["cooled"]]
-    plan += [(n, "stochastic", temperature, gamma) for n in counts if gamma is not None and n is not None and n > 1]
-    found: dict[str, Any] = {"samples": {}, "cooled": {}, "stochastic": {}}
-    progress, done = Progress(f"samples {run.directory.name}", sum(count or 1 for count, *_ in plan), "steps"), 0
-    for count, way, heat, fresh in plan:
-        entry = judged(run, generate(run, settings["samples"], count, way, heat, fresh, settings["seed"]), judge, held_out.texts)
+    plan = [("samples", count, method, temperature, None) for count in counts]
+    plan += [("cooled", n, method, cold, None) for n in counts if n is None or 1 < n <= COOLED_STEPS for cold in settings["cooled"]]
+    if run.is_map:
+        plan += [("stochastic", n, "stochastic", temperature, gamma) for n in counts if n and n > 1]
+        plan += [("unbalanced", n, method, temperature, None) for n in counts if n == 1]
+    found: dict[str, Any] = {"samples": {}, "cooled": {}, "stochastic": {}, "unbalanced": {}}
+    if run.is_map and 1 in counts:
+        balanced(run)  # has a progress of its own
+    progress, done = Progress(f"samples {run.directory.name}", sum(count or 1 for _, count, *_ in plan), "steps"), 0
+    for kind, count, way, heat, fresh in plan:
+        rows = generate(run, settings["samples"], count, way, heat, fresh, settings["seed"], balance=kind != "unbalanced")
+        entry = judged(run, rows, judge, held_out.texts)
         name = "autoregressive" if count is None else str(count)
-        if heat != temperature:
+        if kind == "cooled":
             numbers = {key: value for key, value in entry.items() if key != "texts"}
-            found["cooled"].setdefault(name, []).append({"temperature": heat, **numbers})
+            found[kind].setdefault(name, []).append({"temperature": heat, **numbers})
         else:
-            found["samples" if fresh is None else "stochastic"][name] = entry
+            found[kind][name] = entry
         progress.update(done := done + (count or 1))
     return found
 
@@ -327,6 +333,8 @@ def table(result: dict[str, Any]) -> str:
         shown |= {f"  temperature {cold['temperature']:g} ({label})": cold for cold in result["cooled"].get(name, [])}
         if name in result["stochastic"]:
             shown[f"  fresh noise ({label})"] = result["stochastic"][name]
+        if name in result["unbalanced"]:
+            shown[f"  unbalanced ({label})"] = result["unbalanced"][name]
     shown |= result["reference"]
     for name, value in shown.items():
         bits, back = ("none" if x is None else f"{x:.3f}" for x in (value["judge_bits_per_char"], value["reverse_bits_per_char"]))

@@ -31,6 +31,8 @@ STAGES = {
     "evaluate autoregressive": "evaluate the autoregressive model",
     "evaluate flow_map": "evaluate the flow map",
 }
+OTHER_WAYS = ("stochastic", "unbalanced")
+"""Of sampling a flow map, beside `samples`; see evaluation.written."""
 TOKENIZERS = {"bpe": "byte-pair", "characters": "character", "bytes": "byte", "gpt2": "GPT-2", "bert": "BERT"}
 
 CURVES = {
@@ -155,8 +157,9 @@ def metrics(prepared: dict, summaries: dict, evaluations: dict, stages: dict[str
         name: {count: short(entry) for count, entry in evaluations.get(name, {}).get("samples", {}).items()}
         for name in ("flow", "flow_map")
     }
-    renewed = evaluations.get("flow_map", {}).get("stochastic", {})
-    samples["flow_map_stochastic"] = {count: short(entry) for count, entry in renewed.items()}
+    for kind in OTHER_WAYS:
+        entries = evaluations.get("flow_map", {}).get(kind, {})
+        samples[f"flow_map_{kind}"] = {count: short(entry) for count, entry in entries.items()}
     samples["autoregressive"] = short(baseline.get("samples", {}).get("autoregressive"))
     samples |= {"data": short(reference.get("data")), "unigram": short(reference.get("unigram"))}
     colder = {
@@ -195,8 +198,7 @@ def page(
     train, validation = (manifest["splits"][split] for split in ("train", "validation"))
     reference: dict[str, Any] = next((evaluations[name]["reference"] for name in RUNS if name in evaluations), {})
     samples: dict[str, Any] = {name: evaluations[name]["samples"] for name in ("flow", "flow_map") if name in evaluations}
-    if renewed := evaluations.get("flow_map", {}).get("stochastic"):
-        samples["flow_map_stochastic"] = renewed
+    samples |= {f"flow_map_{kind}": entries for kind in OTHER_WAYS if (entries := evaluations.get("flow_map", {}).get(kind))}
     if "autoregressive" in evaluations:
         samples["autoregressive"] = evaluations["autoregressive"]["samples"]["autoregressive"]
     samples |= {name: reference[name] for name in ("data", "unigram") if name in reference}

@@ -14,9 +14,9 @@ from megaflow.config.schema import Config
 from megaflow.data.shards import LENGTH_COUNTS_FILE, open_prepared
 from megaflow.data.tokenizer import decode, end_id, load_tokenizer
 from megaflow.errors import UserError
+from megaflow.flow import balance, sampler
 from megaflow.flow import clock as clocks
 from megaflow.flow import head as heads
-from megaflow.flow import sampler
 from megaflow.flow.clock import Clock
 from megaflow.flow.code import lookup
 from megaflow.flow.sampler import Callback, Posterior
@@ -25,11 +25,14 @@ from megaflow.model.parts import Parts
 from megaflow.model.text_dit import TextDiT
 from megaflow.model.trunk import Cache
 from megaflow.parallel import random
+from megaflow.progress import Progress
 from megaflow.train.checkpoint import Checkpoint
 from megaflow.train.run import read_config, stage_of
 from megaflow.train.stages import check_tokenizer, trained_autoregressive, trained_flow
 
 BATCH = 64
+BALANCE_TOKENS = 2**14
+"""Positions that the balance of one-step text is found on, or four for every entry of the vocabulary where that is more."""
 
 
 @dataclass
@@ -45,6 +48,7 @@ class Run:
     manifest: dict[str, Any]
     tokenizer: Any
     checkpoint: Checkpoint
+    offsets: Tensor | None = None  # of the tokens of one-step text; see `balanced`
 
     @property
     def is_map(self) -> bool:
@@ -148,9 +152,14 @@ def generate(
     gamma: float | None,
     seed: int,
     callback: Callback | None = None,
+    balance: bool = True,
 ) -> list[list[int]]:
-    """`count` rows of tokens, each a function of (seed, its index) alone; `callback` sees the steps of the first batch."""
+    """`count` rows of tokens, each a function of (seed, its index) alone; `callback` sees the steps of the first batch.
+
+    The one-step text of a map is balanced, unless `balance` is off: its tokens are as frequent as the law says (flow/balance.py).
+    """
     check_temperature(temperature)
+    offset = balanced(run) if balance and run.is_map and steps == 1 and method in ("flow_map", "stochastic") else None
     rows: list[list[int]] = []
     for start in range(0, count, BATCH):
         places = list(range(start, min(start + BATCH, count)))
@@ -159,7 +168,7 @@ def generate(
             ids = write_autoregressively(run, places, temperature, seed)
         else:
             see = callback if callback is not None and start == 0 else sampler.silent
-            ids = write_by_flow(run, places, lengths, steps or 1, method, temperature, gamma, seed, see)
+            ids = write_by_flow(run, places, lengths, steps or 1, method, temperature, gamma, seed, see, offset)
         rows += ids.tolist() if lengths is None else [row[:length] for row, length in zip(ids.tolist(), lengths, strict=True)]
     return rows
 
@@ -174,6 +183,7 @@ def write_by_flow(
     gamma: float | None,
     seed: int,
     see: Callback,
+    offset: Tensor | None = None,
 ) -> Tensor:
     """(B, L) tokens by one of the samplers, on `steps` steps of the run's own clock."""
     network, parts, clock = run.flow
@@ -184,7 +194,7 @@ def write_by_flow(
     def fresh(step: int) -> Tensor:
         return random.normal(places, shape, seed, "sampler noise", step).to(device)
 
-    denoise = denoiser(run, places, counted, temperature, seed, draws=method == "ancestral")
+    denoise = denoiser(run, places, counted, temperature, seed, draws=method == "ancestral", offset=offset)
     y = random.normal(places, shape, seed, "initial noise").to(device)
     times = clocks.grid(clock, steps).tolist()
     if method == "ode":
@@ -199,9 +209,9 @@ def write_by_flow(
 
 
 def denoiser(
-    run: Run, places: list[int], lengths: Tensor | None, temperature: float, seed: int, draws: bool
+    run: Run, places: list[int], lengths: Tensor | None, temperature: float, seed: int, draws: bool, offset: Tensor | None = None
 ) -> Callable[[Tensor, float, float], Posterior]:
-    """The network as samplers see it. `draws`: tokens are drawn from the posterior instead of its most likely ones."""
+    """The network as samplers see it. `draws`: tokens are drawn from the posterior instead of its most likely ones, after `offset`."""
     network, _, _ = run.flow
     calls = iter(range(10**9))
 
@@ -209,7 +219,7 @@ def denoiser(
         start, end = (torch.full((len(y),), x, dtype=torch.float64, device=y.device) for x in (s, t))
         hidden = network(y, start, end if run.is_map else None, lengths)
         read, shape = network.read(hidden, y, start), y.shape[:2]
-        mean, tokens, confidence = heads.posterior(network.head(), read, temperature)
+        mean, tokens, confidence = heads.posterior(network.head(), read, temperature, offset)
         if draws:
             step = next(calls)
             uniform = torch.stack([torch.rand(shape[1], generator=random.generator(seed, "token draws", step, place)) for place in places])
@@ -217,6 +227,31 @@ def denoiser(
         return Posterior(mean.view(y.shape), tokens.view(shape), confidence.view(shape))
 
     return denoise
+
+
+@torch.no_grad()
+def balanced(run: Run) -> Tensor:
+    """Offsets (V,) of the balance of a map's one-step text: a function of its weights alone, found once for as long as it is loaded."""
+    if run.offsets is not None:
+        return run.offsets
+    network, parts, _ = run.flow
+    width, law = run.manifest["length"], parts.log_prior.exp()
+    total = -(-max(BALANCE_TOKENS, 4 * len(law)) // width)
+    progress, found = Progress(f"balance {run.directory.name}", total, "rows"), []
+    for start in range(0, total, BATCH):
+        places = list(range(start, min(start + BATCH, total)))
+        lengths = row_lengths(run, places, 0)
+        counted = None if lengths is None else torch.tensor(lengths, device=law.device)
+        y = random.normal(places, (width, parts.code.dim), 0, "balance noise").to(law.device)
+        zero = torch.zeros(len(y), dtype=torch.float64, device=law.device)
+        read = network.read(network(y, zero, zero + 1.0, counted), y, zero)
+        logits, ids = heads.likeliest(network.head(), read)
+        here = slice(None) if counted is None else (torch.arange(width, device=law.device) < counted[:, None]).flatten()
+        found.append((logits[here], ids[here]))
+        progress.update(places[-1] + 1)
+    logits, ids = (torch.cat(column) for column in zip(*found, strict=True))
+    run.offsets = balance.offsets(logits, ids, law.to(logits))
+    return run.offsets
 
 
 def write_autoregressively(run: Run, places: list[int], temperature: float, seed: int) -> Tensor:

@@ -6,6 +6,7 @@
     head          hidden states to everything a flow needs of the vocabulary, in chunks of tokens
     clock         laws of training times and grids of samplers
     flow_map      the semigroup identity and the rows of stage 2
+    balance       one-step tokens as often as the unigram law says
     sampler       noise to text: ODE, stochastic, ancestral, flow map
     likelihood    the variational bound with its Monte-Carlo error
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megaflow.flow import balance
 from megaflow.flow import code as codes
 from megaflow.flow.channel import Buffer, chunks, evidence
 from megaflow.flow.code import Code
@@ -93,18 +94,27 @@ def reduce(head: Head, read: Read, reduction: Callable[[Tensor, slice], tuple[Te
         return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 
-def posterior(head: Head, read: Read, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean of psi in the state's dimensions (n, d_c), most likely token (n,), its probability (n,)."""
+def posterior(head: Head, read: Read, temperature: float = 1.0, offset: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean of psi in the state's dimensions (n, d_c), most likely token (n,), its probability (n,).
+
+    offset: (V,), of balance.py, at temperature 1: the token is then chosen by it among the most likely ones; psi does not know it.
+    """
     code = head.code
     assert code is not None
 
     def one(z: Tensor, part: slice) -> tuple[Tensor, ...]:
+        token = z.argmax(-1) if offset is None else balance.choose(*balance.candidates(z), offset)
         p = torch.softmax(z if temperature == 1.0 else z.div_(temperature), -1)
-        confidence, token = p.max(-1)
-        return codes.mean(code, p), token, confidence
+        return codes.mean(code, p), token, p.gather(1, token[:, None])[:, 0]
 
     mean, token, confidence = reduce(head, read, one)
     return mean, token, confidence
+
+
+def likeliest(head: Head, read: Read) -> tuple[Tensor, Tensor]:
+    """Logits (n, K) of the candidates of balance.py, and which they are."""
+    logits, ids = reduce(head, read, lambda z, part: balance.candidates(z))
+    return logits, ids
 
 
 def draw(head: Head, read: Read, uniform: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:

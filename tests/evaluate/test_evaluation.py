@@ -11,7 +11,7 @@ import pytest
 from megaflow.data.stream import TokenStream
 from megaflow.evaluate import judge as judges
 from megaflow.evaluate.evaluation import COOLED, GAMMA, RealText, evaluate, fitted_judge, judged, table
-from megaflow.evaluate.generate import generate, load_run
+from megaflow.evaluate.generate import BALANCE_TOKENS, generate, load_run
 from megaflow.train import checkpoint as checkpoints
 from megaflow.train import run as runs
 
@@ -40,9 +40,9 @@ class TestEveryRun:
         result = evaluated(kind, family)
         written = json.loads((trained(kind, family) / "evaluation.json").read_text())
         assert written == json.loads(json.dumps(result))
-        gamma = GAMMA if family == "flow_map" else None
         assert result["kind"] == family and result["step"] == 40
-        assert result["settings"] == QUICK | {"cooled": list(COOLED), "gamma": gamma, "order": judges.ORDER}
+        of_a_map = {"gamma": GAMMA, "balance": BALANCE_TOKENS} if family == "flow_map" else {"gamma": None, "balance": None}
+        assert result["settings"] == QUICK | of_a_map | {"cooled": list(COOLED), "order": judges.ORDER}
         assert len(numbers(written)) > 30 and all(map(math.isfinite, numbers(written)))
         assert result["judge"]["sum_error"] < 1e-9
 
@@ -64,6 +64,15 @@ class TestEveryRun:
             real = RealText(run, "validation", QUICK["rows"]).texts
             assert entry == judged(run, generate(run, 6, 3, "stochastic", 1.0, GAMMA, 0), fitted_judge(run), real)
             assert entry["texts"] != result["samples"]["3"]["texts"]
+
+    def test_a_map_s_one_step_is_judged_without_balance_too(self, evaluated, trained, kind, family):
+        result, run = evaluated(kind, family), load_run(trained(kind, family))
+        assert set(result["unbalanced"]) == ({"1"} if run.is_map else set())
+        for entry in result["unbalanced"].values():
+            real = RealText(run, "validation", QUICK["rows"]).texts
+            rows = generate(run, 6, 1, "flow_map", 1.0, None, 0, balance=False)
+            assert entry == judged(run, rows, fitted_judge(run), real)
+            assert entry["texts"] != result["samples"]["1"]["texts"]
 
     def test_likelihood(self, evaluated, trained, kind, family):
         """Bits per character follow from nats per token and the split's characters; the unigram entropy is that of the tokens."""

@@ -60,6 +60,7 @@ class TestWhole:
         for family in ("flow", "flow_map"):
             assert list(found["samples"][family]) == [str(count) for count in STEPS]
         assert list(found["samples"]["flow_map_stochastic"]) == [str(count) for count in STEPS[1:]]
+        assert list(found["samples"]["flow_map_unbalanced"]) == ["1"]
         entries = [
             *found["samples"]["flow"].values(),
             *found["samples"]["flow_map"].values(),
@@ -90,6 +91,8 @@ class TestWhole:
         flow_map = json.loads((folder / "flow_map" / "evaluation.json").read_text())
         renewed = {key: flow_map["stochastic"]["64"][key] for key in ("judge_bits_per_char", "entropy", "reverse_bits_per_char")}
         assert found["samples"]["flow_map_stochastic"]["64"] == renewed
+        plain = {key: flow_map["unbalanced"]["1"][key] for key in ("judge_bits_per_char", "entropy", "reverse_bits_per_char")}
+        assert found["samples"]["flow_map_unbalanced"]["1"] == plain
         cold = flow["cooled"]["4"][0]
         assert found["cooled"]["flow"]["4"][0] == {
             key: cold[key] for key in ("temperature", "judge_bits_per_char", "entropy", "reverse_bits_per_char")

@@ -9,7 +9,7 @@ import torch
 
 from megaflow.data.tokenizer import decode, load_tokenizer
 from megaflow.errors import UserError
-from megaflow.evaluate.generate import generate, load_run, row_lengths, sample, text_of
+from megaflow.evaluate.generate import balanced, generate, load_run, row_lengths, sample, text_of
 from megaflow.flow import head as heads
 from megaflow.parallel import random
 from megaflow.train import checkpoint as checkpoints
@@ -138,6 +138,57 @@ class TestSettings:
         hot = sample(trained("coded", "autoregressive"), 40, None, temperature=1e4)["tokens"]
         assert len({token for row in hot for token in row}) > 250  # of 300, in 640 draws
         assert sample(trained("coded"), 2, 3, temperature=0.2)["tokens"] != sample(trained("coded"), 2, 3, temperature=1.0)["tokens"]
+
+
+class TestBalance:
+    """One-step text of a map takes its tokens as often as the unigram law says."""
+
+    def test_tokens_follow_the_law(self, trained):
+        run = load_run(trained("char", "flow_map"))
+        law = run.parts.log_prior.exp()
+
+        def distance(balance: bool) -> float:
+            ids = torch.tensor(generate(run, 256, 1, "flow_map", 1.0, None, 3, balance=balance)).flatten()
+            return 0.5 * float((torch.bincount(ids, minlength=len(law)) / len(ids) - law).abs().sum())
+
+        assert distance(True) < 0.05 < 0.3 < distance(False)
+
+    def test_only_one_step_of_a_map_is_balanced(self, trained):
+        run, flow = load_run(trained("coded", "flow_map")), load_run(trained("coded"))
+        on, off = ({"balance": balance} for balance in (True, False))
+        one = [run, 4, 1, "flow_map", 1.0, None, 0]
+        assert generate(*one, **on) != generate(*one, **off)
+        assert generate(run, 4, 1, "stochastic", 1.0, 0.5, 0, **on) == generate(*one, **on)
+        for others in ([run, 4, 2, "flow_map", 1.0, None, 0], [run, 4, 1, "ode", 1.0, None, 0], [flow, 4, 1, "ode", 1.0, None, 0]):
+            assert generate(*others, **on) == generate(*others, **off)
+
+    def test_unbalanced_it_is_the_argmax(self, trained):
+        run = load_run(trained("coded", "flow_map"))
+        network, parts, _ = run.flow
+        places = [0, 1, 2]
+        y, s = random.normal(places, (16, parts.code.dim), 5, "initial noise"), torch.zeros(3, dtype=torch.float64)
+        with torch.no_grad():
+            logits = heads.logits(network.head(), network.read(network(y, s, s + 1.0), y, s))
+        expected = logits.argmax(-1).view(3, 16).tolist()
+        assert generate(run, 3, 1, "flow_map", 1.0, None, 5, balance=False) == expected
+
+    def test_it_is_of_the_weights_alone(self, trained):
+        """The same whatever was sampled before, at every temperature and seed."""
+        first, second = load_run(trained("char", "flow_map")), load_run(trained("char", "flow_map"))
+        generate(first, 2, 1, "flow_map", 0.5, None, 9)
+        assert balanced(first).equal(balanced(second)) and balanced(first) is balanced(first)
+        texts = [generate(run, 2, 1, "flow_map", heat, None, 1) for run, heat in ((first, 1.0), (second, 0.3))]
+        assert texts[0] == texts[1]
+
+    def test_what_pads_a_row_does_not_count(self, trained, monkeypatch):
+        """Rows of one document: candidates are those of their tokens, whatever stands behind them."""
+        run = load_run(trained("documents"))
+        monkeypatch.setattr(type(run), "is_map", True)
+        seen = []
+        monkeypatch.setattr("megaflow.evaluate.generate.balance.offsets", lambda logits, ids, law: seen.append(len(ids)) or 0.0 * law)
+        balanced(run)
+        width = run.manifest["length"]
+        assert seen == [sum(row_lengths(run, list(range(-(-(2**14) // width))), 0))] and seen[0] < 2**14
 
 
 class TestOutput:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from megaflow.flow import channel, flow_map
+from megaflow.flow import balance, channel, flow_map
 from megaflow.flow import code as codes
 from megaflow.flow import head as heads
 from megaflow.flow.head import Head, Read
@@ -205,6 +205,27 @@ def test_posterior(kind, temperature):
     torch.testing.assert_close(mean, (p @ codes.lookup(head.code, torch.arange(VOCAB))).detach())
     assert torch.equal(token, p.argmax(-1)) and not mean.requires_grad
     torch.testing.assert_close(confidence, p.max(-1).values.detach())
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+@pytest.mark.parametrize("kind", ["identity", "frame", "no channel"], indirect=True)
+def test_an_offset_chooses_the_token_and_leaves_the_posterior(kind, temperature):
+    """Among the candidates at temperature 1; its probability is that of the posterior at the temperature asked for."""
+    head, read = make(kind, 150)
+    z, offset = dense_logits(head, read).detach(), torch.linspace(-3.0, 3.0, VOCAB, dtype=torch.float64)
+    mean, token, confidence = heads.posterior(head, read, temperature, offset)
+    plain = heads.posterior(head, read, temperature)
+    assert token.equal((z + offset).argmax(-1)) and not token.equal(plain[1]) and mean.equal(plain[0])
+    torch.testing.assert_close(confidence, torch.softmax(z / temperature, -1).gather(1, token[:, None])[:, 0])
+
+
+def test_candidates_are_the_largest_logits(kind, monkeypatch):
+    monkeypatch.setattr(balance, "CANDIDATES", 3)
+    head, read = make(kind, 150)
+    logits, ids = heads.likeliest(head, read)
+    expected = dense_logits(head, read).detach().sort(-1, descending=True)
+    torch.testing.assert_close(logits - logits[:, :1], expected.values[:, :3] - expected.values[:, :1])
+    assert ids.equal(expected.indices[:, :3])
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])

@@ -63,18 +63,28 @@ def test_the_map_s_two_steps_have_the_entropy_of_text(path):
 
 
 def test_the_map_s_one_step_is_better_than_the_unigram_law(path):
+    """By the judge, and by what it leaves out of real text, which a plain argmax does not hold to."""
     found = path.evaluations["flow_map"]
-    assert found["samples"]["1"]["judge_bits_per_char"] < found["reference"]["unigram"]["judge_bits_per_char"]
+    one, plain, unigram, data = found["samples"]["1"], found["unbalanced"]["1"], found["reference"]["unigram"], found["reference"]["data"]
+    assert one["judge_bits_per_char"] < unigram["judge_bits_per_char"]
+    assert one["reverse_bits_per_char"] < min(unigram["reverse_bits_per_char"], plain["reverse_bits_per_char"] - 0.1)
+    assert one["entropy"] == pytest.approx(data["entropy"], rel=0.1)
 
 
-def test_more_steps_of_the_map_are_better_than_one(path):
-    """With fresh noise, at no less entropy; without, once a lower temperature brings the entropy back to that of one step."""
+def test_more_steps_of_the_map_are_not_worse_than_one(path):
+    """By what they leave out; by the judge too with fresh noise, at a lower temperature, and on characters always.
+
+    The errors are .02 to .04.
+    """
     found = path.evaluations["flow_map"]
-    one, sixteen = found["samples"]["1"], found["stochastic"]["16"]
-    assert sixteen["judge_bits_per_char"] <= one["judge_bits_per_char"] and sixteen["entropy"] >= one["entropy"]
-    assert found["stochastic"]["64"]["judge_bits_per_char"] < sixteen["judge_bits_per_char"]
-    four = [found["samples"]["4"], *found["cooled"]["4"]]
-    assert any(e["entropy"] >= one["entropy"] and e["judge_bits_per_char"] <= one["judge_bits_per_char"] for e in four)
+    one, sixteen, cold = found["samples"]["1"], found["stochastic"]["16"], found["cooled"]["4"][0]
+    for steps in ("16", "64"):
+        assert found["samples"][steps]["reverse_bits_per_char"] < one["reverse_bits_per_char"]
+    for better in (sixteen, cold):
+        assert better["judge_bits_per_char"] < one["judge_bits_per_char"] - 0.05
+        assert better["reverse_bits_per_char"] < one["reverse_bits_per_char"] + 0.04
+    if path.name == "char":
+        assert all(found["samples"][steps]["judge_bits_per_char"] < one["judge_bits_per_char"] for steps in ("2", "4", "16", "64"))
 
 
 def test_the_whole_path_again_repeats_nothing(path):

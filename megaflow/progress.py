@@ -34,6 +34,11 @@ class Progress:
         self.began = time.monotonic()
         self.shown = -float("inf")
 
+    def say(self, text: str) -> None:
+        """A line of its own, which stays."""
+        self.stream.write(("\r\x1b[K" if self.in_place else "") + f"{self.label}  {text}\n")
+        self.stream.flush()
+
     def update(self, done: float, note: str = "") -> None:
         """Report that `done` of the total is finished; `note` is appended ('loss 3.21')."""
         now = time.monotonic()

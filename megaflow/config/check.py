@@ -27,6 +27,7 @@ def resolve(loaded: Loaded, vocab: int) -> Loaded:
     dense = flow.code_dim == vocab or flow.code_dim == "auto" and (vocab <= IDENTITY_UP_TO or flow.skip == "off")
     settle(flow, "code", "flow.code", "identity" if dense else "frame")
     settle(flow, "code_dim", "flow.code_dim", vocab if flow.code == "identity" else min(64, max(2, vocab // 2)))
+    settle(model, "heads", "model.heads", heads(model.hidden))
     settle(model, "input", "model.input", "belief")
     settle(flow, "skip", "flow.skip", "off" if model.input == "linear" and flow.code == "identity" else "on")
     settle(config.distill, "state_input", "distill.state_input", "linear" if model.input == "linear" else "hot_belief")
@@ -36,6 +37,12 @@ def resolve(loaded: Loaded, vocab: int) -> Loaded:
     found = Loaded(config, origin)
     contradictions(found, vocab)
     return found
+
+
+def heads(hidden: int) -> int:
+    """Attention heads of a trunk of this even width: 64 dimensions each, at least four, or what comes nearest with an even number."""
+    fitting = [count for count in range(1, hidden // 2 + 1) if hidden % count == 0 and hidden // count % 2 == 0]
+    return min(fitting, key=lambda count: abs(count - max(4, hidden / 64)))
 
 
 def contradictions(loaded: Loaded, vocab: int | None = None) -> None:
@@ -58,18 +65,28 @@ def contradictions(loaded: Loaded, vocab: int | None = None) -> None:
             "run.dir",
             "data.path",
         )
-    if model.hidden % model.heads:
+    if model.heads == "auto":
+        if model.hidden % 2:
+            refuse(f"model.hidden={model.hidden} is odd; rotary positions need heads of an even number of dimensions", "model.hidden")
+    elif model.hidden % model.heads:
         refuse(
             f"model.hidden={model.hidden} is not a multiple of model.heads={model.heads}: every head needs the same width",
             "model.hidden",
             "model.heads",
         )
-    if model.hidden // model.heads % 2:
+    elif model.hidden // model.heads % 2:
         refuse(
             f"model.hidden={model.hidden} over model.heads={model.heads} gives heads of {model.hidden // model.heads} dimensions; "
             "rotary positions need an even number",
             "model.hidden",
             "model.heads",
+        )
+    if config.distill.teacher and config.distill.diagonal_fraction == 1.0:
+        refuse("distill.diagonal_fraction=1 leaves no row for the map to learn on; give less", "distill.diagonal_fraction")
+    if config.distill.teacher and config.distill.boundary_fraction == 1.0:
+        refuse(
+            "distill.boundary_fraction=1 leaves no inner row, and the targets of the others are made of what inner rows teach; give less",
+            "distill.boundary_fraction",
         )
     if model.family == "flow" and vocab is not None:
         if flow.code == "identity" and flow.code_dim != vocab:

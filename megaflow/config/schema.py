@@ -59,7 +59,7 @@ class ModelConfig:
     family: str = key("flow", "what is trained on this trunk", choices=("flow", "autoregressive"))
     layers: int = key(4, "transformer blocks", low=1)
     hidden: int = key(128, "width of the trunk", low=8)
-    heads: int = key(4, "attention heads", low=1)
+    heads: Any = key("auto", "attention heads; auto: of 64 dimensions each, at least 4", low=1, auto=True)
     mlp_ratio: int = key(4, "width of the MLP over the width of the trunk", low=1)
     input: str = key("auto", "what the trunk reads of the state", choices=("auto", "belief", "linear", "both"))
     belief_dim: int = key(128, "dimensions of the belief (or token) embedding before the trunk's width", low=1)
@@ -122,7 +122,7 @@ class TrainConfig:
     precision: str = key("fp32", "arithmetic of the trunk; weights, channel and reductions stay fp32", choices=("fp32", "bf16"))
     checkpoint_every: int = key(200, "steps between checkpoints", low=1)
     keep_checkpoints: int = key(2, "checkpoints that are kept", low=1)
-    validate_every: Any = key("auto", "steps between validations; auto: a twentieth of the run", low=1, auto=True)
+    validate_every: Any = key("auto", "steps between validations; auto: a twentieth of the run, 50 at least", low=1, auto=True)
     validation_rows: int = key(64, "validation rows a validation reads", low=1)
 
 

@@ -201,6 +201,20 @@ def require_rows(counts: dict[str, dict[str, int]], length: int) -> None:
             raise UserError(f"the {split} split has {tokens} tokens, less than one row of data.length={length}: {advice}.")
 
 
+def log_length_law(folder: str | Path) -> np.ndarray | None:
+    """log p of a row's length, (LENGTH + 1,) fp64, from the training rows, each length given half a row more so that none is impossible.
+
+    None with packing=wrap, whose rows all have the same.
+    """
+    path = Path(folder) / LENGTH_COUNTS_FILE
+    if not path.exists():
+        return None
+    counts = np.load(path) + 0.5
+    counts[0] = 0.0  # no row is empty
+    with np.errstate(divide="ignore"):
+        return np.log(counts / counts.sum())
+
+
 def unigram_counts(folder: str | Path) -> np.ndarray:
     """How often each token counts in the training rows: (V,) int64."""
     return np.load(Path(folder) / UNIGRAM_FILE)

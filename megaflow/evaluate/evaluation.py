@@ -155,12 +155,15 @@ def likelihood(run: Run, held_out: RealText, draws: int, seed: int) -> dict[str,
     device = run.network.weight.device
     ids = held_out.ids.to(device)
     lengths = None if held_out.lengths is None else held_out.lengths.to(device)
+    law = shards.log_length_law(run.config.data.path)
     if isinstance(run.network, Autoregressive):
         stage = AutoregressiveStage(run.config, run.network)
         nats = sum(
             stage.validate(ids[i : i + 64], None if lengths is None else lengths[i : i + 64])["validation_loss"] * counted(held_out, i)
             for i in range(0, len(ids), 64)
         ) / counted(held_out, 0, len(ids))
+        if law is not None and run.manifest["tokenizer"]["end_id"] is None:  # nothing in a row tells its length
+            nats -= float(sum(law[len(row)] for row in held_out.rows)) / counted(held_out, 0, len(ids))
         log_prior = run.network.log_prior.double().cpu()
         entropy = -float(np.mean(np.concatenate([log_prior[torch.tensor(row)].numpy() for row in held_out.rows])))
         found: dict[str, Any] = {
@@ -172,7 +175,7 @@ def likelihood(run: Run, held_out: RealText, draws: int, seed: int) -> dict[str,
     else:
         progress = Progress(f"bound {run.directory.name}", len(ids), "rows")
         try:
-            bound: Estimate = bound_of_rows(*run.flow, ids, lengths, draws, seed, progress=progress)
+            bound: Estimate = bound_of_rows(*run.flow, ids, lengths, draws, seed, progress=progress, log_length=law)
         except RangeTooShort as error:
             return {"kind": "none", "reason": str(error)}
         entropy = bound.unigram

@@ -28,7 +28,7 @@ from megaflow.parallel import random
 from megaflow.progress import Progress
 from megaflow.train.checkpoint import Checkpoint
 from megaflow.train.run import read_config, stage_of
-from megaflow.train.stages import check_tokenizer, trained_autoregressive, trained_flow
+from megaflow.train.stages import check_same_shards, check_tokenizer, trained_autoregressive, trained_flow
 
 BATCH = 64
 BALANCE_TOKENS = 2**14
@@ -68,6 +68,7 @@ def load_run(directory: str | Path) -> Run:
     check_shards(directory, Path(config.data.path))
     manifest = open_prepared(config.data.path)
     check_tokenizer(directory, manifest)
+    check_same_shards(directory, manifest)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = load_tokenizer(config.data.path)
     if config.model.family == "autoregressive":
@@ -166,6 +167,7 @@ def generate(
         lengths = row_lengths(run, places, seed)
         if run.parts is None:
             ids = write_autoregressively(run, places, temperature, seed)
+            lengths = None if lengths is None else written_lengths(run, ids, lengths)
         else:
             see = callback if callback is not None and start == 0 else sampler.silent
             ids = write_by_flow(run, places, lengths, steps or 1, method, temperature, gamma, seed, see, offset)
@@ -265,6 +267,16 @@ def write_autoregressively(run: Run, places: list[int], temperature: float, seed
         previous, _ = heads.draw(network.head(), heads.Read(hidden), uniform[:, position].to(hidden.device), temperature)
         columns.append(previous)
     return torch.stack(columns, 1)
+
+
+def written_lengths(run: Run, ids: Tensor, drawn: list[int]) -> list[int]:
+    """How far a baseline wrote each row (B, L) of one document: up to its first end token, which counts. Without such a token it cannot
+    say where a text ends, which is then as long as is `drawn` for a flow."""
+    end = run.manifest["tokenizer"]["end_id"]
+    if end is None:
+        return drawn
+    ended = (ids == end).int()
+    return torch.where(ended.any(1), ended.argmax(1) + 1, ids.shape[1]).tolist()
 
 
 def row_lengths(run: Run, places: list[int], seed: int) -> list[int] | None:

@@ -1,5 +1,6 @@
 """The likelihood bound of a network on rows of tokens: flow/likelihood.py with a Text-DiT put into it."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,8 +30,12 @@ def bound_of_rows(
     batch: int = 64,
     double: bool = True,
     progress: Progress | None = None,
+    log_length: np.ndarray | None = None,
 ) -> Estimate:
     """The bound on rows (R, L), `draws` times and noises each, in nats per counted token.
+
+    The network is told how long a row is, by what it may attend to. Where rows differ in length a bound of -log p(row) therefore has
+    -log p(length) too: log_length (L + 1,), of data.shards. Without it the bound is that of rows whose lengths are known.
 
     The channel's terms are in fp64, or with `double` off in fp32, twice as fast and good for watching a training run.
     Raises flow.likelihood.RangeTooShort where the network has no bound on the flow's range.
@@ -63,7 +68,8 @@ def bound_of_rows(
     unigram = -(parts.log_prior.to(ids.device)[ids].double() * counted).sum(1).cpu()
     tokens = counted.sum(1).cpu()
     ends = (last.sum() / tokens.sum()).item()
-    return likelihood.estimate(ours + first + last, channel + first + last_channel, unigram, tokens, ends)
+    told = 0.0 if log_length is None else -torch.from_numpy(log_length)[tokens]
+    return likelihood.estimate(ours + first + last + told, channel + first + last_channel, unigram, tokens, ends)
 
 
 def _integrands(

@@ -55,6 +55,10 @@ def make(flow: FlowConfig, counts: np.ndarray, seed: int) -> Parts:
     for high in torch.arange(low + 1.0, 40.0, 0.5).tolist():
         if channel_profile(code, log_prior, torch.tensor([high]), 2048, seed)[0] < RESOLVED:
             break
+    else:
+        raise UserError(
+            f"flow.code_dim={code.dim} is too few dimensions for {vocab} tokens: no amount of signal tells all of them apart; give more"
+        )
     return Parts(code, log_prior, information_range(code, high + 0.5))
 
 

@@ -54,7 +54,7 @@ class Trainee(nn.Module):
 def start(trainee: Trainee, config: Config, mesh: Mesh, micro: int, accumulation: int) -> Any:
     """A DeepSpeed engine over the trainee, with optimizer, clipping, ZeRO and precision as configured."""
     deepspeed = quiet_deepspeed()
-    optimizer = make(trainee, config.optim)
+    optimizer = make(trainee, config.optim, torch.bfloat16 if config.train.precision == "bf16" else torch.float32)
     settings = {
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": accumulation,

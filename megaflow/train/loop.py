@@ -105,7 +105,7 @@ def train(config: Config, stage: Stage, mesh: Mesh, began: float) -> int:
             if metrics is not None and ((step + 1) % config.log.every == 0 or last):
                 metrics.write(line)
             if mesh.first:
-                progress.update(step + 1, f"loss {loss:.4f}  {counted / elapsed:,.0f} tokens/s")
+                progress.update(step + 1, f"loss {loss:.4f}  norm {norm:.3g}  rate {rate:.2e}  {counted / elapsed:,.0f} tokens/s")
             if (step + 1) % int(config.train.validate_every) == 0 or last:
                 averaged = average.weights()  # on every process; the first one validates them
                 found = meshes.shared(mesh, validate(stage, averaged, held_out) if mesh.first else {})
@@ -114,6 +114,7 @@ def train(config: Config, stage: Stage, mesh: Mesh, began: float) -> int:
                         raise NotFinite(not_finite(directory, f"the {name.replace('_', ' ')} of step {step + 1} is {value}"))
                 if metrics is not None:
                     metrics.write({"step": step + 1, "tokens": state["tokens"], **found})
+                    progress.say(f"step {step + 1:,}  " + "  ".join(f"{name} {value:.4g}" for name, value in found.items()))
             if (step + 1) % config.train.checkpoint_every == 0 or last or stopped:
                 save()
         if mesh.first and state["step"] >= steps and not (directory / "summary.json").exists():

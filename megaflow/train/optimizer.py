@@ -1,8 +1,12 @@
 """AdamW for every parameter, or Muon for the matrices of the blocks and AdamW for the others.
 
-Muon (Jordan et al. 2024; torch.optim.Muon) moves a weight matrix by its orthogonalised momentum. Flows leave the plateau on which they
-know no more than the unigram law several times sooner with it (docs/pretraining.md has the figures). It needs whole matrices; where
-ZeRO leaves each process a flat slice of them, SlicedMuon makes the same steps.
+Muon (Jordan et al. 2024) moves a weight matrix by its orthogonalised momentum. Flows leave the plateau on which they know no more than
+the unigram law several times sooner with it (docs/pretraining.md has the figures). It needs whole matrices; where ZeRO leaves each
+process a flat slice of them, SlicedMuon makes the same steps.
+
+torch.optim.Muon is not used, because it orthogonalises in bf16 whatever the weights are: the last bit of a gradient becomes the third
+digit of a step, and within some hundred steps two processes have another curve than one (differences of 1e-7 in a loss at step 20,
+5e-3 at step 400; in fp32 they stay at 1e-7).
 """
 
 from collections.abc import Callable
@@ -14,6 +18,51 @@ import torch
 from torch import Tensor, nn
 
 from megaflow.config.schema import OptimConfig
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+"""a, b, c of s -> a s + b s^3 + c s^5, which five times over takes every singular value in (0, 1] near one (Jordan et al. 2024)."""
+
+
+def orthogonal(update: Tensor, dtype: torch.dtype) -> Tensor:
+    """The matrix with the singular vectors of `update` (m, n) and singular values near one, by five Newton-Schulz steps in `dtype`."""
+    a, b, c = NEWTON_SCHULZ
+    tall = update.shape[0] > update.shape[1]
+    x = (update.T if tall else update).to(dtype)
+    x = x / x.norm().clamp(min=1e-7)  # no singular value is above one then
+    for _ in range(5):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.T if tall else x).to(update.dtype)
+
+
+def descend(matrix: Tensor, update: Tensor, group: dict[str, Any], dtype: torch.dtype) -> None:
+    """Move a matrix along an orthogonalised update, whose root mean square is then AdamW's (Liu et al. 2025): one rate serves both."""
+    matrix.mul_(1 - group["lr"] * group["weight_decay"])
+    matrix.add_(orthogonal(update, dtype), alpha=-group["lr"] * 0.2 * max(matrix.shape) ** 0.5)
+
+
+def nesterov(gradient: Tensor, momentum: Tensor, group: dict[str, Any]) -> Tensor:
+    """Take a gradient into its momentum, in place, and return the update that looks one step ahead."""
+    momentum.lerp_(gradient, 1 - group["momentum"])
+    return gradient.lerp(momentum, group["momentum"])
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon over whole matrices, which orthogonalises in `dtype`."""
+
+    def __init__(self, matrices: list[nn.Parameter], dtype: torch.dtype, lr: float, weight_decay: float, momentum: float = 0.95) -> None:
+        super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    state = self.state[p]
+                    if "momentum_buffer" not in state:
+                        state["momentum_buffer"] = torch.zeros_like(p.grad)
+                    descend(p, nesterov(p.grad, state["momentum_buffer"], group), group, self.dtype)
 
 
 class Together(torch.optim.Optimizer):
@@ -32,7 +81,9 @@ class Together(torch.optim.Optimizer):
 
     def slice_muon(self, pieces: list["Piece"], total: Callable[[Tensor], Any]) -> None:
         """Step the first part's matrices by slices, once its group has been replaced by one; see SlicedMuon."""
-        self.parts[0] = SlicedMuon(self.parts[0], pieces, total)
+        muon = self.parts[0]
+        assert isinstance(muon, Muon)
+        self.parts[0] = SlicedMuon(muon, pieces, total)
 
 
 @dataclass(frozen=True)
@@ -66,17 +117,16 @@ class Piece:
 
 
 class SlicedMuon(torch.optim.Optimizer):
-    """torch.optim.Muon over matrices that are laid end to end, of which this process holds a slice: ZeRO 1 and 2.
+    """Muon over matrices that are laid end to end, of which this process holds a slice: ZeRO 1 and 2.
 
     Momentum is elementwise and stays in the slice. Only matrices that a border cuts are summed over the processes, each of which adds
-    zeros for what it does not hold; the others are whole where they are, and nobody orthogonalises what it has nothing of. Each step of
-    a matrix is one of torch's own Muon without momentum: its arithmetic cannot drift from the unsharded one, and no private name is used.
+    zeros for what it does not hold; the others are whole where they are, and nobody orthogonalises what it has nothing of.
     """
 
-    def __init__(self, muon: torch.optim.Optimizer, pieces: list[Piece], total: Callable[[Tensor], Any]) -> None:
+    def __init__(self, muon: Muon, pieces: list[Piece], total: Callable[[Tensor], Any]) -> None:
         """Takes over groups and state of `muon`; total(tensor) is the sum over the processes, in place, called in the same order by all."""
         super().__init__(muon.param_groups, muon.defaults)
-        self.state = muon.state
+        self.state, self.dtype = muon.state, muon.dtype
         self.pieces, self.total = pieces, total
 
     @torch.no_grad()
@@ -85,37 +135,27 @@ class SlicedMuon(torch.optim.Optimizer):
         (weights,) = group["params"]
         if weights.grad is None:  # ZeRO steps one group after the other, and this is the other's turn
             return
-        momentum = self.state[weights]["momentum_buffer"]
-        momentum.lerp_(weights.grad, 1 - group["momentum"])
-        update = weights.grad.lerp(momentum, group["momentum"])
-        settings = {name: group[name] for name in self.defaults} | {"momentum": 0.0, "nesterov": False}
+        update = nesterov(weights.grad, self.state[weights]["momentum_buffer"], group)
         for piece in self.pieces:
             direction = piece.matrix(update)
             if piece.cut:
                 self.total(direction)
             if piece.count:
                 matrix = piece.matrix(weights.detach())
-                matrix.grad = direction
-                torch.optim.Muon([matrix], **settings).step()
+                descend(matrix, direction, group, self.dtype)
                 if piece.cut:
                     piece.held(weights).copy_(piece.own(matrix))
 
 
-def make(network: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
-    """The optimizer that a config names, over the parameters that are trained."""
+def make(network: nn.Module, optim: OptimConfig, dtype: torch.dtype = torch.float32) -> torch.optim.Optimizer:
+    """The optimizer that a config names, over the parameters that are trained. dtype: in which Muon orthogonalises."""
     named = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
     adam = partial(torch.optim.AdamW, lr=optim.learning_rate, betas=(optim.beta1, optim.beta2), weight_decay=optim.weight_decay)
     if optim.name == "adamw":
         return adam([p for _, p in named])
     matrices = [p for name, p in named if is_block_matrix(name, p)]
     others = [p for name, p in named if not is_block_matrix(name, p)]
-    muon = torch.optim.Muon(
-        matrices,
-        lr=optim.learning_rate,
-        momentum=0.95,
-        weight_decay=optim.weight_decay,
-        adjust_lr_fn="match_rms_adamw",  # one learning rate serves both parts
-    )
+    muon = Muon(matrices, dtype, lr=optim.learning_rate, weight_decay=optim.weight_decay)
     return Together([muon, adam(others)])
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from megaflow.config.schema import Config
+from megaflow.data.shards import log_length_law
 from megaflow.flow import clock as clocks
 from megaflow.flow import head as heads
 from megaflow.flow.code import lookup
@@ -52,7 +53,8 @@ class FlowStage:
 
     def validate(self, ids: Tensor, lengths: Tensor | None) -> dict[str, float]:
         try:
-            found = bound_of_rows(self.network, self.parts, self.clock, ids, lengths, draws=4, seed=self.config.run.seed, double=False)
+            seed, law = self.config.run.seed, log_length_law(self.config.data.path)
+            found = bound_of_rows(self.network, self.parts, self.clock, ids, lengths, 4, seed, double=False, log_length=law)
         except RangeTooShort:
             return {"validation_loss": self.plain_cross_entropy(ids, lengths)}
         return {"validation_loss": found.mean, "validation_standard_error": found.standard_error}

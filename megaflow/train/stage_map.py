@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from megaflow.config.schema import Config
+from megaflow.data.shards import log_length_law
 from megaflow.flow import flow_map
 from megaflow.flow import head as heads
 from megaflow.flow.clock import Clock
@@ -126,7 +127,8 @@ class MapStage:
             loss, observed = self.loss(batch)
         metrics = {"validation_loss": loss.item(), "validation_divergence": observed[:, 0].sum().item()}
         try:
-            found = bound_of_rows(self.network, self.parts, self.clock, ids, lengths, draws=4, seed=self.config.run.seed, double=False)
+            seed, law = self.config.run.seed, log_length_law(self.config.data.path)
+            found = bound_of_rows(self.network, self.parts, self.clock, ids, lengths, 4, seed, double=False, log_length=law)
             metrics["validation_bound"] = found.mean
         except RangeTooShort:
             pass

@@ -99,6 +99,7 @@ def pretrain_stage(config: Config, manifest: dict, mesh: Mesh) -> Stage:
         return AutoregressiveStage(config, network)
     file = Path(config.run.dir) / parts.FILE
     if mesh.first and not file.exists():
+        not_lost(file)
         _save_parts(parts.make(config.flow, counts, config.run.seed), file)
     meshes.barrier(mesh)
     fixed = parts.read(file)
@@ -113,6 +114,7 @@ def distill_stage(config: Config, mesh: Mesh) -> Stage:
     fixed = parts.read(source / parts.FILE)
     file = Path(config.run.dir) / parts.FILE
     if mesh.first and not file.exists():
+        not_lost(file)
         _save_parts(fixed, file)
     meshes.barrier(mesh)
     if not parts.same(fixed, parts.read(file)):
@@ -182,12 +184,24 @@ def check_tokenizer(directory: Path, manifest: dict) -> None:
 
 def same_shards(directory: Path, manifest: dict, mesh: Mesh) -> None:
     """Note which shards this run is trained on, or refuse others than those noted. Raises UserError."""
-    file, now = directory / SHARDS_FILE, shards.identity(manifest)
+    file = directory / SHARDS_FILE
     if mesh.first and not file.exists():
-        write_atomically(file, json.dumps({"sha256": now, "tokenizer": manifest["tokenizer"]}, indent=1))
+        not_lost(file)
+        write_atomically(file, json.dumps({"sha256": shards.identity(manifest), "tokenizer": manifest["tokenizer"]}, indent=1))
     meshes.barrier(mesh)
-    if read_json(file, "sha256")["sha256"] != now:
+    check_same_shards(directory, manifest)
+
+
+def check_same_shards(directory: Path, manifest: dict) -> None:
+    """Refuse shards that are not those this run is trained on. Raises UserError."""
+    if read_json(directory / SHARDS_FILE, "sha256")["sha256"] != shards.identity(manifest):
         raise UserError(f"{directory}: its shards have been made anew from other text since; restore them, or choose another run.dir")
+
+
+def not_lost(file: Path) -> None:
+    """Refuse to make a file of a run anew that its checkpoints were trained with. Raises UserError."""
+    if checkpoints.steps(file.parent):
+        raise UserError(f"{file} is missing, and the run's checkpoints were trained with it; restore it, or choose another run.dir")
 
 
 def _save_parts(fixed: Parts, file: Path) -> None:

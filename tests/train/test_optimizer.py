@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from megaflow.config.schema import OptimConfig
-from megaflow.train.optimizer import Piece, SlicedMuon, Together, is_block_matrix, make
+from megaflow.train.optimizer import NEWTON_SCHULZ, Muon, Piece, SlicedMuon, Together, is_block_matrix, make, orthogonal
 
 
 class Network(nn.Module):
@@ -52,7 +52,7 @@ class TestMake:
         muon, adam = make(network, OPTIM).parts
         owned = {name for name, p in network.named_parameters() for q in muon.param_groups[0]["params"] if p is q}
         assert owned == {"block.qkv.weight", "block.down.weight"}
-        assert type(muon) is torch.optim.Muon and type(adam) is torch.optim.AdamW
+        assert type(muon) is Muon and type(adam) is torch.optim.AdamW
         assert sum(len(group["params"]) for part in (muon, adam) for group in part.param_groups) == len(list(network.parameters()))
 
     def test_frozen_parameters_belong_to_nobody(self, network):
@@ -82,7 +82,7 @@ class TestTogether:
             [network.block["qkv"].weight, network.block["down"].weight],
             [network.block["down"].bias, network.table.weight, network.gain],
         )
-        muon = torch.optim.Muon(matrices, lr=0.01, momentum=0.95, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+        muon = Muon(matrices, torch.float32, lr=0.01, weight_decay=0.1)
         adam = torch.optim.AdamW(others, lr=0.01, betas=(0.9, 0.99), weight_decay=0.1)
         apart = train(network, [muon, adam])
         assert all(torch.equal(a, b) for a, b in zip(together, apart, strict=True))
@@ -107,6 +107,47 @@ class TestTogether:
         optimizer.parts[1].param_groups[0]["weight_decay"] = 0.0
         optimizer.step()
         assert torch.equal(network.gain, before)  # no momentum left, and no gradient
+
+
+class TestMuon:
+    @pytest.mark.parametrize("shape", [(4, 9), (9, 4), (5, 5), (1, 3)])
+    def test_orthogonalising_acts_on_the_singular_values_alone(self, shape):
+        """Five times the polynomial on singular values of a matrix of norm one, in fp64."""
+        update = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        left, values, right = torch.linalg.svd(update / update.norm(), full_matrices=False)
+        a, b, c = NEWTON_SCHULZ
+        for _ in range(5):
+            values = a * values + b * values**3 + c * values**5
+        torch.testing.assert_close(orthogonal(update, torch.float64), left @ values.diag() @ right, rtol=1e-10, atol=1e-10)
+        assert 0.6 < values.min() and values.max() < 1.3
+
+    def test_the_precision_is_that_asked_for(self):
+        update = torch.randn(8, 6, generator=torch.Generator().manual_seed(2))
+        exact = orthogonal(update.double(), torch.float64)
+        errors = [(orthogonal(update, dtype).double() - exact).abs().max() for dtype in (torch.float32, torch.bfloat16)]
+        assert errors[0] < 1e-5 < 1e-3 < errors[1] < 0.1
+        assert orthogonal(update, torch.bfloat16).dtype == torch.float32
+
+    def test_its_steps_are_those_of_torch_but_for_the_precision(self):
+        """Momentum, Nesterov, decay and scale, over several steps; torch orthogonalises in bf16."""
+        draw = torch.Generator().manual_seed(3)
+        ours, theirs = (nn.Parameter(torch.ones(6, 10)) for _ in range(2))
+        settings = dict(lr=0.02, weight_decay=0.1)
+        half = Muon([ours], torch.bfloat16, **settings)
+        reference = torch.optim.Muon([theirs], momentum=0.95, adjust_lr_fn="match_rms_adamw", **settings)
+        for _ in range(4):
+            ours.grad = torch.randn(6, 10, generator=draw)
+            theirs.grad = ours.grad.clone()
+            half.step()
+            reference.step()
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-3)
+        assert (ours - 1.0).abs().max() > 0.02
+
+    def test_a_small_change_of_a_gradient_is_a_small_change_of_the_step(self):
+        """To fp32's digits: what several processes sum in another order is the same run."""
+        update = torch.randn(64, 96, generator=torch.Generator().manual_seed(4))
+        moved = update * (1.0 + 1e-7 * torch.randn(update.shape, generator=torch.Generator().manual_seed(5)))
+        assert (orthogonal(moved, torch.float32) - orthogonal(update, torch.float32)).abs().max() < 1e-5
 
 
 SHAPES = [(6, 4), (3, 9), (5, 5)]
@@ -142,12 +183,12 @@ class TestSlicedMuon:
     @pytest.mark.parametrize("borders", [[], [24], [51], [30], [10], [1, 2], [24, 51], [10, 40], [10, 20], [28, 36, 50], [60, 75]])
     def test_slices_take_the_steps_of_whole_matrices(self, borders):
         """To the last bit, wherever the borders lie: between matrices, within one, and several in the same one; with padding at the end."""
-        settings = dict(lr=0.02, momentum=0.95, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+        settings = dict(dtype=torch.float32, lr=0.02, weight_decay=0.1)
         padding, draw = 3, torch.Generator().manual_seed(0)
         start = [torch.randn(shape, generator=draw) for shape in SHAPES]
         gradients = [[torch.randn(shape, generator=draw) for shape in SHAPES] for _ in range(4)]
         whole = [nn.Parameter(matrix.clone()) for matrix in start]
-        muon = torch.optim.Muon(whole, **settings)
+        muon = Muon(whole, **settings)
         ends = [*borders, sum(SIZES) + padding]
         total, slices, threads = summing(len(ends)), [], []
 
@@ -155,7 +196,7 @@ class TestSlicedMuon:
             return torch.cat([*(matrix.flatten() for matrix in matrices), torch.zeros(padding)])
 
         def work(weights: nn.Parameter, low: int, high: int) -> None:
-            template = torch.optim.Muon([nn.Parameter(torch.zeros(1, 1))], **settings)
+            template = Muon([nn.Parameter(torch.zeros(1, 1))], **settings)
             template.param_groups[0]["params"] = [weights]
             template.state[weights]["momentum_buffer"] = torch.zeros_like(weights)
             sliced = SlicedMuon(template, pieces(low, high, borders), total)
@@ -179,7 +220,7 @@ class TestSlicedMuon:
 
     def test_it_waits_for_a_gradient_of_its_own(self):
         """ZeRO steps one group after the other; nothing moves or decays, and no momentum fades, in the other's turn."""
-        muon = torch.optim.Muon([nn.Parameter(torch.ones(2, 3))], lr=0.1, weight_decay=0.5)
+        muon = Muon([nn.Parameter(torch.ones(2, 3))], torch.float32, lr=0.1, weight_decay=0.5)
         flat = nn.Parameter(torch.ones(6))
         muon.param_groups[0]["params"] = [flat]
         muon.state[flat]["momentum_buffer"] = torch.ones(6)

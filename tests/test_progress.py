@@ -42,6 +42,17 @@ def test_before_anything_is_done_the_time_left_is_not_known():
     assert "? left" in stream.getvalue()
 
 
+def test_what_is_said_stays():
+    """A line of its own: on a terminal in the place of the one that is rewritten."""
+    stream = io.StringIO()
+    Progress("run", 10, "steps", stream=stream).say("step 5  validation_loss 5.1")
+    assert stream.getvalue() == "run  step 5  validation_loss 5.1\n"
+    stream = io.StringIO()
+    stream.isatty = lambda: True
+    Progress("run", 10, "steps", stream=stream).say("done")
+    assert stream.getvalue() == "\r\x1b[Krun  done\n"
+
+
 def test_a_log_file_gets_a_line_now_and_then_and_always_the_last():
     stream = io.StringIO()
     progress = Progress("train", 1000, "steps", stream=stream, interval=3600.0)

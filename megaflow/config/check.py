@@ -42,7 +42,7 @@ def resolve(loaded: Loaded, vocab: int) -> Loaded:
 def heads(hidden: int) -> int:
     """Attention heads of a trunk of this even width: 64 dimensions each, at least four, or what comes nearest with an even number."""
     fitting = [count for count in range(1, hidden // 2 + 1) if hidden % count == 0 and hidden // count % 2 == 0]
-    return min(fitting, key=lambda count: abs(count - max(4, hidden / 64)))
+    return min(fitting, key=lambda count: abs(count - max(4, hidden / 64)), default=1)
 
 
 def contradictions(loaded: Loaded, vocab: int | None = None) -> None:
@@ -65,9 +65,10 @@ def contradictions(loaded: Loaded, vocab: int | None = None) -> None:
             "run.dir",
             "data.path",
         )
+    if model.hidden % 2:
+        refuse(f"model.hidden={model.hidden} is odd; rotary positions need heads of an even number of dimensions", "model.hidden")
     if model.heads == "auto":
-        if model.hidden % 2:
-            refuse(f"model.hidden={model.hidden} is odd; rotary positions need heads of an even number of dimensions", "model.hidden")
+        pass
     elif model.hidden % model.heads:
         refuse(
             f"model.hidden={model.hidden} is not a multiple of model.heads={model.heads}: every head needs the same width",

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from megaflow.config.check import batch_split, contradictions, of_shards, resolve
+from megaflow.config.check import batch_split, contradictions, heads, of_shards, resolve
 from megaflow.config.load import ConfigError, Loaded, assemble, flatten, load
 from megaflow.config.schema import Config, keys
 
@@ -71,10 +71,18 @@ class TestAuto:
         assert left == {"data.source_format", "data.workers", "model.attention"}  # prepare's own, and a choice of the machine
 
 
+@pytest.mark.parametrize(
+    "hidden, count", [(128, 4), (192, 4), (256, 4), (768, 12), (1024, 16), (2048, 32), (30, 3), (22, 1), (36, 3), (8, 4)]
+)
+def test_heads_have_64_dimensions_or_there_are_four(hidden, count):
+    """Or what comes nearest with a whole, even number of dimensions."""
+    assert heads(hidden) == count and hidden % count == 0 and hidden // count % 2 == 0
+
+
 def sensible() -> list[tuple[str, object]]:
     """Every choice of every key, and for numbers some other value inside the range."""
     numbers = {
-        "model.hidden": [64, 256], "model.heads": [1, 2, 8], "train.steps": [1, 7, 10**6], "train.global_batch": [1, 2, 3, 64],
+        "model.hidden": [30, 64, 256], "model.heads": [1, 2, 8], "train.steps": [1, 7, 10**6], "train.global_batch": [1, 2, 3, 64],
         "train.micro_batch": [1, 5, 1000], "flow.code_dim": [2, 16, "auto"], "optim.warmup_steps": [0, 10**6, "auto"],
     }  # fmt: skip
     found = []
@@ -155,6 +163,9 @@ class TestContradictions:
     @pytest.mark.parametrize(
         "values, words",
         [
+            ({"model.hidden": 33}, ["model.hidden=33", "odd", "even"]),
+            ({"distill.teacher": "t", "distill.diagonal_fraction": 1.0}, ["distill.diagonal_fraction=1", "no row"]),
+            ({"distill.teacher": "t", "distill.boundary_fraction": 1.0}, ["distill.boundary_fraction=1", "no inner row"]),
             ({"model.hidden": 100, "model.heads": 8}, ["model.hidden=100", "model.heads=8", "multiple"]),
             ({"model.hidden": 36, "model.heads": 4}, ["model.hidden=36", "model.heads=4", "9 dimensions", "even"]),
             ({"flow.code": "identity", "flow.code_dim": 64}, ["flow.code=identity", "4096", "flow.code_dim=64"]),

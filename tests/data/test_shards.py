@@ -101,3 +101,10 @@ def test_a_damaged_manifest(folder, content):
     (folder / "prepared.json").write_text(content)
     with pytest.raises(UserError, match="prepared.json is damaged"):
         shards.open_prepared(folder)
+
+
+def test_the_law_of_lengths_is_that_of_the_training_rows(tmp_path):
+    """Each length half a row more, none empty; rows that are all full have no law."""
+    assert shards.log_length_law(tmp_path) is None
+    np.save(tmp_path / shards.LENGTH_COUNTS_FILE, np.array([0, 3, 0, 5]))
+    np.testing.assert_allclose(np.exp(shards.log_length_law(tmp_path)), np.array([0.0, 3.5, 0.5, 5.5]) / 9.5)

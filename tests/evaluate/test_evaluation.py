@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megaflow.data.shards import log_length_law
 from megaflow.data.stream import TokenStream
 from megaflow.evaluate import judge as judges
-from megaflow.evaluate.evaluation import COOLED, GAMMA, RealText, evaluate, fitted_judge, judged, table
+from megaflow.evaluate.evaluation import COOLED, GAMMA, RealText, evaluate, fitted_judge, judged, likelihood, table
 from megaflow.evaluate.generate import BALANCE_TOKENS, generate, load_run
 from megaflow.train import checkpoint as checkpoints
 from megaflow.train import run as runs
@@ -117,6 +118,30 @@ class TestEveryRun:
         assert f"{result['likelihood']['bits_per_char']:.4f} bits/char ({'exact' if family == 'autoregressive' else 'bound'};" in shown
         for name in ("data", "unigram", *(["autoregressive"] if family == "autoregressive" else ["1 steps", "3 steps"])):
             assert any(line.startswith(f"{name} ") for line in shown.splitlines())
+
+
+class TestRowsOfOneDocument:
+    """Their lengths are part of what is said, and have their price."""
+
+    def test_of_a_flow(self, evaluated, trained, monkeypatch):
+        found, run = evaluated("documents")["likelihood"], load_run(trained("documents"))
+        real = RealText(run, "validation", QUICK["rows"])
+        price = -sum(log_length_law(run.config.data.path)[len(row)] for row in real.rows) / found["tokens"]
+        monkeypatch.setattr("megaflow.evaluate.evaluation.shards.log_length_law", lambda path: None)
+        given = likelihood(run, real, QUICK["draws"], QUICK["seed"])
+        assert price > 0.05 and found["nats_per_token"] == pytest.approx(given["nats_per_token"] + price, rel=1e-9)
+        assert found["unigram_nats_per_token"] == given["unigram_nats_per_token"]
+
+    @pytest.mark.parametrize("end", [7, None])
+    def test_of_a_baseline_only_without_an_end_token(self, trained, config, cli, tmp_path, end):
+        directory = tmp_path / "baseline"
+        assert cli("pretrain", config("documents"), f"run.dir={directory}", "model.family=autoregressive", "train.steps=3").code == 0
+        run = load_run(directory)
+        real, law = RealText(run, "validation", QUICK["rows"]), log_length_law(run.config.data.path)
+        with_end = likelihood(run, real, 2, 0)["nats_per_token"]
+        run.manifest["tokenizer"]["end_id"] = end
+        price = 0.0 if end else -sum(law[len(row)] for row in real.rows) / sum(map(len, real.rows))
+        assert likelihood(run, real, 2, 0)["nats_per_token"] == pytest.approx(with_end + price, rel=1e-12)
 
 
 class TestFlowsOnly:

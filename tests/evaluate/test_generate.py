@@ -233,6 +233,20 @@ class TestRowsOfOneDocument:
         row = [5, 6, 7, end, 8]
         assert text_of(run, row) == decode(run.tokenizer, [5, 6, 7])
 
+    def test_a_baseline_writes_up_to_its_own_end(self, trained, config, cli, tmp_path):
+        """Not up to a length that is drawn for a flow, which cannot choose one."""
+        directory = tmp_path / "baseline"
+        command = ["pretrain", config("documents"), f"run.dir={directory}", "model.family=autoregressive", "train.steps=40"]
+        assert cli(*command).code == 0
+        run = load_run(directory)
+        end, width = run.manifest["tokenizer"]["end_id"], run.manifest["length"]
+        rows = generate(run, 64, None, "autoregressive", 1.0, None, seed=0)
+        assert all(end not in row[:-1] and (row[-1] == end or len(row) == width) for row in rows)
+        assert [len(row) for row in rows] != row_lengths(run, list(range(64)), seed=0)
+        run.manifest["tokenizer"]["end_id"] = None  # as with the 27 letters: nothing that it could write ends a text
+        rows = generate(run, 8, None, "autoregressive", 1.0, None, seed=0)
+        assert [len(row) for row in rows] == row_lengths(run, list(range(8)), seed=0)
+
     def test_positions_beyond_a_row_s_length_do_not_reach_it(self, trained):
         """The shorter row of a batch is what it is alone, where nothing is beside it."""
         run = load_run(trained("documents"))

@@ -68,6 +68,21 @@ def test_a_network_that_knows_less_has_a_larger_bound():
     assert found.mean > found.unigram + 4.0 * found.standard_error
 
 
+def test_the_lengths_of_rows_have_their_price():
+    """A network that knows nothing has the entropy of length and tokens together, each row's length once."""
+    network, parts, clock, ids = setup("frame of 5")
+    with torch.no_grad():
+        network.weight.zero_()
+    lengths = torch.tensor([1, 2, 3, 4, 5, 6, 6, 3])
+    law = np.log(np.array([1e-9, 0.05, 0.1, 0.35, 0.05, 0.15, 0.3]))
+    known, unknown = (bound_of_rows(network, parts, clock, ids, lengths, draws=3, seed=0, log_length=x) for x in (None, law))
+    counted = torch.arange(6) < lengths[:, None]
+    tokens = -parts.log_prior.double()[ids][counted].sum().item()
+    assert known.mean * 30 == pytest.approx(tokens, rel=1e-9)
+    assert unknown.mean * 30 == pytest.approx(tokens - law[lengths.numpy()].sum(), rel=1e-9)
+    assert unknown.unigram == known.unigram and unknown.standard_error < 1e-9
+
+
 @each
 def test_padding_counts_for_nothing(kind):
     network, parts, clock, ids = setup(kind)

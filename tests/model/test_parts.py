@@ -45,6 +45,11 @@ def test_at_the_ends_of_the_range_nothing_and_everything_is_known(kind):
     assert earlier.item() > made.RESOLVED  # and the range is not longer than it must be
 
 
+def test_a_code_that_cannot_tell_its_tokens_apart_is_refused():
+    with pytest.raises(UserError, match="flow.code_dim=2 is too few dimensions for 4096 tokens"):
+        made.make(FlowConfig(code="frame", code_dim=2), np.full(4096, 5), 0)
+
+
 @each
 def test_the_channel_profile_is_the_mean_surprise_of_tokens_behind_the_channel(kind):
     """In the middle of the range, against the posterior written out, with other draws."""

@@ -92,6 +92,15 @@ class TestARun:
         assert set(after) == {"profile_total", "profile_weight", "profile_edges", "clock_times", "clock_tau"}
         assert not torch.equal(before["profile_total"], after["profile_total"])
 
+    def test_the_console_tells_what_the_metrics_do(self, cli, config, tmp_path):
+        command = ("pretrain", config("coded"), f"run.dir={tmp_path / 'run'}", "train.steps=4", "train.validate_every=2")
+        told = cli(*command).err
+        checks = [line for line in runs.lines(tmp_path / "run" / "metrics.jsonl") if "validation_loss" in line]
+        for line in checks:
+            assert f"run  step {line['step']}  validation_loss {line['validation_loss']:.4g}  validation_standard_error" in told
+        last = [line for line in runs.lines(tmp_path / "run" / "metrics.jsonl") if "loss" in line][-1]
+        assert f"loss {last['loss']:.4f}  norm {last['grad_norm']:.3g}  rate {last['learning_rate']:.2e}  " in told and len(checks) == 2
+
     def test_metrics_every_few_steps(self, train):
         directory = train("coded", "flow", "train.steps=7", "log.every=3")
         assert list(losses(directory)) == [3, 6, 7]  # and the last
@@ -152,9 +161,9 @@ class TestOverrides:
         "override",
         [
             "distill.diagonal_fraction=0",
-            "distill.diagonal_fraction=1",
+            "distill.diagonal_fraction=0.9",
             "distill.boundary_fraction=0",
-            "distill.boundary_fraction=1",
+            "distill.boundary_fraction=0.9",
             "distill.weighting=none",
             "distill.state_input=linear",
             "distill.state_input=none",
@@ -370,7 +379,21 @@ class TestRefusals:
         shutil.rmtree(data)
         source = [f"data.path={data}", f"data.source={texts['sentences']}", "data.validation_fraction=0.2"]
         prepare(load(config("char"), source).config.data)
-        self.refused(cli(*command, "train.steps=3"), f"{directory}: its shards have been made anew from other text since")
+        told = f"{directory}: its shards have been made anew from other text since"
+        self.refused(cli(*command, "train.steps=3"), told)
+        self.refused(cli("sample", directory), told)  # the text that it would be compared with may be what it has learned
+        self.refused(cli("evaluate", directory), told)
+        assert not (directory / "evaluation.json").exists()
+
+    @pytest.mark.parametrize("name", ["flow.safetensors", "shards.json"])
+    def test_a_file_that_checkpoints_depend_on_is_lost(self, cli, config, copied, name):
+        """Made anew it might be another one; before the first checkpoint it may."""
+        directory = copied("coded")
+        (directory / name).unlink()
+        command = ("pretrain", config("coded"), f"run.dir={directory}", "train.steps=60")
+        self.refused(cli(*command), f"{directory / name} is missing, and the run's checkpoints were trained with it")
+        shutil.rmtree(directory / "checkpoints")
+        assert cli(*command, "train.steps=2").code in (0, 2)
 
     def test_a_damaged_shard(self, cli, config, shards, tmp_path):
         data = Path(shutil.copytree(shards("coded"), tmp_path / "data"))

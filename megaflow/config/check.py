@@ -67,15 +67,13 @@ def contradictions(loaded: Loaded, vocab: int | None = None) -> None:
         )
     if model.hidden % 2:
         refuse(f"model.hidden={model.hidden} is odd; rotary positions need heads of an even number of dimensions", "model.hidden")
-    if model.heads == "auto":
-        pass
-    elif model.hidden % model.heads:
+    if model.heads != "auto" and model.hidden % model.heads:
         refuse(
             f"model.hidden={model.hidden} is not a multiple of model.heads={model.heads}: every head needs the same width",
             "model.hidden",
             "model.heads",
         )
-    elif model.hidden // model.heads % 2:
+    if model.heads != "auto" and model.hidden // model.heads % 2:
         refuse(
             f"model.hidden={model.hidden} over model.heads={model.heads} gives heads of {model.hidden // model.heads} dimensions; "
             "rotary positions need an even number",

@@ -17,7 +17,6 @@ against 1.580 bits per character read end to end, 1.572 against 1.604 in pieces 
 """
 
 import math
-import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from megaflow.errors import UserError
+from megaflow.train.run import replacing
 
 ORDER = 6
 
@@ -165,11 +165,8 @@ def save(judge: Judge, path: Path | str) -> None:
     for name in ("occurrences", "continuations"):
         for k, table in enumerate(getattr(judge, name), start=1):
             arrays |= {f"{name}_{k}_grams": table.grams, f"{name}_{k}_counts": table.counts}
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:  # given a name, numpy would append .npz to it
+    with replacing(Path(path)) as partial, open(partial, "wb") as file:  # given a name, numpy would append .npz to it
         np.savez_compressed(file, **arrays)
-    os.replace(partial, path)
 
 
 def load(path: Path | str) -> Judge:

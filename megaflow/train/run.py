@@ -15,6 +15,7 @@ import secrets
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
@@ -272,6 +273,20 @@ def read_json(path: Path, *needed: str) -> dict[str, Any]:
 
 def write_atomically(path: Path, text: str) -> None:
     """Replace a file by new content such that a reader, or a kill, sees the old or the new one."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    partial.replace(path)
+    with replacing(path) as partial:
+        partial.write_text(text)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file beside `path` that takes its place if the block ends well and is deleted if it does not.
+
+    Its name is this process's own: two evaluations of a run may write the same file at once, and the last one's stays.
+    """
+    partial = path.with_name(f"{path.name}.{os.uname().nodename}-{os.getpid()}.partial")
+    try:
+        yield partial
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise

@@ -165,6 +165,21 @@ def test_saved_and_loaded_it_is_the_same_judge(judge, tmp_path):
     np.testing.assert_array_equal(judging.distribution(again, "the l"), judging.distribution(judge, "the l"))
 
 
+def test_two_processes_may_save_it_at_once(judge, tmp_path, monkeypatch):
+    path, savez = tmp_path / "judge", np.savez_compressed
+
+    def interrupted(file, **arrays):
+        with monkeypatch.context() as other:
+            other.setattr("os.getpid", lambda: 1)
+            other.setattr("numpy.savez_compressed", savez)
+            judging.save(judge, path)
+        savez(file, **arrays)
+
+    monkeypatch.setattr("numpy.savez_compressed", interrupted)
+    judging.save(judge, path)
+    assert [p.name for p in tmp_path.iterdir()] == ["judge"] and judging.load(path).symbols == judge.symbols
+
+
 def test_what_is_no_judge_is_refused_with_a_sentence(tmp_path):
     with pytest.raises(UserError, match="no judge at"):
         judging.load(tmp_path / "absent.npz")

@@ -4,6 +4,7 @@ Everything is computed from the run's newest checkpoint (averaged weights) and t
 already there, of the same checkpoint with the same settings, computes nothing.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -199,10 +200,11 @@ def counted(held_out: RealText, start: int, rows: int = 64) -> int:
 
 
 def fitted_judge(run: Run) -> Judge:
-    """The judge of the run's training split, fitted once and kept in the run."""
+    """The judge of the run's training split, fitted once and kept in the run; what is kept there and damaged is fitted anew."""
     path = run.directory / JUDGE_FILE
     if path.exists():
-        return judges.load(path)
+        with contextlib.suppress(UserError):
+            return judges.load(path)
     stream = TokenStream(run.config.data.path, "train", run.config.run.seed, shuffle=False)
     progress, pieces, characters = Progress("judge", len(stream), "rows"), [], 0
     for start in range(0, len(stream), 1024):

@@ -219,6 +219,14 @@ class TestComputedOnce:
         assert told.code == 0 and "Traceback" not in told.err
         assert json.loads((directory / "evaluation.json").read_text())["likelihood"] == expected["likelihood"]
 
+    def test_a_damaged_judge_is_fitted_anew(self, copied, evaluated):
+        evaluated("coded", "autoregressive")
+        directory = copied("coded", "autoregressive")
+        whole = (directory / "judge.npz").read_bytes()
+        (directory / "judge.npz").write_bytes(whole[: len(whole) // 2])
+        judge, text = fitted_judge(load_run(directory)), "In the beginning"
+        assert judges.bits(judge, text).tolist() == judges.bits(judges.load(directory / "judge.npz"), text).tolist()
+
     def test_the_judge_of_other_shards_is_not_used(self, copied, evaluated, cli):
         evaluated("coded", "autoregressive")
         directory = copied("coded", "autoregressive")

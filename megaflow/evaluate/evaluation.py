@@ -58,7 +58,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Evaluate a run, write RUN/evaluation.json, and copy it to `out`; its seconds count from `began`, a time.monotonic(), now if None.
 
-    Raises UserError.
+    A run that cannot be written to is evaluated into `out` alone. Raises UserError.
     """
     began = time.monotonic() if began is None else began
     check(Path(directory), steps, samples, rows, draws, out)
@@ -70,10 +70,9 @@ def evaluate(
     identity = {**kept.weights_of(run.checkpoint), "shards": shards.identity(run.manifest), "settings": settings}
     result = kept.read(run.directory)
     if not kept.is_of(result, identity):
-        if result.get("shards") != identity["shards"]:
-            (run.directory / JUDGE_FILE).unlink(missing_ok=True)  # it was fitted to other text
-        result = measure(run, identity, began)
-        write_atomically(run.directory / kept.FILE, as_json(result))
+        result = measure(run, identity, began, same_text=result.get("shards") == identity["shards"])
+        if writable(run.directory):
+            write_atomically(run.directory / kept.FILE, as_json(result))
     result["run"] = str(directory)  # the same run may be called by another path
     if out:
         write_atomically(Path(out), as_json(result))
@@ -89,25 +88,33 @@ def check(directory: Path, steps: list[int], samples: int, rows: int, draws: int
         raise UserError("--steps: no number of steps is given")
     if draws < 2 and read_config(directory).config.model.family != "autoregressive":
         raise UserError(f"--draws: {draws} draw of noise and time per row has no error estimate; give 2 or more")
-    for path in (directory / kept.FILE, *([Path(out)] if out else [])):
-        if path.parent.exists() and not os.access(path.parent, os.W_OK | os.X_OK):
-            raise UserError(f"{path}: the result cannot be written, {path.parent} is not writable; make it so or choose another place")
-    if out and not Path(out).parent.is_dir():
+    if not out:
+        if directory.is_dir() and not writable(directory):
+            raise UserError(f"{directory}: this folder is not writable, it cannot keep the result; give --json FILE to write it there")
+        return
+    if not Path(out).parent.is_dir():
         raise UserError(f"--json {out}: there is no folder {Path(out).parent}; make it first")
-    if out and Path(out).is_dir():
+    if not writable(Path(out).parent):
+        raise UserError(f"--json {out}: the result cannot be written, {Path(out).parent} is not writable; give a file in another folder")
+    if Path(out).is_dir():
         raise UserError(f"--json {out}: this is a folder; give the path of a file")
+
+
+def writable(folder: Path) -> bool:
+    """Whether files can be made in a folder."""
+    return os.access(folder, os.W_OK | os.X_OK)
 
 
 def as_json(result: dict[str, Any]) -> str:
     return json.dumps(result, ensure_ascii=False, indent=1, allow_nan=False)
 
 
-def measure(run: Run, identity: dict[str, Any], began: float) -> dict[str, Any]:
-    """Everything an evaluation holds, from the start."""
+def measure(run: Run, identity: dict[str, Any], began: float, same_text: bool) -> dict[str, Any]:
+    """Everything an evaluation holds, from the start. same_text: see fitted_judge."""
     settings = identity["settings"]
     samples, rows, draws, seed = (settings[key] for key in ("samples", "rows", "draws", "seed"))
     held_out = RealText(run, "validation", rows)
-    judge = fitted_judge(run)
+    judge = fitted_judge(run, same_text)
     result: dict[str, Any] = {
         "run": str(run.directory),
         **identity,
@@ -199,10 +206,13 @@ def counted(held_out: RealText, start: int, rows: int = 64) -> int:
     return sum(len(row) for row in held_out.rows[start : start + rows])
 
 
-def fitted_judge(run: Run) -> Judge:
-    """The judge of the run's training split, fitted once and kept in the run; what is kept there and damaged is fitted anew."""
+def fitted_judge(run: Run, same_text: bool = True) -> Judge:
+    """The judge of the run's training split, fitted once and kept in the run, if that can be written to.
+
+    What is kept there is fitted anew if it is damaged, or not known to be of the `same_text` as the run's shards.
+    """
     path = run.directory / JUDGE_FILE
-    if path.exists():
+    if same_text and path.exists():
         with contextlib.suppress(UserError):
             return judges.load(path)
     stream = TokenStream(run.config.data.path, "train", run.config.run.seed, shuffle=False)
@@ -216,7 +226,8 @@ def fitted_judge(run: Run) -> Judge:
         if characters >= JUDGE_CHARACTERS:
             break
     judge = judges.fit("".join(pieces)[:JUDGE_CHARACTERS])
-    judges.save(judge, path)
+    if writable(run.directory):
+        judges.save(judge, path)
     return judge
 
 

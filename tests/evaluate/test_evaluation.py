@@ -283,6 +283,28 @@ class TestOptions:
         told = cli("evaluate", trained("coded"), *OPTIONS, "--json", tmp_path / "out.json")
         assert told.code == 2 and f"{tmp_path} is not writable" in told.err and told.err.count("\n") == 1
 
+    def test_a_run_that_cannot_be_written_to_is_refused_first(self, trained, cli, monkeypatch):
+        run = trained("coded")
+        monkeypatch.setattr("megaflow.evaluate.evaluation.load_run", lambda directory: pytest.fail("loaded"))
+        monkeypatch.setattr("megaflow.evaluate.evaluation.os.access", lambda path, mode: Path(path) != run)
+        told = cli("evaluate", run, *OPTIONS)
+        expected = f"{run}: this folder is not writable, it cannot keep the result; give --json FILE to write it there"
+        assert (told.code, told.err) == (2, f"megaflow: {expected}\n")
+
+    @pytest.mark.parametrize("judge", ["none", "of other text"])
+    def test_a_run_that_cannot_be_written_to_is_evaluated_elsewhere(self, copied, evaluated, cli, monkeypatch, tmp_path, judge):
+        """And its folder is left as it is."""
+        expected, directory = evaluated("coded", "autoregressive"), copied("coded", "autoregressive")
+        (directory / "evaluation.json").unlink()
+        (directory / "judge.npz").unlink()
+        if judge != "none":
+            judges.save(judges.fit(judge), directory / "judge.npz")
+        before = {path.name: path.stat().st_mtime_ns for path in directory.iterdir()}
+        monkeypatch.setattr("megaflow.evaluate.evaluation.os.access", lambda path, mode: Path(path) != directory)
+        assert cli("evaluate", directory, *OPTIONS, "--json", tmp_path / "out.json").code == 0
+        assert {path.name: path.stat().st_mtime_ns for path in directory.iterdir()} == before
+        assert json.loads((tmp_path / "out.json").read_text())["reference"] == expected["reference"]
+
     def test_one_draw_is_enough_where_nothing_is_drawn(self, copied, cli):
         """The baseline's likelihood is exact."""
         assert cli("evaluate", copied("coded", "autoregressive"), *OPTIONS[:-1], "1").code == 0

@@ -1,8 +1,8 @@
 """`megaflow report DIR`: what the runs of a folder measured, as DIR/metrics.json, and the page that shows it, DIR/report.html.
 
-Looks for DIR/data (shards) and the runs DIR/flow, DIR/autoregressive and DIR/flow_map; those that are missing or not evaluated are
-said to be so, and an evaluation of other weights than the run's newest is refused. No number is computed here that a run has not
-written.
+Looks for DIR/data (shards) and the runs DIR/flow, DIR/autoregressive and DIR/flow_map; those that are missing, not finished or not
+evaluated are said to be so, and an evaluation of other weights than the run's newest is refused. No number is computed here that a run
+has not written.
 """
 
 import json
@@ -85,9 +85,11 @@ def report(directory: str | Path) -> None:
     evaluations = {name: evaluation for name, path in found.items() if (evaluation := present_evaluation(path))}
     alike(evaluations)
     together(directory, manifest, found, evaluations)
-    for name in found:
-        if name not in evaluations:
+    for name in RUNS:
+        if name in found and name not in evaluations:
             print(f"{found[name]} is not evaluated; megaflow evaluate {found[name]}")
+        if name not in found and (directory / name).is_dir():
+            print(f"{directory / name} is not finished and left out; the command that started it goes on with it")
     prepared = read_json(directory / "data" / SECONDS_FILE, "seconds", "peak_memory_bytes", "command")
     stages = stage_seconds(prepared, summaries, evaluations)
     measured = metrics(prepared, summaries, evaluations, stages)

@@ -198,6 +198,13 @@ class TestMissing:
         assert told.code == 0 and f"{path / 'autoregressive'} is not evaluated; megaflow evaluate {path / 'autoregressive'}" in told.out
         assert json.loads((path / "metrics.json").read_text())["autoregressive_bits_per_char"] is None
 
+    def test_a_run_that_is_not_finished_is_named(self, part_of, cli):
+        path = part_of("data", "flow", "autoregressive")
+        (path / "autoregressive" / "summary.json").unlink()
+        told = cli("report", path)
+        assert told.code == 0 and f"{path / 'autoregressive'} is not finished and left out; the command that started it" in told.out
+        assert "flow_map" not in told.out  # there is none
+
     def test_nothing_evaluated_at_all(self, part_of, cli):
         path = part_of("data", "flow")
         (path / "flow" / "evaluation.json").unlink()

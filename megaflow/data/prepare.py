@@ -80,6 +80,8 @@ def prepare(config: DataConfig, began: float | None = None) -> dict[str, Any]:
     for split, counts in splits.items():
         line = ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in counts.items())
         print(f"{config.path}/{split}  {line}", file=sys.stderr)
+    if broken := survey.bad_lines.total():  # beyond the first hundred of a file they were not named
+        print(f"{config.path}  broken lines skipped {broken:,}", file=sys.stderr)
     return manifest
 
 

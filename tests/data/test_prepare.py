@@ -213,6 +213,13 @@ class TestSources:
         with pytest.raises(UserError, match="line 61"):
             prepare(config(path=str(tmp_path / "strict"), source=[str(source)], on_bad_line="stop"))
 
+    def test_the_total_of_broken_lines_is_in_the_closing_summary(self, config, tmp_path, capsys):
+        source = Path(write_jsonl(tmp_path / "broken.jsonl", DOCUMENTS))
+        source.write_text(source.read_text() + "{\n" * 1234)
+        settings = config(source=[str(source)])
+        prepare(settings)
+        assert capsys.readouterr().err.splitlines()[-1] == f"{settings.path}  broken lines skipped 1,234"
+
     def test_nothing_but_broken_lines(self, config, tmp_path):
         (tmp_path / "broken.jsonl").write_text("{\n{\n")
         with pytest.raises(UserError, match=r"no document with text \(2 broken lines\)"):

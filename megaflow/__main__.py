@@ -71,6 +71,7 @@ def parser() -> argparse.ArgumentParser:
 def main() -> None:
     """Run a command. Bad input is one sentence on stderr and exit code 2, never a traceback."""
     began = time.monotonic()
+    process.print_anything()
     arguments = parser().parse_args()
     process.settle()
     if not isinstance(sys.stderr, process.Console):
@@ -121,7 +122,8 @@ def run(arguments: argparse.Namespace, began: float) -> int:
         found = sample(
             arguments.run, arguments.count, arguments.steps, arguments.method, arguments.temperature, arguments.gamma, arguments.seed
         )
-        print(json.dumps(found, ensure_ascii=False) if arguments.json else "\n\n".join(found["texts"]))
+        escaped = sys.stdout is not None and sys.stdout.encoding.lower() != "utf-8"  # the console's own escapes are not JSON
+        print(json.dumps(found, ensure_ascii=escaped) if arguments.json else "\n\n".join(found["texts"]))
         return 0
     if arguments.command == "evaluate":
         from megaflow.evaluate.evaluation import evaluate, table

@@ -1,8 +1,9 @@
-"""What a process asks of the system before anything heavy is imported: the C runtime and signals."""
+"""What a process asks of the system before anything heavy is imported: the C runtime, the console and signals."""
 
 import ctypes
 import os
 import signal
+import sys
 from typing import Any, NoReturn, TextIO
 
 STOPPED = 75
@@ -29,6 +30,13 @@ def settle() -> None:
         return
     mallopt(MMAP_THRESHOLD, 2**30)
     mallopt(TRIM_THRESHOLD, 2**31 - 1)
+
+
+def print_anything() -> None:
+    """Have text that the console's encoding lacks printed as escapes: texts of a run are in whatever its sources were written in."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # there may be none
+            stream.reconfigure(errors="backslashreplace")
 
 
 class Console:

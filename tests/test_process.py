@@ -1,5 +1,6 @@
-"""What a process asks of the C runtime: seen from outside, in processes of their own."""
+"""What a process asks of the C runtime and of its console: seen from outside, in processes of their own."""
 
+import json
 import os
 import platform
 import subprocess
@@ -22,7 +23,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - first)
 
 def output(code: str, **environment: str) -> str:
     kept = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT" and not name.startswith("MALLOC_")}
-    return subprocess.run([sys.executable, "-c", code], env=kept | environment, capture_output=True, text=True, check=True).stdout.strip()
+    done = subprocess.run([sys.executable, "-c", code], env=kept | environment, capture_output=True, check=True)
+    return done.stdout.decode("latin-1" if "latin-1" in environment.get("PYTHONIOENCODING", "") else "utf-8").strip()
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be asked")
@@ -36,3 +38,35 @@ def test_what_the_environment_says_comes_first():
     assert output(show) == "30000" and output(show, GOMP_SPINCOUNT="7") == "7"
     if platform.libc_ver()[0] == "glibc":
         assert int(output(AGAIN.format(before="process.settle()"), MALLOC_MMAP_THRESHOLD_="131072")) > 100
+
+
+SAMPLE = """
+import sys
+from megaflow import __main__
+from megaflow.evaluate import generate
+generate.sample = lambda *arguments: {{"texts": [{text!a}]}}
+sys.argv = ["megaflow", "sample", "run", {option}]
+__main__.main()
+"""
+
+
+def test_text_that_the_console_cannot_show_is_escaped():
+    text = "café \N{GRINNING FACE}"
+    for encoding, shown in (("ascii", r"caf\xe9 \U0001f600"), ("latin-1:strict", r"café \U0001f600"), ("utf-8", text)):
+        assert output(SAMPLE.format(text=text, option=""), PYTHONIOENCODING=encoding) == shown
+        assert json.loads(output(SAMPLE.format(text=text, option="'--json'"), PYTHONIOENCODING=encoding)) == {"texts": [text]}
+
+
+KEEP = """
+from pathlib import Path
+from megaflow.train.run import read_json, write_atomically
+write_atomically(Path({path!a}), {text!a})
+print(ascii(read_json(Path({path!a}))))
+"""
+
+
+def test_files_are_utf_8_whatever_the_locale(tmp_path):
+    kept, text = {"title": "café"}, '{"title": "café"}'
+    code = KEEP.format(path=str(tmp_path / "run.json"), text=text)
+    assert output(code, LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0") == ascii(kept)
+    assert (tmp_path / "run.json").read_bytes() == text.encode("utf-8")

@@ -76,7 +76,7 @@ def prepare(config: DataConfig, began: float | None = None) -> dict[str, Any]:
         }
         manifest = shards.write_manifest(folder, manifest)
         cost = {"seconds": time.monotonic() - began, "peak_memory_bytes": _peak_memory(), "command": sys.argv[1:]}
-        (folder / shards.SECONDS_FILE).write_text(json.dumps(cost))
+        (folder / shards.SECONDS_FILE).write_text(json.dumps(cost), "utf-8")
     for split, counts in splits.items():
         line = ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in counts.items())
         print(f"{config.path}/{split}  {line}", file=sys.stderr)

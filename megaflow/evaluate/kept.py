@@ -27,7 +27,7 @@ def newest_weights(run: Path) -> dict[str, Any] | None:
 def read(run: Path) -> dict[str, Any]:
     """The run's evaluation; empty where there is none, or its file is damaged, which is as good as none."""
     try:
-        found = json.loads((run / FILE).read_text())
+        found = json.loads((run / FILE).read_text("utf-8"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

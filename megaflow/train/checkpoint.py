@@ -75,10 +75,10 @@ def save(run: Path, checkpoint: Checkpoint, keep: int) -> Path:
             tensors = {key: value.detach().cpu().contiguous() for key, value in getattr(checkpoint, name).items()}
             save_file(tensors, partial / f"{name}.safetensors")
             readable(partial / f"{name}.safetensors")
-        (partial / "state.json").write_text(json.dumps(checkpoint.state))
+        (partial / "state.json").write_text(json.dumps(checkpoint.state), "utf-8")
         files = sorted(partial.iterdir())
         manifest = {path.name: {"sha256": _sha256(path), "bytes": path.stat().st_size} for path in files}
-        (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        (partial / "manifest.json").write_text(json.dumps(manifest, indent=1), "utf-8")
         for path in partial.iterdir():
             _flush(path)
         if target.exists():
@@ -98,7 +98,7 @@ def save(run: Path, checkpoint: Checkpoint, keep: int) -> Path:
 def read(path: Path, names: tuple[str, ...] = TENSORS) -> Checkpoint:
     """Read and verify a checkpoint; only the tensor files in `names` are read, the others stay empty. Raises Damaged."""
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
+        manifest = json.loads((path / "manifest.json").read_text("utf-8"))
     except (OSError, ValueError):
         raise Damaged(f"{path}: manifest.json is missing or unreadable; delete this checkpoint to go on from an earlier one") from None
     for file in ("state.json", *(f"{name}.safetensors" for name in names)):
@@ -109,7 +109,8 @@ def read(path: Path, names: tuple[str, ...] = TENSORS) -> Checkpoint:
             )
     tensors = {name: load_file(path / f"{name}.safetensors") if name in names else {} for name in TENSORS}
     seen = "".join(manifest[f"{name}.safetensors"]["sha256"] for name in ("averaged", "stage"))
-    return Checkpoint(**tensors, state=json.loads((path / "state.json").read_text()), sha256=hashlib.sha256(seen.encode()).hexdigest())
+    state = json.loads((path / "state.json").read_text("utf-8"))
+    return Checkpoint(**tensors, state=state, sha256=hashlib.sha256(seen.encode()).hexdigest())
 
 
 def newest(run: Path, names: tuple[str, ...] = TENSORS) -> Checkpoint | None:

@@ -48,7 +48,7 @@ def lock(directory: Path) -> TextIO:
     """Hold the run for this process until the returned file is closed. Raises UserError where another process holds it."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        file = (directory / ".lock").open("a+")
+        file = (directory / ".lock").open("a+", encoding="utf-8")
     except OSError as error:
         raise UserError(f"{directory}: cannot write the run directory ({error.strerror}); choose another run.dir") from None
     try:
@@ -188,7 +188,7 @@ class Metrics:
         path = directory / "metrics.jsonl"
         kept = [line for line in lines(path) if line.get("step", 0) <= step]
         write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self.file = path.open("a")
+        self.file = path.open("a", encoding="utf-8")
         self.wandb = None if config.log.wandb == "off" else _wandb(config, directory)
 
     def write(self, line: dict[str, Any]) -> None:
@@ -251,7 +251,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     found = []
-    for text in path.read_text().splitlines():
+    for text in path.read_text("utf-8").splitlines():
         try:
             found.append(json.loads(text))
         except ValueError:
@@ -262,7 +262,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 def read_json(path: Path, *needed: str) -> dict[str, Any]:
     """A JSON object that has the `needed` names. Raises UserError where the file is missing or something else."""
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}); the run directory is damaged, start it afresh elsewhere") from None
     if not isinstance(found, dict) or (missing := [name for name in needed if name not in found]):
@@ -274,7 +274,7 @@ def read_json(path: Path, *needed: str) -> dict[str, Any]:
 def write_atomically(path: Path, text: str) -> None:
     """Replace a file by new content such that a reader, or a kill, sees the old or the new one."""
     with replacing(path) as partial:
-        partial.write_text(text)
+        partial.write_text(text, "utf-8")
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.transforms import Bbox
 
 INK = "#010203"  # stands for the page's ink until the SVG is written
 COLOURS = {
@@ -160,6 +161,7 @@ def frontier(samples: dict, cooled: dict, constant: set[tuple[str, int]]) -> str
     """
     with matplotlib.rc_context(STYLE):
         figure, axes = _panel(4.6, 3.1)
+        labels = []
         for name in (*MARKERS, "autoregressive"):
             own = samples.get(name) or {}
             for kind, entry in ({name: own} if name == "autoregressive" else own).items():
@@ -170,14 +172,32 @@ def frontier(samples: dict, cooled: dict, constant: set[tuple[str, int]]) -> str
                 places, values = [point["entropy"] for point in line], [point["judge_bits_per_char"] for point in line]
                 axes.plot(places, values, color=COLOURS[name], marker=MARKERS.get(name, "^"), markersize=3.2, linewidth=0.9)
                 if kind.isdigit():
-                    aside = (5, 3 if name == "flow" else -9)
-                    axes.annotate(kind, (places[0], values[0]), xytext=aside, textcoords="offset points", fontsize=9, color=COLOURS[name])
+                    labels.append((kind, (places[0], values[0]), name))
         for name in ("data", "unigram"):
             if drawable((samples.get(name) or {}).get("judge_bits_per_char")):
                 axes.plot(samples[name]["entropy"], samples[name]["judge_bits_per_char"], color=COLOURS[name], marker="*", markersize=8)
         axes.set_xlabel("entropy within a text (nats)")
         axes.set_ylabel("judge (bits per character)")
+        _place(figure, axes, labels)
         return _svg(figure, "frontier", "Judge against entropy at falling temperature")
+
+
+def _place(figure: Figure, axes: Axes, labels: list[tuple[str, tuple[float, float], str]]) -> None:
+    """Write each label (text, point, name) beside its point, clear of all points and of the labels before it, or not at all."""
+    figure.draw_without_rendering()  # the layout is final, and what is written from here on leaves it so
+    half = figure.dpi / 72 * 1.6  # of a marker
+    taken = [Bbox([at - half, at + half]) for at in axes.transData.transform([point for _, point, _ in labels])] if labels else []
+    for text, point, name in labels:
+        above, below = ((5, 3), (-5, 3)), ((5, -9), (-5, -9))
+        for right, up in above + below if name == "flow" else below + above:
+            label = axes.annotate(text, point, (right, up), textcoords="offset points", fontsize=9, color=COLOURS[name])
+            label.set_horizontalalignment("left" if right > 0 else "right")
+            label.set_in_layout(False)
+            box = label.get_window_extent()
+            if axes.bbox.x0 < box.x0 and box.x1 < figure.bbox.x1 and not any(box.overlaps(other) for other in taken):
+                taken.append(box)
+                break
+            label.remove()
 
 
 def _scale(axes: Axes, values: list[float]) -> None:

@@ -255,3 +255,35 @@ def test_a_running_mean_keeps_a_constant_and_skips_what_is_not_finite():
     values = np.array([1.0, np.nan, 3.0, 5.0])
     np.testing.assert_allclose(figures._running_mean(values, 3), [1.0, 2.0, 4.0, 4.0])
     assert figures.window(2000) == 41 and figures.window(10) == 1
+
+
+class TestLabelsOfTheFrontier:
+    def placed(self, monkeypatch, points: dict[str, dict[str, tuple[float, float]]]) -> dict[str, tuple]:
+        """The boxes of the labels that are drawn, by model and steps."""
+        boxes = {}
+
+        def look(figure, name, title):
+            (axes,) = figure.axes
+            figure.draw_without_rendering()
+            by_colour = {colour: model for model, colour in figures.COLOURS.items()}
+            boxes.update({(by_colour[text.get_color()], text.get_text()): text.get_window_extent() for text in axes.texts})
+            return ""
+
+        monkeypatch.setattr(figures, "_svg", look)
+        samples = {
+            model: {steps: {"entropy": entropy, "judge_bits_per_char": bits} for steps, (entropy, bits) in entries.items()}
+            for model, entries in points.items()
+        }
+        figures.frontier(samples, {}, set())
+        return boxes
+
+    def test_none_overlaps_another(self, monkeypatch):
+        near = {str(steps): (3.8 + 0.002 * i, 2.5 + 0.004 * i) for i, steps in enumerate((1, 2, 4, 8, 16, 32, 64, 128))}
+        boxes = list(self.placed(monkeypatch, {"flow": {"1000": (1.0, 5.0), **near}, "flow_map": near}).values())
+        assert 4 <= len(boxes) < 17
+        assert not any(one.overlaps(other) for i, one in enumerate(boxes) for other in boxes[:i])
+
+    def test_where_there_is_room_all_are_drawn(self, monkeypatch):
+        apart = {str(steps): (1.0 + i, 2.0 + i) for i, steps in enumerate((1, 2, 4, 16, 64))}
+        boxes = self.placed(monkeypatch, {"flow": apart, "flow_map": apart})
+        assert set(boxes) == {(model, steps) for model in ("flow", "flow_map") for steps in apart}

@@ -195,6 +195,7 @@ def likelihood(run: Run, held_out: RealText, draws: int, seed: int) -> dict[str,
             "last_cross_entropy": bound.last_cross_entropy,
             "tokens": bound.tokens,
             "standard_error_bits_per_char": held_out.bits_per_character(bound.standard_error),
+            "row_error_bits_per_char": held_out.bits_per_character(bound.row_error),
         }
     found["bits_per_char"] = held_out.bits_per_character(found["nats_per_token"])
     found["unigram_nats_per_token"] = entropy
@@ -338,6 +339,8 @@ def table(result: dict[str, Any]) -> str:
         lines.append(f"likelihood        {found['bits_per_char']:.4f} bits/char ({word}; {found['nats_per_token']:.4f} nats/token)")
         if word == "bound":
             lines.append(f"  standard error  {found['standard_error_bits_per_char']:.4f} bits/char of noise and times")
+            if "row_error_bits_per_char" in found:  # an evaluation that is kept may be older than it
+                lines.append(f"  over rows       {found['row_error_bits_per_char']:.4f} bits/char of bound minus unigram entropy")
         lines.append(f"unigram entropy   {found['unigram_bits_per_char']:.4f} bits/char")
     lines.append(f"judge             {result['judge']['name']}; sums to one within {result['judge']['sum_error']:.0e}")
     lines.append("reverse           real text under an n-gram of the texts, bits/char: what they leave out")

@@ -257,6 +257,7 @@ def stage_row(name: str, seconds: float, prepared: dict, summaries: dict, evalua
 def likelihoods(evaluations: dict) -> dict[str, Any]:
     """Unigram entropy and every run's likelihood, with the errors of those that are estimates, and a note on what was measured."""
     table: dict[str, Any] = {}
+    over_rows = []
     for name, evaluation in evaluations.items():
         entry = evaluation["likelihood"]
         if entry["kind"] == "none":
@@ -272,6 +273,10 @@ def likelihoods(evaluations: dict) -> dict[str, Any]:
                 f"{evaluation['settings']['draws']} draws of noise and time per row, paired with the unigram channel at the same draws; "
                 "its error is that of the draws."
             )
+            if (error := entry.get("row_error_bits_per_char")) is not None:
+                over_rows.append(f"{error:.3f} ({name.replace('_', ' ')})")
+    if over_rows:
+        table["note"] += f" Over rows of text, the error of bound minus unigram entropy is {', '.join(over_rows)} bits per character."
     return table
 
 

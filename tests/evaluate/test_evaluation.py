@@ -116,6 +116,14 @@ class TestEveryRun:
         shown = table(evaluated(kind, family))
         result = evaluated(kind, family)
         assert f"{result['likelihood']['bits_per_char']:.4f} bits/char ({'exact' if family == 'autoregressive' else 'bound'};" in shown
+        if family != "autoregressive":
+            found = result["likelihood"]
+            scale = found["bits_per_char"] / found["nats_per_token"]
+            assert found["row_error_bits_per_char"] == pytest.approx(found["row_error_nats"] * scale)
+            over_rows = f"  over rows       {found['row_error_bits_per_char']:.4f} bits/char of bound minus unigram entropy\n"
+            assert over_rows in shown
+            older = {key: value for key, value in found.items() if key != "row_error_bits_per_char"}
+            assert table(result | {"likelihood": older}) == shown.replace(over_rows, "")
         for name in ("data", "unigram", *(["autoregressive"] if family == "autoregressive" else ["1 steps", "3 steps"])):
             assert any(line.startswith(f"{name} ") for line in shown.splitlines())
 

@@ -104,6 +104,9 @@ class TestWhole:
         page = (folder / "report.html").read_text()
         found = json.loads((folder / "metrics.json").read_text())
         assert "the first 64 rows of its split, averaged weights" in page
+        bounds = [json.loads((folder / name / "evaluation.json").read_text())["likelihood"] for name in ("flow", "flow_map")]
+        flow, flow_map = (f"{bound['row_error_bits_per_char']:.3f}" for bound in bounds)
+        assert f"the error of bound minus unigram entropy is {flow} (flow), {flow_map} (flow map) bits per character." in page
         assert page.startswith("<!DOCTYPE html>") and not re.findall(r'(?:src|href)="(?!#|data:)', page)  # self-contained
         assert f"{found['flow_bound_bits_per_char']:.3f}" in page and f"{found['autoregressive_bits_per_char']:.3f}" in page
         assert "order 6" in page and "flow map" in page and page.count("<svg") >= 5

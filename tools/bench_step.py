@@ -5,9 +5,10 @@
     distill_over_flow          a step of stage 2, half of its rows diagonal, against a step of stage 1 on as many rows of that trunk
 
 Every side is a process of its own, as a training run is, and has its memory to itself. Their steps alternate, so that whatever else the
-machine does falls on all; a ratio is the median over rounds of steps and its spread the quartiles. A step is what costs time in the loop: draws,
-forward, backward, clipping and the default optimizer (Muon and AdamW together). FLOPs are counted by PyTorch's FlopCounterMode. Memory
-is the peak of resident memory during a step above what was resident before it (on a GPU the allocator's peak).
+machine does falls on all; a ratio is the median over rounds of steps and its spread the quartiles. A step is what costs time in the
+loop: draws, forward, backward, clipping and the default optimizer (Muon and AdamW together), without DeepSpeed, averages and logs. FLOPs
+are counted by PyTorch's FlopCounterMode. Memory is the peak of resident memory during a step above what was resident before it (on a GPU
+the allocator's peak).
 """
 
 import argparse

@@ -36,11 +36,12 @@ JUDGE_CHARACTERS = 8_000_000
 """The judge is fitted to at most this many characters of the training split, from its beginning."""
 
 JUDGE_FILE = "judge.npz"
-COOLED, COOLED_STEPS = (0.7,), 16
+COOLED, COOLED_STEPS = (0.7,), 4
 """Texts at temperature 1 are also judged at these, up to this many steps: fewer steps write with less entropy, and so does a lower
 temperature; only at equal entropy do judged values compare."""
-GAMMA = 1.0
-"""A flow map's texts of two steps and more are also written with this share of fresh noise at every step, which corrects its errors."""
+GAMMA, GAMMA_STEPS = 1.0, 16
+"""A flow map's texts of two steps and more, up to so many, are also written with this share of fresh noise at every step, which corrects
+its errors."""
 CONTEXTS_CHECKED = 256
 SHOWN_TEXTS = 8
 
@@ -270,7 +271,7 @@ def written(run: Run, settings: dict[str, Any], judge: Judge, held_out: RealText
     plan = [("samples", count, method, temperature, None) for count in counts]
     plan += [("cooled", n, method, cold, None) for n in counts if n is None or 1 < n <= COOLED_STEPS for cold in settings["cooled"]]
     if run.is_map:
-        plan += [("stochastic", n, "stochastic", temperature, gamma) for n in counts if n and n > 1]
+        plan += [("stochastic", n, "stochastic", temperature, gamma) for n in counts if n and 1 < n <= GAMMA_STEPS]
         plan += [("unbalanced", n, method, temperature, None) for n in counts if n == 1]
     found: dict[str, Any] = {"samples": {}, "cooled": {}, "stochastic": {}, "unbalanced": {}}
     if run.is_map and 1 in counts:

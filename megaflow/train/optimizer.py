@@ -24,7 +24,10 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonal(update: Tensor, dtype: torch.dtype) -> Tensor:
-    """The matrix with the singular vectors of `update` (m, n) and singular values near one, by five Newton-Schulz steps in `dtype`."""
+    """The matrix with the singular vectors of `update` (m, n) and singular values near one, by five Newton-Schulz steps in `dtype`.
+
+    Stepping on the Gram matrix alone costs two thirds of it, and a change of 1e-7 then grows to 4e-5 instead of 4e-6.
+    """
     a, b, c = NEWTON_SCHULZ
     tall = update.shape[0] > update.shape[1]
     x = (update.T if tall else update).to(dtype)

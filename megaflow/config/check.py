@@ -40,7 +40,7 @@ def resolve(loaded: Loaded, vocab: int) -> Loaded:
 
 
 def heads(hidden: int) -> int:
-    """Attention heads of a trunk of this even width: 64 dimensions each, at least four, or what comes nearest with an even number."""
+    """Attention heads of a trunk of this width: 64 dimensions each, at least four, or what comes nearest with an even number."""
     fitting = [count for count in range(1, hidden // 2 + 1) if hidden % count == 0 and hidden // count % 2 == 0]
     return min(fitting, key=lambda count: abs(count - max(4, hidden / 64)), default=1)
 
@@ -65,17 +65,16 @@ def contradictions(loaded: Loaded, vocab: int | None = None) -> None:
             "run.dir",
             "data.path",
         )
-    if model.hidden % 2:
-        refuse(f"model.hidden={model.hidden} is odd; rotary positions need heads of an even number of dimensions", "model.hidden")
-    if model.heads != "auto" and model.hidden % model.heads:
+    count = heads(model.hidden) if model.heads == "auto" else model.heads
+    if model.hidden % count:
         refuse(
-            f"model.hidden={model.hidden} is not a multiple of model.heads={model.heads}: every head needs the same width",
+            f"model.hidden={model.hidden} is not a multiple of model.heads={count}: every head needs the same width",
             "model.hidden",
             "model.heads",
         )
-    if model.heads != "auto" and model.hidden // model.heads % 2:
+    if model.hidden // count % 2:
         refuse(
-            f"model.hidden={model.hidden} over model.heads={model.heads} gives heads of {model.hidden // model.heads} dimensions; "
+            f"model.hidden={model.hidden} over model.heads={count} gives heads of {model.hidden // count} dimensions; "
             "rotary positions need an even number",
             "model.hidden",
             "model.heads",

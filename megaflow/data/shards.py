@@ -201,15 +201,18 @@ def require_rows(counts: dict[str, dict[str, int]], length: int) -> None:
             raise UserError(f"the {split} split has {tokens} tokens, less than one row of data.length={length}: {advice}.")
 
 
-def log_length_law(folder: str | Path) -> np.ndarray | None:
-    """log p of a row's length, (LENGTH + 1,) fp64, from the training rows, each length given half a row more so that none is impossible.
-
-    None with packing=wrap, whose rows all have the same.
-    """
+def length_counts(folder: str | Path) -> np.ndarray | None:
+    """How many training rows have each length, (LENGTH + 1,) int64; None with packing=wrap, whose rows all have the same."""
     path = Path(folder) / LENGTH_COUNTS_FILE
-    if not path.exists():
+    return np.load(path) if path.exists() else None
+
+
+def log_length_law(folder: str | Path) -> np.ndarray | None:
+    """log p of a row's length, (LENGTH + 1,) fp64, from length_counts, each given half a row more so that none is impossible."""
+    rows = length_counts(folder)
+    if rows is None:
         return None
-    counts = np.load(path) + 0.5
+    counts = rows + 0.5
     counts[0] = 0.0  # no row is empty
     with np.errstate(divide="ignore"):
         return np.log(counts / counts.sum())

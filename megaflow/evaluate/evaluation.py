@@ -22,7 +22,7 @@ from megaflow.data.tokenizer import decode
 from megaflow.errors import UserError
 from megaflow.evaluate import judge as judges
 from megaflow.evaluate import kept
-from megaflow.evaluate.generate import BALANCE_TOKENS, Run, balanced, check_temperature, generate, load_run, text_of
+from megaflow.evaluate.generate import BALANCE_TOKENS, Run, check_temperature, generate, load_run, one_step_offsets, text_of
 from megaflow.evaluate.judge import Judge
 from megaflow.flow.likelihood import Estimate, RangeTooShort
 from megaflow.model.autoregressive import Autoregressive
@@ -71,7 +71,7 @@ def evaluate(
     identity = {**kept.weights_of(run.checkpoint), "shards": shards.identity(run.manifest), "settings": settings}
     result = kept.read(run.directory)
     if not kept.is_of(result, identity):
-        result = measure(run, identity, began, same_text=result.get("shards") == identity["shards"])
+        result = measure(run, identity, began)
         if writable(run.directory):
             write_atomically(run.directory / kept.FILE, as_json(result))
     result["run"] = str(directory)  # the same run may be called by another path
@@ -110,12 +110,12 @@ def as_json(result: dict[str, Any]) -> str:
     return json.dumps(result, ensure_ascii=False, indent=1, allow_nan=False)
 
 
-def measure(run: Run, identity: dict[str, Any], began: float, same_text: bool) -> dict[str, Any]:
-    """Everything an evaluation holds, from the start. same_text: see fitted_judge."""
+def measure(run: Run, identity: dict[str, Any], began: float) -> dict[str, Any]:
+    """Everything an evaluation holds, from the start."""
     settings = identity["settings"]
     samples, rows, draws, seed = (settings[key] for key in ("samples", "rows", "draws", "seed"))
     held_out = RealText(run, "validation", rows)
-    judge = fitted_judge(run, same_text)
+    judge = fitted_judge(run)
     result: dict[str, Any] = {
         "run": str(run.directory),
         **identity,
@@ -208,13 +208,10 @@ def counted(held_out: RealText, start: int, rows: int = 64) -> int:
     return sum(len(row) for row in held_out.rows[start : start + rows])
 
 
-def fitted_judge(run: Run, same_text: bool = True) -> Judge:
-    """The judge of the run's training split, fitted once and kept in the run, if that can be written to.
-
-    What is kept there is fitted anew if it is damaged, or not known to be of the `same_text` as the run's shards.
-    """
+def fitted_judge(run: Run) -> Judge:
+    """The judge of the run's training split, fitted once and kept in the run, if that can be written to; anew if it is damaged."""
     path = run.directory / JUDGE_FILE
-    if same_text and path.exists():
+    if path.exists():
         with contextlib.suppress(UserError):
             return judges.load(path)
     stream = TokenStream(run.config.data.path, "train", run.config.run.seed, shuffle=False)
@@ -275,10 +272,10 @@ def written(run: Run, settings: dict[str, Any], judge: Judge, held_out: RealText
         plan += [("unbalanced", n, method, temperature, None) for n in counts if n == 1]
     found: dict[str, Any] = {"samples": {}, "cooled": {}, "stochastic": {}, "unbalanced": {}}
     if run.is_map and 1 in counts:
-        balanced(run)  # has a progress of its own
+        one_step_offsets(run)  # has a progress of its own
     progress, done = Progress(f"samples {run.directory.name}", sum(count or 1 for _, count, *_ in plan), "steps"), 0
     for kind, count, way, heat, fresh in plan:
-        rows = generate(run, settings["samples"], count, way, heat, fresh, settings["seed"], balance=kind != "unbalanced")
+        rows = generate(run, settings["samples"], count, way, heat, fresh, settings["seed"], unbalanced=kind == "unbalanced")
         entry = judged(run, rows, judge, held_out.texts)
         name = "autoregressive" if count is None else str(count)
         if kind == "cooled":
@@ -340,8 +337,7 @@ def table(result: dict[str, Any]) -> str:
         lines.append(f"likelihood        {found['bits_per_char']:.4f} bits/char ({word}; {found['nats_per_token']:.4f} nats/token)")
         if word == "bound":
             lines.append(f"  standard error  {found['standard_error_bits_per_char']:.4f} bits/char of noise and times")
-            if "row_error_bits_per_char" in found:  # an evaluation that is kept may be older than it
-                lines.append(f"  over rows       {found['row_error_bits_per_char']:.4f} bits/char of bound minus unigram entropy")
+            lines.append(f"  over rows       {found['row_error_bits_per_char']:.4f} bits/char of bound minus unigram entropy")
         lines.append(f"unigram entropy   {found['unigram_bits_per_char']:.4f} bits/char")
     lines.append(f"judge             {result['judge']['name']}; sums to one within {result['judge']['sum_error']:.0e}")
     lines.append("reverse           real text under an n-gram of the texts, bits/char: what they leave out")

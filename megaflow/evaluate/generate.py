@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megaflow.config.schema import Config
-from megaflow.data.shards import LENGTH_COUNTS_FILE, open_prepared
+from megaflow.data.shards import length_counts, open_prepared
 from megaflow.data.tokenizer import decode, end_id, load_tokenizer
 from megaflow.errors import UserError
 from megaflow.flow import balance, sampler
@@ -48,7 +48,7 @@ class Run:
     manifest: dict[str, Any]
     tokenizer: Any
     checkpoint: Checkpoint
-    offsets: Tensor | None = None  # of the tokens of one-step text; see `balanced`
+    offsets: Tensor | None = None  # see one_step_offsets
 
     @property
     def is_map(self) -> bool:
@@ -153,14 +153,15 @@ def generate(
     gamma: float | None,
     seed: int,
     callback: Callback | None = None,
-    balance: bool = True,
+    unbalanced: bool = False,
 ) -> list[list[int]]:
     """`count` rows of tokens, each a function of (seed, its index) alone; `callback` sees the steps of the first batch.
 
-    The one-step text of a map is balanced, unless `balance` is off: its tokens are as frequent as the law says (flow/balance.py).
+    The one-step text of a map is balanced, so that its tokens are as frequent as the law says (flow/balance.py), or `unbalanced`.
     """
     check_temperature(temperature)
-    offset = balanced(run) if balance and run.is_map and steps == 1 and method in ("flow_map", "stochastic") else None
+    balanced = run.is_map and steps == 1 and method in ("flow_map", "stochastic") and not unbalanced
+    offset = one_step_offsets(run) if balanced else None
     rows: list[list[int]] = []
     for start in range(0, count, BATCH):
         places = list(range(start, min(start + BATCH, count)))
@@ -185,7 +186,7 @@ def write_by_flow(
     gamma: float | None,
     seed: int,
     see: Callback,
-    offset: Tensor | None = None,
+    offset: Tensor | None,
 ) -> Tensor:
     """(B, L) tokens by one of the samplers, on `steps` steps of the run's own clock."""
     network, parts, clock = run.flow
@@ -211,7 +212,7 @@ def write_by_flow(
 
 
 def denoiser(
-    run: Run, places: list[int], lengths: Tensor | None, temperature: float, seed: int, draws: bool, offset: Tensor | None = None
+    run: Run, places: list[int], lengths: Tensor | None, temperature: float, seed: int, draws: bool, offset: Tensor | None
 ) -> Callable[[Tensor, float, float], Posterior]:
     """The network as samplers see it. `draws`: tokens are drawn from the posterior instead of its most likely ones, after `offset`."""
     network, _, _ = run.flow
@@ -232,7 +233,7 @@ def denoiser(
 
 
 @torch.no_grad()
-def balanced(run: Run) -> Tensor:
+def one_step_offsets(run: Run) -> Tensor:
     """Offsets (V,) of the balance of a map's one-step text: a function of its weights alone, found once for as long as it is loaded."""
     if run.offsets is not None:
         return run.offsets
@@ -281,9 +282,9 @@ def written_lengths(run: Run, ids: Tensor, drawn: list[int]) -> list[int]:
 
 def row_lengths(run: Run, places: list[int], seed: int) -> list[int] | None:
     """Lengths of rows of single documents, drawn from the training rows' lengths; None where every row is full."""
-    if run.manifest["packing"] == "wrap":
+    counts = length_counts(run.config.data.path)
+    if counts is None:
         return None
-    counts = np.load(Path(run.config.data.path) / LENGTH_COUNTS_FILE)
     cumulative = np.cumsum(counts / counts.sum())
     return [min(int(np.searchsorted(cumulative, random.uniform(seed, "length", place), side="right")), len(counts) - 1) for place in places]
 

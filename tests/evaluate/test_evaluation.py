@@ -71,7 +71,7 @@ class TestEveryRun:
         assert set(result["unbalanced"]) == ({"1"} if run.is_map else set())
         for entry in result["unbalanced"].values():
             real = RealText(run, "validation", QUICK["rows"]).texts
-            rows = generate(run, 6, 1, "flow_map", 1.0, None, 0, balance=False)
+            rows = generate(run, 6, 1, "flow_map", 1.0, None, 0, unbalanced=True)
             assert entry == judged(run, rows, fitted_judge(run), real)
             assert entry["texts"] != result["samples"]["1"]["texts"]
 
@@ -122,8 +122,6 @@ class TestEveryRun:
             assert found["row_error_bits_per_char"] == pytest.approx(found["row_error_nats"] * scale)
             over_rows = f"  over rows       {found['row_error_bits_per_char']:.4f} bits/char of bound minus unigram entropy\n"
             assert over_rows in shown
-            older = {key: value for key, value in found.items() if key != "row_error_bits_per_char"}
-            assert table(result | {"likelihood": older}) == shown.replace(over_rows, "")
         for name in ("data", "unigram", *(["autoregressive"] if family == "autoregressive" else ["1 steps", "3 steps"])):
             assert any(line.startswith(f"{name} ") for line in shown.splitlines())
 
@@ -235,15 +233,6 @@ class TestComputedOnce:
         judge, text = fitted_judge(load_run(directory)), "In the beginning"
         assert judges.bits(judge, text).tolist() == judges.bits(judges.load(directory / "judge.npz"), text).tolist()
 
-    def test_the_judge_of_other_shards_is_not_used(self, copied, evaluated, cli):
-        evaluated("coded", "autoregressive")
-        directory = copied("coded", "autoregressive")
-        result = json.loads((directory / "evaluation.json").read_text())
-        (directory / "evaluation.json").write_text(json.dumps(result | {"shards": "others"}))
-        (directory / "judge.npz").write_text("of other text")
-        assert cli("evaluate", directory, *OPTIONS).code == 0
-        assert json.loads((directory / "evaluation.json").read_text())["reference"] == result["reference"]
-
     def test_the_same_numbers_from_scratch(self, evaluated, copied, cli):
         """Everything is a function of checkpoint, shards and seed."""
         expected = evaluated("coded")
@@ -299,14 +288,14 @@ class TestOptions:
         expected = f"{run}: this folder is not writable, it cannot keep the result; give --json FILE to write it there"
         assert (told.code, told.err) == (2, f"megaflow: {expected}\n")
 
-    @pytest.mark.parametrize("judge", ["none", "of other text"])
+    @pytest.mark.parametrize("judge", ["none", "damaged"])
     def test_a_run_that_cannot_be_written_to_is_evaluated_elsewhere(self, copied, evaluated, cli, monkeypatch, tmp_path, judge):
         """And its folder is left as it is."""
         expected, directory = evaluated("coded", "autoregressive"), copied("coded", "autoregressive")
         (directory / "evaluation.json").unlink()
         (directory / "judge.npz").unlink()
         if judge != "none":
-            judges.save(judges.fit(judge), directory / "judge.npz")
+            (directory / "judge.npz").write_text(judge)
         before = {path.name: path.stat().st_mtime_ns for path in directory.iterdir()}
         monkeypatch.setattr("megaflow.evaluate.evaluation.os.access", lambda path, mode: Path(path) != directory)
         assert cli("evaluate", directory, *OPTIONS, "--json", tmp_path / "out.json").code == 0

@@ -9,7 +9,7 @@ import torch
 
 from megaflow.data.tokenizer import decode, load_tokenizer
 from megaflow.errors import UserError
-from megaflow.evaluate.generate import balanced, generate, load_run, row_lengths, sample, text_of
+from megaflow.evaluate.generate import generate, load_run, one_step_offsets, row_lengths, sample, text_of
 from megaflow.flow import head as heads
 from megaflow.parallel import random
 from megaflow.train import checkpoint as checkpoints
@@ -147,15 +147,15 @@ class TestBalance:
         run = load_run(trained("char", "flow_map"))
         law = run.parts.log_prior.exp()
 
-        def distance(balance: bool) -> float:
-            ids = torch.tensor(generate(run, 256, 1, "flow_map", 1.0, None, 3, balance=balance)).flatten()
+        def distance(unbalanced: bool) -> float:
+            ids = torch.tensor(generate(run, 256, 1, "flow_map", 1.0, None, 3, unbalanced=unbalanced)).flatten()
             return 0.5 * float((torch.bincount(ids, minlength=len(law)) / len(ids) - law).abs().sum())
 
-        assert distance(True) < 0.05 < 0.3 < distance(False)
+        assert distance(False) < 0.05 < 0.3 < distance(True)
 
     def test_only_one_step_of_a_map_is_balanced(self, trained):
         run, flow = load_run(trained("coded", "flow_map")), load_run(trained("coded"))
-        on, off = ({"balance": balance} for balance in (True, False))
+        on, off = ({"unbalanced": unbalanced} for unbalanced in (False, True))
         one = [run, 4, 1, "flow_map", 1.0, None, 0]
         assert generate(*one, **on) != generate(*one, **off)
         assert generate(run, 4, 1, "stochastic", 1.0, 0.5, 0, **on) == generate(*one, **on)
@@ -170,13 +170,13 @@ class TestBalance:
         with torch.no_grad():
             logits = heads.logits(network.head(), network.read(network(y, s, s + 1.0), y, s))
         expected = logits.argmax(-1).view(3, 16).tolist()
-        assert generate(run, 3, 1, "flow_map", 1.0, None, 5, balance=False) == expected
+        assert generate(run, 3, 1, "flow_map", 1.0, None, 5, unbalanced=True) == expected
 
     def test_it_is_of_the_weights_alone(self, trained):
         """The same whatever was sampled before, at every temperature and seed."""
         first, second = load_run(trained("char", "flow_map")), load_run(trained("char", "flow_map"))
         generate(first, 2, 1, "flow_map", 0.5, None, 9)
-        assert balanced(first).equal(balanced(second)) and balanced(first) is balanced(first)
+        assert one_step_offsets(first).equal(one_step_offsets(second)) and one_step_offsets(first) is one_step_offsets(first)
         texts = [generate(run, 2, 1, "flow_map", heat, None, 1) for run, heat in ((first, 1.0), (second, 0.3))]
         assert texts[0] == texts[1]
 
@@ -186,7 +186,7 @@ class TestBalance:
         monkeypatch.setattr(type(run), "is_map", True)
         seen = []
         monkeypatch.setattr("megaflow.evaluate.generate.balance.offsets", lambda logits, ids, law: seen.append(len(ids)) or 0.0 * law)
-        balanced(run)
+        one_step_offsets(run)
         width = run.manifest["length"]
         assert seen == [sum(row_lengths(run, list(range(-(-(2**14) // width))), 0))] and seen[0] < 2**14
 

@@ -44,6 +44,9 @@ def parser() -> argparse.ArgumentParser:
     sample.add_argument(
         "--method", choices=("auto", "ode", "flow_map", "stochastic", "ancestral"), default="auto", help="sampler (default: auto)"
     )
+    sample.add_argument(
+        "--last", type=float, default=None, help="share of the clock for the last step (default: 0.5 of flow_map, else as any other)"
+    )
     sample.add_argument("--gamma", type=float, default=None, help="share of fresh noise of --method stochastic, 0 to 1 (default 0.75)")
     sample.add_argument("--temperature", type=float, default=1.0, help="of the posteriors, above 0 (default 1)")
     sample.add_argument("--seed", type=int, default=0, help="of noise and draws (default 0)")
@@ -119,9 +122,8 @@ def run(arguments: argparse.Namespace, began: float) -> int:
     if arguments.command == "sample":
         from megaflow.evaluate.generate import sample
 
-        found = sample(
-            arguments.run, arguments.count, arguments.steps, arguments.method, arguments.temperature, arguments.gamma, arguments.seed
-        )
+        way = arguments.method, arguments.temperature, arguments.gamma
+        found = sample(arguments.run, arguments.count, arguments.steps, *way, arguments.seed, arguments.last)
         escaped = sys.stdout is not None and sys.stdout.encoding.lower() != "utf-8"  # the console's own escapes are not JSON
         print(json.dumps(found, ensure_ascii=escaped) if arguments.json else "\n\n".join(found["texts"]))
         return 0

@@ -22,7 +22,17 @@ from megaflow.data.tokenizer import decode
 from megaflow.errors import UserError
 from megaflow.evaluate import judge as judges
 from megaflow.evaluate import kept
-from megaflow.evaluate.generate import BALANCE_TOKENS, Run, check_temperature, generate, load_run, one_step_offsets, text_of
+from megaflow.evaluate.generate import (
+    BALANCE_TOKENS,
+    LAST_STEP,
+    Run,
+    check_temperature,
+    generate,
+    last_step,
+    load_run,
+    one_step_offsets,
+    text_of,
+)
 from megaflow.evaluate.judge import Judge
 from megaflow.flow.likelihood import Estimate, RangeTooShort
 from megaflow.model.autoregressive import Autoregressive
@@ -39,9 +49,8 @@ JUDGE_FILE = "judge.npz"
 COOLED, COOLED_STEPS = (0.7,), 4
 """Texts at temperature 1 are also judged at these, up to this many steps: fewer steps write with less entropy, and so does a lower
 temperature; only at equal entropy do judged values compare."""
-GAMMA, GAMMA_STEPS = 1.0, 16
-"""A flow map's texts of two steps and more, up to so many, are also written with this share of fresh noise at every step, which corrects
-its errors."""
+EVEN_STEPS = 16
+"""A flow map's texts of up to so many steps are also written on a grid that is even to its end, without a longer last step."""
 CONTEXTS_CHECKED = 256
 SHOWN_TEXTS = 8
 
@@ -67,7 +76,7 @@ def evaluate(
     run = load_run(directory)
     settings = {"steps": steps, "samples": samples, "rows": rows, "draws": draws, "seed": seed, "temperature": temperature}
     settings |= {"cooled": list(COOLED) if temperature == 1.0 else [], "order": judges.ORDER}
-    settings |= {"gamma": GAMMA, "balance": BALANCE_TOKENS} if run.is_map else {"gamma": None, "balance": None}
+    settings |= {"last": LAST_STEP, "balance": BALANCE_TOKENS} if run.is_map else {"last": None, "balance": None}
     identity = {**kept.weights_of(run.checkpoint), "shards": shards.identity(run.manifest), "settings": settings}
     result = kept.read(run.directory)
     if not kept.is_of(result, identity):
@@ -262,20 +271,21 @@ def judged(run: Run, rows: list[list[int]], judge: Judge, real: list[str]) -> di
 
 def written(run: Run, settings: dict[str, Any], judge: Judge, held_out: RealText) -> dict[str, Any]:
     """Judged `samples` by number of steps ('autoregressive' for the baseline), the same `cooled`, without texts; of a flow map also
-    those it writes with fresh noise at every step, `stochastic`, and its one-step text as the plain argmax, `unbalanced`."""
+    those it writes on a grid without a longer last step, `even`, and its one-step text as the plain argmax, `unbalanced`."""
     method = "autoregressive" if run.parts is None else ("flow_map" if run.is_map else "ode")
-    counts, temperature, gamma = [None] if run.parts is None else settings["steps"], settings["temperature"], settings["gamma"]
-    plan = [("samples", count, method, temperature, None) for count in counts]
-    plan += [("cooled", n, method, cold, None) for n in counts if n is None or 1 < n <= COOLED_STEPS for cold in settings["cooled"]]
+    counts, temperature = [None] if run.parts is None else settings["steps"], settings["temperature"]
+    plan = [("samples", count, temperature) for count in counts]
+    plan += [("cooled", n, cold) for n in counts if n is None or 1 < n <= COOLED_STEPS for cold in settings["cooled"]]
     if run.is_map:
-        plan += [("stochastic", n, "stochastic", temperature, gamma) for n in counts if n and 1 < n <= GAMMA_STEPS]
-        plan += [("unbalanced", n, method, temperature, None) for n in counts if n == 1]
-    found: dict[str, Any] = {"samples": {}, "cooled": {}, "stochastic": {}, "unbalanced": {}}
+        plan += [("even", n, temperature) for n in counts if n and 2 < n <= EVEN_STEPS]  # two steps are even
+        plan += [("unbalanced", n, temperature) for n in counts if n == 1]
+    found: dict[str, Any] = {"samples": {}, "cooled": {}, "even": {}, "unbalanced": {}}
     if run.is_map and 1 in counts:
         one_step_offsets(run)  # has a progress of its own
-    progress, done = Progress(f"samples {run.directory.name}", sum(count or 1 for _, count, *_ in plan), "steps"), 0
-    for kind, count, way, heat, fresh in plan:
-        rows = generate(run, settings["samples"], count, way, heat, fresh, settings["seed"], unbalanced=kind == "unbalanced")
+    progress, done = Progress(f"samples {run.directory.name}", sum(count or 1 for _, count, _ in plan), "steps"), 0
+    for kind, count, heat in plan:
+        last = None if kind == "even" else last_step(method, count)
+        rows = generate(run, settings["samples"], count, method, heat, None, settings["seed"], last, unbalanced=kind == "unbalanced")
         entry = judged(run, rows, judge, held_out.texts)
         name = "autoregressive" if count is None else str(count)
         if kind == "cooled":
@@ -321,7 +331,8 @@ def trajectory(run: Run, seed: int, steps: int = 16) -> dict[str, Any]:
         tokens.append([run.tokenizer.decode([i], skip_special_tokens=False) for i in posterior.tokens[0].tolist()])
         confidence.append([round(p, 4) for p in posterior.confidence[0].tolist()])
 
-    generate(run, 1, steps, "flow_map" if run.is_map else "ode", 1.0, None, seed, see)
+    method = "flow_map" if run.is_map else "ode"
+    generate(run, 1, steps, method, 1.0, None, seed, last_step(method, steps), see)
     return {"times": times, "tokens": tokens, "confidence": confidence}
 
 
@@ -347,8 +358,8 @@ def table(result: dict[str, Any]) -> str:
         label = f"{name} steps" if name.isdigit() else name
         shown[label] = entry
         shown |= {f"  temperature {cold['temperature']:g} ({label})": cold for cold in result["cooled"].get(name, [])}
-        if name in result["stochastic"]:
-            shown[f"  fresh noise ({label})"] = result["stochastic"][name]
+        if name in result["even"]:
+            shown[f"  even grid ({label})"] = result["even"][name]
         if name in result["unbalanced"]:
             shown[f"  unbalanced ({label})"] = result["unbalanced"][name]
     shown |= result["reference"]

@@ -20,14 +20,14 @@ INK = "#010203"  # stands for the page's ink until the SVG is written
 COLOURS = {
     "flow": "#2a7fbf",
     "flow_map": "#d4622a",
-    "flow_map_stochastic": "#8a5bb0",
+    "flow_map_even": "#8a5bb0",
     "flow_map_unbalanced": "#b08a2e",
     "autoregressive": "#2e9e78",
     "data": INK,
     "unigram": "#8a8a8a",
 }
 DASHES = {"autoregressive": "dashed", "data": "solid", "unigram": "dotted"}
-MARKERS = {"flow": "o", "flow_map": "s", "flow_map_stochastic": "D", "flow_map_unbalanced": "v"}
+MARKERS = {"flow": "o", "flow_map": "s", "flow_map_even": "D", "flow_map_unbalanced": "v"}
 MOST_POINTS = 1000  # of a raw curve: more are not seen, but weigh
 CELLS = 40  # of time, that the density of a clock is averaged over
 

@@ -31,7 +31,7 @@ STAGES = {
     "evaluate autoregressive": "evaluate the autoregressive model",
     "evaluate flow_map": "evaluate the flow map",
 }
-OTHER_WAYS = ("stochastic", "unbalanced")
+OTHER_WAYS = ("even", "unbalanced")
 """Of sampling a flow map, beside `samples`; see evaluation.written."""
 TOKENIZERS = {"bpe": "byte-pair", "characters": "character", "bytes": "byte", "gpt2": "GPT-2", "bert": "BERT"}
 

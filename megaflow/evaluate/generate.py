@@ -33,6 +33,8 @@ from megaflow.train.stages import check_same_shards, check_tokenizer, trained_au
 BATCH = 64
 BALANCE_TOKENS = 2**14
 """Positions that the balance of one-step text is found on, or four for every entry of the vocabulary where that is more."""
+LAST_STEP = 0.5
+"""Share of the clock that the last step of --method flow_map covers, unless asked otherwise: more steps refine the way to there."""
 
 
 @dataclass
@@ -101,15 +103,16 @@ def sample(
     temperature: float = 1.0,
     gamma: float | None = None,
     seed: int = 0,
+    last: float | None = None,
 ) -> dict[str, Any]:
     """`megaflow sample RUN`: texts, their tokens and how they were made. Raises UserError."""
     if count < 1:
         raise UserError(f"--count: {count} is not a positive number of texts")
     check_temperature(temperature)
     run = load_run(directory)
-    method, steps, gamma = chosen(run, method, steps, gamma)
-    rows = generate(run, count, steps, method, temperature, gamma, seed)
-    settings = {"method": method, "steps": steps, "temperature": temperature, "gamma": gamma, "seed": seed}
+    method, steps, gamma, last = chosen(run, method, steps, gamma, last)
+    rows = generate(run, count, steps, method, temperature, gamma, seed, last)
+    settings = {"method": method, "steps": steps, "last": last, "temperature": temperature, "gamma": gamma, "seed": seed}
     made = {"run": str(directory), "step": run.checkpoint.state["step"], **settings}
     return {**made, "texts": [text_of(run, row) for row in rows], "tokens": rows}
 
@@ -119,14 +122,16 @@ def check_temperature(temperature: float) -> None:
         raise UserError(f"--temperature: {temperature} is not a finite number above 0")
 
 
-def chosen(run: Run, method: str, steps: int | None, gamma: float | None) -> tuple[str, int | None, float | None]:
+def chosen(
+    run: Run, method: str, steps: int | None, gamma: float | None, last: float | None
+) -> tuple[str, int | None, float | None, float | None]:
     """The sampler's settings after `auto`; refuses what this run cannot do. Raises UserError."""
     if run.parts is None:
-        if method != "auto" or steps is not None or gamma is not None:
+        if method != "auto" or any(given is not None for given in (steps, gamma, last)):
             raise UserError(
-                f"{run.directory} is autoregressive: it writes one token after another and takes no --method, --steps or --gamma"
+                f"{run.directory} is autoregressive: it writes one token after another and takes no --method, --steps, --last or --gamma"
             )
-        return "autoregressive", None, None
+        return "autoregressive", None, None, None
     if method == "auto":
         method = "stochastic" if gamma is not None else ("flow_map" if run.is_map else "ode")
     if method == "flow_map" and not run.is_map:
@@ -140,7 +145,16 @@ def chosen(run: Run, method: str, steps: int | None, gamma: float | None) -> tup
     steps = (1 if run.is_map else 64) if steps is None else steps
     if steps < 1:
         raise UserError(f"--steps: {steps} is not a positive number of steps")
-    return method, steps, gamma
+    if last is not None and steps == 1:
+        raise UserError("--last: with one step there is no other for the last one to differ from; give --steps 2 or more")
+    if last is not None and not 0.0 < last < 1.0:
+        raise UserError(f"--last: {last} is not a share of the clock between 0 and 1")
+    return method, steps, gamma, last_step(method, steps) if last is None else last
+
+
+def last_step(method: str, steps: int | None) -> float | None:
+    """Share of the clock that the last step covers unless asked otherwise; None: as much as any other."""
+    return LAST_STEP if method == "flow_map" and steps is not None and steps > 1 else None
 
 
 @torch.no_grad()
@@ -152,12 +166,14 @@ def generate(
     temperature: float,
     gamma: float | None,
     seed: int,
+    last: float | None = None,
     callback: Callback | None = None,
     unbalanced: bool = False,
 ) -> list[list[int]]:
     """`count` rows of tokens, each a function of (seed, its index) alone; `callback` sees the steps of the first batch.
 
-    The one-step text of a map is balanced, so that its tokens are as frequent as the law says (flow/balance.py), or `unbalanced`.
+    `last` is the share of the clock that the last step covers; None is an even grid. The one-step text of a map is balanced, so that
+    its tokens are as frequent as the law says (flow/balance.py), or `unbalanced`.
     """
     check_temperature(temperature)
     balanced = run.is_map and steps == 1 and method in ("flow_map", "stochastic") and not unbalanced
@@ -171,7 +187,7 @@ def generate(
             lengths = None if lengths is None else written_lengths(run, ids, lengths)
         else:
             see = callback if callback is not None and start == 0 else sampler.silent
-            ids = write_by_flow(run, places, lengths, steps or 1, method, temperature, gamma, seed, see, offset)
+            ids = write_by_flow(run, places, lengths, steps or 1, last, method, temperature, gamma, seed, see, offset)
         rows += ids.tolist() if lengths is None else [row[:length] for row, length in zip(ids.tolist(), lengths, strict=True)]
     return rows
 
@@ -181,6 +197,7 @@ def write_by_flow(
     places: list[int],
     lengths: list[int] | None,
     steps: int,
+    last: float | None,
     method: str,
     temperature: float,
     gamma: float | None,
@@ -199,7 +216,7 @@ def write_by_flow(
 
     denoise = denoiser(run, places, counted, temperature, seed, draws=method == "ancestral", offset=offset)
     y = random.normal(places, shape, seed, "initial noise").to(device)
-    times = clocks.grid(clock, steps).tolist()
+    times = clocks.grid(clock, steps, last).tolist()
     if method == "ode":
         return sampler.ode(denoise, y, times, see)
     if method == "flow_map":

@@ -16,7 +16,7 @@ A part or a model that has no place here raises ValueError, since it would be dr
                   (labels of the panel), "meaning": str (said below it: what the two losses of this model are),
                   "validation_rows": int (rows that a validation reads)}}
     profile      {"t", "cross_entropy": [K] (nats per token in each bin), "clock_t", "clock_cdf": [K'], "clock": str (its name)}
-    samples      {"flow" | "flow_map" | "flow_map_stochastic" | "flow_map_unbalanced": {"<steps>": SAMPLES},
+    samples      {"flow" | "flow_map" | "flow_map_even" | "flow_map_unbalanced": {"<steps>": SAMPLES},
                   "autoregressive" | "data" | "unigram": SAMPLES}
                  SAMPLES = {"judge_bits_per_char", "judge_standard_error", "entropy" (nats), "entropy_standard_error",
                  "reverse_bits_per_char": float, "count": int (texts judged), "texts": [str, …] (from the first drawn on)}
@@ -58,13 +58,13 @@ PARTS = (
 NAMES = {
     "flow": "flow",
     "flow_map": "flow map",
-    "flow_map_stochastic": "flow map, fresh noise",
+    "flow_map_even": "flow map, even grid",
     "flow_map_unbalanced": "flow map, unbalanced",
     "autoregressive": "autoregressive",
     "data": "real text",
     "unigram": "unigram draws",
 }
-FAMILIES = ("flow", "flow_map", "flow_map_stochastic", "flow_map_unbalanced")  # that have a number of steps
+FAMILIES = ("flow", "flow_map", "flow_map_even", "flow_map_unbalanced")  # that have a number of steps
 MEANING = {"unigram": "exact", "flow": "upper bound", "flow_map": "upper bound", "autoregressive": "exact"}
 MOST_TEXTS = 3  # of a kind on the page
 MOST_ROWS = 12  # of a trajectory on the page

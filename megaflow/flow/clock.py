@@ -111,9 +111,15 @@ def stratified(places: Tensor, total: int, offset: float) -> Tensor:
     return ((places.double() + offset) / total).remainder(1.0)
 
 
-def grid(clock: Clock, steps: int) -> Tensor:
-    """(steps + 1,) real times from 0 to 1, evenly spaced on the clock."""
-    times = inverse(clock, torch.linspace(0.0, 1.0, steps + 1, dtype=torch.float64))
+def grid(clock: Clock, steps: int, last: float | None = None) -> Tensor:
+    """(steps + 1,) real times from 0 to 1, evenly spaced on the clock; or so but for the last step, which covers the share `last` of it.
+
+    One step covers everything.
+    """
+    tau = torch.linspace(0.0, 1.0, steps + 1, dtype=torch.float64)
+    if last is not None and steps > 1:
+        tau[:-1] *= (1.0 - last) / tau[-2].item()
+    times = inverse(clock, tau)
     times[0], times[-1] = 0.0, 1.0
     return times
 

@@ -11,8 +11,8 @@ import pytest
 from megaflow.data.shards import log_length_law
 from megaflow.data.stream import TokenStream
 from megaflow.evaluate import judge as judges
-from megaflow.evaluate.evaluation import COOLED, GAMMA, RealText, evaluate, fitted_judge, judged, likelihood, table
-from megaflow.evaluate.generate import BALANCE_TOKENS, generate, load_run
+from megaflow.evaluate.evaluation import COOLED, RealText, evaluate, fitted_judge, judged, likelihood, table
+from megaflow.evaluate.generate import BALANCE_TOKENS, LAST_STEP, generate, last_step, load_run
 from megaflow.train import checkpoint as checkpoints
 from megaflow.train import run as runs
 
@@ -42,7 +42,7 @@ class TestEveryRun:
         written = json.loads((trained(kind, family) / "evaluation.json").read_text())
         assert written == json.loads(json.dumps(result))
         assert result["kind"] == family and result["step"] == 40
-        of_a_map = {"gamma": GAMMA, "balance": BALANCE_TOKENS} if family == "flow_map" else {"gamma": None, "balance": None}
+        of_a_map = {"last": LAST_STEP, "balance": BALANCE_TOKENS} if family == "flow_map" else {"last": None, "balance": None}
         assert result["settings"] == QUICK | of_a_map | {"cooled": list(COOLED), "order": judges.ORDER}
         assert len(numbers(written)) > 30 and all(map(math.isfinite, numbers(written)))
         assert result["judge"]["sum_error"] < 1e-9
@@ -53,18 +53,21 @@ class TestEveryRun:
         assert set(result["cooled"]) == {name}  # one step has no other temperature: it is an argmax
         assert [cold["temperature"] for cold in result["cooled"][name]] == list(COOLED)
         for cold in result["cooled"][name]:
-            expected = judged(run, generate(run, 6, count, method, cold["temperature"], None, 0), fitted_judge(run), [])
+            expected = judged(
+                run, generate(run, 6, count, method, cold["temperature"], None, 0, last_step(method, count)), fitted_judge(run), []
+            )
             assert {key: cold[key] for key in ("judge_bits_per_char", "entropy")} == {
                 key: expected[key] for key in ("judge_bits_per_char", "entropy")
             }
 
-    def test_a_map_s_texts_are_judged_with_fresh_noise_too(self, evaluated, trained, kind, family):
+    def test_a_map_s_texts_are_judged_on_an_even_grid_too(self, evaluated, trained, kind, family):
         result, run = evaluated(kind, family), load_run(trained(kind, family))
-        assert set(result["stochastic"]) == ({"3"} if run.is_map else set())  # one step has no noise to renew
-        for entry in result["stochastic"].values():
+        assert set(result["even"]) == ({"3"} if run.is_map else set())
+        for entry in result["even"].values():
             real = RealText(run, "validation", QUICK["rows"]).texts
-            assert entry == judged(run, generate(run, 6, 3, "stochastic", 1.0, GAMMA, 0), fitted_judge(run), real)
-            assert entry["texts"] != result["samples"]["3"]["texts"]
+            assert entry == judged(run, generate(run, 6, 3, "flow_map", 1.0, None, 0), fitted_judge(run), real)
+            longer = generate(run, 6, 3, "flow_map", 1.0, None, 0, LAST_STEP)
+            assert entry != result["samples"]["3"] == judged(run, longer, fitted_judge(run), real)
 
     def test_a_map_s_one_step_is_judged_without_balance_too(self, evaluated, trained, kind, family):
         result, run = evaluated(kind, family), load_run(trained(kind, family))

@@ -59,7 +59,7 @@ class TestWhole:
             assert math.isfinite(found[name]) and found[name] > 0
         for family in ("flow", "flow_map"):
             assert list(found["samples"][family]) == [str(count) for count in STEPS]
-        assert list(found["samples"]["flow_map_stochastic"]) == [str(count) for count in STEPS if 1 < count <= 16]
+        assert list(found["samples"]["flow_map_even"]) == [str(count) for count in STEPS if 2 < count <= 16]
         assert list(found["samples"]["flow_map_unbalanced"]) == ["1"]
         entries = [
             *found["samples"]["flow"].values(),
@@ -89,8 +89,8 @@ class TestWhole:
             key: flow["samples"]["4"][key] for key in ("judge_bits_per_char", "entropy", "reverse_bits_per_char")
         }
         flow_map = json.loads((folder / "flow_map" / "evaluation.json").read_text())
-        renewed = {key: flow_map["stochastic"]["16"][key] for key in ("judge_bits_per_char", "entropy", "reverse_bits_per_char")}
-        assert found["samples"]["flow_map_stochastic"]["16"] == renewed
+        even = {key: flow_map["even"]["16"][key] for key in ("judge_bits_per_char", "entropy", "reverse_bits_per_char")}
+        assert found["samples"]["flow_map_even"]["16"] == even
         plain = {key: flow_map["unbalanced"]["1"][key] for key in ("judge_bits_per_char", "entropy", "reverse_bits_per_char")}
         assert found["samples"]["flow_map_unbalanced"]["1"] == plain
         cold = flow["cooled"]["4"][0]

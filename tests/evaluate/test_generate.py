@@ -25,6 +25,7 @@ METHODS = [
     ("coded", "flow", {"method": "ancestral", "steps": 3}),
     ("char", "flow_map", {"method": "flow_map", "steps": 1}),
     ("char", "flow_map", {"method": "flow_map", "steps": 4}),
+    ("char", "flow_map", {"method": "flow_map", "steps": 4, "last": 0.9}),
     ("char", "flow_map", {"method": "stochastic", "steps": 4, "gamma": 0.5}),
     ("char", "flow_map", {"method": "ode", "steps": 2}),
     ("coded", "autoregressive", {"steps": None}),
@@ -72,16 +73,24 @@ class TestSettings:
     @pytest.mark.parametrize(
         "family, given, chosen",
         [
-            ("flow", {}, ("ode", 64, None)),
-            ("flow_map", {}, ("flow_map", 1, None)),
-            ("flow", {"gamma": 0.5}, ("stochastic", 64, 0.5)),
-            ("flow_map", {"method": "stochastic", "steps": 2}, ("stochastic", 2, 0.75)),
-            ("autoregressive", {}, ("autoregressive", None, None)),
+            ("flow", {}, ("ode", 64, None, None)),
+            ("flow", {"steps": 2, "last": 0.2}, ("ode", 2, None, 0.2)),
+            ("flow_map", {}, ("flow_map", 1, None, None)),
+            ("flow_map", {"steps": 2}, ("flow_map", 2, None, 0.5)),
+            ("flow_map", {"steps": 2, "last": 0.2}, ("flow_map", 2, None, 0.2)),
+            ("flow", {"gamma": 0.5}, ("stochastic", 64, 0.5, None)),
+            ("flow_map", {"method": "stochastic", "steps": 2}, ("stochastic", 2, 0.75, None)),
+            ("autoregressive", {}, ("autoregressive", None, None, None)),
         ],
     )
     def test_what_is_not_given_follows_the_run(self, trained, family, given, chosen):
         found = sample(trained("char" if family != "autoregressive" else "coded", family), count=1, **{"steps": None, **given})
-        assert (found["method"], found["steps"], found["gamma"]) == chosen
+        assert (found["method"], found["steps"], found["gamma"], found["last"]) == chosen
+
+    def test_the_share_of_the_last_step_changes_the_text(self, trained):
+        """A share as large as any other is the even grid."""
+        short, long, even = (sample(trained("char", "flow"), 2, 4, last=last)["tokens"] for last in (0.01, 0.9, 0.25))
+        assert short != long and even == sample(trained("char", "flow"), 2, 4)["tokens"]
 
     @pytest.mark.parametrize(
         "family, arguments, words",
@@ -99,6 +108,9 @@ class TestSettings:
             ("autoregressive", ["--steps", "4"], "is autoregressive"),
             ("autoregressive", ["--method", "ode"], "is autoregressive"),
             ("autoregressive", ["--gamma", "0.5"], "is autoregressive"),
+            ("autoregressive", ["--last", "0.5"], "is autoregressive"),
+            ("flow", ["--last", "1"], "--last: 1.0 is not a share of the clock between 0 and 1"),
+            ("flow", ["--steps", "1", "--last", "0.5"], "--last: with one step there is no other"),
         ],
     )
     def test_what_a_run_cannot_do_is_refused(self, cli, trained, family, arguments, words):
@@ -279,6 +291,7 @@ def test_the_callback_sees_every_step(trained):
         1.0,
         None,
         0,
+        None,
         lambda step, time, posterior: seen.append((step, time, posterior.tokens.shape)),
     )
     assert [step for step, _, _ in seen] == [0, 1, 2, 3] and seen[0][1] == 0.0 and all(shape == (2, 32) for _, _, shape in seen)

@@ -58,7 +58,7 @@ def data() -> dict:
                 "16": samples(2, 2.733, 3.834),
             },
             "flow_map": {"1": samples(3, 2.991, 3.617), "4": samples(4, 2.652, 3.702), "16": samples(5, 2.588, 3.811)},
-            "flow_map_stochastic": {"4": samples(9, 2.311, 3.633), "16": samples(10, 2.044, 3.531)},
+            "flow_map_even": {"4": samples(9, 2.311, 3.633), "16": samples(10, 2.044, 3.531)},
             "flow_map_unbalanced": {"1": samples(11, 2.884, 3.317)},
             "autoregressive": samples(6, 1.739, 3.719),
             "data": samples(7, 1.561, 3.691),

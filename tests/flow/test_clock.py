@@ -81,6 +81,17 @@ def test_a_grid_is_evenly_spaced_on_the_clock(clock, steps):
     torch.testing.assert_close(clocks.forward(clock, grid), expected, rtol=0, atol=1e-9)
 
 
+@each
+@pytest.mark.parametrize("steps", [2, 3, 17])
+def test_a_grid_may_keep_a_share_of_the_clock_for_its_last_step(clock, steps):
+    """The others divide the rest evenly; one step has no other to differ from."""
+    tau = clocks.forward(clock, clocks.grid(clock, steps, last=0.3))
+    expected = torch.tensor([0.7 * step / (steps - 1) for step in range(steps)] + [1.0], dtype=torch.float64)
+    torch.testing.assert_close(tau, expected, rtol=0, atol=1e-9)
+    assert torch.equal(clocks.grid(clock, steps, last=1.0 / steps), clocks.grid(clock, steps))
+    assert clocks.grid(clock, 1, last=0.3).tolist() == [0.0, 1.0]
+
+
 def test_where_a_clock_stands_still_its_latest_time_is_taken():
     clock = clocks.Clock(*(torch.tensor(x, dtype=torch.float64) for x in ([0.0, 0.2, 0.5, 0.7, 1.0], [0.0, 0.0, 0.4, 0.4, 1.0])))
     assert clocks.inverse(clock, torch.tensor([0.0, 0.4, 0.2])).tolist() == pytest.approx([0.2, 0.7, 0.35])

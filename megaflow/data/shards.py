@@ -13,6 +13,7 @@ Row r of a split is sample r of its shards in order; ids beyond a row's length a
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ MANIFEST_FILE = "prepared.json"
 UNIGRAM_FILE = "unigram.npy"
 LENGTH_COUNTS_FILE = "length_counts.npy"
 SECONDS_FILE = "seconds.json"
+DESCRIPTION = (MANIFEST_FILE, TOKENIZER_FILE, UNIGRAM_FILE, LENGTH_COUNTS_FILE)
+"""What a prepared folder says of its rows: small, and enough to write text of their kind."""
 SPLITS = ("train", "validation")
 VERSION = 1
 NEEDED = {"sources", "settings", "tokenizer", "length", "packing", "splits", "files"}
@@ -152,6 +155,31 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         raise UserError(f"{path} is damaged: delete {folder} and run megaflow prepare again.") from error
     if version != VERSION:
         raise UserError(f"{path} has version {version}, this MegaFlow reads {VERSION}: prepare the text again into another data.path.")
+    return manifest
+
+
+def copy_description(folder: str | Path, out: Path) -> None:
+    """Copy what a prepared folder says of its rows into a new folder `out`, which is there whole or not at all."""
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    for name in DESCRIPTION:
+        if (Path(folder) / name).exists():
+            shutil.copyfile(Path(folder) / name, partial / name)
+    partial.replace(out)
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """The manifest in a folder that copy_description has made, its files compared with it. Raises UserError."""
+    try:
+        manifest = json.loads((folder / MANIFEST_FILE).read_text("utf-8"))
+        if missing := NEEDED - manifest.keys():
+            raise KeyError(*missing)
+        for name in DESCRIPTION:
+            if name in manifest["files"] and describe_file(folder / name) != manifest["files"][name]:
+                raise ValueError(f"{name} is not what prepare wrote")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{folder}: cannot tell what the run was trained on ({error}); restore this folder of the run") from None
     return manifest
 
 

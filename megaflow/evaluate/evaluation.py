@@ -41,6 +41,7 @@ from megaflow.parallel import random
 from megaflow.progress import Progress
 from megaflow.train.run import read_config, write_atomically
 from megaflow.train.stage_autoregressive import AutoregressiveStage
+from megaflow.train.stages import SHARDS, check_same_shards
 
 JUDGE_CHARACTERS = 8_000_000
 """The judge is fitted to at most this many characters of the training split, from its beginning."""
@@ -74,6 +75,7 @@ def evaluate(
     check(Path(directory), steps, samples, rows, draws, out)
     check_temperature(temperature)
     run = load_run(directory)
+    check_shards(run)
     settings = {"steps": steps, "samples": samples, "rows": rows, "draws": draws, "seed": seed, "temperature": temperature}
     settings |= {"cooled": list(COOLED) if temperature == 1.0 else [], "order": judges.ORDER}
     settings |= {"last": LAST_STEP, "balance": BALANCE_TOKENS} if run.is_map else {"last": None, "balance": None}
@@ -108,6 +110,24 @@ def check(directory: Path, steps: list[int], samples: int, rows: int, draws: int
         raise UserError(f"--json {out}: the result cannot be written, {Path(out).parent} is not writable; give a file in another folder")
     if Path(out).is_dir():
         raise UserError(f"--json {out}: this is a folder; give the path of a file")
+
+
+def check_shards(run: Run) -> None:
+    """Refuse to measure on other shards than the run was trained on, whose validation rows it may have learned; where they are missing,
+    say where from and what helps: a relative path counts from where the run was started. Raises UserError."""
+    directory, path = run.directory, Path(run.config.data.path)
+    if path.is_dir():
+        check_same_shards(directory, shards.open_prepared(path))
+        return
+    beside = next((parent for parent in directory.resolve().parents if (parent / path).is_dir()), None)
+    if path.is_absolute():
+        advice = "put them back there, or prepare them there again with megaflow prepare"
+    elif beside is not None:
+        advice = f"run this command in {beside}"
+    else:
+        advice = "run this command in the folder that the run was started in"
+    where = path if path.is_absolute() else f"{path} of the present folder {Path.cwd()}"
+    raise UserError(f"{directory}: the run's shards are not at {where}; {advice}")
 
 
 def writable(folder: Path) -> bool:
@@ -173,7 +193,7 @@ def likelihood(run: Run, held_out: RealText, draws: int, seed: int) -> dict[str,
     device = run.network.weight.device
     ids = held_out.ids.to(device)
     lengths = None if held_out.lengths is None else held_out.lengths.to(device)
-    law = shards.log_length_law(run.config.data.path)
+    law = shards.log_length_law(run.directory / SHARDS)
     if isinstance(run.network, Autoregressive):
         stage = AutoregressiveStage(run.config, run.network)
         nats = sum(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megaflow.config.schema import Config
-from megaflow.data.shards import length_counts, open_prepared
+from megaflow.data.shards import length_counts, read_description
 from megaflow.data.tokenizer import decode, end_id, load_tokenizer
 from megaflow.errors import UserError
 from megaflow.flow import balance, sampler
@@ -28,7 +28,7 @@ from megaflow.parallel import random
 from megaflow.progress import Progress
 from megaflow.train.checkpoint import Checkpoint
 from megaflow.train.run import read_config, stage_of
-from megaflow.train.stages import check_same_shards, check_tokenizer, trained_autoregressive, trained_flow
+from megaflow.train.stages import SHARDS, trained_autoregressive, trained_flow
 
 BATCH = 64
 BALANCE_TOKENS = 2**14
@@ -67,32 +67,14 @@ def load_run(directory: str | Path) -> Run:
     """Any run, baseline included, with its averaged weights. Raises UserError."""
     directory = Path(directory)
     config, stage = read_config(directory).config, stage_of(directory)
-    check_shards(directory, Path(config.data.path))
-    manifest = open_prepared(config.data.path)
-    check_tokenizer(directory, manifest)
-    check_same_shards(directory, manifest)
+    manifest = read_description(directory / SHARDS)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = load_tokenizer(config.data.path)
+    tokenizer = load_tokenizer(directory / SHARDS)
     if config.model.family == "autoregressive":
         network, found = trained_autoregressive(directory, config, device)
         return Run(directory, config, stage, network, None, None, manifest, tokenizer, found)
     flow, parts, clock, found = trained_flow(directory, config, stage == "distill", device)
     return Run(directory, config, stage, flow, parts, clock, manifest, tokenizer, found)
-
-
-def check_shards(directory: Path, shards: Path) -> None:
-    """Say where a run's shards are missing and what helps: a relative path counts from where the run was started. Raises UserError."""
-    if shards.is_dir():
-        return
-    beside = next((parent for parent in directory.resolve().parents if (parent / shards).is_dir()), None)
-    if shards.is_absolute():
-        advice = "put them back there, or prepare them there again with megaflow prepare"
-    elif beside is not None:
-        advice = f"run this command in {beside}"
-    else:
-        advice = "run this command in the folder that the run was started in"
-    where = shards if shards.is_absolute() else f"{shards} of the present folder {Path.cwd()}"
-    raise UserError(f"{directory}: the run's shards are not at {where}; {advice}")
 
 
 def sample(
@@ -299,7 +281,7 @@ def written_lengths(run: Run, ids: Tensor, drawn: list[int]) -> list[int]:
 
 def row_lengths(run: Run, places: list[int], seed: int) -> list[int] | None:
     """Lengths of rows of single documents, drawn from the training rows' lengths; None where every row is full."""
-    counts = length_counts(run.config.data.path)
+    counts = length_counts(run.directory / SHARDS)
     if counts is None:
         return None
     cumulative = np.cumsum(counts / counts.sum())

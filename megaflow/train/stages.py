@@ -32,8 +32,8 @@ from megaflow.train.stage_autoregressive import AutoregressiveStage
 from megaflow.train.stage_flow import FlowStage
 from megaflow.train.stage_map import MapStage
 
-SHARDS_FILE = "shards.json"
-"""Hash of the files of the shards that a run was started on, and what their manifest said of the tokenizer."""
+SHARDS = "shards"
+"""Folder of a run: what the shards that it is trained on say of themselves, their tokenizer and counts among it. Text needs no more."""
 TEACHER_FILE = "teacher.json"
 """Step and hash of the checkpoint that a flow map is distilled from."""
 
@@ -80,7 +80,7 @@ def _train(loaded: Loaded, kind: str, began: float) -> int:
                 return 0
             for model in [directory, Path(config.distill.teacher)] if kind == "distill" else [directory]:
                 check_tokenizer(model, manifest)
-            same_shards(directory, manifest, mesh)
+            keep_shards(config, manifest, mesh)
             (directory / "summary.json").unlink(missing_ok=True)
             torch.manual_seed(random.generator(config.run.seed, "weights").initial_seed())
             stage = pretrain_stage(config, manifest, mesh) if kind == "pretrain" else distill_stage(config, mesh)
@@ -158,7 +158,7 @@ def trained_flow(directory: Path, config: Config, is_map: bool, device: torch.de
 def trained_autoregressive(directory: Path, config: Config, device: torch.device) -> tuple[Autoregressive, Checkpoint]:
     """A baseline with its averaged weights, and its newest checkpoint. Raises UserError."""
     found = trained(directory)
-    network = build.autoregressive_network(config, parts.unigram(unigram_counts(config.data.path)), device)
+    network = build.autoregressive_network(config, parts.unigram(unigram_counts(directory / SHARDS)), device)
     ema.load(network, found.averaged)
     return network.eval(), found
 
@@ -172,29 +172,31 @@ def trained(directory: Path) -> Checkpoint:
 
 
 def check_tokenizer(directory: Path, manifest: dict) -> None:
-    """Refuse shards whose tokenizer is not the one that this run's model was started with. Raises UserError."""
-    file = directory / SHARDS_FILE
-    was = read_json(file, "tokenizer")["tokenizer"]["hash"] if file.exists() else manifest["tokenizer"]["hash"]
-    if was != manifest["tokenizer"]["hash"]:
+    """Refuse shards whose tokenizer is not the one that this run's model was started with, if it was. Raises UserError."""
+    if not (directory / SHARDS).exists():
+        return
+    was, now = shards.read_description(directory / SHARDS)["tokenizer"]["hash"], manifest["tokenizer"]["hash"]
+    if was != now:
         raise UserError(
-            f"{directory}: the shards' tokenizer ({manifest['tokenizer']['hash'][:12]}) differs from the model's ({was[:12]}); "
+            f"{directory}: the shards' tokenizer ({now[:12]}) differs from the model's ({was[:12]}); "
             "use the shards this run was started on, or another run.dir"
         )
 
 
-def same_shards(directory: Path, manifest: dict, mesh: Mesh) -> None:
-    """Note which shards this run is trained on, or refuse others than those noted. Raises UserError."""
-    file = directory / SHARDS_FILE
-    if mesh.first and not file.exists():
-        not_lost(file)
-        write_atomically(file, json.dumps({"sha256": shards.identity(manifest), "tokenizer": manifest["tokenizer"]}, indent=1))
+def keep_shards(config: Config, manifest: dict, mesh: Mesh) -> None:
+    """Keep in the run what its shards say of themselves, or refuse others than those it has been trained on. Raises UserError."""
+    directory = Path(config.run.dir)
+    kept = directory / SHARDS
+    if mesh.first and not kept.exists():
+        not_lost(kept)
+        shards.copy_description(config.data.path, kept)
     meshes.barrier(mesh)
     check_same_shards(directory, manifest)
 
 
 def check_same_shards(directory: Path, manifest: dict) -> None:
     """Refuse shards that are not those this run is trained on. Raises UserError."""
-    if read_json(directory / SHARDS_FILE, "sha256")["sha256"] != shards.identity(manifest):
+    if shards.identity(shards.read_description(directory / SHARDS)) != shards.identity(manifest):
         raise UserError(f"{directory}: its shards have been made anew from other text since; restore them, or choose another run.dir")
 
 

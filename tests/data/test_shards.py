@@ -1,6 +1,7 @@
 """Opening a prepared folder: everything is there and whole, or one sentence says what is not."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -108,3 +109,21 @@ def test_the_law_of_lengths_is_that_of_the_training_rows(tmp_path):
     assert shards.log_length_law(tmp_path) is None
     np.save(tmp_path / shards.LENGTH_COUNTS_FILE, np.array([0, 3, 0, 5]))
     np.testing.assert_allclose(np.exp(shards.log_length_law(tmp_path)), np.array([0.0, 3.5, 0.5, 5.5]) / 9.5)
+
+
+def test_the_description_of_a_folder_is_all_but_its_rows(folder, tmp_path):
+    """Kept elsewhere it says the same of itself, and damage is seen; a copy that was cut short is made anew."""
+    kept = tmp_path / "kept"
+    (tmp_path / "kept.partial").mkdir()
+    (tmp_path / "kept.partial" / "tokenizer.json").write_text("half of")
+    shards.copy_description(folder, kept)
+    assert {path.name for path in kept.iterdir()} == {"prepared.json", "tokenizer.json", "unigram.npy"}
+    assert shards.read_description(kept) == shards.open_prepared(folder)
+    for name in ("tokenizer.json", "prepared.json"):
+        (kept / name).write_text("{}")
+        with pytest.raises(UserError, match=f"{kept}: cannot tell what the run was trained on"):
+            shards.read_description(kept)
+        shutil.copy(folder / name, kept / name)
+    (kept / "unigram.npy").unlink()
+    with pytest.raises(UserError, match="unigram.npy"):
+        shards.read_description(kept)

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -308,6 +309,24 @@ class TestOptions:
     def test_one_draw_is_enough_where_nothing_is_drawn(self, copied, cli):
         """The baseline's likelihood is exact."""
         assert cli("evaluate", copied("coded", "autoregressive"), *OPTIONS[:-1], "1").code == 0
+
+    def test_shards_that_are_elsewhere(self, copied, shards, cli, tmp_path, monkeypatch):
+        """A relative data.path counts from where the run was started: the sentence says where that is, if it can be seen."""
+        directory = copied("coded")
+        place = directory.parent
+        config = (directory / "config.yaml").read_text()
+        (directory / "config.yaml").write_text(config.replace(str(shards("coded")), "some/data"))
+        (tmp_path / "elsewhere").mkdir()
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        told = cli("evaluate", directory)
+        assert told.code == 2 and "run this command in the folder that the run was started in" in told.err
+        assert told.err.count("\n") == 1 and "data.path" not in told.err
+        shutil.copytree(shards("coded"), place / "some" / "data")
+        assert f"run this command in {place}\n" in cli("evaluate", directory).err
+        monkeypatch.chdir(place)
+        assert cli("evaluate", directory, "--steps", 1, "--samples", 2, "--rows", 2, "--draws", 2).code == 0
+        (directory / "config.yaml").write_text(config.replace(str(shards("coded")), "/no/data"))
+        assert "are not at /no/data; put them back there" in cli("evaluate", directory).err
 
     def test_no_run(self, cli, tmp_path):
         told = cli("evaluate", tmp_path / "no")

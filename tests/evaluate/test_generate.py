@@ -124,24 +124,25 @@ class TestSettings:
             told = cli("sample", path)
             assert told.code == 2 and words in told.err and str(path) in told.err and told.err.count("\n") == 1
 
-    def test_shards_that_are_elsewhere(self, copied, shards, cli, tmp_path, monkeypatch):
-        """A relative data.path counts from where the run was started: the sentence says where that is, if it can be seen."""
+    def test_text_needs_no_shards(self, copied, shards):
+        """A run that has been carried away from them has what it takes: their tokenizer, row length and counts."""
+        for kind, family in (("coded", "flow"), ("coded", "autoregressive"), ("documents", "flow")):
+            directory = copied(kind, family)
+            expected = sample(directory, 3, None if family == "autoregressive" else 2)["texts"]
+            config = (directory / "config.yaml").read_text()
+            (directory / "config.yaml").write_text(config.replace(str(shards(kind)), "/no/data"))
+            assert load_run(directory).config.data.path == "/no/data"
+            assert sample(directory, 3, None if family == "autoregressive" else 2)["texts"] == expected
+
+    @pytest.mark.parametrize("name", ["prepared.json", "tokenizer.json"])
+    def test_what_the_shards_were_is_lost(self, copied, cli, name):
         directory = copied("coded")
-        place = directory.parent
-        config = (directory / "config.yaml").read_text()
-        (directory / "config.yaml").write_text(config.replace(str(shards("coded")), "some/data"))
-        (tmp_path / "elsewhere").mkdir()
-        monkeypatch.chdir(tmp_path / "elsewhere")
-        for command in ("sample", "evaluate"):
-            told = cli(command, directory)
-            assert told.code == 2 and "run this command in the folder that the run was started in" in told.err
-            assert told.err.count("\n") == 1 and "data.path" not in told.err
-        shutil.copytree(shards("coded"), place / "some" / "data")
-        assert f"run this command in {place}\n" in cli("sample", directory).err
-        monkeypatch.chdir(place)
-        assert cli("sample", directory, "--count", 1, "--steps", 1).code == 0
-        (directory / "config.yaml").write_text(config.replace(str(shards("coded")), "/no/data"))
-        assert "are not at /no/data; put them back there" in cli("sample", directory).err
+        (directory / "shards" / name).unlink()
+        told = cli("sample", directory)
+        assert told.code == 2 and str(directory / "shards") in told.err and name in told.err and told.err.count("\n") == 1
+        (directory / "shards" / name).write_text("{}")
+        told = cli("sample", directory)
+        assert told.code == 2 and str(directory / "shards") in told.err and told.err.count("\n") == 1
 
     def test_the_temperature_reaches_the_posterior(self, trained):
         """Near zero a baseline writes its most likely tokens, whatever the seed; hot, it draws almost evenly."""

@@ -11,15 +11,18 @@ STOPPED = 75
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # malloc.h
+LARGEST_KEPT = 2**28
+"""Bytes of a block that is given back when it is freed. Below another block a kept one is kept whatever the limit on all of them."""
 
 
 def settle() -> None:
     """Make steps of a training run cheap for the machine: call it before torch is imported. What the environment says comes first.
 
-        Threads that wait for each other spin for microseconds, not for good: on a busy core spinning makes steps ten times slower, and on a
+    Threads that wait for each other spin for microseconds, not for good: on a busy core spinning makes steps ten times slower, and on a
     free one this costs nothing. Freed memory stays with the process: a step needs the same hundreds of megabytes as the one before, and
-    getting them from the kernel again costs a tenth of it (glibc; elsewhere nothing changes). Two gigabytes are kept at most: a laptop
-    has four, and what needs more, a state as wide as a large vocabulary, pays for it in every step.
+    getting them from the kernel again costs a tenth of it (glibc; elsewhere nothing changes). Blocks of a quarter of a gigabyte and more
+    are given back, so that a laptop's four are not all kept: what needs such, a state as wide as a large vocabulary, pays for it in
+    every step.
     """
     os.environ.setdefault("GOMP_SPINCOUNT", "30000")
     if any(name.startswith("MALLOC_") for name in os.environ):
@@ -28,7 +31,7 @@ def settle() -> None:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return
-    mallopt(MMAP_THRESHOLD, 2**30)
+    mallopt(MMAP_THRESHOLD, LARGEST_KEPT)
     mallopt(TRIM_THRESHOLD, 2**31 - 1)
 
 

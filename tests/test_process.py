@@ -33,6 +33,16 @@ def test_freed_memory_is_not_asked_for_again():
     assert int(output(AGAIN.format(before="process.settle()"))) < 100 < int(output(AGAIN.format(before="")))
 
 
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be asked")
+def test_large_blocks_are_given_back():
+    """Also those that lie below another one, which no limit on what is kept reaches: 1.2 GB in four blocks, and 4 KB above them."""
+    resident = "int(next(line for line in open('/proc/self/status') if line.startswith('VmRSS')).split()[1])"
+    code = "from megaflow import process; process.settle()"
+    code += "; blocks = [bytearray(b'x') * (300 << 20) for _ in range(4)]; above = bytearray(4096);"
+    assert int(output(f"{code} print({resident})")) > 1_200_000
+    assert int(output(f"{code} del blocks; print({resident})")) < 200_000
+
+
 def test_what_the_environment_says_comes_first():
     show = "import os; from megaflow import process; process.settle(); print(os.environ['GOMP_SPINCOUNT'])"
     assert output(show) == "30000" and output(show, GOMP_SPINCOUNT="7") == "7"

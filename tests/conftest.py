@@ -143,11 +143,11 @@ def environment() -> dict[str, str]:
 
 @pytest.fixture
 def process(tmp_path: Path, environment: dict[str, str]) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """`python …` in a process of its own, in an empty folder: process("-m", "megaflow", "--help")."""
+    """`python …` in a process of its own, in an empty folder unless another is given: process("-m", "megaflow", "--help")."""
 
-    def start(*arguments: object, timeout: float = 120.0) -> subprocess.CompletedProcess[str]:
+    def start(*arguments: object, timeout: float = 120.0, cwd: Path = tmp_path) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, *map(str, arguments)]
-        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=timeout)
+        return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
 
     return start
 

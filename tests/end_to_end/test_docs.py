@@ -1,0 +1,75 @@
+"""The examples of README and docs, run as they are printed, on a small text and small networks; and the keys that the pages name."""
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+import zstandard
+
+from megaflow.config.schema import keys
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("data", "pretraining", "distillation", "sampling", "evaluation"))]
+
+SMALL = {
+    "data": "data: {vocab_size: 300, length: 16, validation_fraction: 0.2}\n",
+    "flow": "data: {vocab_size: 300, length: 16, validation_fraction: 0.2}\nmodel: {layers: 2, hidden: 32, heads: 2}\n"
+    "train: {steps: 4, global_batch: 8, validation_rows: 16}\nlog: {wandb: 'off'}\n",
+    "flow_map": "train: {steps: 4, global_batch: 8, validation_rows: 16}\nlog: {wandb: 'off'}\n",
+}
+SMALL["autoregressive"] = SMALL["flow"]
+
+
+def commands(page: Path) -> list[str]:
+    """Lines of a block that call megaflow or python, without what is said about them."""
+    found = re.findall(r"^(?: {4})?((?:megaflow|python) .*)$", page.read_text("utf-8"), re.MULTILINE)
+    return [line.split("  #")[0].strip() for line in found]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, texts) -> Path:
+    """A clone as the README's first command leaves it, but for sizes: configs, tools, the text, and a corpus of one's own."""
+    place = tmp_path_factory.mktemp("clone")
+    shutil.copytree(ROOT / "tools", place / "tools")
+    (place / "configs" / "quickstart").mkdir(parents=True)
+    for name, small in SMALL.items():
+        (place / "configs" / "quickstart" / f"{name}.yaml").write_text(f"base: {ROOT}/configs/quickstart/{name}.yaml\n{small}")
+    (place / "runs" / "quickstart" / "text").mkdir(parents=True)
+    shutil.copy(texts["chapters"], place / "runs" / "quickstart" / "text" / "kjv.jsonl")
+    (place / "corpus").mkdir()
+    (place / "corpus" / "texts.jsonl.zst").write_bytes(zstandard.compress(texts["chapters"].read_bytes()))
+    (yaml,) = blocks(ROOT / "docs" / "data.md", "yaml")
+    (place / "corpus.yaml").write_text(yaml)
+    return place
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_what_a_page_shows_works(page, place, cli, process, monkeypatch):
+    """Pages in the order that a reader takes; one page's runs are the next one's. Of a thousand steps four are taken."""
+    monkeypatch.chdir(place)
+    shown = commands(page)
+    assert shown
+    for line in shown:
+        words = shlex.split(re.sub(r"train\.steps=\d+", "train.steps=4", line))
+        if words[0] == "python":
+            done = process(*words[1:], cwd=place, timeout=200.0)
+            assert done.returncode == 0, (line, done.stderr)
+        else:
+            told = cli(*words[1:])
+            assert told.code == 0, (line, told.err)
+    for code in blocks(page, "python"):
+        exec(compile(code, page.name, "exec"), {})
+
+
+def test_every_key_that_a_page_names_is_one():
+    sections = {name.split(".")[0] for name in keys()}
+    for page in [*PAGES, ROOT / "docs" / "architecture.md"]:
+        named = re.findall(rf"`((?:{'|'.join(sections)})\.[a-z_.]+)(?:=[^`]*)?`", page.read_text("utf-8"))
+        unknown = [name for name in named if name not in keys() and not (ROOT / "megaflow" / name.replace(".", "/")).exists()]
+        assert not unknown, (page.name, unknown)

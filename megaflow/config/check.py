@@ -79,8 +79,12 @@ def contradictions(loaded: Loaded, vocab: int | None = None) -> None:
             "model.hidden",
             "model.heads",
         )
-    if config.distill.teacher and config.distill.diagonal_fraction == 1.0:
-        refuse("distill.diagonal_fraction=1 leaves no row for the map to learn on; give less", "distill.diagonal_fraction")
+    if config.distill.teacher and round(train.global_batch * config.distill.diagonal_fraction) == train.global_batch:
+        refuse(
+            f"distill.diagonal_fraction={config.distill.diagonal_fraction:g} leaves no row of train.global_batch={train.global_batch} "
+            "for the map to learn on; give less",
+            "distill.diagonal_fraction",
+        )
     if config.distill.teacher and config.distill.boundary_fraction == 1.0:
         refuse(
             "distill.boundary_fraction=1 leaves no inner row, and the targets of the others are made of what inner rows teach; give less",

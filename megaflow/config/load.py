@@ -183,6 +183,8 @@ def _override(text: str) -> tuple[str, Any]:
         raise ConfigError(f"command line: {text!r} is not an override; write key=value, such as train.steps=100")
     try:
         parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]), resolve=True)["value"]  # type: ignore[index, call-overload]
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"command line: the value of {name} cannot be read: {str(error).splitlines()[0]}") from None
     except Exception as error:  # same reason as above
         raise ConfigError(f"command line: the value of {name} cannot be read: {' '.join(str(error).split())}") from None
     schema = keys()

@@ -10,6 +10,7 @@ Encoding never adds tokens at the ends and never reads a special token out of te
 `<|end|>` is seven characters, not an end of document.
 """
 
+import difflib
 import hashlib
 import json
 import os
@@ -117,7 +118,9 @@ def _bert_tokenizer(folder: str) -> Tokenizer:
 
 def _foreign_tokenizer(path: str) -> Tokenizer:
     if not os.path.isfile(path):
-        raise UserError(f"data.tokenizer={path} is neither one of {', '.join(TOKENIZERS)} nor a file: give the path of a tokenizer.json.")
+        near = difflib.get_close_matches(path, TOKENIZERS, n=1)
+        advice = f"did you mean {near[0]}?" if near else "give the path of a tokenizer.json."
+        raise UserError(f"data.tokenizer={path} is neither one of {', '.join(TOKENIZERS)} nor a file: {advice}")
     try:
         spec = json.loads(Path(path).read_text("utf-8"))
         # prefixes, suffixes, truncation and padding are the business of whoever writes rows: here that is packing

@@ -93,7 +93,11 @@ def sample(
     check_temperature(temperature)
     run = load_run(directory)
     method, steps, gamma, last = chosen(run, method, steps, gamma, last)
-    rows = generate(run, count, steps, method, temperature, gamma, seed, last)
+    if steps == 1 and method != "ancestral" and temperature != 1.0:
+        raise UserError(f"--temperature: one step of {method} is an argmax, which no temperature changes; give --steps 2 or more")
+    passes = (steps or run.manifest["length"]) * -(-count // BATCH)
+    progress, done = Progress(f"sample {run.directory.name}", passes, "passes"), iter(range(1, passes + 1))
+    rows = generate(run, count, steps, method, temperature, gamma, seed, last, tick=lambda: progress.update(next(done)))
     settings = {"method": method, "steps": steps, "last": last, "temperature": temperature, "gamma": gamma, "seed": seed}
     made = {"run": str(directory), "step": run.checkpoint.state["step"], **settings}
     return {**made, "texts": [text_of(run, row) for row in rows], "tokens": rows}
@@ -151,8 +155,10 @@ def generate(
     last: float | None = None,
     callback: Callback | None = None,
     unbalanced: bool = False,
+    tick: Callable[[], None] = lambda: None,
 ) -> list[list[int]]:
-    """`count` rows of tokens, each a function of (seed, its index) alone; `callback` sees the steps of the first batch.
+    """`count` rows of tokens, each a function of (seed, its index) alone; `callback` sees the steps of the first batch, `tick` is
+    called after every pass of the network.
 
     `last` is the share of the clock that the last step covers; None is an even grid. The one-step text of a map is balanced, so that
     its tokens are as frequent as the law says (flow/balance.py), or `unbalanced`.
@@ -165,11 +171,11 @@ def generate(
         places = list(range(start, min(start + BATCH, count)))
         lengths = row_lengths(run, places, seed)
         if run.parts is None:
-            ids = write_autoregressively(run, places, temperature, seed)
+            ids = write_autoregressively(run, places, temperature, seed, tick)
             lengths = None if lengths is None else written_lengths(run, ids, lengths)
         else:
             see = callback if callback is not None and start == 0 else sampler.silent
-            ids = write_by_flow(run, places, lengths, steps or 1, last, method, temperature, gamma, seed, see, offset)
+            ids = write_by_flow(run, places, lengths, steps or 1, last, method, temperature, gamma, seed, see, offset, tick)
         rows += ids.tolist() if lengths is None else [row[:length] for row, length in zip(ids.tolist(), lengths, strict=True)]
     return rows
 
@@ -186,6 +192,7 @@ def write_by_flow(
     seed: int,
     see: Callback,
     offset: Tensor | None,
+    tick: Callable[[], None],
 ) -> Tensor:
     """(B, L) tokens by one of the samplers, on `steps` steps of the run's own clock."""
     network, parts, clock = run.flow
@@ -196,7 +203,7 @@ def write_by_flow(
     def fresh(step: int) -> Tensor:
         return random.normal(places, shape, seed, "sampler noise", step).to(device)
 
-    denoise = denoiser(run, places, counted, temperature, seed, draws=method == "ancestral", offset=offset)
+    denoise = denoiser(run, places, counted, temperature, seed, draws=method == "ancestral", offset=offset, tick=tick)
     y = random.normal(places, shape, seed, "initial noise").to(device)
     times = clocks.grid(clock, steps, last).tolist()
     if method == "ode":
@@ -211,7 +218,14 @@ def write_by_flow(
 
 
 def denoiser(
-    run: Run, places: list[int], lengths: Tensor | None, temperature: float, seed: int, draws: bool, offset: Tensor | None
+    run: Run,
+    places: list[int],
+    lengths: Tensor | None,
+    temperature: float,
+    seed: int,
+    draws: bool,
+    offset: Tensor | None,
+    tick: Callable[[], None],
 ) -> Callable[[Tensor, float, float], Posterior]:
     """The network as samplers see it. `draws`: tokens are drawn from the posterior instead of its most likely ones, after `offset`."""
     network, _, _ = run.flow
@@ -226,6 +240,7 @@ def denoiser(
             step = next(calls)
             uniform = torch.stack([torch.rand(shape[1], generator=random.generator(seed, "token draws", step, place)) for place in places])
             tokens, confidence = heads.draw(network.head(), read, uniform.flatten().to(y.device), temperature)
+        tick()
         return Posterior(mean.view(y.shape), tokens.view(shape), confidence.view(shape))
 
     return denoise
@@ -256,7 +271,7 @@ def one_step_offsets(run: Run) -> Tensor:
     return run.offsets
 
 
-def write_autoregressively(run: Run, places: list[int], temperature: float, seed: int) -> Tensor:
+def write_autoregressively(run: Run, places: list[int], temperature: float, seed: int, tick: Callable[[], None]) -> Tensor:
     """(B, L) tokens drawn one after another, keys and values cached."""
     network, cache, width = run.network, Cache(), run.manifest["length"]
     assert isinstance(network, Autoregressive)
@@ -266,6 +281,7 @@ def write_autoregressively(run: Run, places: list[int], temperature: float, seed
         hidden = network.step(previous, len(places), cache)
         previous, _ = heads.draw(network.head(), heads.Read(hidden), uniform[:, position].to(hidden.device), temperature)
         columns.append(previous)
+        tick()
     return torch.stack(columns, 1)
 
 

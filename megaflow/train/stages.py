@@ -65,11 +65,15 @@ def _train(loaded: Loaded, kind: str, began: float) -> int:
         # what cannot run here is refused before it becomes a run
         batch_split(loaded.config, mesh.size)
         choose(loaded.config.model.attention, mesh.device, loaded.config.train.precision == "bf16")
+        fresh = first_parts(loaded) if kind == "pretrain" and mesh.first else None
         held = lock(directory) if mesh.first else None
         try:
             if mesh.first:
                 loaded = open_run(loaded, kind)
                 contradictions(loaded)  # recorded values may not hold with a changed layout
+                if int(loaded.config.optim.warmup_steps) >= loaded.config.train.steps > 1:
+                    reached = f"optim.warmup_steps={loaded.config.optim.warmup_steps} of train.steps={loaded.config.train.steps}"
+                    print(f"warning: {reached}: the run ends before it comes to optim.learning_rate", file=sys.stderr)
             loaded = meshes.shared(mesh, loaded)
             config = loaded.config
             if finished(directory, config.train.steps):
@@ -83,24 +87,35 @@ def _train(loaded: Loaded, kind: str, began: float) -> int:
             keep_shards(config, manifest, mesh)
             (directory / "summary.json").unlink(missing_ok=True)
             torch.manual_seed(random.generator(config.run.seed, "weights").initial_seed())
-            stage = pretrain_stage(config, manifest, mesh) if kind == "pretrain" else distill_stage(config, mesh)
+            stage = pretrain_stage(config, fresh, mesh) if kind == "pretrain" else distill_stage(config, mesh)
             return train(config, stage, mesh, began)
         finally:
             if held is not None:
                 held.close()
 
 
-def pretrain_stage(config: Config, manifest: dict, mesh: Mesh) -> Stage:
-    """The flow or the baseline with freshly drawn weights, and the flow's fixed parts, made once and kept in the run."""
-    counts = unigram_counts(config.data.path)
+def first_parts(loaded: Loaded) -> Parts | None:
+    """The fixed parts of a flow that has none yet: made before the flow becomes a run, since they may be refused. Raises ConfigError."""
+    config = loaded.config
+    if config.model.family == "autoregressive" or (Path(config.run.dir) / parts.FILE).exists():
+        return None
+    try:
+        return parts.make(config.flow, unigram_counts(config.data.path), config.run.seed)
+    except UserError as error:
+        raise ConfigError(f"{loaded.origin['flow.code_dim']}: {error}") from None
+
+
+def pretrain_stage(config: Config, fresh: Parts | None, mesh: Mesh) -> Stage:
+    """The flow or the baseline with freshly drawn weights, and the flow's fixed parts, those just made or those kept in the run."""
     if config.model.family == "autoregressive":
-        network = build.autoregressive_network(config, parts.unigram(counts), mesh.device)
+        network = build.autoregressive_network(config, parts.unigram(unigram_counts(config.data.path)), mesh.device)
         network.initialize()
         return AutoregressiveStage(config, network)
     file = Path(config.run.dir) / parts.FILE
     if mesh.first and not file.exists():
         not_lost(file)
-        _save_parts(parts.make(config.flow, counts, config.run.seed), file)
+        assert fresh is not None
+        _save_parts(fresh, file)
     meshes.barrier(mesh)
     fixed = parts.read(file)
     flow = build.flow_network(config, fixed, mesh.device)

@@ -166,6 +166,7 @@ class TestContradictions:
         [
             ({"model.hidden": 33}, ["model.hidden=33", "33 dimensions", "even"]),
             ({"distill.teacher": "t", "distill.diagonal_fraction": 1.0}, ["distill.diagonal_fraction=1", "no row"]),
+            ({"distill.teacher": "t", "distill.diagonal_fraction": 0.99, "train.global_batch": 16}, ["=0.99", "train.global_batch=16"]),
             ({"distill.teacher": "t", "distill.boundary_fraction": 1.0}, ["distill.boundary_fraction=1", "no inner row"]),
             ({"model.hidden": 100, "model.heads": 8}, ["model.hidden=100", "model.heads=8", "multiple"]),
             ({"model.hidden": 36, "model.heads": 4}, ["model.hidden=36", "model.heads=4", "9 dimensions", "even"]),

@@ -107,6 +107,10 @@ class TestErrors:
         with pytest.raises(UserError, match="is damaged"):
             tok.load_tokenizer(tmp_path)
 
+    def test_a_mistyped_name(self):
+        with pytest.raises(UserError, match="data.tokenizer=caracters is neither .* did you mean characters?"):
+            tok.given_tokenizer(DataConfig(tokenizer="caracters"))
+
     @pytest.mark.parametrize("kind, file", [("gpt2", "encoder.json and vocab.bpe"), ("bert", "vocab.txt")])
     def test_missing_vocabulary_files(self, tmp_path, kind, file):
         with pytest.raises(UserError, match=f"tokenizer_path is empty.*{file}"):

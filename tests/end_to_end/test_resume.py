@@ -176,6 +176,7 @@ def test_kill_while_a_checkpoint_is_written(start, command, undisturbed):
 @pytest.mark.parametrize("kind, family", KILLED)
 def test_killed_again_and_again(start, command, undisturbed, kind, family):
     """At moments that nobody chose, the first of them before any checkpoint."""
+    killed = 0
     for attempt in range(6):
         training = start(kind, family)
         time.sleep(3.0 + 0.8 * attempt)
@@ -183,6 +184,8 @@ def test_killed_again_and_again(start, command, undisturbed, kind, family):
             break
         training.process.kill()
         training.process.communicate(timeout=30)
+        killed += 1
+    assert killed
     finish(command(kind, family, training.directory))
     assert curve(training.directory) == curve(undisturbed(kind, family))
 

@@ -69,6 +69,13 @@ def test_more_texts_than_one_batch(trained):
     assert len(rows) == 66 and rows[64] != rows[0] and rows[:3] == generate(run, 3, None, "autoregressive", 1.0, None, seed=0)
 
 
+@pytest.mark.parametrize("family, steps, passes", [("flow", 3, 6), ("autoregressive", None, 32)])
+def test_progress_counts_every_pass_of_the_network(trained, cli, family, steps, passes):
+    """Of two batches: 66 texts in three steps, or token by token in rows of 16."""
+    told = cli("sample", trained("coded", family), "--count", 66, *([] if steps is None else ["--steps", steps]))
+    assert f"{passes}/{passes} passes" in told.err
+
+
 class TestSettings:
     @pytest.mark.parametrize(
         "family, given, chosen",
@@ -109,6 +116,7 @@ class TestSettings:
             ("autoregressive", ["--method", "ode"], "is autoregressive"),
             ("autoregressive", ["--gamma", "0.5"], "is autoregressive"),
             ("autoregressive", ["--last", "0.5"], "is autoregressive"),
+            ("flow", ["--steps", "1", "--temperature", "0.5"], "--temperature: one step of ode is an argmax"),
             ("flow", ["--last", "1"], "--last: 1.0 is not a share of the clock between 0 and 1"),
             ("flow", ["--steps", "1", "--last", "0.5"], "--last: with one step there is no other"),
         ],

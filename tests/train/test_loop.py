@@ -442,7 +442,12 @@ class TestRefusals:
     def test_what_is_refused_at_the_start_is_no_run_yet(self, cli, config, tmp_path):
         command = ("pretrain", config("coded"), f"run.dir={tmp_path / 'run'}", "train.steps=2")
         self.refused(cli(*command, "model.attention=flash"), "model.attention=flash needs")
-        assert cli(*command).code == 0
+        self.refused(cli(*command, "flow.code_dim=2"), "command line: flow.code_dim=2 is too few dimensions for 300 tokens")
+        assert not (tmp_path / "run").exists() and cli(*command).code == 0
+
+    def test_a_warm_up_longer_than_the_run_is_said_to_be(self, cli, config, tmp_path):
+        told = cli("pretrain", config("coded"), f"run.dir={tmp_path / 'run'}", "train.steps=2", "optim.warmup_steps=5")
+        assert told.code == 0 and "warning: optim.warmup_steps=5 of train.steps=2: the run ends before" in told.err
 
     def test_wandb_sees_one_run_however_often_it_is_started(self, cli, config, tmp_path):
         command = ("pretrain", config("coded"), f"run.dir={tmp_path / 'run'}", "log.wandb=offline")

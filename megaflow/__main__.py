@@ -62,6 +62,7 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--draws", type=int, default=8, help="draws of noise and time per row, at least 2 for a flow (default 8)")
     evaluate.add_argument("--temperature", type=float, default=1.0, help="of the posteriors that write samples, above 0 (default 1)")
     evaluate.add_argument("--seed", type=int, default=0, help="of noise and draws (default 0)")
+    evaluate.add_argument("--data", metavar="PATH", default=None, help="the run's shards, where they are no longer at its data.path")
     evaluate.add_argument("--json", metavar="FILE", default=None, help="write the JSON to this file as well")
 
     report = commands.add_parser(
@@ -132,7 +133,7 @@ def run(arguments: argparse.Namespace, began: float) -> int:
 
         steps = [whole(part, "--steps") for part in arguments.steps.split(",")]
         sizes = arguments.samples, arguments.rows, arguments.draws
-        print(table(evaluate(arguments.run, steps, *sizes, arguments.seed, arguments.temperature, arguments.json, began)))
+        print(table(evaluate(arguments.run, steps, *sizes, arguments.seed, arguments.temperature, arguments.json, began, arguments.data)))
         return 0
     from megaflow.evaluate.gather import report
 

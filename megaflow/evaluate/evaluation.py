@@ -66,15 +66,18 @@ def evaluate(
     temperature: float = 1.0,
     out: str | None = None,
     began: float | None = None,
+    data: str | None = None,
 ) -> dict[str, Any]:
     """Evaluate a run, write RUN/evaluation.json, and copy it to `out`; its seconds count from `began`, a time.monotonic(), now if None.
 
-    A run that cannot be written to is evaluated into `out` alone. Raises UserError.
+    `data` is where the run's shards are, if not where they were in training. A run that cannot be written to is evaluated into `out`
+    alone. Raises UserError.
     """
     began = time.monotonic() if began is None else began
     check(Path(directory), steps, samples, rows, draws, out)
     check_temperature(temperature)
     run = load_run(directory)
+    run.config.data.path = data or run.config.data.path
     check_shards(run)
     settings = {"steps": steps, "samples": samples, "rows": rows, "draws": draws, "seed": seed, "temperature": temperature}
     settings |= {"cooled": list(COOLED) if temperature == 1.0 else [], "order": judges.ORDER}
@@ -127,7 +130,7 @@ def check_shards(run: Run) -> None:
     else:
         advice = "run this command in the folder that the run was started in"
     where = path if path.is_absolute() else f"{path} of the present folder {Path.cwd()}"
-    raise UserError(f"{directory}: the run's shards are not at {where}; {advice}")
+    raise UserError(f"{directory}: the run's shards are not at {where}; {advice}, or say where they are, --data PATH")
 
 
 def writable(folder: Path) -> bool:

@@ -322,9 +322,13 @@ class TestOptions:
         assert told.code == 2 and "run this command in the folder that the run was started in" in told.err
         assert told.err.count("\n") == 1 and "data.path" not in told.err
         shutil.copytree(shards("coded"), place / "some" / "data")
-        assert f"run this command in {place}\n" in cli("evaluate", directory).err
+        assert f"run this command in {place}, or say where they are, --data PATH\n" in cli("evaluate", directory).err
+        quick = ("--steps", 1, "--samples", 2, "--rows", 2, "--draws", 2)
+        assert cli("evaluate", directory, *quick, "--data", place / "some" / "data").code == 0
+        assert "its shards have been made anew" in cli("evaluate", directory, *quick, "--data", shards("char")).err
+        (directory / "evaluation.json").unlink()
         monkeypatch.chdir(place)
-        assert cli("evaluate", directory, "--steps", 1, "--samples", 2, "--rows", 2, "--draws", 2).code == 0
+        assert cli("evaluate", directory, *quick).code == 0
         (directory / "config.yaml").write_text(config.replace(str(shards("coded")), "/no/data"))
         assert "are not at /no/data; put them back there" in cli("evaluate", directory).err
 

@@ -176,18 +176,21 @@ def read_description(folder: Path) -> dict[str, Any]:
         if missing := NEEDED - manifest.keys():
             raise KeyError(*missing)
         for name in DESCRIPTION:
-            if name in manifest["files"] and describe_file(folder / name) != manifest["files"][name]:
+            if name in manifest["files"] and sha256(folder / name) != manifest["files"][name]["sha256"]:
                 raise ValueError(f"{name} is not what prepare wrote")
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{folder}: cannot tell what the run was trained on ({error}); restore this folder of the run") from None
     return manifest
 
 
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def verify_file(folder: str | Path, name: str, manifest: dict[str, Any]) -> None:
     """Compare the sha256 of one file with the manifest's; raises UserError where it differs."""
-    with (Path(folder) / name).open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != manifest["files"][name]["sha256"]:
+    if sha256(Path(folder) / name) != manifest["files"][name]["sha256"]:
         raise UserError(f"{Path(folder) / name} is not what prepare wrote (sha256 differs): delete {folder} and prepare it again.")
 
 

@@ -71,7 +71,7 @@ def _train(loaded: Loaded, kind: str, began: float) -> int:
             if mesh.first:
                 loaded = open_run(loaded, kind)
                 contradictions(loaded)  # recorded values may not hold with a changed layout
-                if int(loaded.config.optim.warmup_steps) >= loaded.config.train.steps > 1:
+                if int(loaded.config.optim.warmup_steps) > loaded.config.train.steps:
                     reached = f"optim.warmup_steps={loaded.config.optim.warmup_steps} of train.steps={loaded.config.train.steps}"
                     print(f"warning: {reached}: the run ends before it comes to optim.learning_rate", file=sys.stderr)
             loaded = meshes.shared(mesh, loaded)

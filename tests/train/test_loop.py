@@ -448,6 +448,8 @@ class TestRefusals:
     def test_a_warm_up_longer_than_the_run_is_said_to_be(self, cli, config, tmp_path):
         told = cli("pretrain", config("coded"), f"run.dir={tmp_path / 'run'}", "train.steps=2", "optim.warmup_steps=5")
         assert told.code == 0 and "warning: optim.warmup_steps=5 of train.steps=2: the run ends before" in told.err
+        told = cli("pretrain", config("coded"), f"run.dir={tmp_path / 'another'}", "train.steps=2", "optim.warmup_steps=2")
+        assert told.code == 0 and "warning: optim" not in told.err  # its last step has the whole rate
 
     def test_wandb_sees_one_run_however_often_it_is_started(self, cli, config, tmp_path):
         command = ("pretrain", config("coded"), f"run.dir={tmp_path / 'run'}", "log.wandb=offline")

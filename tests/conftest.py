@@ -13,7 +13,7 @@ import importlib.util
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -150,6 +150,23 @@ def process(tmp_path: Path, environment: dict[str, str]) -> Callable[..., subpro
         return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
 
     return start
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Callable[..., list]]:
+    """A function on several processes of one group, which stay for the session: ranks(2, function, …) is what each returned."""
+    from tests.ranks import Ranks
+
+    groups: dict[int, Ranks] = {}
+
+    def run(size: int, function: Callable, *arguments: object) -> list:
+        if size not in groups:
+            groups[size] = Ranks(size)
+        return groups[size].call(function, *arguments)
+
+    yield run
+    for group in groups.values():
+        group.close()
 
 
 @pytest.fixture

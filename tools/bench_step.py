@@ -37,6 +37,7 @@ from megaflow.flow.likelihood import Range  # noqa: E402
 from megaflow.model import build  # noqa: E402
 from megaflow.model.parts import Parts, fit_clock, initial_profile  # noqa: E402
 from megaflow.parallel import random  # noqa: E402
+from megaflow.parallel.mesh import ALONE, Mesh  # noqa: E402
 from megaflow.progress import Progress  # noqa: E402
 from megaflow.train.optimizer import make  # noqa: E402
 from megaflow.train.stage import Batch  # noqa: E402
@@ -87,8 +88,8 @@ def side(kind: str, values: dict[str, Any], vocab: int, length: int) -> Side:
             clock = fit_clock(config.flow.clock, fixed, initial_profile(fixed, config.flow.clock, seed=0))  # a flow's own at its start
             stage = MapStage(config, network, teacher, fixed, clock)
         else:
-            stage = FlowStage(config, network, fixed)
-    return Side(stage, make(network, config.optim), config.train.global_batch, length)
+            stage = FlowStage(config, network, fixed, initial_profile(fixed, config.flow.clock, seed=0))
+    return Side(stage, make(network, config.optim, Mesh(ALONE, ALONE, ALONE, device)), config.train.global_batch, length)
 
 
 def step(one: Side, number: int) -> None:

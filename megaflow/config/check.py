@@ -79,6 +79,34 @@ def contradictions(loaded: Loaded, vocab: int | None = None) -> None:
             "model.hidden",
             "model.heads",
         )
+    parallel = config.parallel
+    for name, size in (("model.heads", count), ("data.length", config.data.length)):
+        if size % parallel.tensor:
+            what = "each of its processes has as many heads" if name == "model.heads" else "each holds as many positions between layers"
+            refuse(f"parallel.tensor={parallel.tensor} does not divide {name}={size}: {what}", "parallel.tensor", name)
+    if vocab is not None:
+        part = -(-vocab // (parallel.tensor * parallel.vocab_multiple)) * parallel.vocab_multiple
+        if (parallel.tensor - 1) * part >= vocab:
+            refuse(
+                f"parallel.tensor={parallel.tensor} processes with multiples of parallel.vocab_multiple={parallel.vocab_multiple} leave "
+                f"the last one nothing of a vocabulary of {vocab}; give smaller ones",
+                "parallel.tensor",
+                "parallel.vocab_multiple",
+            )
+    if parallel.zero == 0 and train.precision == "bf16" and parallel.tensor > 1:
+        refuse(
+            f"parallel.zero=0 with train.precision=bf16 and parallel.tensor={parallel.tensor}: DeepSpeed's norm of the gradient, by which "
+            "it is clipped, is wrong there; use parallel.zero=1, which needs less memory too",
+            "parallel.zero",
+            "train.precision",
+            "parallel.tensor",
+        )
+    if parallel.offload == "optimizer" and parallel.zero == 0:
+        refuse(
+            "parallel.offload=optimizer needs parallel.zero=1, 2 or 3: what is not sharded stays where the weights are",
+            "parallel.offload",
+            "parallel.zero",
+        )
     if config.distill.teacher and round(train.global_batch * config.distill.diagonal_fraction) == train.global_batch:
         refuse(
             f"distill.diagonal_fraction={config.distill.diagonal_fraction:g} leaves no row of train.global_batch={train.global_batch} "

@@ -110,8 +110,10 @@ class OptimConfig:
 
 @dataclass
 class ParallelConfig:
-    tensor: int = key(1, "tensor-parallel processes", choices=(1,))
-    zero: int = key(0, "ZeRO stage: 0 replicates, 1 shards the optimizer, 2 the gradients too", choices=(0, 1, 2))
+    tensor: int = key(1, "tensor-parallel processes: how many hold one network together; the others are data-parallel", low=1)
+    vocab_multiple: int = key(1, "entries of the vocabulary that each process holds come in multiples of this, padding included", low=1)
+    zero: int = key(0, "ZeRO stage: 0 replicates, 1 shards the optimizer, 2 the gradients too, 3 the weights too", choices=(0, 1, 2, 3))
+    offload: str = key("none", "optimizer: its state and step on the CPU, under ZeRO 1 to 3", choices=("none", "optimizer"))
 
 
 @dataclass

@@ -15,13 +15,8 @@ import torch
 from torch import Tensor
 
 CANDIDATES = 32
+"""Most likely tokens of a position that it may take."""
 ROUNDS = 100
-
-
-def candidates(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits (n, K) of the most likely tokens of each position, in falling order, and their ids. logits: (n, V)."""
-    values, ids = logits.topk(min(CANDIDATES, logits.shape[-1]), -1)
-    return values, ids
 
 
 def choose(logits: Tensor, ids: Tensor, offsets: Tensor) -> Tensor:

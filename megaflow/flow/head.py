@@ -8,7 +8,7 @@ results; the losses compute their gradients in the same pass, since a chunk of l
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,19 +18,29 @@ from megaflow.flow import balance
 from megaflow.flow import code as codes
 from megaflow.flow.channel import Buffer, chunks, evidence
 from megaflow.flow.code import Code
+from megaflow.flow.vocabulary import Vocabulary, largest, log_softmax_, log_sum, own_ids, pick, softmax_, total, whole
 
 
 @dataclass(frozen=True)
 class Head:
-    """weight: E (V, d); bias: (V,); code: None where there is no state to read (autoregressive)."""
+    """weight: E (V, d); bias: (V,); code: None where there is no state to read (autoregressive).
+
+    part: the entries of the vocabulary that E, bias and code hold; all where nothing is said. Losses and per-token results are the same
+    for every part; gradients by the hidden states are each part's share, to be summed.
+    """
 
     weight: Tensor
     bias: Tensor
     code: Code | None
     skip: bool
+    part: Vocabulary = None  # type: ignore[assignment]  # set below
+
+    def __post_init__(self) -> None:
+        if self.part is None:
+            object.__setattr__(self, "part", whole(len(self.bias)))
 
     def detach(self) -> "Head":
-        return Head(self.weight.detach(), self.bias.detach(), self.code, self.skip)
+        return replace(self, weight=self.weight.detach(), bias=self.bias.detach())
 
 
 @dataclass(frozen=True)
@@ -77,8 +87,7 @@ def probabilities(head: Head) -> Callable[[Read], Tensor]:
 
     @torch.no_grad()
     def f(read: Read) -> Tensor:
-        z = read_chunk(read)
-        return torch.softmax(z, -1, out=z)
+        return softmax_(head.part, read_chunk(read))
 
     return f
 
@@ -90,7 +99,7 @@ def reduce(head: Head, read: Read, reduction: Callable[[Tensor, slice], tuple[Te
     """
     with torch.no_grad():
         read_chunk = reader(head, Buffer())
-        parts = [reduction(read_chunk(read[part]), part) for part in chunks(len(read.hidden), len(head.bias), head.bias.device)]
+        parts = [reduction(read_chunk(read[part]), part) for part in chunks(len(read.hidden), head.part.widest, head.bias.device)]
         return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 
@@ -103,9 +112,10 @@ def posterior(head: Head, read: Read, temperature: float = 1.0, offset: Tensor |
     assert code is not None
 
     def one(z: Tensor, part: slice) -> tuple[Tensor, ...]:
-        token = z.argmax(-1) if offset is None else balance.choose(*balance.candidates(z), offset)
-        p = torch.softmax(z if temperature == 1.0 else z.div_(temperature), -1)
-        return codes.mean(code, p), token, p.gather(1, token[:, None])[:, 0]
+        token = largest(head.part, z, 1)[1][:, 0] if offset is None else balance.choose(*candidates(head, z), offset)
+        p = softmax_(head.part, z if temperature == 1.0 else z.div_(temperature))
+        mean = codes.mean(code, p)
+        return mean.clone() if mean is p else mean, token, pick(head.part, p, token)
 
     mean, token, confidence = reduce(head, read, one)
     return mean, token, confidence
@@ -113,19 +123,33 @@ def posterior(head: Head, read: Read, temperature: float = 1.0, offset: Tensor |
 
 def likeliest(head: Head, read: Read) -> tuple[Tensor, Tensor]:
     """Logits (n, K) of the candidates of balance.py, and which they are."""
-    logits, ids = reduce(head, read, lambda z, part: balance.candidates(z))
+    logits, ids = reduce(head, read, lambda z, part: candidates(head, z))
     return logits, ids
+
+
+def candidates(head: Head, z: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits (n, K) of the most likely tokens of each position, in falling order, and their ids. z: (n, V)."""
+    return largest(head.part, z, balance.CANDIDATES)
 
 
 def draw(head: Head, read: Read, uniform: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """Tokens drawn from psi by inverting its distribution function at `uniform` (n,), and the probability of each."""
 
     def one(z: Tensor, part: slice) -> tuple[Tensor, ...]:
-        cumulative = torch.softmax(z.double() if temperature == 1.0 else z.double() / temperature, -1).cumsum(-1)
-        total = cumulative[:, -1:]
-        token = torch.searchsorted(cumulative, uniform[part, None].double() * total, right=True).clamp(max=z.shape[-1] - 1)
-        below = torch.where(token > 0, cumulative.gather(1, (token - 1).clamp(min=0)), 0.0)
-        return token[:, 0], ((cumulative.gather(1, token) - below) / total)[:, 0].float()
+        p = softmax_(head.part, z.double() if temperature == 1.0 else z.double() / temperature)
+        cumulative = p.cumsum(-1)
+        everything, below = cumulative[:, -1:], torch.zeros_like(cumulative[:, -1:])
+        if head.part.stack is not None:
+            sums = head.part.stack(everything)
+            everything, below = sums.sum(0), sums[: head.part.place].sum(0)
+        wanted = uniform[part, None].double() * everything - below
+        token = torch.searchsorted(cumulative, wanted, right=True)
+        inside = (wanted >= 0.0) & (token < z.shape[-1])
+        token = torch.where(inside, token, 0)
+        chosen = torch.stack([(token + head.part.start).double(), p.gather(1, token) / everything]) * inside
+        missed = total(head.part, inside.double()) == 0.0  # beyond the last by rounding
+        token, probability = total(head.part, chosen)
+        return torch.where(missed, head.part.size - 1, token.long())[:, 0], probability[:, 0].float()
 
     token, probability = reduce(head, read, one)
     return token, probability
@@ -137,10 +161,10 @@ def denoising_error(head: Head, read: Read, ids: Tensor) -> tuple[Tensor, Tensor
     assert code is not None
 
     def one(z: Tensor, part: slice) -> tuple[Tensor, ...]:
-        log_p = torch.log_softmax(z, -1, out=z)
-        nll = -log_p.gather(1, ids[part, None])[:, 0]
-        error = codes.lookup(code, ids[part]).to(z.dtype) - codes.mean(code, log_p.exp_())
-        return nll, error.square().sum(-1)
+        log_p = log_softmax_(head.part, z)
+        nll = -pick(head.part, log_p, ids[part])
+        error = (codes.lookup(code, ids[part]).to(z.dtype) - codes.mean(code, log_p.exp_())).square().sum(-1)
+        return nll, error if code.matrix is not None else total(head.part, error)
 
     nll, error = reduce(head, read, one)
     return nll, error
@@ -148,7 +172,7 @@ def denoising_error(head: Head, read: Read, ids: Tensor) -> tuple[Tensor, Tensor
 
 def negative_log_likelihood(head: Head, read: Read, ids: Tensor) -> Tensor:
     """-log psi[token], (n,), without gradient."""
-    return reduce(head, read, lambda z, part: (torch.logsumexp(z, -1) - z.gather(1, ids[part, None])[:, 0],))[0]
+    return reduce(head, read, lambda z, part: (log_sum(head.part, z) - pick(head.part, z, ids[part]),))[0]
 
 
 class _Loss(torch.autograd.Function):
@@ -164,7 +188,7 @@ class _Loss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         graded = any(ctx.needs_input_grad[:3])
         read = Read(hidden, read.y, read.s)
-        read_chunk = reader(Head(weight, bias, head.code, head.skip), Buffer())
+        read_chunk = reader(replace(head, weight=weight, bias=bias), Buffer())
         logged = []
         loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
         if graded:
@@ -172,7 +196,7 @@ class _Loss(torch.autograd.Function):
             wide = torch.promote_types(weight.dtype, torch.float32)
             hidden_grad, weight_grad = torch.empty_like(hidden), torch.zeros_like(weight, dtype=wide)
             bias_grad = torch.zeros_like(bias, dtype=wide)
-        for part in chunks(len(hidden), len(bias), hidden.device, whole):
+        for part in chunks(len(hidden), head.part.widest, hidden.device, whole):
             losses, values, factor, gradient = measure(read_chunk(read[part]), part)
             loss += losses.double().sum()
             logged.append(values)
@@ -205,10 +229,11 @@ def cross_entropy(head: Head, read: Read, ids: Tensor, weight: Tensor) -> tuple[
     """
 
     def measure(z: Tensor, part: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        log_p, token, w = torch.log_softmax(z, -1, out=z), ids[part, None], weight[part].to(z.dtype)
-        losses = -log_p.gather(1, token)[:, 0]
+        log_p, w = log_softmax_(head.part, z), weight[part].to(z.dtype)
+        losses = -pick(head.part, log_p, ids[part])
         gradient = log_p.exp_()
-        gradient.scatter_add_(1, token, -torch.ones_like(losses)[:, None])
+        token, inside = own_ids(head.part, ids[part])
+        gradient.scatter_add_(1, token[:, None], -inside.to(z.dtype)[:, None])
         return losses * w, losses, w, gradient
 
     return _Loss.apply(read.hidden, head.weight, head.bias, head, read, measure, 1)
@@ -232,14 +257,17 @@ def divergence(
     scratch = Buffer()
 
     def measure(z: Tensor, part: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        p, log_q = target(part), torch.log_softmax(z, -1, out=z)
+        p, log_q = target(part), log_softmax_(head.part, z)
         # clamp and log together cost a fifth of xlogy, which no vector instruction does
         log_p = torch.clamp(p, min=torch.finfo(p.dtype).tiny, out=scratch(p, *p.shape)).log_()
         losses = log_p.sub_(log_q).mul_(p).sum(-1)
         gradient = log_q.exp_().sub_(p)
         w = weight[part].to(z.dtype)
-        if reweight is not None:
-            w = w * reweight(torch.linalg.vector_norm(gradient, dim=-1).square())
+        if reweight is None:
+            losses = total(head.part, losses)
+        else:
+            losses, distance = total(head.part, torch.stack([losses, torch.linalg.vector_norm(gradient, dim=-1).square()]))
+            w = w * reweight(distance)
         return losses * w, losses, w, gradient
 
     return _Loss.apply(read.hidden, head.weight, head.bias, head, read, measure, whole)

@@ -31,6 +31,12 @@ def channel_strength(t: Tensor) -> Tensor:
     return t / (1.0 - t) ** 2
 
 
+def channel_slope(t: Tensor) -> Tensor:
+    """dc / dt = (1 + t) / (1 - t)^3, zero beyond LAST_TIME, where c is constant."""
+    inside = t <= LAST_TIME
+    return inside * (1.0 + t) / (1.0 - t.clamp(max=LAST_TIME)) ** 3
+
+
 def noisy_state(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     """y_t = t x + (1 - t) n. x, noise: (B, L, d_c); t: (B,)."""
     t = t[:, None, None].to(x.dtype)

@@ -19,6 +19,7 @@ from megaflow.flow import clock as clocks
 from megaflow.flow.clock import Clock
 from megaflow.flow.code import Code
 from megaflow.flow.interpolant import snr_slope
+from megaflow.flow.vocabulary import look_up
 
 LARGEST_LAST_CE = 0.05
 """A bound whose last cross-entropy is larger has left its range before the tokens were resolved, and is refused."""
@@ -57,7 +58,7 @@ def integration_times(clock: Clock, span: Range, places: Tensor, total: int, off
 
 def prior_term(code: Code, ids: Tensor, span: Range) -> Tensor:
     """1/2 e^lambda_min leverage of each token: (…,) nats, what the state at lambda_min already tells."""
-    return 0.5 * math.exp(span.low) * code.leverage[ids]
+    return 0.5 * math.exp(span.low) * look_up(code.part, code.leverage, ids)
 
 
 @dataclass(frozen=True)

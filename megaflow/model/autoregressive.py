@@ -9,49 +9,58 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megaflow.flow.head import Head, Read
-from megaflow.model.text_dit import HEAD_STD, Shape, windows
+from megaflow.flow.vocabulary import Vocabulary, whole
+from megaflow.model.text_dit import HEAD_STD, Shape, real, windows
 from megaflow.model.trunk import Cache, Trunk
+from megaflow.parallel.collectives import copied_together, own
+from megaflow.parallel.cut import cut_of, draw, padded, parameter
+from megaflow.parallel.layers import embed
+from megaflow.parallel.mesh import ALONE, Axis
 
 
 class Autoregressive(nn.Module):
-    """ids (B, L) -> hidden (B, L, d), where hidden i has seen the tokens before i."""
+    """ids (B, L) -> hidden (B, L, d), where hidden i has seen the tokens before i. log_prior: of the entries of `part`, all if None."""
 
-    def __init__(self, shape: Shape, log_prior: Tensor, kernel: str) -> None:
+    def __init__(self, shape: Shape, log_prior: Tensor, kernel: str, part: Vocabulary | None = None, axis: Axis = ALONE) -> None:
         super().__init__()
-        self.log_prior = log_prior
-        self.table = nn.Parameter(torch.empty(shape.vocab, shape.belief_dim))
+        self.log_prior, self.axis = log_prior, axis
+        self.part = whole(shape.vocab) if part is None else part
+        rows = padded(0, shape.vocab, axis, shape.vocab_multiple)
+        self.table = parameter((shape.vocab, shape.belief_dim), rows)
         self.before = shape.window - 1
         self.widen = nn.Linear(shape.window * shape.belief_dim, shape.hidden, bias=False)
         self.start = nn.Parameter(torch.empty(shape.belief_dim))
-        self.trunk = Trunk(shape.layers, shape.hidden, shape.heads, shape.mlp_ratio, None, kernel)
-        self.weight = nn.Parameter(torch.empty(shape.vocab, shape.hidden))
-        self.bias = nn.Parameter(torch.empty(shape.vocab))
+        self.trunk = Trunk(shape.layers, shape.hidden, shape.heads, shape.mlp_ratio, None, kernel, axis)
+        self.weight = parameter((shape.vocab, shape.hidden), rows)
+        self.bias = parameter((shape.vocab,), rows)
 
     def initialize(self) -> None:
         """Draw the initial weights from torch's global generator."""
-        nn.init.normal_(self.table)
+        draw(self.table, 1.0)
         nn.init.normal_(self.start)
         nn.init.normal_(self.widen.weight, std=self.table.shape[1] ** -0.5)
         self.trunk.initialize()
-        nn.init.normal_(self.weight, std=HEAD_STD * self.weight.shape[1] ** -0.5)
+        draw(self.weight, HEAD_STD * self.weight.shape[1] ** -0.5)
         with torch.no_grad():
-            self.bias.copy_(self.log_prior)
+            real(self.bias, self.part).copy_(self.log_prior)
 
     def head(self) -> Head:
-        return Head(self.weight, self.bias, None, skip=False)
+        return Head(real(self.weight, self.part), real(self.bias, self.part), None, False, self.part)
 
     def forward(self, ids: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Padding follows the counted tokens of a row, so causality alone hides it; `lengths` is accepted for symmetry and unused."""
-        embedded = F.embedding(ids[:, :-1], self.table)
+        embedded = embed(ids[:, :-1], self.table, cut_of(self.table))
         first = self.start.expand(len(ids), 1, -1).to(embedded.dtype)
-        return self.trunk(self.widen(windows(torch.cat([first, embedded], 1), self.before, 0)), causal=True)
+        beside = own(windows(torch.cat([first, embedded], 1), self.before, 0), self.axis, 1)
+        (widen,) = copied_together([self.widen.weight], self.axis)
+        return self.trunk(F.linear(beside, widen), causal=True)
 
     def read(self, hidden: Tensor) -> Read:
         return Read(hidden.flatten(0, 1))
 
     def step(self, previous: Tensor | None, batch: int, cache: Cache) -> Tensor:
         """Hidden state (B, d) of the next position, given the token before it (B,), or None at the first."""
-        embedded = self.start.expand(batch, -1) if previous is None else F.embedding(previous, self.table)
+        embedded = self.start.expand(batch, -1) if previous is None else embed(previous, self.table, cut_of(self.table))
         recent = (
             F.pad(embedded[:, None], (0, 0, self.before, 0)) if cache.recent is None else torch.cat([cache.recent, embedded[:, None]], 1)
         )

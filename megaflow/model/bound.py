@@ -1,10 +1,13 @@
 """The likelihood bound of a network on rows of tokens: flow/likelihood.py with a Text-DiT put into it."""
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from megaflow.flow import clock as clocks
+from megaflow.flow import code as codes
 from megaflow.flow import head as heads
 from megaflow.flow import likelihood
 from megaflow.flow.clock import Clock
@@ -12,6 +15,7 @@ from megaflow.flow.code import lookup
 from megaflow.flow.head import Head, Read
 from megaflow.flow.interpolant import noisy_state, time_of
 from megaflow.flow.likelihood import Estimate
+from megaflow.flow.vocabulary import look_up
 from megaflow.model.parts import Parts
 from megaflow.model.text_dit import TextDiT
 from megaflow.parallel import random
@@ -65,7 +69,7 @@ def bound_of_rows(
         if progress is not None:
             progress.update(part.stop)
     first = (likelihood.prior_term(parts.code, ids, parts.span) * counted).sum(1).cpu().double()
-    unigram = -(parts.log_prior.to(ids.device)[ids].double() * counted).sum(1).cpu()
+    unigram = -(look_up(parts.code.part, parts.log_prior, ids).double() * counted).sum(1).cpu()
     tokens = counted.sum(1).cpu()
     ends = (last.sum() / tokens.sum()).item()
     told = 0.0 if log_length is None else -torch.from_numpy(log_length)[tokens]
@@ -77,14 +81,15 @@ def _integrands(
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """(cross-entropy, squared error) per token (B L,), of the network and of the channel alone, at the same noisy states."""
     code = parts.code.double() if double else parts.code
-    noise = random.normal(places.tolist(), (ids.shape[1], code.dim), seed, "bound noise", draw).to(ids.device)
+    shape, columns = (ids.shape[1], code.dim), codes.columns(code)
+    noise = random.normal(places.tolist(), shape, seed, "bound noise", draw, columns=columns).to(ids.device)
     times = times.to(ids.device)
     y = noisy_state(lookup(parts.code, ids), noise, times)
     hidden = network(y, times, lengths=lengths)
     wide = torch.float64 if double else y.dtype
     flat, s = y.to(wide).flatten(0, 1), times.to(wide)[:, None].expand(ids.shape).flatten()
-    ours = Head(network.weight, network.bias, code, network.skip)
-    channel = Head(network.weight.new_zeros(code.vocab, 1), parts.log_prior, code, True)
+    ours = replace(network.head(), code=code)
+    channel = Head(network.weight.new_zeros(code.part.here, 1), parts.log_prior, code, True, code.part)
     read = Read(hidden.flatten(0, 1), flat, s)
     without = Read(hidden.new_zeros(len(flat), 1), flat, s)
     return heads.denoising_error(ours, read, ids.flatten()), heads.denoising_error(channel, without, ids.flatten())

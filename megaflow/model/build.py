@@ -3,28 +3,60 @@
 import torch
 from torch import nn
 
-from megaflow.config.schema import Config, ModelConfig
+from megaflow.config.schema import Config
+from megaflow.flow.vocabulary import Vocabulary
+from megaflow.model import parts as made
 from megaflow.model.autoregressive import Autoregressive
 from megaflow.model.parts import Parts
 from megaflow.model.text_dit import Shape, TextDiT
+from megaflow.parallel import random
+from megaflow.parallel.cut import logical_shape
+from megaflow.parallel.mesh import ALONE, Axis
+from megaflow.parallel.vocabulary import entries
 
 
-def shape_of(model: ModelConfig, vocab: int) -> Shape:
-    return Shape(vocab, model.layers, model.hidden, model.heads, model.mlp_ratio, model.belief_dim, model.neighbors)
+def shape_of(config: Config, vocab: int) -> Shape:
+    model = config.model
+    sizes = model.layers, model.hidden, model.heads, model.mlp_ratio, model.belief_dim, model.neighbors
+    return Shape(vocab, *sizes, config.parallel.vocab_multiple)
 
 
-def flow_network(config: Config, parts: Parts, device: torch.device, is_map: bool = False) -> TextDiT:
-    """A Text-DiT with undrawn weights; a flow map if `is_map`. The config must be resolved."""
+def part_of(config: Config, vocab: int, axis: Axis) -> Vocabulary:
+    """The entries of the vocabulary that a tensor-parallel process holds."""
+    return Vocabulary(**entries(vocab, axis, config.parallel.vocab_multiple))
+
+
+def flow_network(config: Config, parts: Parts, device: torch.device, is_map: bool = False, axis: Axis = ALONE) -> TextDiT:
+    """A Text-DiT with undrawn weights, over an axis of tensor-parallel processes; a flow map if `is_map`. The config must be resolved.
+
+    parts: those of this process's part of the vocabulary, see `cut_parts`.
+    """
     reads = ("belief", "linear") if config.model.input == "both" else (config.model.input,)
-    shape = shape_of(config.model, parts.code.vocab)
+    shape = shape_of(config, parts.code.vocab)
     map_reads = config.distill.state_input if is_map else None
     skip, kernel = config.flow.skip == "on", config.model.attention
-    return TextDiT(shape, parts.code.to(device), parts.log_prior.to(device), parts.span, skip, reads, map_reads, kernel).to(device)
+    return TextDiT(shape, parts.code.to(device), parts.log_prior.to(device), parts.span, skip, reads, map_reads, kernel, axis).to(device)
 
 
-def autoregressive_network(config: Config, log_prior: torch.Tensor, device: torch.device) -> Autoregressive:
-    return Autoregressive(shape_of(config.model, len(log_prior)), log_prior.to(device), config.model.attention).to(device)
+def cut_parts(config: Config, parts: Parts, axis: Axis) -> Parts:
+    """Of the fixed parts of a flow, what a tensor-parallel process holds."""
+    return parts if axis.size == 1 else made.cut(parts, part_of(config, parts.code.vocab, axis))
+
+
+def autoregressive_network(config: Config, log_prior: torch.Tensor, device: torch.device, axis: Axis = ALONE) -> Autoregressive:
+    """The baseline with undrawn weights. log_prior: (V,) of the whole vocabulary."""
+    vocab = len(log_prior)
+    part = part_of(config, vocab, axis)
+    ours = log_prior[part.start : part.stop].to(device)
+    return Autoregressive(shape_of(config, vocab), ours, config.model.attention, part, axis).to(device)
+
+
+def draw(network: TextDiT | Autoregressive, seed: int) -> None:
+    """Draw the initial weights: the same logical tensors on any number of processes."""
+    torch.manual_seed(random.generator(seed, "weights").initial_seed())
+    network.initialize()
 
 
 def parameters(network: nn.Module) -> int:
-    return sum(p.numel() for p in network.parameters())
+    """How many numbers the logical network has."""
+    return sum(torch.Size(logical_shape(p)).numel() for p in network.parameters())

@@ -22,6 +22,7 @@ from megaflow.flow.clock import Clock
 from megaflow.flow.code import Code
 from megaflow.flow.interpolant import time_of
 from megaflow.flow.likelihood import Range, information_range
+from megaflow.flow.vocabulary import Vocabulary
 from megaflow.parallel import random
 
 FILE = "flow.safetensors"
@@ -91,8 +92,17 @@ def read(path: Path) -> Parts:
             meta, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except Exception as error:  # safetensors raises several unrelated classes
         raise UserError(f"{path}: cannot read the flow's code and prior ({error}); restore the file or start the run afresh") from None
-    code = Code(len(tensors["leverage"]), int(meta["dim"]), tensors.get("code"), tensors["leverage"])
+    code = codes.make(len(tensors["leverage"]), int(meta["dim"]), tensors.get("code"), tensors["leverage"])
     return Parts(code, tensors["log_prior"], Range(float(meta["low"]), float(meta["high"])))
+
+
+def to(parts: Parts, device: torch.device) -> Parts:
+    return Parts(parts.code.to(device), parts.log_prior.to(device), parts.span)
+
+
+def cut(parts: Parts, part: Vocabulary) -> Parts:
+    """Of whole parts, what belongs to a part of the vocabulary."""
+    return Parts(codes.cut(parts.code, part), parts.log_prior[part.start : part.stop], parts.span)
 
 
 def same(a: Parts, b: Parts) -> bool:

@@ -20,7 +20,11 @@ from megaflow.flow.code import Code
 from megaflow.flow.head import Head, Read
 from megaflow.flow.interpolant import LAST_TIME, channel_strength, log_snr
 from megaflow.flow.likelihood import Range
+from megaflow.flow.vocabulary import Vocabulary
 from megaflow.model.trunk import Trunk
+from megaflow.parallel.collectives import copied_together, own, scattered, summed
+from megaflow.parallel.cut import draw, padded, parameter
+from megaflow.parallel.mesh import ALONE, Axis
 
 CONDITION = 128
 FREQUENCIES = 16
@@ -31,7 +35,7 @@ HEAD_STD = 0.1
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a network: what its weights depend on."""
+    """Sizes of a network: what its weights depend on. vocab_multiple: every process holds a multiple of so many entries, with padding."""
 
     vocab: int
     layers: int
@@ -40,6 +44,7 @@ class Shape:
     mlp_ratio: int
     belief_dim: int
     neighbors: int = 0
+    vocab_multiple: int = 1
 
     @property
     def window(self) -> int:
@@ -85,7 +90,7 @@ class TimeEmbedding(nn.Module):
 
 
 class TextDiT(nn.Module):
-    """code, log_prior (V,) and span are fixed parts of the flow, kept in fp32 beside the weights.
+    """code, log_prior (V,) and span are fixed parts of the flow, kept in fp32 beside the weights; of a cut vocabulary, its part.
 
     reads: which of 'belief' and 'linear' (a linear reading of y) enter the trunk; map_reads: None for a plain flow, else what a
     flow map reads besides, times (t - s) / (1 - s) and therefore silent on the diagonal: 'linear', 'hot_belief' (where beliefs are
@@ -102,36 +107,42 @@ class TextDiT(nn.Module):
         reads: tuple[str, ...],
         map_reads: str | None,
         kernel: str,
+        axis: Axis = ALONE,
     ) -> None:
         super().__init__()
         self.code, self.log_prior, self.span, self.skip = code, log_prior, span, skip
-        self.reads, self.map_reads, self.neighbors = reads, map_reads, shape.neighbors
+        self.reads, self.map_reads, self.neighbors, self.axis = reads, map_reads, shape.neighbors, axis
+        rows = padded(0, shape.vocab, axis, shape.vocab_multiple)
+        dense = code.matrix is None
         self.table = self.widen = None
         if "belief" in reads:
-            self.table = nn.Parameter(torch.empty(shape.vocab, shape.belief_dim), requires_grad=map_reads is None)
-            self.widen = nn.Linear(shape.window * shape.belief_dim, shape.hidden, bias=False)
-        self.state = nn.Linear(code.dim, shape.hidden, bias=False) if "linear" in reads else None
-        self.map_state = nn.Linear(shape.window * code.dim, shape.hidden, bias=False) if map_reads == "linear" else None
-        self.map_widen = nn.Linear(shape.window * shape.belief_dim, shape.hidden, bias=False) if map_reads == "hot_belief" else None
+            self.table = parameter((shape.vocab, shape.belief_dim), rows).requires_grad_(map_reads is None)
+            self.widen = Reading(shape.window, shape.belief_dim, shape.hidden, axis, None)
+        multiple = shape.vocab_multiple if dense else None
+        self.state = Reading(1, code.dim, shape.hidden, axis, multiple) if "linear" in reads else None
+        self.map_state = Reading(shape.window, code.dim, shape.hidden, axis, multiple) if map_reads == "linear" else None
+        self.map_widen = Reading(shape.window, shape.belief_dim, shape.hidden, axis, None) if map_reads == "hot_belief" else None
         self.time = TimeEmbedding(span)
         self.map_time = TimeEmbedding(span) if map_reads is not None else None
-        self.trunk = Trunk(shape.layers, shape.hidden, shape.heads, shape.mlp_ratio, CONDITION, kernel)
-        self.weight = nn.Parameter(torch.empty(shape.vocab, shape.hidden))
-        self.bias = nn.Parameter(torch.empty(shape.vocab))
+        self.trunk = Trunk(shape.layers, shape.hidden, shape.heads, shape.mlp_ratio, CONDITION, kernel, axis)
+        self.weight = parameter((shape.vocab, shape.hidden), rows)
+        self.bias = parameter((shape.vocab,), rows)
 
     def initialize(self) -> None:
         """Draw the initial weights from torch's global generator."""
         if self.table is not None and self.widen is not None:
-            nn.init.normal_(self.table)
-            nn.init.normal_(self.widen.weight, std=self.table.shape[1] ** -0.5)
+            draw(self.table, 1.0)
+            draw(self.widen.weight, self.table.shape[1] ** -0.5)
         if self.state is not None:
-            nn.init.normal_(self.state.weight, std=self.code.dim**-0.5)
+            draw(self.state.weight, self.code.dim**-0.5)
         self.time.initialize(zero=False)
         self.trunk.initialize()
         self.initialize_map()
-        nn.init.normal_(self.weight, std=HEAD_STD * self.weight.shape[1] ** -0.5)
-        with torch.no_grad():
-            self.bias.copy_(self.log_prior if self.skip or self.reads != ("linear",) else torch.zeros_like(self.bias))
+        draw(self.weight, HEAD_STD * self.weight.shape[1] ** -0.5)
+        nn.init.zeros_(self.bias)
+        if self.skip or self.reads != ("linear",):
+            with torch.no_grad():
+                real(self.bias, self.code.part).copy_(self.log_prior)
 
     def initialize_map(self) -> None:
         """The parts that only a flow map has: zero, so that at first it is its teacher's denoiser at s."""
@@ -143,7 +154,8 @@ class TextDiT(nn.Module):
             nn.init.zeros_(self.map_widen.weight)
 
     def head(self) -> Head:
-        return Head(self.weight, self.bias, self.code, self.skip)
+        part = self.code.part
+        return Head(real(self.weight, part), real(self.bias, part), self.code, self.skip, part)
 
     def read(self, hidden: Tensor, y: Tensor, s: Tensor) -> Read:
         """Flat tokens for the head: hidden (B, L, d), state y (B, L, d_c) and the time s (B,) of the state."""
@@ -183,7 +195,7 @@ class TextDiT(nn.Module):
         belief = self.embed_belief(y, s)
         if t is None or self.map_widen is None:
             return Seen(belief, None)
-        gain = HOT_GAIN / self.code.leverage.mean().sqrt()
+        gain = torch.tensor(HOT_GAIN / math.sqrt(self.code.mean_leverage), dtype=y.dtype, device=y.device)
         moving = (t > s) & (channel_strength(s) < gain)
         hot = belief.clone()
         hot[moving] = self.embed_belief(y[moving], s[moving], gain)
@@ -194,10 +206,11 @@ class TextDiT(nn.Module):
         assert self.table is not None
         times = _per_token(s, y)
         gain = None if gain is None else gain.expand(len(times))
-        flat = belief_embedding(self.code, self.log_prior, y.flatten(0, 1), times, self.table, gain)
+        table = real(self.table, self.code.part)
+        flat = summed(belief_embedding(self.code, self.log_prior, y.flatten(0, 1), times, table, gain), self.axis)
         return flat.view(*y.shape[:2], flat.shape[-1])
 
-    def beside(self, x: Tensor | None, layer: nn.Linear, lengths: Tensor | None) -> Tensor:
+    def beside(self, x: Tensor | None, layer: "Reading", lengths: Tensor | None) -> Tensor:
         """Every position of x (B, L, d) beside its neighbours, in the precision of the layer that reads it."""
         assert x is not None
         return windows(x.to(layer.weight.dtype), self.neighbors, self.neighbors, lengths)
@@ -205,8 +218,34 @@ class TextDiT(nn.Module):
     def state_scale(self, s: Tensor) -> Tensor:
         """One over the known rms of y at time s, (B, 1, 1): sqrt((s^2 mean leverage + (1 - s)^2 d_c) / d_c), a frame's Gram being I."""
         s = s.double()[:, None, None]
-        mean_square = s**2 * self.code.leverage.double().mean() / self.code.dim + (1.0 - s) ** 2
+        mean_square = s**2 * self.code.mean_leverage / self.code.dim + (1.0 - s) ** 2
         return mean_square.rsqrt().to(self.code.leverage.dtype)
+
+
+class Reading(nn.Module):
+    """A linear layer into the stream, without bias: (B, L, window * inputs) to this process's positions (B, L/T, d).
+
+    vocab_multiple: of inputs that are the columns of a dense state, cut along the vocabulary; None where every process has all inputs.
+    """
+
+    def __init__(self, window: int, inputs: int, hidden: int, axis: Axis, vocab_multiple: int | None) -> None:
+        super().__init__()
+        self.axis, self.cut = axis, None if vocab_multiple is None else padded(1, window * inputs, axis, vocab_multiple, blocks=window)
+        self.weight = parameter((hidden, window * inputs), self.cut)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.cut is None:
+            (weight,) = copied_together([self.weight], self.axis)
+            return F.linear(own(x, self.axis, 1), weight)
+        weight = self.weight
+        if self.cut.real < self.cut.part:  # padding is no input
+            weight = weight.unflatten(1, (self.cut.blocks, self.cut.part))[:, :, : self.cut.real].flatten(1)
+        return scattered(F.linear(x, weight), self.axis, 1)
+
+
+def real(p: Tensor, part: Vocabulary) -> Tensor:
+    """A table's rows without the padding at its end."""
+    return p if len(p) == part.here else p[: part.here]
 
 
 def windows(x: Tensor, before: int, after: int, lengths: Tensor | None = None) -> Tensor:

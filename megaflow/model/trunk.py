@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megaflow.model.attention import attend
+from megaflow.parallel.collectives import copied_together, gathered
+from megaflow.parallel.layers import ColumnParallel, RowParallel
+from megaflow.parallel.mesh import ALONE, Axis
 
 RESIDUAL_SCALE = 0.3
 
@@ -56,15 +59,18 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """Attention and MLP, each on a normalised copy of the stream and added back to it."""
+    """Attention and MLP, each on a normalised copy of the stream and added back to it.
 
-    def __init__(self, hidden: int, heads: int, mlp_ratio: int, condition: int | None, kernel: str) -> None:
+    The stream holds a tensor-parallel process's own positions; attention sees all of them, for the process's own heads.
+    """
+
+    def __init__(self, hidden: int, heads: int, mlp_ratio: int, condition: int | None, kernel: str, axis: Axis = ALONE) -> None:
         super().__init__()
-        self.heads, self.kernel = heads, kernel
-        self.qkv = nn.Linear(hidden, 3 * hidden, bias=False)
-        self.out = nn.Linear(hidden, hidden, bias=False)
-        self.up = nn.Linear(hidden, mlp_ratio * hidden)
-        self.down = nn.Linear(mlp_ratio * hidden, hidden)
+        self.heads, self.head_dim, self.kernel, self.axis = heads // axis.size, hidden // heads, kernel, axis
+        self.qkv = ColumnParallel(hidden, 3 * hidden, axis, bias=False, blocks=3)
+        self.out = RowParallel(hidden, hidden, axis, bias=False)
+        self.up = ColumnParallel(hidden, mlp_ratio * hidden, axis, bias=True)
+        self.down = RowParallel(mlp_ratio * hidden, hidden, axis, bias=True)
         self.query_gain = nn.Parameter(torch.ones(hidden // heads))
         self.key_gain = nn.Parameter(torch.ones(hidden // heads))
         if condition is None:
@@ -74,16 +80,12 @@ class Block(nn.Module):
             self.modulation = nn.Linear(condition, 6 * hidden)
 
     def initialize(self) -> None:
-        for layer in (self.qkv, self.up):
-            nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
-        for layer in (self.out, self.down):
-            nn.init.normal_(layer.weight, std=RESIDUAL_SCALE * layer.in_features**-0.5)
-        nn.init.zeros_(self.up.bias)
-        nn.init.zeros_(self.down.bias)
+        for layer, spread in ((self.qkv, 1.0), (self.up, 1.0), (self.out, RESIDUAL_SCALE), (self.down, RESIDUAL_SCALE)):
+            layer.initialize(spread)
         if self.modulation is not None:
             nn.init.zeros_(self.modulation.weight)
             with torch.no_grad():  # shift 0, scale 0 (added to 1), gate 1
-                self.modulation.bias.copy_(torch.tensor([0.0, 0.0, 1.0]).repeat_interleave(self.out.in_features).repeat(2))
+                self.modulation.bias.copy_(torch.tensor([0.0, 0.0, 1.0]).repeat_interleave(self.out.inputs).repeat(2))
 
     def forward(
         self,
@@ -96,37 +98,50 @@ class Block(nn.Module):
         index: int,
     ) -> Tensor:
         shape = x.shape[-1:]
-        if self.modulation is not None:
-            shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition)[:, None].chunk(6, -1)
-            x = torch.addcmul(
-                x, gate1, self.attention(torch.addcmul(shift1, F.layer_norm(x, shape), 1 + scale1), angles, causal, keys, cache, index)
-            )
-            return torch.addcmul(x, gate2, self.mlp(torch.addcmul(shift2, F.layer_norm(x, shape), 1 + scale2)))
-        x = x + self.attention(F.layer_norm(x, shape, self.gains[0]), angles, causal, keys, cache, index)
-        return x + self.mlp(F.layer_norm(x, shape, self.gains[1]))
+        assert self.down.bias is not None
+        scales = self.gains if self.modulation is None else self.modulation(condition)
+        # these meet this process's positions or heads only
+        scales, bias, *gains = copied_together([scales, self.down.bias, self.query_gain, self.key_gain], self.axis)
+        seen = (angles, causal, keys, cache, index)
+        if self.modulation is None:
+            x = x + self.attention(F.layer_norm(x, shape, scales[0]), gains, *seen)
+            return x + self.mlp(F.layer_norm(x, shape, scales[1]), bias)
+        shift1, scale1, gate1, shift2, scale2, gate2 = scales[:, None].chunk(6, -1)
+        x = torch.addcmul(x, gate1, self.attention(torch.addcmul(shift1, F.layer_norm(x, shape), 1 + scale1), gains, *seen))
+        return torch.addcmul(x, gate2, self.mlp(torch.addcmul(shift2, F.layer_norm(x, shape), 1 + scale2), bias))
 
     def attention(
-        self, x: Tensor, angles: tuple[Tensor, Tensor], causal: bool, keys: Tensor | None, cache: Cache | None, index: int
+        self,
+        x: Tensor,
+        gains: list[Tensor],
+        angles: tuple[Tensor, Tensor],
+        causal: bool,
+        keys: Tensor | None,
+        cache: Cache | None,
+        index: int,
     ) -> Tensor:
-        batch, length, hidden = x.shape
-        q, k, v = self.qkv(x).view(batch, length, 3, self.heads, hidden // self.heads).permute(2, 0, 3, 1, 4)
-        q = rotate(F.rms_norm(q, q.shape[-1:], self.query_gain), *angles)
-        k = rotate(F.rms_norm(k, k.shape[-1:], self.key_gain), *angles)
+        qkv = self.qkv(x)
+        batch, length, _ = qkv.shape
+        q, k, v = qkv.view(batch, length, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        q = rotate(F.rms_norm(q, q.shape[-1:], gains[0]), *angles)
+        k = rotate(F.rms_norm(k, k.shape[-1:], gains[1]), *angles)
         if cache is not None:
             k, v = cache.extend(index, k, v)
-        return self.out(attend(self.kernel, q, k, v, causal, keys).transpose(1, 2).reshape(batch, length, hidden))
+        return self.out(attend(self.kernel, q, k, v, causal, keys).transpose(1, 2).reshape(batch, length, -1))
 
-    def mlp(self, x: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x), approximate="tanh"))
+    def mlp(self, x: Tensor, bias: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x), approximate="tanh"), bias)
 
 
 class Trunk(nn.Module):
-    """layers blocks and a last norm: (B, L, d) and a condition (B, c) or None to hidden states (B, L, d)."""
+    """layers blocks and a last norm: a process's positions (B, L/T, d) and a condition (B, c) or None to all hidden states (B, L, d)."""
 
-    def __init__(self, layers: int, hidden: int, heads: int, mlp_ratio: int, condition: int | None, kernel: str) -> None:
+    def __init__(
+        self, layers: int, hidden: int, heads: int, mlp_ratio: int, condition: int | None, kernel: str, axis: Axis = ALONE
+    ) -> None:
         super().__init__()
-        self.head_dim = hidden // heads
-        self.blocks = nn.ModuleList(Block(hidden, heads, mlp_ratio, condition, kernel) for _ in range(layers))
+        self.head_dim, self.axis = hidden // heads, axis
+        self.blocks = nn.ModuleList(Block(hidden, heads, mlp_ratio, condition, kernel, axis) for _ in range(layers))
         self.last_modulation = None if condition is None else nn.Linear(condition, 2 * hidden)
         self.last_gain = nn.Parameter(torch.ones(hidden)) if condition is None else None
 
@@ -141,12 +156,15 @@ class Trunk(nn.Module):
         self, x: Tensor, condition: Tensor | None = None, causal: bool = False, lengths: Tensor | None = None, cache: Cache | None = None
     ) -> Tensor:
         """lengths: (B,) tokens that may be seen in each row, None where all are. With a cache, x holds the positions after it."""
-        start = 0 if cache is None else cache.length
-        angles = rotary(start, x.shape[1], self.head_dim, x.device)
-        keys = None if lengths is None else torch.arange(x.shape[1], device=x.device) < lengths[:, None]
+        start, length = 0 if cache is None else cache.length, x.shape[1] * self.axis.size
+        angles = rotary(start, length, self.head_dim, x.device)
+        keys = None if lengths is None else torch.arange(length, device=x.device) < lengths[:, None]
         for index, block in enumerate(self.blocks):
             x = block(x, condition, angles, causal, keys, cache, index)
+        last = self.last_gain if self.last_modulation is None else self.last_modulation(condition)
+        assert last is not None
+        (scales,) = copied_together([last], self.axis)
         if self.last_modulation is None:
-            return F.layer_norm(x, x.shape[-1:], self.last_gain)
-        shift, scale = self.last_modulation(condition)[:, None].chunk(2, -1)
-        return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:]), 1 + scale)
+            return gathered(F.layer_norm(x, x.shape[-1:], scales), self.axis, 1)
+        shift, scale = scales[:, None].chunk(2, -1)
+        return gathered(torch.addcmul(shift, F.layer_norm(x, x.shape[-1:]), 1 + scale), self.axis, 1)

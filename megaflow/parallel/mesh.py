@@ -1,38 +1,74 @@
-"""The mesh: the only source of ranks, sizes and devices.
+"""The mesh: the only source of ranks, groups, sizes and devices.
 
-One process needs no launcher, no port and no network; under torchrun every process joins the group that the launcher describes.
+Processes stand on a grid of data x tensor: those that differ in `tensor` hold the parts of one network and see the same rows, those
+that differ in `data` hold the same part and see other rows. Neighbours in rank are tensor-parallel, since these talk most. One process
+needs no launcher, no port and no network; under torchrun every process joins the group that the launcher describes.
 """
 
 import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megaflow.errors import UserError
+
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Mesh:
-    """rank and size of the data-parallel processes, and this process's device."""
+class Axis:
+    """The processes that differ in one direction of the mesh only: this one's rank among them, how many, and their group."""
 
-    rank: int
-    size: int
+    rank: int = 0
+    size: int = 1
+    group: dist.ProcessGroup | None = None
+
+
+ALONE = Axis()
+"""The axis of a process that shares nothing with others."""
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """world: all processes; tensor: those with the other parts of this one's network; data: those with the same part and other rows."""
+
+    world: Axis
+    tensor: Axis
+    data: Axis
     device: torch.device
 
     @property
     def first(self) -> bool:
-        """True on the one process that writes files and speaks to the console."""
-        return self.rank == 0
+        """True on the one process that writes a run's files and speaks to the console."""
+        return self.world.rank == 0
+
+
+def processes() -> int:
+    """How many processes the launcher has started."""
+    return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
+
+
+def check(tensor: int, total: int) -> None:
+    """Refuse a number of processes that no mesh can be made of. Raises UserError."""
+    if total % tensor:
+        raise UserError(
+            f"parallel.tensor={tensor} does not divide {total} processes: every network needs {tensor} of them; "
+            f"start a multiple of {tensor}, or change parallel.tensor"
+        )
 
 
 @contextlib.contextmanager
-def join() -> Iterator[Mesh]:
-    """Join the process group (gloo on CPUs, NCCL on GPUs) and leave it at the end."""
+def join(tensor: int = 1) -> Iterator[Mesh]:
+    """Join the process group (gloo on CPUs, NCCL on GPUs) as a mesh with `tensor` processes a network, and leave it at the end.
+
+    Raises UserError where the number of processes is not a multiple of `tensor`.
+    """
+    check(tensor, processes())
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
@@ -43,35 +79,52 @@ def join() -> Iterator[Mesh]:
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
-        yield Mesh(dist.get_rank(), dist.get_world_size(), device)
+        yield grid(tensor, device)
     finally:
         dist.destroy_process_group()
 
 
-def total(mesh: Mesh, value: Tensor) -> Tensor:
-    """Sum of a tensor over all processes; the tensor itself with one process."""
-    if mesh.size == 1:
+def grid(tensor: int, device: torch.device) -> Mesh:
+    """The mesh over a process group that is there. Every process makes every group, in the same order, as torch asks."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    rows = [list(range(start, start + tensor)) for start in range(0, size, tensor)]
+    columns = [list(range(offset, size, tensor)) for offset in range(tensor)]
+    return Mesh(Axis(rank, size, dist.group.WORLD), _axis(rows, rank), _axis(columns, rank), device)
+
+
+def _axis(lines: list[list[int]], rank: int) -> Axis:
+    groups = [dist.new_group(line) for line in lines]
+    return next(Axis(line.index(rank), len(line), group) for line, group in zip(lines, groups, strict=True) if rank in line)
+
+
+def total(axis: Axis, value: Tensor, device: torch.device) -> Tensor:
+    """Sum of a tensor over an axis, where it lay; the tensor itself with one process. Without derivatives."""
+    if axis.size == 1:
         return value
-    moved = value.to(mesh.device, copy=True)
-    dist.all_reduce(moved)
+    moved = value.to(device, copy=True)
+    dist.all_reduce(moved, group=axis.group)
     return moved.to(value.device)
-
-
-def agree(mesh: Mesh, flag: bool) -> bool:
-    """True on every process if it is true on any."""
-    return bool(total(mesh, torch.tensor(float(flag))).item() > 0)
 
 
 def shared(mesh: Mesh, value: T) -> T:
     """The first process's value, on every process."""
-    if mesh.size == 1:
+    if mesh.world.size == 1:
         return value
     box = [value]
     dist.broadcast_object_list(box, src=0, device=mesh.device if mesh.device.type == "cuda" else None)
     return box[0]
 
 
+def exchanged(mesh: Mesh, value: T) -> list[T]:
+    """Every process's value, by rank, on every process."""
+    if mesh.world.size == 1:
+        return [value]
+    found: list[Any] = [None] * mesh.world.size
+    dist.all_gather_object(found, value)
+    return found
+
+
 def barrier(mesh: Mesh) -> None:
     """Wait for every process."""
-    if mesh.size > 1:
+    if mesh.world.size > 1:
         dist.barrier()

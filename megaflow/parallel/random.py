@@ -27,9 +27,12 @@ def permutation(total: int, seed: int, purpose: str, *numbers: int) -> Tensor:
     return torch.randperm(total, generator=generator(seed, purpose, *numbers))
 
 
-def normal(places: Sequence[int], shape: tuple[int, ...], seed: int, purpose: str, *numbers: int) -> Tensor:
-    """Standard normal draws (len(places), *shape), each row a function of its own place."""
-    out = torch.empty(len(places), *shape)
+def normal(places: Sequence[int], shape: tuple[int, ...], seed: int, purpose: str, *numbers: int, columns: slice = slice(None)) -> Tensor:
+    """Standard normal draws (len(places), *shape), each row a function of its own place; of its last dimension the `columns`."""
+    width = len(range(*columns.indices(shape[-1])))
+    out, draw = torch.empty(len(places), *shape[:-1], width), torch.empty(shape)
     for row, place in enumerate(places):
-        torch.randn(shape, generator=generator(seed, purpose, *numbers, place), out=out[row])
+        torch.randn(shape, generator=generator(seed, purpose, *numbers, place), out=draw if width < shape[-1] else out[row])
+        if width < shape[-1]:
+            out[row] = draw[..., columns]
     return out

@@ -1,12 +1,10 @@
 """Exponential moving averages of weights, by name, in fp32: what is evaluated and distilled."""
 
-import contextlib
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor, nn
 
 from megaflow.errors import UserError
+from megaflow.parallel.cut import put
 
 
 def decay(largest: float, step: int) -> float:
@@ -15,29 +13,16 @@ def decay(largest: float, step: int) -> float:
 
 
 @torch.no_grad()
-def update(average: dict[str, Tensor], weights: dict[str, Tensor], rate: float) -> None:
-    """average <- rate average + (1 - rate) weights, in place."""
-    torch._foreach_lerp_([average[name] for name in weights], list(weights.values()), 1.0 - rate)
+def load(network: nn.Module, weights: dict[str, Tensor], partial: bool = False) -> None:
+    """Copy logical weights into a network by name, or its parts of them, converting to its precision.
 
-
-@contextlib.contextmanager
-def in_place(network: nn.Module, average: dict[str, Tensor]) -> Iterator[None]:
-    """The network with its averaged weights, for the time of the block."""
-    own = {name: p.detach().clone() for name, p in network.named_parameters()}
-    load(network, average)
-    try:
-        yield
-    finally:
-        load(network, own)
-
-
-@torch.no_grad()
-def load(network: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Copy weights into a network by name, converting to its precision. Raises UserError where a name is missing."""
+    Raises UserError where a name is missing, unless `partial` leaves such weights as they are.
+    """
     missing = [name for name, _ in network.named_parameters() if name not in weights]
-    if missing:
+    if missing and not partial:
         raise UserError(
             f"the checkpoint has no weights for {', '.join(missing[:3])}: another version of megaflow has written it; train anew"
         )
     for name, p in network.named_parameters():
-        p.copy_(weights[name])
+        if name in weights:
+            put(p, weights[name])

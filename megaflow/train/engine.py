@@ -1,14 +1,17 @@
-"""DeepSpeed's engine from a config, and logical weights, averages and moments out of it and into it again.
+"""DeepSpeed's engine from a config, and what each process holds of the logical weights, averages and moments.
 
-DeepSpeed is the engine in every case, one process on a CPU included. What is kept of it is what no layout owns: for every parameter
-name the full fp32 weight, its moving average and the optimizer's moments. They go into checkpoints and come back under any ZeRO stage
-and any number of data-parallel processes.
+DeepSpeed is the engine in every case, one process on a CPU included. Under every ZeRO stage an optimizer moves flat fp32 tensors: the
+parameters themselves, their fp32 copies, or slices of all parameters laid end to end. `held` says which elements of which parameter lie
+where in them; the moving average and the moments lie beside the weights in the optimizer's state. Saving, restoring and averaging are
+local copies by this map, whatever the layout, and ask nothing of other processes.
 """
 
+import contextlib
 import logging
 import os
 import warnings
-from functools import partial
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,13 +19,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megaflow.config.schema import Config, OptimConfig
-from megaflow.parallel.mesh import Mesh
-from megaflow.train import ema
-from megaflow.train.optimizer import Piece, Together, make
+from megaflow.parallel.boxes import Box
+from megaflow.parallel.cut import Cut, cut_of, logical_boxes
+from megaflow.parallel.mesh import Axis, Mesh
+from megaflow.train.optimizer import Matrix, Muon, Together, make
 
 ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
 MUON_MOMENTS = ("momentum_buffer",)
-MOMENTS = (*ADAM_MOMENTS, *MUON_MOMENTS)
+AVERAGE = "average"
 
 
 def quiet_deepspeed() -> Any:
@@ -30,6 +34,7 @@ def quiet_deepspeed() -> Any:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     warnings.filterwarnings("ignore", module="deepspeed")
+    warnings.filterwarnings("ignore", message=".*torch.distributed.*deprecated", category=FutureWarning)  # names that DeepSpeed calls by
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     import deepspeed
     from deepspeed.ops import __compatible_ops__
@@ -40,43 +45,86 @@ def quiet_deepspeed() -> Any:
 
 
 class Trainee(nn.Module):
-    """The network as DeepSpeed sees it: a module whose forward pass is the stage's loss."""
+    """The network as DeepSpeed sees it. Whatever reads its weights runs inside its forward pass, where ZeRO 3 has them at hand."""
 
-    def __init__(self, network: nn.Module, loss: Any) -> None:
+    def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
-        self.loss = loss
 
-    def forward(self, batch: Any) -> tuple[Tensor, Tensor]:
-        return self.loss(batch)
+    def forward(self, function: Callable, *arguments: Any) -> Any:
+        return function(*arguments)
 
 
-def start(trainee: Trainee, config: Config, mesh: Mesh, micro: int, accumulation: int) -> Any:
-    """A DeepSpeed engine over the trainee, with optimizer, clipping, ZeRO and precision as configured."""
+class Mpu:
+    """The mesh in the words that DeepSpeed asks in."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self.mesh = mesh
+        ranks = torch.arange(mesh.world.size).view(-1, mesh.tensor.size)
+        self.data_ranks = ranks[:, mesh.tensor.rank].tolist()
+        self.tensor_source = ranks[mesh.data.rank, 0].item()
+
+    def get_data_parallel_group(self) -> Any:
+        return self.mesh.data.group
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        return self.data_ranks
+
+    def get_data_parallel_rank(self) -> int:
+        return self.mesh.data.rank
+
+    def get_data_parallel_world_size(self) -> int:
+        return self.mesh.data.size
+
+    def get_tensor_model_parallel_group(self) -> Any:
+        return self.mesh.tensor.group
+
+    def get_tensor_model_parallel_rank(self) -> int:
+        return self.mesh.tensor.rank
+
+    def get_tensor_model_parallel_world_size(self) -> int:
+        return self.mesh.tensor.size
+
+    def get_tensor_model_parallel_src_rank(self) -> int:
+        return int(self.tensor_source)
+
+    get_model_parallel_group = get_tensor_model_parallel_group
+    get_model_parallel_rank = get_tensor_model_parallel_rank
+    get_model_parallel_world_size = get_tensor_model_parallel_world_size
+
+
+def start(network: nn.Module, config: Config, mesh: Mesh, micro: int, accumulation: int) -> Any:
+    """A DeepSpeed engine over a network, with optimizer, clipping, ZeRO, offload and precision as configured."""
     deepspeed = quiet_deepspeed()
-    optimizer = make(trainee, config.optim, torch.bfloat16 if config.train.precision == "bf16" else torch.float32)
+    half = config.train.precision == "bf16"
+    trainee = Trainee(network)
+    optimizer = make(trainee, config.optim, mesh, torch.bfloat16 if half else torch.float32)
+    zero: dict[str, Any] = {"stage": config.parallel.zero, "overlap_comm": mesh.device.type == "cuda"}
+    if config.parallel.offload == "optimizer":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": mesh.device.type == "cuda"}
     settings = {
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": accumulation,
-        "train_batch_size": micro * accumulation * mesh.size,
+        "train_batch_size": micro * accumulation * mesh.data.size,
         "gradient_clipping": config.optim.clip_norm,
-        "zero_optimization": {"stage": config.parallel.zero},
+        "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
-        "bf16": {"enabled": config.train.precision == "bf16"},
+        "zero_force_ds_cpu_optimizer": False,
+        "communication_data_type": "fp32",
+        "bf16": {"enabled": half},
         "steps_per_print": 2**62,
     }
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it even where there is one process
     deepspeed.init_distributed("nccl" if mesh.device.type == "cuda" else "gloo", verbose=False, dist_init_required=False)
     deepspeed.utils.groups._WORLD_GROUP = None  # it keeps its clone of the group that an earlier run in this process has left
-    frozen = {name: p.detach().clone() for name, p in trainee.network.named_parameters() if not p.requires_grad}
-    engine, *_ = deepspeed.initialize(model=trainee, optimizer=optimizer, config=settings)
+    frozen = {name: p.detach().clone() for name, p in network.named_parameters() if not p.requires_grad}
+    engine, *_ = deepspeed.initialize(model=trainee, optimizer=optimizer, config=settings, mpu=Mpu(mesh))
     engine.frozen = frozen  # DeepSpeed rounds them to bf16 with the others, and keeps no fp32 of what it does not train
-    if _sharded(engine):
-        _make_optimizer_states(engine)
-        if isinstance(optimizer, Together):
-            _slice_muon(engine, optimizer)
-    elif _wrapped(engine):
-        _undo_first_step(engine)
+    engine.mesh = mesh
+    _make_states(engine)
+    engine.held = _held(engine)
+    if isinstance(optimizer, Together):
+        optimizer.muon.matrices = _matrices(engine, optimizer.muon)
     return engine
 
 
@@ -100,112 +148,199 @@ def set_learning_rate(engine: Any, rate: float) -> None:
 
 
 def step(engine: Any) -> float:
-    """Take the optimizer step of an accumulated gradient; returns the gradient's norm before clipping.
+    """Take the optimizer step of an accumulated gradient; returns the whole gradient's norm before clipping.
 
     Under ZeRO 0 in fp32 DeepSpeed reports no norm, and the gradients, already summed over all processes, are at hand.
     """
     norm: float | None = None
     if not _wrapped(engine):
-        norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None]).item()
+        norm = _norm(engine)
     engine.step()
     return float(engine.get_global_grad_norm()) if norm is None else norm
 
 
-def weights(engine: Any) -> dict[str, Tensor]:
-    """Full fp32 weight of every parameter, frozen ones included, by name. A collective call where ZeRO shards."""
-    full = _named(engine)
-    if all(p.dtype == torch.float32 for p in full.values()):
-        return {name: p.detach() for name, p in full.items()}
-    fetch = _gather if _sharded(engine) else _masters(engine).__getitem__
-    return {name: fetch(p).detach() if p.requires_grad else engine.frozen[name] for name, p in full.items()}
+def _norm(engine: Any) -> float:
+    tensor: Axis = engine.mesh.tensor
+    counted = [p.grad for p in engine.module.parameters() if p.grad is not None and (tensor.rank == 0 or cut_of(p) is not None)]
+    if tensor.size == 1:
+        return torch.nn.utils.get_total_norm(counted).item()
+    square = sum((g.double().square().sum() for g in counted), torch.zeros((), dtype=torch.float64, device=engine.mesh.device))
+    dist.all_reduce(square, group=tensor.group)
+    return square.sqrt().item()
 
 
-def moments(engine: Any) -> dict[str, Tensor]:
-    """The optimizer's moments, as 'exp_avg.NAME', 'momentum_buffer.NAME', …, full and fp32. A collective call where ZeRO shards."""
-    found: dict[str, Tensor] = {}
-    kinds, masters = (_kinds(engine), {}) if _sharded(engine) else ({}, _masters(engine))
-    for name, p in _named(engine).items():
+@dataclass(frozen=True)
+class Held:
+    """What this process holds of a parameter: `count` elements from `first` on of its part of the logical tensor, flattened.
+
+    They lie in `flat`, a tensor that the optimizer moves, from `at` on. shape: of this process's part; cut: how that is cut out.
+    """
+
+    name: str
+    shape: torch.Size
+    cut: Cut | None
+    first: int
+    count: int
+    flat: Tensor
+    at: int
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The elements that are here, of `flat` or of a state that is as long: a view."""
+        return tensor.view(-1)[self.at : self.at + self.count]
+
+
+def _held(engine: Any) -> list[Held]:
+    """In the order of the parameters; of ones that others hold alone, with a count of 0."""
+    found = []
+    masters = {} if _sharded(engine) else _masters(engine)
+    for name, p in named(engine).items():
         if not p.requires_grad:
             continue
-        if _sharded(engine):
-            found |= {f"{key}.{name}": _gather(p, key) for key in kinds[p]}
+        shape = torch.Size(getattr(p, "ds_shape", p.shape))
+        if masters:
+            place = masters[p], 0, 0, shape.numel()
+        elif hasattr(p, "ds_id"):
+            index, at, size = engine.optimizer.grad_position[engine.optimizer.get_param_id(p)]
+            first = min(engine.mesh.data.rank * size, shape.numel())
+            place = engine.optimizer.fp32_partitioned_groups_flat[index], at, first, min(size, shape.numel() - first)
+        elif p._hp_mapping is not None:
+            inside, flat = p._hp_mapping.lp_fragment_address, p._hp_mapping.hp_fragment_address
+            index = next(i for i, group in enumerate(engine.optimizer.bit16_groups) if any(q is p for q in group))
+            place = engine.optimizer.single_partition_of_fp32_groups[index], flat.start, inside.start, inside.numel
         else:
-            found |= {f"{key}.{name}": value for key, value in engine.optimizer.state[masters[p]].items() if key != "step"}
+            index = next(i for i, group in enumerate(engine.optimizer.bit16_groups) if any(q is p for q in group))
+            place = engine.optimizer.single_partition_of_fp32_groups[index], 0, 0, 0
+        tensor, at, first, count = place
+        found.append(Held(name, shape, cut_of(p), first, count, tensor, at))
     return found
 
 
-@torch.no_grad()
-def restore(engine: Any, weight: dict[str, Tensor], moment: dict[str, Tensor], steps: int) -> None:
-    """Put logical weights and moments, as taken by `weights` and `moments` after `steps` steps, into an engine of any layout."""
-    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+def states(engine: Any) -> Iterator[tuple[str, Tensor, Held]]:
+    """('weights/NAME', 'averaged/NAME', 'moments/exp_avg.NAME', …; the elements that this process holds, flat fp32 views; where)."""
+    for held in engine.held:
+        yield f"weights/{held.name}", held.of(held.flat.detach()), held
+        for key, value in engine.optimizer.state[held.flat].items():
+            if key == AVERAGE:
+                yield f"averaged/{held.name}", held.of(value), held
+            elif key != "step":
+                yield f"moments/{key}.{held.name}", held.of(value), held
 
-    masters = {} if _sharded(engine) else _masters(engine)
-    if _sharded(engine):
-        _set_steps(engine, steps)
-    for name, p in _named(engine).items():
-        p.copy_(weight[name])
+
+def frozen(engine: Any) -> Iterator[tuple[str, Tensor, Cut | None]]:
+    """What is not trained, as weight and as average: full fp32 of this process's part."""
+    for name, p in named(engine).items():
         if not p.requires_grad:
-            engine.frozen[name] = weight[name].to(p.device)
+            for kind in ("weights", "averaged"):
+                yield f"{kind}/{name}", engine.frozen[name], cut_of(p)
+
+
+def pieces(engine: Any) -> Iterator[tuple[str, tuple[int, ...], Box, Tensor]]:
+    """What this process writes of the logical tensors: (name, logical shape, box, its elements). Together all write each element once."""
+    mesh: Mesh = engine.mesh
+    alone = not _sharded(engine)  # every data-parallel process holds the same: they take turns
+    for index, (name, value, held) in enumerate(states(engine)):
+        if held.cut is None and mesh.tensor.rank or alone and index % mesh.data.size != mesh.data.rank:
             continue
-        values = {key: moment[f"{key}.{name}"].to(p.device) for key in MOMENTS if f"{key}.{name}" in moment}
-        if _sharded(engine):
-            safe_set_full_fp32_param(p, weight[name].to(p.device))
-            for key, value in values.items():
-                safe_set_full_optimizer_state(p, value, key)
-        else:
-            master = masters[p]
-            master.copy_(weight[name])
-            state = engine.optimizer.state[master]
-            state |= {key: value.clone() for key, value in values.items()}
-            if "exp_avg" in values:
-                state["step"] = torch.tensor(float(steps))
+        yield from _boxed(name, value, held.shape, held.cut, held.first)
+    for index, (name, value, cut) in enumerate(frozen(engine)):
+        if not (cut is None and mesh.tensor.rank) and index % mesh.data.size == mesh.data.rank:
+            yield from _boxed(name, value.reshape(-1), value.shape, cut, 0)
 
 
-class Average:
-    """The moving average of an engine's weights. Under ZeRO each process keeps that of its slices only, beside the optimizer's moments."""
-
-    def __init__(self, engine: Any) -> None:
-        """Starts as the weights of an engine that was just started; it has made the averages of its slices, if any, itself."""
-        self.engine = engine
-        self.whole = None if _sharded(engine) else {name: weight.clone() for name, weight in weights(engine).items()}
-
-    def update(self, rate: float) -> None:
-        """Follow the weights of another step; nothing is gathered."""
-        if self.whole is not None:
-            ema.update(self.whole, weights(self.engine), rate)
-            return
-        slices = {str(index): flat for index, flat in enumerate(_slices(self.engine))}
-        ema.update({index: self.engine.optimizer.state[flat]["average"] for index, flat in slices.items()}, slices, rate)
-
-    def weights(self) -> dict[str, Tensor]:
-        """Full and fp32, by name, frozen parameters as they are. A collective call where ZeRO shards."""
-        if self.whole is not None:
-            return self.whole
-        frozen = self.engine.frozen
-        return {name: _gather(p, "average") if p.requires_grad else frozen[name] for name, p in _named(self.engine).items()}
-
-    def restore(self, values: dict[str, Tensor]) -> None:
-        """Go on from what `weights` gave, under any layout."""
-        from deepspeed.utils import safe_set_full_optimizer_state
-
-        moved = {name: values[name].to(p.device) for name, p in _named(self.engine).items()}
-        if self.whole is not None:
-            self.whole = moved
-            return
-        for name, p in _named(self.engine).items():
-            if p.requires_grad:
-                safe_set_full_optimizer_state(p, moved[name], "average")
+def _boxed(name: str, value: Tensor, shape: torch.Size, cut: Cut | None, first: int) -> Iterator[tuple[str, tuple[int, ...], Box, Tensor]]:
+    logical = tuple(shape) if cut is None else cut.logical(shape)
+    for here, there in logical_boxes(shape, first, first + len(value), cut):
+        yield name, logical, there, here.of(value, first, shape)
 
 
-def _gather(p: nn.Parameter, key: str | None = None) -> Tensor:
-    """A sharded parameter's full fp32 weight, or what the optimizer keeps of it by this name. A collective call."""
-    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+@torch.no_grad()
+def restore(engine: Any, read: Callable[[str, Box], Tensor], steps: int) -> None:
+    """Put logical weights, averages and moments, as they were after `steps` steps, into an engine of any layout.
 
-    return (safe_get_full_fp32_param(p) if key is None else safe_get_full_optimizer_state(p, key)).view_as(p)
+    read(name, box): the elements of a box of a logical tensor.
+    """
+    for name, value, held in states(engine):
+        for here, there in logical_boxes(held.shape, held.first, held.first + held.count, held.cut):
+            here.of(value, held.first, held.shape).copy_(read(name, there))
+    for name, value, cut in frozen(engine):
+        for here, there in logical_boxes(value.shape, 0, value.numel(), cut):
+            here.of(value.view(-1), 0, value.shape).copy_(read(name, there))
+    for name, p in named(engine).items():
+        if not p.requires_grad:
+            with _gathered(p):
+                p.copy_(engine.frozen[name])
+    for flat in _flats(engine):
+        if "step" in engine.optimizer.state[flat]:
+            engine.optimizer.state[flat]["step"].fill_(float(steps))
+    _spread(engine)
 
 
-def _slices(engine: Any) -> list[Tensor]:
-    """The flat fp32 weights that this process holds of a sharded engine, one tensor for each of the optimizer's groups."""
+def _gathered(p: nn.Parameter) -> contextlib.AbstractContextManager:
+    """A block in which a parameter may be written, whether ZeRO 3 has scattered it or not."""
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters([p], modifier_rank=0) if hasattr(p, "ds_id") else contextlib.nullcontext()
+
+
+@torch.no_grad()
+def update_average(engine: Any, rate: float) -> None:
+    """average <- rate average + (1 - rate) weights, of what this process holds; nothing is gathered."""
+    flats = _flats(engine)
+    torch._foreach_lerp_([engine.optimizer.state[flat][AVERAGE] for flat in flats], [flat.detach() for flat in flats], 1.0 - rate)
+
+
+@contextlib.contextmanager
+def averaged(engine: Any) -> Iterator[None]:
+    """The network with its averaged weights, for the time of the block. A collective call where ZeRO shards."""
+    _exchange(engine)
+    try:
+        yield
+    finally:
+        _exchange(engine)
+
+
+@torch.no_grad()
+def _exchange(engine: Any) -> None:
+    """Weights and averages change places, to the last bit, and the network follows."""
+    for flat in _flats(engine):
+        average = engine.optimizer.state[flat][AVERAGE]
+        weight = flat.detach().clone()
+        flat.detach().copy_(average)
+        average.copy_(weight)
+    _spread(engine)
+
+
+@torch.no_grad()
+def _spread(engine: Any) -> None:
+    """Have the network's own weights follow the flat fp32 ones."""
+    optimizer = engine.optimizer
+    if not _wrapped(engine):
+        return
+    if not _sharded(engine):
+        for p, master in _masters(engine).items():
+            p.copy_(master)
+    elif hasattr(optimizer, "fp32_partitioned_groups_flat"):
+        for index in range(len(optimizer.fp32_partitioned_groups_flat)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(index)
+        if optimizer.persistent_parameters:
+            optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+    else:
+        optimizer.update_lp_params()
+
+
+def finite(engine: Any) -> bool:
+    """Whether all weights that this process holds are numbers."""
+    return all(bool(flat.detach().isfinite().all()) for flat in _flats(engine))
+
+
+def named(engine: Any) -> dict[str, Any]:
+    return {name.removeprefix("network."): p for name, p in engine.module.named_parameters()}
+
+
+def _flats(engine: Any) -> list[Tensor]:
+    """The fp32 tensors that this process's optimizer moves."""
+    if hasattr(engine.optimizer, "fp32_partitioned_groups_flat"):
+        return list(engine.optimizer.fp32_partitioned_groups_flat)
     return [flat for group in engine.optimizer.param_groups for flat in group["params"]]
 
 
@@ -215,10 +350,6 @@ def _masters(engine: Any) -> dict[nn.Parameter, Tensor]:
         return {p: p for p in engine.module.parameters() if p.requires_grad}
     both = zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups, strict=True)  # "fp16" is any half precision
     return {p: full for half, masters in both for p, full in zip(half, masters, strict=True)}
-
-
-def _named(engine: Any) -> dict[str, nn.Parameter]:
-    return {name.removeprefix("network."): p for name, p in engine.module.named_parameters()}
 
 
 def _wrapped(engine: Any) -> bool:
@@ -232,56 +363,39 @@ def _sharded(engine: Any) -> bool:
 
 
 @torch.no_grad()
-def _undo_first_step(engine: Any) -> None:
-    """DeepSpeed's unsharded bf16 optimizer makes its state by a step without gradients, which counts as one and decays the weights."""
-    engine.optimizer.state.clear()
-    for p, master in _masters(engine).items():
-        master.copy_(p)
+def _make_states(engine: Any) -> None:
+    """Optimizers make their state at their first step; made now, there is something to restore into, and a place for the average.
 
-
-def _make_optimizer_states(engine: Any) -> None:
-    """Optimizers make their state at their first step, and DeepSpeed links it to the parameters after that of the first group.
-
-    Made now, there is something to restore into, the groups after the first are linked too, and so is the moving average, which
-    optimizers pass over.
+    DeepSpeed's unsharded bf16 optimizer has made its own by a step without gradients, which counts as one and decays the weights: undone.
     """
-    for group in engine.optimizer.param_groups:
-        for flat in group["params"]:
-            state = {key: torch.zeros_like(flat) for key in _moments_of(group)}
-            if "exp_avg" in state:
-                state["step"] = torch.tensor(0.0)
-            engine.optimizer.state[flat] = state | {"average": flat.detach().clone()}
-    engine.optimizer._lazy_init_hp_params_optimizer_state()
+    optimizer = engine.optimizer
+    if _wrapped(engine) and not _sharded(engine):
+        optimizer.state.clear()
+        for p, master in _masters(engine).items():
+            master.copy_(p)
+    groups = optimizer.param_groups
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):
+        owners = [(groups[optimizer.sub_group_to_group_id[i]], flat) for i, flat in enumerate(optimizer.fp32_partitioned_groups_flat)]
+    else:
+        owners = [(group, flat) for group in groups for flat in group["params"]]
+    for group, flat in owners:
+        state = {key: torch.zeros_like(flat) for key in (MUON_MOMENTS if "momentum" in group else ADAM_MOMENTS)}
+        if "exp_avg" in state:
+            state["step"] = torch.tensor(0.0)
+        optimizer.state[flat] = state | {AVERAGE: flat.detach().clone()}
 
 
-def _set_steps(engine: Any, steps: int) -> None:
-    """AdamW's count of steps, by which it corrects its moments."""
-    for flat in _slices(engine):
-        if "step" in engine.optimizer.state[flat]:
-            engine.optimizer.state[flat]["step"].fill_(float(steps))
-
-
-def _moments_of(group: dict[str, Any]) -> tuple[str, ...]:
-    return MUON_MOMENTS if "momentum" in group else ADAM_MOMENTS
-
-
-def _kinds(engine: Any) -> dict[nn.Parameter, tuple[str, ...]]:
-    """The moments that each parameter of a sharded engine has: those of its group."""
-    groups = zip(engine.optimizer.param_groups, engine.optimizer.bit16_groups, strict=True)
-    return {p: _moments_of(group) for group, params in groups for p in params}
-
-
-def _slice_muon(engine: Any, optimizer: Together) -> None:
-    """Tell Muon what this process's slice holds of each matrix, as DeepSpeed maps parameters to slices. A collective call."""
-    matrices = engine.optimizer.bit16_groups[0]  # those of Together's first part
-    group = matrices[0]._dp_group
-    holders = torch.tensor([float(p._hp_mapping is not None) for p in matrices], device=matrices[0].device)
-    dist.all_reduce(holders, group=group)
-    pieces = []
-    for p, cut in zip(matrices, (holders > 1).tolist(), strict=True):
-        if p._hp_mapping is not None:
-            inside, flat = p._hp_mapping.lp_fragment_address, p._hp_mapping.hp_fragment_address
-            pieces.append(Piece(p.shape, inside.start, inside.numel, flat.start, cut))
-        elif cut:
-            pieces.append(Piece(p.shape, 0, 0, 0, cut))
-    optimizer.slice_muon(pieces, partial(dist.all_reduce, group=group))
+def _matrices(engine: Any, muon: Muon) -> dict[Tensor, list[Matrix]]:
+    """What this process holds of Muon's matrices, and of which others hold the rest. A collective call where ZeRO shards."""
+    names = {name for name, p in named(engine).items() if any(p is q for q in muon.parameters)}
+    ours = [held for held in engine.held if held.name in names]
+    split = [False] * len(ours)
+    if _sharded(engine) and engine.mesh.data.size > 1:
+        holders = torch.tensor([float(held.count > 0) for held in ours], device=engine.mesh.device)
+        dist.all_reduce(holders, group=engine.mesh.data.group)
+        split = (holders > 1).tolist()
+    found: dict[Tensor, list[Matrix]] = {}
+    for held, several in zip(ours, split, strict=True):
+        if held.count or several:
+            found.setdefault(held.flat, []).append(Matrix(held.shape, held.cut, held.first, held.count, held.at, several))
+    return found

@@ -3,9 +3,11 @@
 import json
 import math
 import resource
+import secrets
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,8 @@ from megaflow.parallel.mesh import Mesh
 from megaflow.process import STOP_SIGNALS, STOPPED
 from megaflow.progress import Progress
 from megaflow.train import checkpoint as checkpoints
-from megaflow.train import ema, engine
-from megaflow.train.checkpoint import Checkpoint
+from megaflow.train import checkpoint_writer, ema, engine
+from megaflow.train.checkpoint_writer import Piece, Writer
 from megaflow.train.run import Metrics, read_json, record_start, write_atomically
 from megaflow.train.stage import Batch, Stage
 
@@ -52,35 +54,33 @@ def train(config: Config, stage: Stage, mesh: Mesh, began: float) -> int:
 
     `began` is the time.monotonic() at which this process's work on the run started. Raises NotFinite, UserError.
     """
-    micro, accumulation = batch_split(config, mesh.size)
+    micro, accumulation = batch_split(config, mesh.data.size)
     directory, steps = Path(config.run.dir), config.train.steps
     stream = TokenStream(config.data.path, "train", config.run.seed)
     held_out = validation_rows(config, mesh)
-    deep = engine.start(engine.Trainee(stage.network, stage.loss), config, mesh, micro, accumulation)
-    average = engine.Average(deep)
+    deep = engine.start(stage.network, config, mesh, micro, accumulation)
     state: dict[str, Any] = {"step": 0, "tokens": 0, "seconds": 0.0, "training_seconds": 0.0}
-    saved = checkpoints.newest(directory)
+    rank, size, exchange = mesh.world.rank, mesh.world.size, partial(meshes.exchanged, mesh)
+    saved = checkpoints.newest(directory, rank=rank, size=size, exchange=exchange)
     if saved is not None:
-        engine.restore(deep, saved.weights, saved.moments, saved.state["step"])
-        average.restore(saved.averaged)
-        stage.restore(saved.stage)
+        engine.restore(deep, saved.read, saved.state["step"])
+        stage.restore(saved.tensors("stage"))
         state = saved.state
     seconds_before = state["seconds"]
+    writer = Writer(directory, config.train.keep_checkpoints, rank, size, meshes.shared(mesh, secrets.token_hex(4)))
     metrics = None
     if mesh.first:
-        record_start(directory, mesh.size, state["step"])
+        record_start(directory, config, mesh.world.size, state["step"])
         metrics = Metrics(config, state["step"])
         announce(config, stage, state["step"], mesh)
     stop, progress = Stop(), Progress(directory.name, steps, "steps", state["step"])
 
     def save() -> None:
-        weights, averaged, moments = engine.weights(deep), average.weights(), engine.moments(deep)
-        if not all(value.isfinite().all() for value in weights.values()):  # a checkpoint is one that a run can go on from
+        if not all(meshes.exchanged(mesh, engine.finite(deep))):  # a checkpoint is one that a run can go on from
             raise NotFinite(not_finite(directory, f"after step {state['step']} not all weights are finite"))
         state["seconds"] = seconds_before + time.monotonic() - began
-        if mesh.first:
-            checkpoints.save(directory, Checkpoint(weights, averaged, moments, stage.state(), dict(state)), config.train.keep_checkpoints)
-        meshes.barrier(mesh)
+        pieces = [Piece(*piece) for piece in engine.pieces(deep)]
+        writer.save(pieces + (checkpoint_writer.whole("stage", stage.state()) if mesh.first else []), state)
 
     stopped = False
     try:
@@ -95,7 +95,7 @@ def train(config: Config, stage: Stage, mesh: Mesh, began: float) -> int:
             if not math.isfinite(norm):
                 raise NotFinite(not_finite(directory, f"the gradient's norm of step {step + 1} is {norm}"))
             learned = stage.learn(observed, step)
-            average.update(ema.decay(config.optim.ema_decay, step))
+            engine.update_average(deep, ema.decay(config.optim.ema_decay, step))
             elapsed = time.monotonic() - start
             state["step"], state["tokens"] = step + 1, state["tokens"] + counted
             state["training_seconds"] += elapsed
@@ -107,8 +107,8 @@ def train(config: Config, stage: Stage, mesh: Mesh, began: float) -> int:
             if mesh.first:
                 progress.update(step + 1, f"loss {loss:.4f}  norm {norm:.3g}  rate {rate:.2e}  {counted / elapsed:,.0f} tokens/s")
             if (step + 1) % int(config.train.validate_every) == 0 or last:
-                averaged = average.weights()  # on every process; the first one validates them
-                found = meshes.shared(mesh, validate(stage, averaged, held_out) if mesh.first else {})
+                with engine.averaged(deep), torch.no_grad():
+                    found = meshes.shared(mesh, deep.module(stage.validate, *held_out))
                 for name, value in found.items():
                     if not math.isfinite(value):  # one step too steep: the loss before it does not show it
                         raise NotFinite(not_finite(directory, f"the {name.replace('_', ' ')} of step {step + 1} is {value}"))
@@ -117,9 +117,11 @@ def train(config: Config, stage: Stage, mesh: Mesh, began: float) -> int:
                     progress.say(f"step {step + 1:,}  " + "  ".join(f"{name} {value:.4g}" for name, value in found.items()))
             if (step + 1) % config.train.checkpoint_every == 0 or last or stopped:
                 save()
+        writer.finish()
         if mesh.first and state["step"] >= steps and not (directory / "summary.json").exists():
             summarize(directory, config, stage, state, mesh)
     finally:
+        writer.close()
         stop.restore()
         if metrics is not None:
             metrics.close()
@@ -139,13 +141,13 @@ def accumulate(
     factor in front of the loss takes back.
     """
     rows = config.train.global_batch
-    first = step * rows + mesh.rank * micro * accumulation
+    first = step * rows + mesh.data.rank * micro * accumulation
     places = torch.arange(first, first + micro * accumulation)
     ids, lengths = stream.rows(places)
     width = ids.shape[1]
     padded = bool((lengths < width).any())
     # two numbers must be known before the first pass: how much is padding, and whether any process has some
-    sums = meshes.total(mesh, torch.tensor([float(lengths.sum()), float(padded)], dtype=torch.float64))
+    sums = meshes.total(mesh.data, torch.tensor([float(lengths.sum()), float(padded)], dtype=torch.float64), mesh.device)
     counted, any_padded = int(sums[0]), bool(sums[1] > 0)
     loss, observed = 0.0, None
     for index in range(accumulation):
@@ -159,15 +161,17 @@ def accumulate(
             rows,
             weight.to(mesh.device),
         )
-        value, seen = deep(batch)
-        deep.backward(value * float(mesh.size * accumulation))
+        value, seen = deep(stage.loss, batch)
+        deep.backward(value * float(mesh.data.size * accumulation))
         loss += value.item()
         observed = seen if observed is None else observed + seen
         if index + 1 < accumulation:
             deep.step()
     assert observed is not None
-    sums = meshes.total(mesh, torch.cat([torch.tensor([loss, float(stop.asked)], dtype=torch.float64), observed.flatten()]))
-    return sums[0].item(), sums[2:].view(observed.shape), counted, bool(sums[1] > 0)
+    once = float(mesh.tensor.rank == 0)  # what tensor-parallel processes see is the same; any process may be asked to stop
+    sums = torch.cat([torch.tensor([float(stop.asked), loss * once], dtype=torch.float64), observed.flatten() * once])
+    sums = meshes.total(mesh.world, sums, mesh.device)
+    return sums[1].item(), sums[2:].view(observed.shape), counted, bool(sums[0] > 0)
 
 
 def validation_rows(config: Config, mesh: Mesh) -> tuple[Tensor, Tensor | None]:
@@ -178,24 +182,25 @@ def validation_rows(config: Config, mesh: Mesh) -> tuple[Tensor, Tensor | None]:
     return ids.to(mesh.device), lengths.to(mesh.device) if padded else None
 
 
-def validate(stage: Stage, average: dict[str, Tensor], rows: tuple[Tensor, Tensor | None]) -> dict[str, float]:
-    """The stage's metrics on validation rows with averaged weights."""
-    with ema.in_place(stage.network, average), torch.no_grad():
-        return stage.validate(*rows)
-
-
 def announce(config: Config, stage: Stage, step: int, mesh: Mesh) -> None:
     """What is about to run, on the console."""
     facts = stage.describe() | {
         "parameters": f"{parameters(stage.network):,}",
         "attention": choose(config.model.attention, mesh.device, config.train.precision == "bf16"),
-        "processes": f"{mesh.size} on {mesh.device.type}, ZeRO {config.parallel.zero}, {config.train.precision}",
+        "processes": f"{mesh.world.size} on {mesh.device.type}: {layout(config, mesh.world.size)}, {config.train.precision}",
         "optimizer": f"{config.optim.name}, learning rate up to {config.optim.learning_rate:g}",
         "batch": f"{config.train.global_batch} rows",
     }
     print(f"{config.run.dir}: " + ("starts" if step == 0 else f"continues after step {step}"), file=sys.stderr)
     for name, value in facts.items():
         print(f"  {name:<12}{value}", file=sys.stderr)
+
+
+def layout(config: Config, processes: int) -> str:
+    """tensor x data, ZeRO, offload: in words."""
+    tensor, zero = config.parallel.tensor, config.parallel.zero
+    offload = ", optimizer on the CPU" if config.parallel.offload == "optimizer" else ""
+    return f"tensor {tensor} x data {processes // tensor}, ZeRO {zero}{offload}"
 
 
 def not_finite(directory: Path, what: str) -> str:
@@ -213,7 +218,8 @@ def summarize(directory: Path, config: Config, stage: Stage, state: dict, mesh: 
         "tokens_per_second": state["tokens"] / max(state["training_seconds"], 1e-9),
         "parameters": parameters(stage.network),
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "processes": mesh.size,
+        "processes": mesh.world.size,
+        "layout": layout(config, mesh.world.size),
         "device": torch.cuda.get_device_name() if mesh.device.type == "cuda" else "cpu",
     }
     if mesh.device.type == "cuda":
@@ -225,5 +231,5 @@ def finished(directory: Path, steps: int) -> bool:
     """Whether the run has been trained for this many steps and summed up, and what it has come to is there and intact."""
     if not (directory / "summary.json").exists() or read_json(directory / "summary.json").get("steps") != steps:
         return False
-    found = checkpoints.newest(directory, ("averaged", "stage"))
+    found = checkpoints.newest(directory, checkpoints.SEEN)
     return found is not None and found.state["step"] == steps

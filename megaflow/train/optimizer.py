@@ -1,8 +1,8 @@
 """AdamW for every parameter, or Muon for the matrices of the blocks and AdamW for the others.
 
 Muon (Jordan et al. 2024) moves a weight matrix by its orthogonalised momentum. Flows leave the plateau on which they know no more than
-the unigram law several times sooner with it (docs/pretraining.md has the figures). It needs whole matrices; where ZeRO leaves each
-process a flat slice of them, SlicedMuon makes the same steps.
+the unigram law several times sooner with it (docs/pretraining.md has the figures). It needs whole matrices, and makes the same steps
+where tensor parallelism and ZeRO leave each process a part or a slice of them.
 
 torch.optim.Muon is not used, because it orthogonalises in bf16 whatever the weights are: the last bit of a gradient becomes the third
 digit of a step, and within some hundred steps two processes have another curve than one (differences of 1e-7 in a loss at step 20,
@@ -18,6 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from megaflow.config.schema import OptimConfig
+from megaflow.parallel.cut import Cut, cut_of
+from megaflow.parallel.layers import whole
+from megaflow.parallel.mesh import Mesh, total
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """a, b, c of s -> a s + b s^3 + c s^5, which five times over takes every singular value in (0, 1] near one (Jordan et al. 2024)."""
@@ -38,119 +41,104 @@ def orthogonal(update: Tensor, dtype: torch.dtype) -> Tensor:
     return (x.T if tall else x).to(update.dtype)
 
 
-def descend(matrix: Tensor, update: Tensor, group: dict[str, Any], dtype: torch.dtype) -> None:
-    """Move a matrix along an orthogonalised update, whose root mean square is then AdamW's (Liu et al. 2025): one rate serves both."""
-    matrix.mul_(1 - group["lr"] * group["weight_decay"])
-    matrix.add_(orthogonal(update, dtype), alpha=-group["lr"] * 0.2 * max(matrix.shape) ** 0.5)
-
-
 def nesterov(gradient: Tensor, momentum: Tensor, group: dict[str, Any]) -> Tensor:
     """Take a gradient into its momentum, in place, and return the update that looks one step ahead."""
     momentum.lerp_(gradient, 1 - group["momentum"])
     return gradient.lerp(momentum, group["momentum"])
 
 
-class Muon(torch.optim.Optimizer):
-    """Muon over whole matrices, which orthogonalises in `dtype`."""
+@dataclass(frozen=True)
+class Matrix:
+    """What a process holds of a matrix: `count` elements from `first` on of its part of it, in a flat tensor from `at` on.
 
-    def __init__(self, matrices: list[nn.Parameter], dtype: torch.dtype, lr: float, weight_decay: float, momentum: float = 0.95) -> None:
+    shape: of this process's part; cut: how the part is cut out of the logical matrix; split: whether other data-parallel processes hold
+    the rest of the part, or all of it where count is 0.
+    """
+
+    shape: torch.Size
+    cut: Cut | None
+    first: int
+    count: int
+    at: int
+    split: bool
+
+    def held(self, flat: Tensor) -> Tensor:
+        """The elements that are here, a view of the flat tensor."""
+        return flat.view(-1)[self.at : self.at + self.count]
+
+    def part(self, flat: Tensor) -> Tensor:
+        """This process's part: a view where all of it is here, else a copy with zeros for what is not."""
+        if not self.split:
+            return self.held(flat).view(self.shape)
+        part = flat.new_zeros(self.shape.numel())
+        part[self.first : self.first + self.count] = self.held(flat)
+        return part.view(self.shape)
+
+    def own(self, matrix: Tensor) -> Tensor:
+        """Of a logical matrix the elements that are here."""
+        part = matrix if self.cut is None else self.cut.take(matrix)
+        return part.reshape(-1)[self.first : self.first + self.count]
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon over matrices of which this process holds all, a tensor-parallel part, a ZeRO slice, or a slice of a part.
+
+    Momentum is elementwise and stays where it is. The update of a matrix is put together from all processes that hold some of it, each
+    of which orthogonalises it and takes its own elements; nobody orthogonalises what it has nothing of.
+    """
+
+    def __init__(
+        self, matrices: list[nn.Parameter], dtype: torch.dtype, mesh: Mesh, lr: float, weight_decay: float, momentum: float = 0.95
+    ) -> None:
         super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
-        self.dtype = dtype
+        self.dtype, self.mesh, self.parameters = dtype, mesh, matrices
+        self.matrices: dict[Tensor, list[Matrix]] = {p: [Matrix(p.shape, cut_of(p), 0, p.numel(), 0, False)] for p in matrices}
+        """What lies in each tensor that is moved; the engine says so where these are not the parameters."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    state = self.state[p]
-                    if "momentum_buffer" not in state:
-                        state["momentum_buffer"] = torch.zeros_like(p.grad)
-                    descend(p, nesterov(p.grad, state["momentum_buffer"], group), group, self.dtype)
+            for flat in group["params"]:
+                if flat.grad is None:  # ZeRO steps one group after the other, and this is the other's turn
+                    continue
+                state = self.state[flat]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(flat.grad)
+                update = nesterov(flat.grad, state["momentum_buffer"], group)
+                for matrix in self.matrices.get(flat, []):
+                    self.descend(flat.detach(), update, matrix, group)
+
+    def descend(self, flat: Tensor, update: Tensor, matrix: Matrix, group: dict[str, Any]) -> None:
+        """Move what is here of a matrix along the orthogonalised update of all of it, whose root mean square is then AdamW's (Liu et al.
+        2025): one rate serves both."""
+        part = matrix.part(update)
+        if matrix.split:
+            part = total(self.mesh.data, part, self.mesh.device)
+        if not matrix.count:
+            return
+        direction = orthogonal(whole(part.to(self.mesh.device), matrix.cut), self.dtype)
+        held = matrix.held(flat)
+        held.mul_(1 - group["lr"] * group["weight_decay"])
+        held.add_(matrix.own(direction).to(held.device), alpha=-group["lr"] * 0.2 * max(direction.shape) ** 0.5)
 
 
 class Together(torch.optim.Optimizer):
-    """Several optimizers that look like one to DeepSpeed: param_groups and state are those of all parts, the same objects."""
+    """Muon and AdamW, which look like one to DeepSpeed: param_groups and state are those of both, the same objects."""
 
-    def __init__(self, parts: list[torch.optim.Optimizer]) -> None:
+    def __init__(self, muon: Muon, adam: torch.optim.Optimizer) -> None:
+        parts = (muon, adam)
         super().__init__([p for part in parts for group in part.param_groups for p in group["params"]], {})
-        self.parts = parts
+        self.muon, self.adam = muon, adam
         self.param_groups = [group for part in parts for group in part.param_groups]
         for part in parts:
             part.state = self.state
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        for part in self.parts:
-            part.step()
-
-    def slice_muon(self, pieces: list["Piece"], total: Callable[[Tensor], Any]) -> None:
-        """Step the first part's matrices by slices, once its group has been replaced by one; see SlicedMuon."""
-        muon = self.parts[0]
-        assert isinstance(muon, Muon)
-        self.parts[0] = SlicedMuon(muon, pieces, total)
+        self.muon.step()
+        self.adam.step()
 
 
-@dataclass(frozen=True)
-class Piece:
-    """What a process's slice holds of a matrix: `count` elements from `first` on, which lie in the slice from `at` on.
-
-    cut: other processes hold the rest of it, or all of it where count is 0.
-    """
-
-    shape: torch.Size
-    first: int
-    count: int
-    at: int
-    cut: bool
-
-    def held(self, flat: Tensor) -> Tensor:
-        """The elements that are here, a view of the slice."""
-        return flat[self.at : self.at + self.count]
-
-    def matrix(self, flat: Tensor) -> Tensor:
-        """The whole matrix: a view of the slice, or where it is cut a copy with zeros for what is not here."""
-        if not self.cut:
-            return self.held(flat).view(self.shape)
-        whole = flat.new_zeros(self.shape.numel())
-        self.own(whole).copy_(self.held(flat))
-        return whole.view(self.shape)
-
-    def own(self, whole: Tensor) -> Tensor:
-        """The elements that are here, a view of the whole matrix."""
-        return whole.view(-1)[self.first : self.first + self.count]
-
-
-class SlicedMuon(torch.optim.Optimizer):
-    """Muon over matrices that are laid end to end, of which this process holds a slice: ZeRO 1 and 2.
-
-    Momentum is elementwise and stays in the slice. Only matrices that a border cuts are summed over the processes, each of which adds
-    zeros for what it does not hold; the others are whole where they are, and nobody orthogonalises what it has nothing of.
-    """
-
-    def __init__(self, muon: Muon, pieces: list[Piece], total: Callable[[Tensor], Any]) -> None:
-        """Takes over groups and state of `muon`; total(tensor) is the sum over the processes, in place, called in the same order by all."""
-        super().__init__(muon.param_groups, muon.defaults)
-        self.state, self.dtype = muon.state, muon.dtype
-        self.pieces, self.total = pieces, total
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        (group,) = self.param_groups
-        (weights,) = group["params"]
-        if weights.grad is None:  # ZeRO steps one group after the other, and this is the other's turn
-            return
-        update = nesterov(weights.grad, self.state[weights]["momentum_buffer"], group)
-        for piece in self.pieces:
-            direction = piece.matrix(update)
-            if piece.cut:
-                self.total(direction)
-            if piece.count:
-                matrix = piece.matrix(weights.detach())
-                descend(matrix, direction, group, self.dtype)
-                if piece.cut:
-                    piece.held(weights).copy_(piece.own(matrix))
-
-
-def make(network: nn.Module, optim: OptimConfig, dtype: torch.dtype = torch.float32) -> torch.optim.Optimizer:
+def make(network: nn.Module, optim: OptimConfig, mesh: Mesh, dtype: torch.dtype = torch.float32) -> torch.optim.Optimizer:
     """The optimizer that a config names, over the parameters that are trained. dtype: in which Muon orthogonalises."""
     named = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
     adam = partial(torch.optim.AdamW, lr=optim.learning_rate, betas=(optim.beta1, optim.beta2), weight_decay=optim.weight_decay)
@@ -158,8 +146,7 @@ def make(network: nn.Module, optim: OptimConfig, dtype: torch.dtype = torch.floa
         return adam([p for _, p in named])
     matrices = [p for name, p in named if is_block_matrix(name, p)]
     others = [p for name, p in named if not is_block_matrix(name, p)]
-    muon = Muon(matrices, dtype, lr=optim.learning_rate, weight_decay=optim.weight_decay)
-    return Together([muon, adam(others)])
+    return Together(Muon(matrices, dtype, mesh, lr=optim.learning_rate, weight_decay=optim.weight_decay), adam(others))
 
 
 def is_block_matrix(name: str, p: Tensor) -> bool:

@@ -8,6 +8,7 @@ summary.json     of a finished run: seconds, speed, memory
 """
 
 import contextlib
+import dataclasses
 import fcntl
 import json
 import os
@@ -140,7 +141,7 @@ def stage_of(directory: str | Path) -> str:
     return read_json(Path(directory) / "run.json", "stage")["stage"]
 
 
-def record_start(directory: Path, processes: int, step: int) -> None:
+def record_start(directory: Path, config: Config, processes: int, step: int) -> None:
     """Append this start to run.json: when, from which step, by which command, code and packages."""
     content = read_json(directory / "run.json", "starts")
     content["starts"].append(
@@ -148,6 +149,7 @@ def record_start(directory: Path, processes: int, step: int) -> None:
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "step": step,
             "processes": processes,
+            "parallel": dataclasses.asdict(config.parallel),
             "command": sys.argv,
             "git": git_state(),
             "versions": versions(),

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from megaflow.flow import clock as clocks
+from megaflow.flow import code as codes
+from megaflow.flow.code import Code
 from megaflow.parallel import random
 
 
@@ -59,7 +61,7 @@ def cells(seed: int, batch: Batch, purpose: str) -> Tensor:
     return clocks.stratified(order[batch.places % batch.rows], batch.rows, offset)
 
 
-def noise(seed: int, batch: Batch, dim: int, device: torch.device) -> Tensor:
-    """Standard normal (B, L, d_c), each row a function of its place."""
-    shape = (batch.ids.shape[1], dim)
-    return random.normal(batch.places.tolist(), shape, seed, "noise", batch.step).to(device)
+def noise(seed: int, batch: Batch, code: Code, device: torch.device) -> Tensor:
+    """Standard normal (B, L, d_c), each row a function of its place; of a dense state's, the columns that are here."""
+    shape, columns = (batch.ids.shape[1], code.dim), codes.columns(code)
+    return random.normal(batch.places.tolist(), shape, seed, "noise", batch.step, columns=columns).to(device)

@@ -13,23 +13,25 @@ from megaflow.flow.code import lookup
 from megaflow.flow.interpolant import noisy_state
 from megaflow.flow.likelihood import RangeTooShort
 from megaflow.model.bound import bound_of_rows
-from megaflow.model.parts import Parts, Profile, fit_clock, initial_profile
+from megaflow.model.parts import Parts, Profile, fit_clock
 from megaflow.model.text_dit import TextDiT
 from megaflow.train.stage import Batch, cells, noise
 
 
 class FlowStage:
-    """See stage.Stage. The clock is refitted every flow.clock.refit_every steps from the profile, which is part of the state."""
+    """See stage.Stage. The clock is refitted every flow.clock.refit_every steps from the profile, which is part of the state.
 
-    def __init__(self, config: Config, network: TextDiT, parts: Parts) -> None:
-        self.config, self.network, self.parts = config, network, parts
-        self.profile: Profile = initial_profile(parts, config.flow.clock, config.run.seed)
+    profile: `initial_profile` of the whole parts.
+    """
+
+    def __init__(self, config: Config, network: TextDiT, parts: Parts, profile: Profile) -> None:
+        self.config, self.network, self.parts, self.profile = config, network, parts, profile
         self.clock = fit_clock(config.flow.clock, parts, self.profile)
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         seed, device = self.config.run.seed, batch.ids.device
         t = clocks.inverse(self.clock, cells(seed, batch, "time")).to(device)
-        y = noisy_state(lookup(self.parts.code, batch.ids), noise(seed, batch, self.parts.code.dim, device), t)
+        y = noisy_state(lookup(self.parts.code, batch.ids), noise(seed, batch, self.parts.code, device), t)
         hidden = self.network(y, t, lengths=batch.lengths)
         loss, nll = heads.cross_entropy(self.network.head(), self.network.read(hidden, y, t), batch.ids.flatten(), batch.weight)
         return loss, self.observe(t, nll, batch)
@@ -67,7 +69,7 @@ class FlowStage:
         flat = clocks.uniform_log_snr(self.parts.span.low, self.parts.span.high)
         t = clocks.inverse(flat, clocks.stratified(rows, len(ids), 0.5)).to(ids.device)
         batch = Batch(ids, lengths, rows, -1, len(ids), counted.flatten())
-        y = noisy_state(lookup(self.parts.code, ids), noise(self.config.run.seed, batch, self.parts.code.dim, ids.device), t)
+        y = noisy_state(lookup(self.parts.code, ids), noise(self.config.run.seed, batch, self.parts.code, ids.device), t)
         hidden = self.network(y, t, lengths=lengths)
         nll, _ = heads.denoising_error(self.network.head(), self.network.read(hidden, y, t), ids.flatten())
         return ((nll * counted.flatten()).sum() / counted.sum()).item()

@@ -55,7 +55,7 @@ class MapStage:
         kinds = self.kinds(batch)
         times = flow_map.draw_times(self.clock, kinds, cells(seed, batch, "gap"), cells(seed, batch, "start"))
         times = flow_map.Times(*(x.to(device) for x in times))
-        y = noisy_state(lookup(self.parts.code, batch.ids), noise(seed, batch, self.parts.code.dim, device), times.s)
+        y = noisy_state(lookup(self.parts.code, batch.ids), noise(seed, batch, self.parts.code, device), times.s)
         # rows of one kind go together, so that each kind pays only for the passes it needs
         order = torch.argsort(kinds, stable=True).to(device)
         split = int((kinds == DIAGONAL).sum())

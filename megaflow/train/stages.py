@@ -20,7 +20,6 @@ from megaflow.model.autoregressive import Autoregressive
 from megaflow.model.parts import Parts
 from megaflow.model.text_dit import TextDiT
 from megaflow.parallel import mesh as meshes
-from megaflow.parallel import random
 from megaflow.parallel.mesh import Mesh
 from megaflow.train import checkpoint as checkpoints
 from megaflow.train import ema
@@ -61,9 +60,9 @@ def _train(loaded: Loaded, kind: str, began: float) -> int:
     manifest = open_prepared(loaded.config.data.path)
     loaded = resolve(of_shards(loaded, manifest), manifest["tokenizer"]["vocab_size"])
     directory = Path(loaded.config.run.dir)
-    with meshes.join() as mesh:
+    with meshes.join(loaded.config.parallel.tensor) as mesh:
         # what cannot run here is refused before it becomes a run
-        batch_split(loaded.config, mesh.size)
+        batch_split(loaded.config, mesh.data.size)
         choose(loaded.config.model.attention, mesh.device, loaded.config.train.precision == "bf16")
         fresh = first_parts(loaded) if kind == "pretrain" and mesh.first else None
         held = lock(directory) if mesh.first else None
@@ -86,7 +85,6 @@ def _train(loaded: Loaded, kind: str, began: float) -> int:
                 check_tokenizer(model, manifest)
             keep_shards(config, manifest, mesh)
             (directory / "summary.json").unlink(missing_ok=True)
-            torch.manual_seed(random.generator(config.run.seed, "weights").initial_seed())
             stage = pretrain_stage(config, fresh, mesh) if kind == "pretrain" else distill_stage(config, mesh)
             return train(config, stage, mesh, began)
         finally:
@@ -108,8 +106,8 @@ def first_parts(loaded: Loaded) -> Parts | None:
 def pretrain_stage(config: Config, fresh: Parts | None, mesh: Mesh) -> Stage:
     """The flow or the baseline with freshly drawn weights, and the flow's fixed parts, those just made or those kept in the run."""
     if config.model.family == "autoregressive":
-        network = build.autoregressive_network(config, parts.unigram(unigram_counts(config.data.path)), mesh.device)
-        network.initialize()
+        network = build.autoregressive_network(config, parts.unigram(unigram_counts(config.data.path)), mesh.device, mesh.tensor)
+        build.draw(network, config.run.seed)
         return AutoregressiveStage(config, network)
     file = Path(config.run.dir) / parts.FILE
     if mesh.first and not file.exists():
@@ -118,9 +116,10 @@ def pretrain_stage(config: Config, fresh: Parts | None, mesh: Mesh) -> Stage:
         _save_parts(fresh, file)
     meshes.barrier(mesh)
     fixed = parts.read(file)
-    flow = build.flow_network(config, fixed, mesh.device)
-    flow.initialize()
-    return FlowStage(config, flow, _on_device(fixed, mesh))
+    ours = parts.to(build.cut_parts(config, fixed, mesh.tensor), mesh.device)
+    flow = build.flow_network(config, ours, mesh.device, axis=mesh.tensor)
+    build.draw(flow, config.run.seed)
+    return FlowStage(config, flow, ours, parts.initial_profile(fixed, config.flow.clock, config.run.seed))
 
 
 def distill_stage(config: Config, mesh: Mesh) -> Stage:
@@ -138,13 +137,15 @@ def distill_stage(config: Config, mesh: Mesh) -> Stage:
         )
     found = trained(source)
     _same_teacher(Path(config.run.dir), source, found, mesh)
-    teacher = build.flow_network(config, fixed, mesh.device)
-    ema.load(teacher, found.averaged)
-    network = build.flow_network(config, fixed, mesh.device, is_map=True)
-    network.initialize()  # zeros where only a map has weights; all others become the teacher's
-    ema.load(network, {name: found.averaged.get(name, p) for name, p in network.named_parameters()})
-    clock = Clock(found.stage["clock_times"], found.stage["clock_tau"])
-    return MapStage(config, network, teacher.eval(), _on_device(fixed, mesh), clock)
+    ours = parts.to(build.cut_parts(config, fixed, mesh.tensor), mesh.device)
+    teacher = build.flow_network(config, ours, mesh.device, axis=mesh.tensor)
+    averaged = found.tensors("averaged")
+    ema.load(teacher, averaged)
+    network = build.flow_network(config, ours, mesh.device, is_map=True, axis=mesh.tensor)
+    build.draw(network, config.run.seed)  # zeros where only a map has weights; all others become the teacher's
+    ema.load(network, averaged, partial=True)
+    clock = Clock(found.read("stage/clock_times"), found.read("stage/clock_tau"))
+    return MapStage(config, network, teacher.eval(), ours, clock)
 
 
 def _same_teacher(directory: Path, source: Path, found: Checkpoint, mesh: Mesh) -> None:
@@ -165,22 +166,21 @@ def trained_flow(directory: Path, config: Config, is_map: bool, device: torch.de
     """A run's network with its averaged weights, its fixed parts, its clock and its newest checkpoint. Raises UserError."""
     fixed, found = parts.read(directory / parts.FILE), trained(directory)
     network = build.flow_network(config, fixed, device, is_map)
-    ema.load(network, found.averaged)
-    moved = Parts(fixed.code.to(device), fixed.log_prior.to(device), fixed.span)
-    return network.eval(), moved, Clock(found.stage["clock_times"], found.stage["clock_tau"]), found
+    ema.load(network, found.tensors("averaged"))
+    return network.eval(), parts.to(fixed, device), Clock(found.read("stage/clock_times"), found.read("stage/clock_tau")), found
 
 
 def trained_autoregressive(directory: Path, config: Config, device: torch.device) -> tuple[Autoregressive, Checkpoint]:
     """A baseline with its averaged weights, and its newest checkpoint. Raises UserError."""
     found = trained(directory)
     network = build.autoregressive_network(config, parts.unigram(unigram_counts(directory / SHARDS)), device)
-    ema.load(network, found.averaged)
+    ema.load(network, found.tensors("averaged"))
     return network.eval(), found
 
 
 def trained(directory: Path) -> Checkpoint:
     """The newest checkpoint's averaged weights and clock. Raises UserError where there is none yet."""
-    found = checkpoints.newest(directory, ("averaged", "stage"))
+    found = checkpoints.newest(directory, checkpoints.SEEN)
     if found is None:
         raise UserError(f"{directory}: this run has no checkpoint yet; train it first")
     return found
@@ -225,7 +225,3 @@ def _save_parts(fixed: Parts, file: Path) -> None:
     partial = file.with_name(file.name + ".partial")
     parts.save(fixed, partial)
     partial.replace(file)
-
-
-def _on_device(fixed: Parts, mesh: Mesh) -> Parts:
-    return Parts(fixed.code.to(mesh.device), fixed.log_prior.to(mesh.device), fixed.span)

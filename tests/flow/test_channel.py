@@ -53,7 +53,7 @@ def test_belief_at_time_zero_is_the_prior_and_at_the_end_the_token(code, log_pri
 def test_belief_in_single_precision_holds_to_the_end_of_the_bound(code, log_prior, generator):
     """Its errors are those of fp32 logits of size c = 1e4, not more."""
     y, t = seen(code, 200, generator)
-    single = codes.Code(VOCAB, code.dim, None if code.matrix is None else code.matrix.float(), code.leverage.float())
+    single = codes.make(VOCAB, code.dim, None if code.matrix is None else code.matrix.float(), code.leverage.float())
     ours = channel.belief(single, log_prior.float(), y.float(), t.float())
     torch.testing.assert_close(ours.double(), channel.belief(code, log_prior, y, t), rtol=0, atol=0.02)
     torch.testing.assert_close(ours[:150].double(), channel.belief(code, log_prior, y, t)[:150], rtol=0, atol=1e-4)

@@ -5,7 +5,7 @@ import torch
 
 from megaflow.flow import channel, head
 from megaflow.flow import code as codes
-from megaflow.flow.code import Code
+from megaflow.flow.code import Code, make
 
 
 def frame(vocab: int, dim: int, seed: int = 0) -> Code:
@@ -69,7 +69,7 @@ def test_double_precision_and_moves_keep_the_values():
 def test_the_identity_is_what_an_eye_matrix_would_be():
     """The identity leaves out a term that moves all logits alike; every law read from them is the same."""
     vocab, generator = 7, torch.Generator().manual_seed(0)
-    identity, eye = codes.identity(vocab).double(), Code(vocab, vocab, torch.eye(vocab).double(), torch.ones(vocab).double())
+    identity, eye = codes.identity(vocab).double(), make(vocab, vocab, torch.eye(vocab).double(), torch.ones(vocab).double())
     y, t = torch.randn(9, vocab, generator=generator).double(), torch.linspace(0.0, 0.95, 9).double()
     prior = torch.log_softmax(torch.randn(vocab, generator=generator).double(), 0)
     with_identity, with_eye = (channel.evidence(code, torch.zeros(vocab).double())(y, t) for code in (identity, eye))

@@ -275,7 +275,8 @@ def large_batch() -> Batch:
 def test_no_tensor_of_tokens_times_vocabulary_exists_in_stage_1():
     network, batch, config = large(None, ("belief", "linear")), large_batch(), Config()
     config.flow.clock.bins = 20
-    stage = FlowStage(config, network, Parts(network.code, network.log_prior, network.span))
+    parts = Parts(network.code, network.log_prior, network.span)
+    stage = FlowStage(config, network, parts, made.initial_profile(parts, config.flow.clock, 0))
 
     def dense() -> Tensor:
         s = torch.linspace(0.0, 0.95, ROWS, dtype=torch.float64)

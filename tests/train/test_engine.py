@@ -66,8 +66,8 @@ class Session:
         for name, p in network.named_parameters():
             p.requires_grad_(name != frozen)
         self.accumulation = accumulation
-        stage = AutoregressiveStage(config, network)
-        self.engine = engine.start(engine.Trainee(network, stage.loss), config, mesh, 4 // accumulation, accumulation)
+        self.stage = AutoregressiveStage(config, network)
+        self.engine = engine.start(network, config, mesh, 4 // accumulation, accumulation)
 
     def step(self, number: int) -> tuple[float, float]:
         ids = torch.randint(11, (4, 8), generator=random.generator(0, "ids", number))
@@ -75,17 +75,27 @@ class Session:
         for index in range(self.accumulation):
             part = ids[index * rows : (index + 1) * rows]
             batch = Batch(part, None, torch.arange(rows), number, 4, torch.full((rows * 8,), 1 / 32))
-            value, _ = self.engine(batch)
+            value, _ = self.engine(self.stage.loss, batch)
             self.engine.backward(value * self.accumulation)
             loss += value.item()
             if index + 1 < self.accumulation:
                 self.engine.step()
         return loss, engine.step(self.engine)
 
-    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        return tuple(
-            {name: value.clone() for name, value in found.items()} for found in (engine.weights(self.engine), engine.moments(self.engine))
-        )
+    def state(self) -> dict[str, torch.Tensor]:
+        """Every logical tensor, put together from the pieces."""
+        found: dict[str, torch.Tensor] = {}
+        for name, shape, box, value in engine.pieces(self.engine):
+            found.setdefault(name, torch.full(shape, torch.nan))[tuple(slice(*side) for side in box)] = value
+        assert not any(value.isnan().any() for value in found.values())
+        return found
+
+    def restore(self, state: dict[str, torch.Tensor], steps: int) -> None:
+        engine.restore(self.engine, lambda name, box: state[name][tuple(slice(*side) for side in box)], steps)
+
+
+def group(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
 @pytest.fixture
@@ -94,32 +104,33 @@ def mesh():
         yield joined
 
 
-LAYOUTS = [(name, zero, precision) for name in ("adamw", "muon") for precision in ("fp32", "bf16") for zero in (0, 1, 2)]
+LAYOUTS = [(name, zero, precision) for name in ("adamw", "muon") for precision in ("fp32", "bf16") for zero in (0, 1, 2, 3)]
 
 
 @pytest.mark.parametrize("name, zero, precision", LAYOUTS)
 class TestRoundTrip:
     def test_a_restored_engine_goes_on_exactly_as_the_first_would(self, mesh, name, zero, precision):
-        """Weights, moments and losses are equal to the last bit; the restored engine started from other weights."""
+        """Weights, averages, moments and losses are equal to the last bit; the restored engine started from other weights."""
         first = Session(small(name, zero, precision), mesh, seed=1)
         for number in range(3):
             first.step(number)
-        weights, moments = first.state()
+            engine.update_average(first.engine, 0.5)
+        kept = first.state()
         expected = [first.step(number) for number in (3, 4)]
         second = Session(small(name, zero, precision), mesh, seed=2)
-        engine.restore(second.engine, weights, moments, steps=3)
-        assert all(torch.equal(value, weights[key]) for key, value in second.state()[0].items())
-        assert all(torch.equal(value, moments[key]) for key, value in second.state()[1].items())
+        second.restore(kept, steps=3)
+        assert all(torch.equal(value, kept[key]) for key, value in second.state().items())
         assert [second.step(number) for number in (3, 4)] == expected
-        for one, other in zip(first.state(), second.state(), strict=True):
-            assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+        one, other = first.state(), second.state()
+        assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
     def test_what_is_kept_is_full_and_fp32(self, mesh, name, zero, precision):
         session = Session(small(name, zero, precision), mesh, seed=1)
+        shapes = {key: value.shape for key, value in session.drawn.items()}
         session.step(0)
-        weights, moments = session.state()
-        shapes = {key.removeprefix("network."): p.shape for key, p in session.engine.module.named_parameters()}
-        assert {key: value.shape for key, value in weights.items()} == shapes
+        state = session.state()
+        weights, moments = group(state, "weights/"), group(state, "moments/")
+        assert {key: value.shape for key, value in weights.items()} == shapes == {k: v.shape for k, v in group(state, "averaged/").items()}
         assert all(value.dtype == torch.float32 and value.shape == shapes[key.partition(".")[2]] for key, value in moments.items())
         kinds = {key.partition(".")[0] for key in moments}
         assert kinds == ({"exp_avg", "exp_avg_sq", "momentum_buffer"} if name == "muon" else {"exp_avg", "exp_avg_sq"})
@@ -128,54 +139,68 @@ class TestRoundTrip:
             assert all(p.dtype == torch.bfloat16 for p in session.engine.module.parameters())
 
 
+def lerp(average: dict[str, torch.Tensor], weights: dict[str, torch.Tensor], rate: float) -> dict[str, torch.Tensor]:
+    return {name: rate * average[name] + (1.0 - rate) * value for name, value in weights.items()}
+
+
 @pytest.mark.parametrize("name, zero, precision", LAYOUTS)
 class TestAverage:
     def test_it_is_that_of_the_whole_weights(self, mesh, name, zero, precision):
         """And goes on from a restored one of another layout; frozen parameters keep their value."""
-        session, other = (Session(small(name, z, precision), mesh, seed=1, frozen="table") for z in (zero, (zero + 1) % 3))
-        expected = session.state()[0]
-        average, moved = engine.Average(session.engine), engine.Average(other.engine)
+        session, other = (Session(small(name, z, precision), mesh, seed=1, frozen="table") for z in (zero, (zero + 1) % 4))
+        expected = group(session.state(), "weights/")
         for number, rate in enumerate((0.1, 0.5, 0.9)):
             session.step(number)
-            average.update(rate)
-            ema.update(expected, engine.weights(session.engine), rate)
-        self.equal(average.weights(), expected)
-        moved.restore(average.weights())
-        other.step(0)
-        moved.update(0.75)
-        ema.update(expected, engine.weights(other.engine), 0.75)
-        self.equal(moved.weights(), expected)
-        for found in (average.weights(), moved.weights(), session.state()[0]):
-            assert torch.equal(found["table"], session.drawn["table"])  # in bf16 too, whose masters hold only what is trained
-        assert not any(torch.equal(value, session.state()[0][key]) for key, value in expected.items() if key.endswith("qkv.weight"))
+            engine.update_average(session.engine, rate)
+            expected = lerp(expected, group(session.state(), "weights/"), rate)
+        self.equal(group(session.state(), "averaged/"), expected)
+        other.restore(session.state(), steps=3)
+        other.step(3)
+        engine.update_average(other.engine, 0.75)
+        expected = lerp(expected, group(other.state(), "weights/"), 0.75)
+        self.equal(group(other.state(), "averaged/"), expected)
+        for found in (session.state(), other.state()):
+            for kind in ("weights/table", "averaged/table"):  # in bf16 too, whose masters hold only what is trained
+                assert torch.equal(found[kind], session.drawn["table"])
 
     def equal(self, found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
         assert found.keys() == expected.keys()
         for key, value in expected.items():
             torch.testing.assert_close(found[key], value, rtol=1e-6, atol=1e-8)
 
-    def test_updating_gathers_nothing(self, mesh, monkeypatch, name, zero, precision):
-        """What a process keeps is as large as its slices, where the weights are sharded."""
+    def test_a_block_sees_it_and_after_it_all_is_as_before(self, mesh, name, zero, precision):
+        """Also if the block fails. The network is asked through the engine's module, as ZeRO 3 needs it."""
         session = Session(small(name, zero, precision), mesh, seed=1)
-        average = engine.Average(session.engine)
-        session.step(0)
-        if zero:
-            monkeypatch.setattr(engine, "_gather", None)
-            optimizer = session.engine.optimizer
-            assert average.whole is None
-            assert all(optimizer.state[flat]["average"].shape == flat.shape for group in optimizer.param_groups for flat in group["params"])
-        average.update(0.5)
+        for number in range(3):
+            session.step(number)
+        before, network = session.state(), session.stage.network
+        ids = torch.randint(11, (2, 8), generator=random.generator(0, "look", 0))
+
+        def look() -> torch.Tensor:
+            with torch.no_grad():
+                return session.engine.module(network, ids).float()
+
+        own = look()
+        plain = autoregressive_network(session.stage.config, torch.full((11,), 1 / 11).log(), mesh.device)
+        ema.load(plain.to(torch.bfloat16 if precision == "bf16" else torch.float32), group(before, "averaged/"))
+        with engine.averaged(session.engine):
+            seen = look()
+        with pytest.raises(RuntimeError), engine.averaged(session.engine):
+            raise RuntimeError
+        assert torch.equal(seen, plain(ids).detach().float()) and not torch.equal(seen, own) and torch.equal(look(), own)
+        after = session.state()
+        assert all(torch.equal(after[key], before[key]) for key in before)
 
 
 class TestLayouts:
     @pytest.mark.parametrize("name", ["adamw", "muon"])
-    @pytest.mark.parametrize("source, target", [(0, 1), (1, 2), (2, 0)])
+    @pytest.mark.parametrize("source, target", [(0, 1), (1, 2), (2, 3), (3, 0)])
     def test_another_zero_stage_goes_on_the_same_way(self, mesh, name, source, target):
         first = Session(small(name, source, "fp32"), mesh, seed=1)
         for number in range(3):
             first.step(number)
         second = Session(small(name, target, "fp32"), mesh, seed=2)
-        engine.restore(second.engine, *first.state(), steps=3)
+        second.restore(first.state(), steps=3)
         for number in (3, 4, 5):
             assert second.step(number) == pytest.approx(first.step(number), rel=1e-6)
 
@@ -184,8 +209,10 @@ class TestLayouts:
         [
             ((0, "fp32"), (1, "fp32"), 1e-6),
             ((0, "fp32"), (2, "fp32"), 1e-6),
+            ((0, "fp32"), (3, "fp32"), 1e-6),
             ((0, "bf16"), (1, "bf16"), 1e-6),
             ((0, "bf16"), (2, "bf16"), 1e-6),
+            ((0, "bf16"), (3, "bf16"), 1e-6),
             ((0, "fp32"), (0, "bf16"), 2e-3),
         ],
     )
@@ -197,14 +224,14 @@ class TestLayouts:
             assert second.step(number)[0] == pytest.approx(first.step(number)[0], rel=tolerance)
 
     @pytest.mark.parametrize("name", ["adamw", "muon"])
-    @pytest.mark.parametrize("zero", [0, 1, 2])
+    @pytest.mark.parametrize("zero", [0, 1, 2, 3])
     def test_accumulation_changes_nothing(self, mesh, name, zero):
         whole, parts = (Session(small(name, zero, "fp32"), mesh, seed=1, accumulation=a) for a in (1, 4))
         for number in range(3):
             assert parts.step(number) == pytest.approx(whole.step(number), rel=2e-6)
 
     @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-    @pytest.mark.parametrize("zero", [0, 1, 2])
+    @pytest.mark.parametrize("zero", [0, 1, 2, 3])
     def test_the_gradient_is_clipped_before_muon_and_its_step_is_not(self, mesh, zero, precision):
         """The momentum after a step is a twentieth of the clipped gradient; an orthogonalised step does not depend on its length."""
         moved, norms = [], []
@@ -212,16 +239,16 @@ class TestLayouts:
             config = small("muon", zero, precision)
             config.optim.clip_norm, config.optim.weight_decay = clip, 0.0
             session = Session(config, mesh, seed=1)
-            before = session.state()[0]
+            before = group(session.state(), "weights/")
             assert session.step(0)[1] > 0.1
-            after, moments = session.state()
+            after, moments = (group(session.state(), kind) for kind in ("weights/", "moments/"))
             held = {name.partition(".")[2]: value for name, value in moments.items() if name.startswith("momentum_buffer.")}
             norms.append(torch.cat([value.flatten() for value in held.values()]).norm().item())
             moved.append(torch.cat([(after[name] - before[name]).flatten() for name in held]))
         assert norms[0] > 1e-3 and 0.0 < norms[1] < 1.01 * 0.05 * 1e-3
         assert 0.0 < (moved[0] - moved[1]).norm() < 0.2 * moved[0].norm()  # Newton-Schulz rounds to bf16
 
-    @pytest.mark.parametrize("zero", [0, 1, 2])
+    @pytest.mark.parametrize("zero", [0, 1, 2, 3])
     def test_the_norm_is_that_of_the_whole_gradient_before_clipping(self, mesh, zero):
         config = small("adamw", zero, "fp32")
         config.optim.clip_norm = 1e-3
@@ -229,7 +256,7 @@ class TestLayouts:
         reference = Session(small("adamw", 0, "fp32"), mesh, seed=1)
         network = reference.engine.module.network
         ids = torch.randint(11, (4, 8), generator=random.generator(0, "ids", 0))
-        loss, _ = reference.engine.module(Batch(ids, None, torch.arange(4), 0, 4, torch.full((32,), 1 / 32)))
+        loss, _ = reference.stage.loss(Batch(ids, None, torch.arange(4), 0, 4, torch.full((32,), 1 / 32)))
         gradients = torch.autograd.grad(loss, [p for p in network.parameters() if p.requires_grad], allow_unused=True)
         norm = math.sqrt(sum(g.double().square().sum().item() for g in gradients if g is not None))
         assert norm > 0.01 and session.step(0)[1] == pytest.approx(norm, rel=1e-5)

@@ -1,14 +1,13 @@
 """Muon for the matrices of the blocks and AdamW for the rest: two optimizers that behave as one."""
 
-import threading
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import nn
 
 from megaflow.config.schema import OptimConfig
-from megaflow.train.optimizer import NEWTON_SCHULZ, Muon, Piece, SlicedMuon, Together, is_block_matrix, make, orthogonal
+from megaflow.parallel.cut import cut_of, even, parameter
+from megaflow.parallel.mesh import ALONE, Axis, Mesh, grid
+from megaflow.train.optimizer import NEWTON_SCHULZ, Matrix, Muon, Together, is_block_matrix, make, orthogonal
 
 
 class Network(nn.Module):
@@ -38,18 +37,19 @@ def train(network: nn.Module, optimizers: list[torch.optim.Optimizer], steps: in
     return [p.detach().clone() for p in network.parameters()]
 
 
+HERE = Mesh(ALONE, ALONE, ALONE, torch.device("cpu"))
 OPTIM = OptimConfig(name="muon", learning_rate=0.01, weight_decay=0.1, warmup_steps=0)
 
 
 class TestMake:
     def test_adamw_owns_everything(self, network):
-        optimizer = make(network, OptimConfig(name="adamw", beta1=0.8, beta2=0.95, weight_decay=0.2, learning_rate=0.5))
+        optimizer = make(network, OptimConfig(name="adamw", beta1=0.8, beta2=0.95, weight_decay=0.2, learning_rate=0.5), HERE)
         (group,) = optimizer.param_groups
         assert type(optimizer) is torch.optim.AdamW and len(group["params"]) == len(list(network.parameters()))
         assert (group["betas"], group["weight_decay"], group["lr"]) == ((0.8, 0.95), 0.2, 0.5)
 
     def test_muon_owns_the_matrices_of_the_blocks_and_nothing_else(self, network):
-        muon, adam = make(network, OPTIM).parts
+        muon, adam = (lambda made: (made.muon, made.adam))(make(network, OPTIM, HERE))
         owned = {name for name, p in network.named_parameters() for q in muon.param_groups[0]["params"] if p is q}
         assert owned == {"block.qkv.weight", "block.down.weight"}
         assert type(muon) is Muon and type(adam) is torch.optim.AdamW
@@ -57,7 +57,7 @@ class TestMake:
 
     def test_frozen_parameters_belong_to_nobody(self, network):
         network.table.weight.requires_grad_(False)
-        owned = [p for group in make(network, OPTIM).param_groups for p in group["params"]]
+        owned = [p for group in make(network, OPTIM, HERE).param_groups for p in group["params"]]
         assert all(p is not network.table.weight for p in owned) and len(owned) == 4
 
     def test_every_trunk_has_block_matrices_by_these_names(self):
@@ -75,7 +75,7 @@ class TestMake:
 class TestTogether:
     def test_the_same_trajectory_as_both_apart(self, network):
         start = [p.detach().clone() for p in network.parameters()]
-        together = train(network, [make(network, OPTIM)])
+        together = train(network, [make(network, OPTIM, HERE)])
         with torch.no_grad():
             for p, value in zip(network.parameters(), start, strict=True):
                 p.copy_(value)
@@ -83,21 +83,21 @@ class TestTogether:
             [network.block["qkv"].weight, network.block["down"].weight],
             [network.block["down"].bias, network.table.weight, network.gain],
         )
-        muon = Muon(matrices, torch.float32, lr=0.01, weight_decay=0.1)
+        muon = Muon(matrices, torch.float32, HERE, lr=0.01, weight_decay=0.1)
         adam = torch.optim.AdamW(others, lr=0.01, betas=(0.9, 0.99), weight_decay=0.1)
         apart = train(network, [muon, adam])
         assert all(torch.equal(a, b) for a, b in zip(together, apart, strict=True))
         assert not any(torch.equal(a, b) for a, b in zip(together, start, strict=True))
 
     def test_a_learning_rate_set_on_the_groups_reaches_both(self, network):
-        optimizer = make(network, OPTIM)
+        optimizer = make(network, OPTIM, HERE)
         before = [p.detach().clone() for p in network.parameters()]
         for group in optimizer.param_groups:
             group["lr"] = 0.0
         assert all(torch.equal(a, b) for a, b in zip(train(network, [optimizer]), before, strict=True))
 
     def test_its_state_is_that_of_the_parts_itself(self, network):
-        optimizer = make(network, OPTIM)
+        optimizer = make(network, OPTIM, HERE)
         assert isinstance(optimizer, Together) and not optimizer.state
         train(network, [optimizer], steps=1)
         assert set(optimizer.state[network.block["qkv"].weight]) == {"momentum_buffer"}
@@ -105,7 +105,7 @@ class TestTogether:
         before = network.gain.detach().clone()
         optimizer.state[network.gain]["exp_avg"].zero_()
         network.zero_grad(set_to_none=False)
-        optimizer.parts[1].param_groups[0]["weight_decay"] = 0.0
+        optimizer.adam.param_groups[0]["weight_decay"] = 0.0
         optimizer.step()
         assert torch.equal(network.gain, before)  # no momentum left, and no gradient
 
@@ -134,7 +134,7 @@ class TestMuon:
         draw = torch.Generator().manual_seed(3)
         ours, theirs = (nn.Parameter(torch.ones(6, 10)) for _ in range(2))
         settings = dict(lr=0.02, weight_decay=0.1)
-        half = Muon([ours], torch.bfloat16, **settings)
+        half = Muon([ours], torch.bfloat16, HERE, **settings)
         reference = torch.optim.Muon([theirs], momentum=0.95, adjust_lr_fn="match_rms_adamw", **settings)
         for _ in range(4):
             ours.grad = torch.randn(6, 10, generator=draw)
@@ -151,79 +151,96 @@ class TestMuon:
         assert (orthogonal(moved, torch.float32) - orthogonal(update, torch.float32)).abs().max() < 1e-5
 
 
-SHAPES = [(6, 4), (3, 9), (5, 5)]
+SHAPES = [(6, 4), (4, 9), (5, 8)]
 SIZES = [rows * columns for rows, columns in SHAPES]
+CUTS = {(6, 4): (0, 3), (4, 9): (0, 1), (5, 8): (1, 1)}
+"""Dimension and blocks along which tensor parallelism cuts a matrix of this shape."""
+PADDING = 3
 
 
-def pieces(start: int, end: int, borders: list[int]) -> list[Piece]:
-    """What the slice [start, end) of matrices of SHAPES, laid end to end, holds of each."""
+def logical_run() -> tuple[list[torch.Tensor], list[list[torch.Tensor]]]:
+    """Matrices and four steps of gradients."""
+    draw = torch.Generator().manual_seed(0)
+    start = [torch.randn(shape, generator=draw) for shape in SHAPES]
+    return start, [[torch.randn(shape, generator=draw) for shape in SHAPES] for _ in range(4)]
+
+
+def muon_over(parameters: list[nn.Parameter], mesh: Mesh) -> Muon:
+    return Muon(parameters, torch.float32, mesh, lr=0.02, weight_decay=0.1)
+
+
+def sliced(tensor: int, borders: list[int]) -> list[torch.Tensor]:
+    """This process's elements after four steps of Muon, where its part of the matrices, laid end to end with padding behind, is cut at
+    `borders` into slices, one for each data-parallel process."""
+    mesh = grid(tensor, torch.device("cpu"))
+    start, gradients = logical_run()
+    parts = [parameter(shape, even(CUTS[shape][0], shape[CUTS[shape][0]], mesh.tensor, CUTS[shape][1])) for shape in SHAPES]
+
+    def flat(matrices: list[torch.Tensor]) -> torch.Tensor:
+        held = [m if cut_of(p) is None else cut_of(p).take(m) for m, p in zip(matrices, parts, strict=True)]
+        return torch.cat([*(m.flatten() for m in held), torch.zeros(PADDING)])
+
+    total = len(flat(start))
+    ends = [*borders, total]
+    low, high = ([0, *ends])[mesh.data.rank], ends[mesh.data.rank]
+    weights = nn.Parameter(flat(start)[low:high].clone())
+    muon = muon_over([weights], mesh)
     found, offset = [], 0
-    for shape, size in zip(SHAPES, SIZES, strict=True):
-        low, high = max(offset, start), min(offset + size, end)
-        cut, count = any(offset < border < offset + size for border in borders), max(high - low, 0)
-        if cut or count:
-            found.append(Piece(torch.Size(shape), low - offset if count else 0, count, low - start if count else 0, cut))
+    for p in parts:
+        size = p.numel()
+        inside, until = max(offset, low), min(offset + size, high)
+        count, split = max(until - inside, 0), any(offset < border < offset + size for border in borders)
+        if count or split:
+            found.append(Matrix(p.shape, cut_of(p), inside - offset if count else 0, count, inside - low if count else 0, split))
         offset += size
-    return found
+    muon.matrices = {weights: found}
+    for number in range(4):
+        weights.grad = flat(gradients[number])[low:high].clone()
+        muon.step()
+    return weights.detach()
 
 
-def summing(processes: int) -> Callable[[torch.Tensor], None]:
-    """The sum over threads that call it together, in place."""
-    barrier, given = threading.Barrier(processes), {}
-
-    def total(tensor: torch.Tensor) -> None:
-        given[threading.get_ident()] = tensor.clone()
-        barrier.wait(10)
-        tensor.copy_(sum(given.values()))
-        barrier.wait(10)
-
-    return total
+def expected(tensor: int, rank: int, matrices: list[torch.Tensor]) -> torch.Tensor:
+    """The part of tensor-parallel process `rank` of the matrices, laid end to end with padding behind."""
+    cuts = [even(CUTS[shape][0], shape[CUTS[shape][0]], Axis(rank, tensor), CUTS[shape][1]) for shape in SHAPES]
+    return torch.cat([*(cut.take(m).flatten() for cut, m in zip(cuts, matrices, strict=True)), torch.zeros(PADDING)])
 
 
-class TestSlicedMuon:
-    @pytest.mark.parametrize("borders", [[], [24], [51], [30], [10], [1, 2], [24, 51], [10, 40], [10, 20], [28, 36, 50], [60, 75]])
-    def test_slices_take_the_steps_of_whole_matrices(self, borders):
-        """To the last bit, wherever the borders lie: between matrices, within one, and several in the same one; with padding at the end."""
-        settings = dict(dtype=torch.float32, lr=0.02, weight_decay=0.1)
-        padding, draw = 3, torch.Generator().manual_seed(0)
-        start = [torch.randn(shape, generator=draw) for shape in SHAPES]
-        gradients = [[torch.randn(shape, generator=draw) for shape in SHAPES] for _ in range(4)]
+class TestMuonInParts:
+    @pytest.mark.parametrize(
+        "size, tensor, borders",
+        [
+            (2, 1, [24]),
+            (2, 1, [60]),
+            (2, 1, [30]),
+            (2, 1, [10]),
+            (2, 1, [100]),
+            (4, 1, [10, 12, 20]),
+            (4, 1, [24, 60, 100]),
+            (4, 1, [1, 2, 103]),
+        ]
+        + [(2, 2, []), (4, 2, [12]), (4, 2, [5]), (4, 2, [35]), (4, 2, [50])],
+    )
+    def test_parts_and_slices_take_the_steps_of_whole_matrices(self, ranks, size, tensor, borders):
+        """Wherever the borders lie: between matrices, within one, several in the same one, in the padding; with tensor parts as well."""
+        start, gradients = logical_run()
         whole = [nn.Parameter(matrix.clone()) for matrix in start]
-        muon = Muon(whole, **settings)
-        ends = [*borders, sum(SIZES) + padding]
-        total, slices, threads = summing(len(ends)), [], []
-
-        def flat(matrices: list[torch.Tensor]) -> torch.Tensor:
-            return torch.cat([*(matrix.flatten() for matrix in matrices), torch.zeros(padding)])
-
-        def work(weights: nn.Parameter, low: int, high: int) -> None:
-            template = Muon([nn.Parameter(torch.zeros(1, 1))], **settings)
-            template.param_groups[0]["params"] = [weights]
-            template.state[weights]["momentum_buffer"] = torch.zeros_like(weights)
-            sliced = SlicedMuon(template, pieces(low, high, borders), total)
-            for number in range(4):
-                weights.grad = flat(gradients[number])[low:high].clone()
-                sliced.step()
-
-        for low, high in zip([0, *ends], ends, strict=False):
-            slices.append(nn.Parameter(flat(start)[low:high].clone()))
-            threads.append(threading.Thread(target=work, args=(slices[-1], low, high)))
-        for thread in threads:
-            thread.start()
+        muon = muon_over(whole, HERE)
         for number in range(4):
             for p, gradient in zip(whole, gradients[number], strict=True):
                 p.grad = gradient
             muon.step()
-        for thread in threads:
-            thread.join()
-        assert torch.equal(torch.cat([piece.detach() for piece in slices]), flat([p.detach() for p in whole]))
+        found = ranks(size, sliced, tensor, borders)
+        for rank in range(tensor):
+            ours = torch.cat(found[rank::tensor])
+            torch.testing.assert_close(ours, expected(tensor, rank, [p.detach() for p in whole]), rtol=1e-5, atol=1e-6)
         assert not any(torch.equal(p, before) for p, before in zip(whole, start, strict=True))
 
     def test_it_waits_for_a_gradient_of_its_own(self):
         """ZeRO steps one group after the other; nothing moves or decays, and no momentum fades, in the other's turn."""
-        muon = Muon([nn.Parameter(torch.ones(2, 3))], torch.float32, lr=0.1, weight_decay=0.5)
         flat = nn.Parameter(torch.ones(6))
-        muon.param_groups[0]["params"] = [flat]
+        muon = muon_over([flat], HERE)
+        muon.matrices = {flat: [Matrix(torch.Size((2, 3)), None, 0, 6, 0, False)]}
         muon.state[flat]["momentum_buffer"] = torch.ones(6)
-        SlicedMuon(muon, [Piece(torch.Size((2, 3)), 0, 6, 0, False)], lambda tensor: None).step()
+        muon.step()
         assert torch.equal(flat, torch.ones(6)) and torch.equal(muon.state[flat]["momentum_buffer"], torch.ones(6))

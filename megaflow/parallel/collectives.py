@@ -1,0 +1,196 @@
+"""Collectives that autograd knows: value, gradient, tangent, and the gradient through a tangent.
+
+Every function takes an `Axis`; with one process on it, it returns its argument. In pairs, one's backward pass is the other:
+
+    function        forward                         backward                        where
+    copied          the same on every process       sum of all gradients            from replicated into split computation
+    summed          sum of all parts                the same gradient for all       from split into replicated computation
+    gathered        all processes' slices, joined   sum, of which each gets a slice from sequence-parallel into split computation
+    scattered       sum, of which each gets a slice all processes' slices, joined   from split into sequence-parallel computation
+    own             one's own slice                 all processes' slices, joined   from replicated into sequence-parallel computation
+
+The first four are the f, g and g-bar of Megatron-LM (Shoeybi et al. 2019; Korthikanti et al. 2022). Plain collectives inside forward-mode
+differentiation give wrong tangents without an error; a Function with `setup_context` and `jvp`, whose rules are Functions again, does not.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megaflow.parallel.mesh import Axis
+
+# torch 2.13 has new names for these two, and warns of the old ones
+_all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def copied(x: Tensor, axis: Axis) -> Tensor:
+    """x itself, replicated; its gradient is the sum of all processes' gradients."""
+    return x if axis.size == 1 else _Copied.apply(x, axis)
+
+
+def summed(x: Tensor, axis: Axis) -> Tensor:
+    """Sum of all processes' x, on each of them."""
+    return x if axis.size == 1 else _Summed.apply(x, axis)
+
+
+def gathered(x: Tensor, axis: Axis, dim: int) -> Tensor:
+    """All processes' x joined along `dim`; the gradient of each is summed over those of all."""
+    return x if axis.size == 1 else _Gathered.apply(x, axis, dim)
+
+
+def scattered(x: Tensor, axis: Axis, dim: int) -> Tensor:
+    """This process's slice along `dim` of the sum of all processes' x."""
+    return x if axis.size == 1 else _Scattered.apply(x, axis, dim)
+
+
+def own(x: Tensor, axis: Axis, dim: int) -> Tensor:
+    """This process's slice along `dim` of a replicated x, whose gradient is joined from all."""
+    return x if axis.size == 1 else _Own.apply(x, axis, dim)
+
+
+def copied_together(tensors: list[Tensor], axis: Axis) -> list[Tensor]:
+    """`copied` of several small tensors by one collective, which sums their gradients in fp32 at least."""
+    if axis.size == 1:
+        return tensors
+    wide = [t.flatten().to(torch.promote_types(t.dtype, torch.float32)) for t in tensors]
+    flat = copied(torch.cat(wide), axis).split([t.numel() for t in tensors])
+    return [part.view(t.shape).to(t.dtype) for part, t in zip(flat, tensors, strict=True)]
+
+
+def stacked(x: Tensor, axis: Axis) -> Tensor:
+    """(size, *x.shape): every process's x in their order. Without derivatives."""
+    return _gather(x[None], axis, 0)
+
+
+def _gather(x: Tensor, axis: Axis, dim: int) -> Tensor:
+    x = x.contiguous()
+    out = x.new_empty(axis.size * x.shape[0], *x.shape[1:])
+    _all_gather(out, x, group=axis.group)
+    return out if dim == 0 else torch.cat(out.chunk(axis.size, 0), dim)
+
+
+def _scatter(x: Tensor, axis: Axis, dim: int) -> Tensor:
+    x = x.contiguous() if dim == 0 else torch.cat(x.chunk(axis.size, dim), 0)
+    out = x.new_empty(x.shape[0] // axis.size, *x.shape[1:])
+    _reduce_scatter(out, x, group=axis.group)
+    return out
+
+
+def _sum(x: Tensor, axis: Axis) -> Tensor:
+    x = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(x, group=axis.group)
+    return x
+
+
+class _Copied(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, axis: Axis) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.axis = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return summed(gradients[0], ctx.axis), None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        return copied(tangents[0], ctx.axis)
+
+
+class _Summed(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, axis: Axis) -> Tensor:
+        return _sum(x, axis)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.axis = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return copied(gradients[0], ctx.axis), None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        return summed(tangents[0], ctx.axis)
+
+
+class _Gathered(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, axis: Axis, dim: int) -> Tensor:
+        return _gather(x, axis, dim)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        _, ctx.axis, ctx.dim = inputs
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return scattered(gradients[0], ctx.axis, ctx.dim), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        return gathered(tangents[0], ctx.axis, ctx.dim)
+
+
+class _Scattered(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, axis: Axis, dim: int) -> Tensor:
+        return _scatter(x, axis, dim)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        _, ctx.axis, ctx.dim = inputs
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return gathered(gradients[0], ctx.axis, ctx.dim), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        return scattered(tangents[0], ctx.axis, ctx.dim)
+
+
+class _Own(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, axis: Axis, dim: int) -> Tensor:
+        return x.chunk(axis.size, dim)[axis.rank].contiguous()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        _, ctx.axis, ctx.dim = inputs
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return _Joined.apply(gradients[0], ctx.axis, ctx.dim), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        return own(tangents[0], ctx.axis, ctx.dim)
+
+
+class _Joined(torch.autograd.Function):
+    """All slices joined, into replicated computation: the transpose of `own`, and its backward pass."""
+
+    @staticmethod
+    def forward(x: Tensor, axis: Axis, dim: int) -> Tensor:
+        return _gather(x, axis, dim)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        _, ctx.axis, ctx.dim = inputs
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return own(gradients[0], ctx.axis, ctx.dim), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        return _Joined.apply(tangents[0], ctx.axis, ctx.dim)

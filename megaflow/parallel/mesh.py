@@ -66,13 +66,17 @@ def check(tensor: int, total: int) -> None:
 def join(tensor: int = 1) -> Iterator[Mesh]:
     """Join the process group (gloo on CPUs, NCCL on GPUs) as a mesh with `tensor` processes a network, and leave it at the end.
 
-    Raises UserError where the number of processes is not a multiple of `tensor`.
+    A group that is there already is taken as it is, and left alone. Raises UserError where the number of processes is not a multiple of
+    `tensor`.
     """
     check(tensor, processes())
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+    if dist.is_initialized():
+        yield grid(tensor, device)
+        return
     backend = "nccl" if cuda else "gloo"
     if "RANK" in os.environ:
         dist.init_process_group(backend)

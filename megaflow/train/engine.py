@@ -320,6 +320,7 @@ def _spread(engine: Any) -> None:
         for p, master in _masters(engine).items():
             p.copy_(master)
     elif hasattr(optimizer, "fp32_partitioned_groups_flat"):
+        optimizer._partition_all_parameters()  # small ones stay whole between steps, and would not be gathered anew
         for index in range(len(optimizer.fp32_partitioned_groups_flat)):
             optimizer._reassign_or_swap_out_partitioned_parameters(index)
         if optimizer.persistent_parameters:

@@ -133,13 +133,10 @@ def everything(kind: str, multiple: int = 1) -> dict[str, object]:
         found |= {"divergence": divergence.detach(), "apart": apart}
         found["divergence gradients"] = logical(network, torch.autograd.grad(divergence, parameters, retain_graph=True, allow_unused=True))
         mean, token, confidence = heads.posterior(network.head(), read, 0.8)
-        mean = (
-            vocabularies.total(
-                part, torch.zeros(len(mean), VOCAB).double().index_copy_(1, torch.arange(VOCAB)[codes.columns(parts.code)], mean)
-            )
-            if parts.code.matrix is None
-            else mean
-        )
+        if parts.code.matrix is None:  # a dense state's own columns
+            columns = torch.zeros(len(mean), VOCAB, dtype=torch.float64)
+            columns[:, codes.columns(parts.code)] = mean
+            mean = vocabularies.total(part, columns)
         drawn, probability = heads.draw(network.head(), read, torch.linspace(0.0, 0.999, ROWS * LENGTH), 0.8)
         errors = heads.denoising_error(network.head(), read, ids.flatten())
         found |= {"mean": mean, "token": token, "confidence": confidence, "drawn": drawn, "probability": probability}

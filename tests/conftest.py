@@ -36,6 +36,14 @@ DATA = {
 REPOSITORY = {"char": "char", "coded": "quickstart", "documents": "quickstart"}
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("cuda"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a GPU; tools/gpu_check.sh runs it on one")
+
+
 @pytest.fixture(scope="session")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder for what the session makes once."""

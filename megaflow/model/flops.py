@@ -1,0 +1,103 @@
+"""Model FLOPs of a training step, per token: a closed formula of the config.
+
+As in PaLM (Chowdhery et al. 2022, appendix B): products of matrices alone, a multiplication and an addition each, forward and backward,
+every position seen by every other, causal or not; what is computed twice to save memory counts once. With
+
+    N = layers (4 + 2 mlp_ratio) d^2        weights of the blocks
+    A = 2 layers L d                        scores and values of attention
+    M = c (6 layers + 2) d / L              modulation by the condition, c wide; once a row, as are
+    T = (f + c) c / L                       its layers on f features of time
+    W = (2 neighbors + 1) d_e d             input layer on beliefs, or on tokens
+    S = d_c d                               input layer on the state, where it is read
+    B = V d_e                               beliefs times their table
+    Q = V (d_c + 2)                         a frame's products with the state, for a belief or for the skip; 0 for the one-hot state
+    H = V d                                 head
+
+the multiplications of a token are (layers that read what nothing is learned in have half a backward pass; V is the head's bias)
+
+    autoregressive    forward N + A + W + H                           backward 2 (N + A + W + H) + V
+    flow              forward N + A + M + T + W + S + B + 2 Q + H     backward 2 (N + A + M + W + H) + V + S + B + (f + 2 c) c / L
+
+A flow map has two time embeddings, reads W or S once more ahead, and has a frozen table. Of its targets, a diagonal row's takes a
+forward pass of the teacher; another's two of the map, on one set of beliefs more and with the product V d_c of a frame's mean between
+them. Hot beliefs, B + Q each, are of rows with s < t, at s and at u, where the channel is not as sharp itself: before the place h on the
+clock. Of the inner rows' draws (flow_map.draw_times) that is
+
+    P(s < h) = h (1 - log h)        P(u < h) = h + (1/2 - h) log |1 - 2 h|
+"""
+
+import math
+from typing import NamedTuple
+
+from megaflow.config.schema import Config
+from megaflow.flow import clock as clocks
+from megaflow.flow import flow_map
+from megaflow.flow.clock import Clock
+from megaflow.flow.code import Code
+from megaflow.model.text_dit import CONDITION, FREQUENCIES, HOT_GAIN
+
+
+class Flops(NamedTuple):
+    """FLOPs per token. targets: of the passes without gradient that stage 2 takes its targets from; recomputed: what the backward pass
+    computes again, which is no part of `model`."""
+
+    forward: float
+    backward: float
+    targets: float
+    recomputed: float
+
+    @property
+    def model(self) -> float:
+        return self.forward + self.backward + self.targets
+
+
+def hot_until(clock: Clock, code: Code) -> float:
+    """The place h on the clock where a channel c = t / (1 - t)^2 is as sharp as the one that hot beliefs are read with."""
+    gain = HOT_GAIN / code.leverage.double().mean().sqrt()
+    time = (2.0 * gain + 1.0 - (4.0 * gain + 1.0).sqrt()) / (2.0 * gain)
+    return clocks.forward(clock, time.cpu()).item()
+
+
+def of_step(config: Config, vocab: int, is_map: bool = False, hot: float = 1.0) -> Flops:
+    """A training step on tokens in rows of data.length; of a flow map if `is_map`. The config must be resolved.
+
+    Rows that are shorter, and documents that do not see each other, count as if they filled their rows and did. hot: `hot_until` of a
+    map's clock and code; without it every row with s < t counts with a hot belief.
+    """
+    model, length, d = config.model, config.data.length, config.model.hidden
+    window = 2 * model.neighbors + 1
+    blocks = model.layers * (4 + 2 * model.mlp_ratio) * d**2
+    attention = 2 * model.layers * length * d
+    embedded, head = window * model.belief_dim * d, vocab * d
+    if model.family == "autoregressive" and not is_map:
+        products = blocks + attention + embedded + head
+        return Flops(2.0 * products, 4.0 * products + 2.0 * vocab, 0.0, 0.0)
+
+    dim, framed = config.flow.code_dim, config.flow.code == "frame"
+    belief = model.input in ("belief", "both")
+    linear = dim * d if model.input in ("linear", "both") else 0
+    evidence = vocab * (dim + 2) if framed else 0
+    see = evidence + vocab * model.belief_dim if belief else 0
+    embedded = embedded if belief else 0
+    skip = evidence if config.flow.skip == "on" else 0
+    modulation = CONDITION * (6 * model.layers + 2) * d / length
+    features, deep = 2 * FREQUENCIES * CONDITION / length, CONDITION**2 / length
+
+    trained = blocks + attention + modulation + head
+    once = trained + features + deep + embedded + linear + skip  # a pass of a flow on beliefs that are there
+    if not is_map:
+        backward = 2 * (trained + deep + embedded) + vocab + features + linear + (see - evidence if belief else 0)
+        return Flops(2.0 * (once + see), 2.0 * backward, 0.0, 2.0 * evidence if belief else 0.0)
+
+    distill, rows = config.distill, config.train.global_batch
+    ahead = {"hot_belief": window * model.belief_dim * d, "linear": window * dim * d, "none": 0}[distill.state_input]
+    of_map = once + features + deep + ahead
+    diagonal, boundary = (count / rows for count in flow_map.counts(rows, distill.diagonal_fraction, distill.boundary_fraction))
+    moving, inner = 1.0 - diagonal, 1.0 - diagonal - boundary
+    at_s = inner * (hot - hot * math.log(hot) if hot > 0.0 else 0.0) + boundary
+    at_u = inner * (hot + (0.5 - hot) * math.log(abs(1.0 - 2.0 * hot)) if hot != 0.5 else 0.5) + boundary * (hot > 0.5)
+    see_hot = see if distill.state_input == "hot_belief" else 0
+    forward = of_map + see + at_s * see_hot
+    backward = 2 * (trained + 2 * deep) + vocab + 2 * features + embedded + linear + ahead
+    targets = diagonal * once + moving * (2 * of_map + see + (vocab * dim if framed else 0)) + at_u * see_hot
+    return Flops(2.0 * forward, 2.0 * backward, 2.0 * targets, 0.0)

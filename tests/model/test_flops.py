@@ -1,0 +1,167 @@
+"""FLOPs of a training step: the closed formula is what PyTorch counts in the real stages, and what MFU is made of."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from megaflow.config.check import resolve
+from megaflow.config.load import assemble
+from megaflow.flow import clock as clocks
+from megaflow.flow import code as codes
+from megaflow.flow.interpolant import channel_strength
+from megaflow.flow.likelihood import Range
+from megaflow.model import build, devices
+from megaflow.model.flops import hot_until, of_step
+from megaflow.model.parts import Parts, fit_clock, initial_profile
+from megaflow.model.text_dit import HOT_GAIN
+from megaflow.parallel import random
+from megaflow.train.stage import Batch
+from megaflow.train.stage_autoregressive import AutoregressiveStage
+from megaflow.train.stage_flow import FlowStage
+from megaflow.train.stage_map import MapStage
+
+SMALL: dict[str, Any] = {
+    "model.layers": 2,
+    "model.hidden": 32,
+    "model.heads": 2,
+    "model.belief_dim": 16,
+    "model.attention": "plain",  # SDPA's kernel for CPUs is unknown to the counter
+    "data.length": 16,
+    "flow.clock.bins": 20,
+    "train.global_batch": 8,
+}
+SIZES: dict[str, tuple[int, dict[str, Any]]] = {
+    "characters": (27, {}),
+    "coded": (400, {}),
+    "more layers": (400, {"model.layers": 5}),
+    "wide": (400, {"model.hidden": 96, "model.mlp_ratio": 2}),
+    "long rows": (400, {"data.length": 80}),
+    "large vocabulary": (3000, {"flow.code_dim": 8}),
+    "no neighbours": (400, {"model.neighbors": 0, "model.belief_dim": 48}),
+    "both read": (400, {"model.input": "both", "model.neighbors": 2}),
+    "linear, one-hot": (100, {"model.input": "linear"}),
+    "linear, coded": (400, {"model.input": "linear", "flow.code_dim": 40}),
+    "one-hot of many": (400, {"flow.code": "identity"}),
+}
+every_size = pytest.mark.parametrize("size", SIZES)
+
+
+def made(kind: str, vocab: int, values: dict[str, Any]) -> Any:
+    """A stage of a kind: autoregressive, flow or map, with fresh weights and the clock that a flow starts with."""
+    family = "autoregressive" if kind == "autoregressive" else "flow"
+    config = resolve(assemble([("test", SMALL | values | {"model.family": family})]), vocab).config
+    log_prior, cpu = torch.log_softmax(-torch.log1p(torch.arange(vocab, dtype=torch.float32)), 0), torch.device("cpu")
+    torch.manual_seed(0)
+    if kind == "autoregressive":
+        network = build.autoregressive_network(config, log_prior, cpu)
+        network.initialize()
+        return AutoregressiveStage(config, network)
+    one_hot, dim = config.flow.code == "identity", config.flow.code_dim
+    code = codes.identity(vocab) if one_hot else codes.frame(vocab, dim, random.generator(0, "code"), rounds=3)
+    parts = Parts(code, log_prior, Range(-3.0, 14.0))
+    flow = build.flow_network(config, parts, cpu)
+    flow.initialize()
+    if kind == "flow":
+        return FlowStage(config, flow, parts)
+    network = build.flow_network(config, parts, cpu, is_map=True)
+    network.initialize()
+    return MapStage(config, network, flow, parts, fit_clock(config.flow.clock, parts, initial_profile(parts, config.flow.clock, seed=0)))
+
+
+def in_place_product(added: list[int], left: list[int], right: list[int], out_shape: Any = None, **_: Any) -> int:
+    """FLOPs of addmm_, which the counter does not know by itself."""
+    return 2 * left[0] * left[1] * right[1]
+
+
+def counted(stage: Any, vocab: int, steps: int = 1) -> float:
+    """FLOPs per token of forward and backward passes on random tokens, by PyTorch's counter."""
+    rows, length = stage.config.train.global_batch, stage.config.data.length
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: in_place_product}) as counter:
+        for step in range(steps):
+            ids = torch.randint(vocab, (rows, length), generator=random.generator(0, "ids", step))
+            loss, _ = stage.loss(Batch(ids, None, torch.arange(rows), step, rows, torch.full((rows * length,), 1.0 / (rows * length))))
+            loss.backward()
+    return counter.get_total_flops() / (steps * rows * length)
+
+
+@every_size
+@pytest.mark.parametrize("kind", ["autoregressive", "flow"])
+def test_the_formula_is_what_is_counted(kind, size):
+    vocab, values = SIZES[size]
+    stage = made(kind, vocab, {name: value for name, value in values.items() if kind == "flow" or not name.startswith("flow.")})
+    flops = of_step(stage.config, vocab)
+    assert flops.model + flops.recomputed == pytest.approx(counted(stage, vocab), rel=1e-4)
+    assert flops.targets == 0.0
+
+
+@every_size
+@pytest.mark.parametrize("fractions", [(0.5, 0.03125), (0.25, 0.5)])
+def test_the_formula_of_a_flow_map_is_what_is_counted(size, fractions):
+    """Which rows need a hot belief is drawn; on average it is what the formula says."""
+    vocab, values = SIZES[size]
+    of_batch = {"train.global_batch": 32, "distill.diagonal_fraction": fractions[0], "distill.boundary_fraction": fractions[1]}
+    stage = made("map", vocab, values | of_batch)
+    flops = of_step(stage.config, vocab, is_map=True, hot=hot_until(stage.clock, stage.parts.code))
+    assert flops.model == pytest.approx(counted(stage, vocab, steps=2), rel=0.02)
+    assert flops.recomputed == 0.0
+
+
+@pytest.mark.parametrize("reads", ["linear", "none"])
+def test_what_a_flow_map_reads_besides_is_counted(reads):
+    stage = made("map", 400, {"distill.state_input": reads})
+    assert of_step(stage.config, 400, is_map=True).model == pytest.approx(counted(stage, 400), rel=1e-4)
+
+
+def test_beliefs_that_are_computed_again_are_no_model_flops():
+    stage = made("flow", 3000, {"flow.code_dim": 8})
+    flops = of_step(stage.config, 3000)
+    assert flops.recomputed == 2 * 3000 * (8 + 2)
+    assert flops.model < 0.99 * counted(stage, 3000)
+
+
+def test_six_flops_a_weight_and_twelve_of_attention():
+    """PaLM, appendix B: 6 N + 12 layers hidden length, N the weights but for the table of tokens, which is not multiplied by; and 2 a
+    token of the vocabulary for the gradient of the head's bias."""
+    stage = made("autoregressive", 400, {})
+    skipped = {"table", "start", "bias"}
+    weights = sum(p.numel() for name, p in stage.network.named_parameters() if p.dim() > 1 and name not in skipped and "gain" not in name)
+    assert of_step(stage.config, 400).model == 6 * weights + 12 * 2 * 32 * 16 + 2 * 400
+
+
+@pytest.mark.parametrize("vocab", [100, 400])
+def test_hot_beliefs_end_where_the_channel_is_as_sharp(vocab):
+    stage = made("map", vocab, {})
+    time = clocks.inverse(stage.clock, torch.tensor(hot_until(stage.clock, stage.parts.code)))
+    expected = HOT_GAIN / stage.parts.code.leverage.mean().sqrt().item()
+    assert channel_strength(time).item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_shares_of_hot_beliefs_are_those_of_the_draws():
+    """At h = 0, 1/2 and 1 the formula has its limits; between, the share of draws before h."""
+    stage = made("map", 400, {"train.global_batch": 1000, "distill.diagonal_fraction": 0.0, "distill.boundary_fraction": 0.0})
+    none, half, near, whole = (of_step(stage.config, 400, is_map=True, hot=h) for h in (0.0, 0.5, 0.5 + 1e-9, 1.0))
+    see = 2.0 * (400 * (64 + 2) + 400 * 16)
+    assert whole.forward - none.forward == pytest.approx(see) and whole.targets - none.targets == pytest.approx(see)
+    assert half.targets - none.targets == pytest.approx(0.5 * see)
+    assert near.targets == pytest.approx(half.targets) and near.forward == pytest.approx(half.forward)
+    first, second = torch.rand(2, 100_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    s = second * (1.0 - first)
+    for h in (0.2, 0.7):
+        at = of_step(stage.config, 400, is_map=True, hot=h)
+        assert (at.forward - none.forward) / see == pytest.approx((s < h).double().mean().item(), abs=0.005)
+        assert (at.targets - none.targets) / see == pytest.approx((s + first / 2 < h).double().mean().item(), abs=0.005)
+
+
+def test_boundary_rows_start_in_noise_and_change_in_the_middle_of_the_clock():
+    """Their first belief is always hot; that at u = 1/2 where hot beliefs go further."""
+    stage = made("map", 400, {"distill.diagonal_fraction": 0.0, "distill.boundary_fraction": 1.0})
+    short, far = (of_step(stage.config, 400, is_map=True, hot=h) for h in (0.4, 0.6))
+    assert short.forward == far.forward
+    assert far.targets - short.targets == pytest.approx(2.0 * (400 * (64 + 2) + 400 * 16))
+
+
+def test_mfu_is_the_share_of_the_peak():
+    assert devices.mfu(flops=3e9, tokens_per_second=1e5, peak=1e15, count=2) == pytest.approx(0.15)
+    assert devices.mfu(flops=3e9, tokens_per_second=1e5, peak=None, count=2) is None

@@ -1,53 +1,134 @@
-"""Atomic, verified checkpoints of logical parameters: names, full fp32 tensors, nothing that a layout owns.
+"""Verified checkpoints of logical tensors: names, shapes and values, nothing that a layout owns. Any layout reads what any layout wrote.
 
     checkpoints/step-00001200/
-        weights.safetensors    every parameter
-        averaged.safetensors   its exponential moving average: what evaluation and distillation use
-        moments.safetensors    the optimizer's moments
-        stage.safetensors      what the stage must keep (the clock and its profile)
-        state.json             step, tokens and seconds so far
-        manifest.json          SHA-256 and size of each file above
+        weights-00000-of-00002.safetensors    what process 0 of 2 has written of the parameters, in fp32
+        averaged-….safetensors                of their moving average: what evaluation and distillation use
+        moments-….safetensors                 of the optimizer's moments
+        stage-….safetensors                   of what the stage must keep (the clock and its profile)
+        manifest.json                         see below
 
-A checkpoint is written into a folder of another name and renamed when everything is on disk; a folder called step-… is whole unless
-the disk has damaged it, and reading compares every hash.
+A logical tensor is called GROUP/NAME: 'weights/trunk.blocks.0.qkv.weight'. Its boxes (megaflow.train.boxes) lie in the files of its group,
+each under NAME, or NAME[0:64,0:32] where it is not the whole tensor. manifest.json is {"sha256": …, "checkpoint": …}, the hash that of the
+second part as `canonical` writes it:
+
+    version     of this description
+    state       plain numbers: step, tokens and seconds so far
+    files       name: sha256 and bytes
+    tensors     name: dtype, shape, and `boxes`, pairs of a file and a box
+    content     identity of what evaluation and distillation see, `averaged` and `stage`: the same for the same values, whatever the
+                layout that wrote them
+    job         the word of the job that wrote it
+
+checkpoint_writer.py writes a checkpoint into a folder of another name, which is renamed when everything is on disk; a folder called step-…
+is whole unless the disk has damaged it, and who opens it compares hashes. Reading runs no code of a checkpoint's: JSON and bytes.
 """
 
 import hashlib
 import json
-import os
 import re
-import shutil
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch
 from torch import Tensor
 
 from megaflow.errors import UserError
-from megaflow.model.parts import readable
+from megaflow.train import boxes, tensor_file
+from megaflow.train.boxes import Box
+from megaflow.train.tensor_file import Entry
 
-TENSORS = ("weights", "averaged", "moments", "stage")
-PARTIAL = ".partial"
-
-
-@dataclass
-class Checkpoint:
-    """weights, averaged, moments, stage: names to tensors; state: plain numbers, `step` among them; sha256: of one that was read,
-    of its averaged weights and what its stage keeps (the clock), which is what evaluation and distillation see."""
-
-    weights: dict[str, Tensor]
-    averaged: dict[str, Tensor]
-    moments: dict[str, Tensor]
-    stage: dict[str, Tensor]
-    state: dict[str, Any]
-    sha256: str = ""
+GROUPS = ("weights", "averaged", "moments", "stage")
+SEEN = ("averaged", "stage")
+"""Groups that evaluation and distillation see, by which a checkpoint is identified."""
+MANIFEST = "manifest.json"
+VERSION = 2
+DELETE = "delete this checkpoint to go on from an earlier one"
+HASHERS = 8
+"""Files that are hashed at once: a disk is busy by then."""
 
 
 class Damaged(UserError):
     """A checkpoint whose files are not the ones that were written."""
+
+
+@dataclass(frozen=True)
+class Logical:
+    """A tensor of a checkpoint: its type, its full shape, and the boxes of it that files hold."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    boxes: list[tuple[str, Box]]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An open checkpoint: what its manifest says, and its tensors where they are asked for.
+
+    state: plain numbers, `step` among them; sha256: identity of the averaged weights and of what the stage keeps; files: name to
+    {"sha256", "bytes"}; logical: name to what is known of the tensor.
+    """
+
+    path: Path
+    state: dict[str, Any]
+    sha256: str
+    files: dict[str, dict[str, Any]]
+    logical: dict[str, Logical]
+    _entries: dict[str, dict[str, Entry]] = field(default_factory=dict, repr=False, compare=False)
+
+    def names(self, prefix: str = "") -> list[str]:
+        """Names of the tensors that begin so, sorted."""
+        return sorted(name for name in self.logical if name.startswith(prefix))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._of(name).shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._of(name).dtype
+
+    def read(self, name: str, at: Box | None = None) -> Tensor:
+        """A tensor, or this box of it, put together from the files that hold it; no other bytes are read. Raises UserError, Damaged."""
+        tensor = self._of(name)
+        at = boxes.full(tensor.shape) if at is None else at
+        if not boxes.lies_in(at, tensor.shape):
+            raise ValueError(f"{at} is no box of {name}, whose shape is {tensor.shape}")
+        found, missing = torch.empty(boxes.shape_of(at), dtype=tensor.dtype), boxes.volume(at)
+        for file, box in tensor.boxes:
+            if (common := boxes.meet(at, box)) is not None:
+                part = self._part(name, tensor, file, box, boxes.within(common, box))
+                missing -= part.numel()
+                if common == at:
+                    found = part
+                else:
+                    found[boxes.slices(boxes.within(common, at))] = part
+        if missing:
+            raise Damaged(f"{self.path / MANIFEST}: the boxes of {name} do not make it up; {DELETE}")
+        return found
+
+    def tensors(self, group: str) -> dict[str, Tensor]:
+        """All tensors of a group, whole, by the rest of their names. Raises Damaged."""
+        return {name.removeprefix(f"{group}/"): self.read(name) for name in self.names(f"{group}/")}
+
+    def _of(self, name: str) -> Logical:
+        if name not in self.logical:
+            raise UserError(f"{self.path}: it has no {name}; another version of megaflow has written it, train anew")
+        return self.logical[name]
+
+    def _part(self, name: str, tensor: Logical, file: str, box: Box, at: Box) -> Tensor:
+        """Box `at`, counted within `box`, of what a file holds as `box` of a tensor."""
+        path = self.path / file
+        try:
+            if file not in self._entries:
+                self._entries[file] = tensor_file.entries(path)
+            entry = self._entries[file][key(name, tensor.shape, box)]
+            if (entry.dtype, entry.shape) != (tensor.dtype, boxes.shape_of(box)):
+                raise ValueError(f"{name} is another tensor there")
+            return tensor_file.read(path, entry, at)
+        except (OSError, ValueError, KeyError) as error:
+            raise Damaged(f"{path}: cannot be read ({error}); {DELETE}") from None
 
 
 def folder(run: Path, step: int) -> Path:
@@ -60,85 +141,134 @@ def steps(run: Path) -> list[int]:
     return sorted(int(name[1]) for name in names if name)
 
 
-def save(run: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Write a checkpoint and remove all but it and the `keep` - 1 before it.
+def key(name: str, shape: Sequence[int], at: Box) -> str:
+    """What a box of a tensor is called in its file."""
+    rest = name.partition("/")[2]
+    return rest if at == boxes.full(shape) else f"{rest}[{','.join(f'{start}:{stop}' for start, stop in at)}]"
 
-    Raises UserError where the disk refuses; older ones stay intact.
+
+def file_of(group: str, rank: int, size: int) -> str:
+    """The file that process `rank` of `size` writes of a group."""
+    return f"{group}-{rank:05d}-of-{size:05d}.safetensors"
+
+
+def canonical(content: Any) -> str:
+    """The one way in which a manifest's content is written to be hashed."""
+    return json.dumps(content, sort_keys=True, separators=(",", ":"))
+
+
+def hashed(content: Any) -> str:
+    return hashlib.sha256(canonical(content).encode()).hexdigest()
+
+
+def open_checkpoint(path: Path, groups: Collection[str] | None = None, verify: bool = True) -> Checkpoint:
+    """Open a checkpoint after comparing the files of these groups, all if None, with what was written. Raises Damaged.
+
+    verify: False compares the manifest alone; processes that share the hashing use `newest`, or `files` and `damage`.
     """
-    target = folder(run, checkpoint.state["step"])
-    partial = target.with_name(target.name + PARTIAL)
-    try:
-        for stale in target.parent.glob("*" + PARTIAL):
-            shutil.rmtree(stale)
-        partial.mkdir(parents=True)
-        for name in TENSORS:
-            tensors = {key: value.detach().cpu().contiguous() for key, value in getattr(checkpoint, name).items()}
-            save_file(tensors, partial / f"{name}.safetensors")
-            readable(partial / f"{name}.safetensors")
-        (partial / "state.json").write_text(json.dumps(checkpoint.state), "utf-8")
-        files = sorted(partial.iterdir())
-        manifest = {path.name: {"sha256": _sha256(path), "bytes": path.stat().st_size} for path in files}
-        (partial / "manifest.json").write_text(json.dumps(manifest, indent=1), "utf-8")
-        for path in partial.iterdir():
-            _flush(path)
-        if target.exists():
-            shutil.rmtree(target)
-        partial.rename(target)
-        _flush(target.parent)
-    except (OSError, SafetensorError) as error:  # safetensors has its own name for a full disk
-        shutil.rmtree(partial, ignore_errors=True)
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{target}: the checkpoint could not be written ({reason}); earlier checkpoints are intact") from None
-    reached = [step for step in steps(run) if step <= checkpoint.state["step"]]  # beyond it are damaged ones that were passed over
-    for step in set(steps(run)) - set(reached[-keep:]):
-        shutil.rmtree(folder(run, step))
-    return target
+    found = _manifest(path)
+    if verify and (problem := damage(found, names := files(found, groups), names)):
+        raise Damaged(problem)
+    return found
 
 
-def read(path: Path, names: tuple[str, ...] = TENSORS) -> Checkpoint:
-    """Read and verify a checkpoint; only the tensor files in `names` are read, the others stay empty. Raises Damaged."""
-    try:
-        manifest = json.loads((path / "manifest.json").read_text("utf-8"))
-    except (OSError, ValueError):
-        raise Damaged(f"{path}: manifest.json is missing or unreadable; delete this checkpoint to go on from an earlier one") from None
-    for file in ("state.json", *(f"{name}.safetensors" for name in names)):
-        expected = manifest.get(file)
-        if expected is None or not (path / file).is_file() or _sha256(path / file) != expected["sha256"]:
-            raise Damaged(
-                f"{path / file}: not the file that was written (its hash differs); delete this checkpoint to go on from an earlier one"
-            )
-    tensors = {name: load_file(path / f"{name}.safetensors") if name in names else {} for name in TENSORS}
-    seen = "".join(manifest[f"{name}.safetensors"]["sha256"] for name in ("averaged", "stage"))
-    state = json.loads((path / "state.json").read_text("utf-8"))
-    return Checkpoint(**tensors, state=state, sha256=hashlib.sha256(seen.encode()).hexdigest())
+def files(checkpoint: Checkpoint, groups: Collection[str] | None = None) -> list[str]:
+    """Names of the files of these groups, of all if None, sorted: the same list on every process."""
+    return sorted(name for name in checkpoint.files if groups is None or name.rsplit("-", 3)[0] in groups)
 
 
-def newest(run: Path, names: tuple[str, ...] = TENSORS) -> Checkpoint | None:
-    """The newest intact checkpoint of a run, None where there is none yet. Damaged ones are named on stderr and passed over.
+def damage(checkpoint: Checkpoint, present: Sequence[str], compared: Sequence[str]) -> str | None:
+    """What is wrong with the first file that is not the one that was written; None where nothing is.
 
-    Raises Damaged where there are checkpoints and none is intact.
+    Of the files in `present` the sizes are compared, which costs nothing, of those in `compared` the hashes too, several at once.
     """
-    problem: Damaged | None = None
-    for step in reversed(steps(run)):
-        try:
-            return read(folder(run, step), names)
-        except Damaged as error:
-            problem = error
-            print(f"warning: {error}", file=sys.stderr)
-    if problem is not None:
-        raise problem
+    problems = [(name, _other_size(checkpoint, name)) for name in present]
+    if not any(problem for _, problem in problems):
+        with ThreadPoolExecutor(HASHERS) as threads:
+            problems = list(zip(compared, threads.map(lambda name: _other_hash(checkpoint, name), compared), strict=True))
+    for name, problem in problems:
+        if problem:
+            return f"{checkpoint.path / name}: not the file that was written ({problem}); {DELETE}"
     return None
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def newest(
+    run: Path,
+    groups: Collection[str] | None = None,
+    rank: int = 0,
+    size: int = 1,
+    exchange: Callable[[Any], list[Any]] = lambda own: [own],
+) -> Checkpoint | None:
+    """The newest checkpoint of a run that is intact in these groups, all if None; None where there is no checkpoint yet.
+
+    Damaged ones are named on stderr and passed over. The processes of a job call it together: each hashes its share of the files, and
+    exchange(value) gives every process the values of all, by rank, so that all come to the same checkpoint. Raises Damaged, on every
+    process, where there are checkpoints and none is intact.
+    """
+    listed, problem = exchange(steps(run))[0], None
+    for step in reversed(listed):
+        path, own = folder(run, step), None
+        try:
+            found = _manifest(path)
+            own = damage(found, names := files(found, groups), names[rank::size])
+        except Damaged as error:
+            own = str(error)
+        seen = next((each for each in exchange(own) if each), None)
+        if seen is None:
+            return found
+        problem = seen
+        if rank == 0 and path.exists():
+            print(f"warning: {problem}", file=sys.stderr)
+    if problem is None:
+        return None
+    if exchange(steps(run))[0] != listed:  # a run that goes on has replaced them meanwhile
+        return newest(run, groups, rank, size, exchange)
+    raise Damaged(problem)
 
 
-def _flush(path: Path) -> None:
-    """Have a file or a folder's entries on disk before going on."""
-    descriptor = os.open(path, os.O_RDONLY)
+def _manifest(path: Path) -> Checkpoint:
+    """A checkpoint as its manifest describes it; no file is compared. Raises Damaged."""
+    file = path / MANIFEST
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        written = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError):
+        written = None
+    if isinstance(written, dict) and "weights.safetensors" in written:
+        raise Damaged(f"{file}: an earlier version of megaflow, which kept full tensors, has written it; go on with that, or train anew")
+    try:
+        content = written["checkpoint"]
+        if hashed(content) != written["sha256"]:
+            raise ValueError
+        if content["version"] != VERSION:
+            raise Damaged(
+                f"{file}: version {content['version']} of checkpoints, and this megaflow reads version {VERSION}; install its own"
+            )
+        if any(Path(name).name != name for name in content["files"]):
+            raise ValueError
+        logical = {
+            name: Logical(
+                tensor_file.DTYPES[tensor["dtype"]],
+                tuple(tensor["shape"]),
+                [(held, tuple((start, stop) for start, stop in at)) for held, at in tensor["boxes"]],
+            )
+            for name, tensor in content["tensors"].items()
+        }
+        return Checkpoint(path, content["state"], content["content"], content["files"], logical)
+    except (KeyError, TypeError, ValueError):
+        raise Damaged(f"{path}: {MANIFEST} is missing or damaged; {DELETE}") from None
+
+
+def _other_size(checkpoint: Checkpoint, name: str) -> str | None:
+    try:
+        found, written = (checkpoint.path / name).stat().st_size, checkpoint.files[name]["bytes"]
+    except OSError as error:
+        return error.strerror
+    return f"it has {found} bytes instead of {written}" if found != written else None
+
+
+def _other_hash(checkpoint: Checkpoint, name: str) -> str | None:
+    try:
+        found = tensor_file.sha256(checkpoint.path / name)
+    except OSError as error:
+        return error.strerror
+    return "its hash differs" if found != checkpoint.files[name]["sha256"] else None

@@ -336,7 +336,7 @@ def reference(run: Run, held_out: RealText, judge: Judge, samples: int, seed: in
 
 def profile(run: Run) -> dict[str, Any] | None:
     """Cross-entropy against time as measured in training, and the clock that was fitted to it."""
-    (_, _, clock), stage = run.flow, run.checkpoint.stage
+    (_, _, clock), stage = run.flow, run.checkpoint.tensors("stage")
     found: dict[str, Any] = {"clock": run.config.flow.clock.name, "clock_t": clock.times.tolist(), "clock_cdf": clock.tau.tolist()}
     if "profile_edges" in stage:
         edges = stage["profile_edges"]

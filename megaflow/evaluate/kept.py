@@ -14,13 +14,13 @@ FILE = "evaluation.json"
 
 
 def weights_of(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What identifies a checkpoint's weights: its step and the hash of its files. A run that was trained afresh has another."""
+    """What identifies a checkpoint's weights: its step and the hash of their values. A run that was trained afresh has another."""
     return {"step": checkpoint.state["step"], "weights": checkpoint.sha256}
 
 
 def newest_weights(run: Path) -> dict[str, Any] | None:
     """`weights_of` the checkpoint that an evaluation would take now: the newest intact one. Raises UserError."""
-    found = checkpoints.newest(run, ("averaged", "stage"))
+    found = checkpoints.newest(run, checkpoints.SEEN)
     return None if found is None else weights_of(found)
 
 

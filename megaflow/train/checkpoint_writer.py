@@ -39,6 +39,9 @@ LIMIT = 600.0
 LEAVING = 20.0
 """The same for a process that is on its way out, because of an error elsewhere."""
 
+SETTLING = 1.0
+"""Seconds for which a folder may have neither name: a listing that meets a rename shows none, and a file server is late."""
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -174,16 +177,17 @@ class Writer:
 
     def _follow(self, partial: Path, target: Path) -> None:
         """Wait until the first process has made a checkpoint of the folder. Raises UserError where it has given up, or does not in time."""
-        gone, patience = 0, 2 * self.limit  # the verdict on whom it waits for is the first one's
+        gone, patience = None, 2 * self.limit  # the verdict on whom it waits for is the first one's
         for _ in self._looks(patience):
             if partial.name in os.listdir(target.parent):
                 continue
             if written_by(target) == self.job:
                 return
-            gone += 1
-            if gone == 10:  # a listing that meets a rename may show neither name
-                raise UserError(failed(target, "the first process has given it up and says why"))
-        raise UserError(failed(target, f"the first process did not complete it within {self._patience(patience):g} s"))
+            gone = time.monotonic() if gone is None else gone
+            if time.monotonic() - gone > SETTLING:
+                break
+        reason = f"the first process did not complete it within {self._patience(patience):g} s"
+        raise UserError(failed(target, reason if gone is None else "the first process has given it up and says why"))
 
     def _looks(self, limit: float) -> Iterator[None]:
         """One turn each time that it is worth looking into the folder again, until the limit; sooner where the process is leaving.
@@ -204,16 +208,16 @@ class Writer:
 def copied(pieces: Iterable[Piece], buffers: dict[str, Tensor]) -> list[Piece]:
     """The pieces with copies in the CPU's memory, in buffers that are kept from save to save: pinned for those of a GPU.
 
-    They are taken one after the other: an iterator that gathers each need not hold all. Empty boxes of tensors that are not empty are
-    left out.
+    They are taken one after the other: an iterator that gathers each need not hold all. Of empty boxes only one is
+    kept, of a tensor that is empty itself.
     """
     held, cuda, seen = [], False, set()
     for piece in pieces:
         if "/" not in piece.name or boxes.shape_of(piece.at) != tuple(piece.tensor.shape) or not boxes.lies_in(piece.at, piece.shape):
             raise ValueError(f"{piece.name} {piece.shape}: box {piece.at} of a tensor {tuple(piece.tensor.shape)}")
-        if not piece.tensor.numel() and 0 not in piece.shape:
+        key, empty = f"{piece.name} {piece.at}", not piece.tensor.numel()
+        if empty and (key in seen or 0 not in piece.shape):
             continue
-        key = f"{piece.name} {piece.at}"
         if key in seen:
             raise ValueError(f"{piece.name}: box {piece.at} is given twice")
         seen.add(key)

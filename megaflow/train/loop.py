@@ -22,8 +22,7 @@ from megaflow.parallel.mesh import Mesh
 from megaflow.process import STOP_SIGNALS, STOPPED
 from megaflow.progress import Progress
 from megaflow.train import checkpoint as checkpoints
-from megaflow.train import ema, engine
-from megaflow.train.checkpoint import Checkpoint
+from megaflow.train import checkpoint_writer, ema, engine
 from megaflow.train.run import Metrics, read_json, record_start, write_atomically
 from megaflow.train.stage import Batch, Stage
 
@@ -61,9 +60,9 @@ def train(config: Config, stage: Stage, mesh: Mesh, began: float) -> int:
     state: dict[str, Any] = {"step": 0, "tokens": 0, "seconds": 0.0, "training_seconds": 0.0}
     saved = checkpoints.newest(directory)
     if saved is not None:
-        engine.restore(deep, saved.weights, saved.moments, saved.state["step"])
-        average.restore(saved.averaged)
-        stage.restore(saved.stage)
+        engine.restore(deep, saved.tensors("weights"), saved.tensors("moments"), saved.state["step"])
+        average.restore(saved.tensors("averaged"))
+        stage.restore(saved.tensors("stage"))
         state = saved.state
     seconds_before = state["seconds"]
     metrics = None
@@ -79,7 +78,9 @@ def train(config: Config, stage: Stage, mesh: Mesh, began: float) -> int:
             raise NotFinite(not_finite(directory, f"after step {state['step']} not all weights are finite"))
         state["seconds"] = seconds_before + time.monotonic() - began
         if mesh.first:
-            checkpoints.save(directory, Checkpoint(weights, averaged, moments, stage.state(), dict(state)), config.train.keep_checkpoints)
+            groups = zip(checkpoints.GROUPS, (weights, averaged, moments, stage.state()), strict=True)
+            tensors = {f"{group}/{name}": value for group, values in groups for name, value in values.items()}
+            checkpoint_writer.save(directory, tensors, state, config.train.keep_checkpoints)
         meshes.barrier(mesh)
 
     stopped = False
@@ -225,5 +226,5 @@ def finished(directory: Path, steps: int) -> bool:
     """Whether the run has been trained for this many steps and summed up, and what it has come to is there and intact."""
     if not (directory / "summary.json").exists() or read_json(directory / "summary.json").get("steps") != steps:
         return False
-    found = checkpoints.newest(directory, ("averaged", "stage"))
+    found = checkpoints.newest(directory, checkpoints.SEEN)
     return found is not None and found.state["step"] == steps

@@ -139,11 +139,12 @@ def distill_stage(config: Config, mesh: Mesh) -> Stage:
     found = trained(source)
     _same_teacher(Path(config.run.dir), source, found, mesh)
     teacher = build.flow_network(config, fixed, mesh.device)
-    ema.load(teacher, found.averaged)
+    averaged, kept = found.tensors("averaged"), found.tensors("stage")
+    ema.load(teacher, averaged)
     network = build.flow_network(config, fixed, mesh.device, is_map=True)
     network.initialize()  # zeros where only a map has weights; all others become the teacher's
-    ema.load(network, {name: found.averaged.get(name, p) for name, p in network.named_parameters()})
-    clock = Clock(found.stage["clock_times"], found.stage["clock_tau"])
+    ema.load(network, {name: averaged.get(name, p) for name, p in network.named_parameters()})
+    clock = Clock(kept["clock_times"], kept["clock_tau"])
     return MapStage(config, network, teacher.eval(), _on_device(fixed, mesh), clock)
 
 
@@ -165,22 +166,22 @@ def trained_flow(directory: Path, config: Config, is_map: bool, device: torch.de
     """A run's network with its averaged weights, its fixed parts, its clock and its newest checkpoint. Raises UserError."""
     fixed, found = parts.read(directory / parts.FILE), trained(directory)
     network = build.flow_network(config, fixed, device, is_map)
-    ema.load(network, found.averaged)
+    ema.load(network, found.tensors("averaged"))
     moved = Parts(fixed.code.to(device), fixed.log_prior.to(device), fixed.span)
-    return network.eval(), moved, Clock(found.stage["clock_times"], found.stage["clock_tau"]), found
+    return network.eval(), moved, Clock(found.read("stage/clock_times"), found.read("stage/clock_tau")), found
 
 
 def trained_autoregressive(directory: Path, config: Config, device: torch.device) -> tuple[Autoregressive, Checkpoint]:
     """A baseline with its averaged weights, and its newest checkpoint. Raises UserError."""
     found = trained(directory)
     network = build.autoregressive_network(config, parts.unigram(unigram_counts(directory / SHARDS)), device)
-    ema.load(network, found.averaged)
+    ema.load(network, found.tensors("averaged"))
     return network.eval(), found
 
 
 def trained(directory: Path) -> Checkpoint:
     """The newest checkpoint's averaged weights and clock. Raises UserError where there is none yet."""
-    found = checkpoints.newest(directory, ("averaged", "stage"))
+    found = checkpoints.newest(directory, checkpoints.SEEN)
     if found is None:
         raise UserError(f"{directory}: this run has no checkpoint yet; train it first")
     return found

@@ -234,7 +234,8 @@ class TestParts:
     def piece(start: int, stop: int, name: str = "weights/a", count: int = 8, dtype: torch.dtype = torch.float32) -> Piece:
         return Piece(name, (count,), ((start, stop),), torch.ones(stop - start, dtype=dtype))
 
-    def test_a_gap_an_overlap_and_another_shape_or_type_are_refused(self, tmp_path):
+    def test_a_gap_an_overlap_and_another_shape_or_type_are_refused(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(checkpoint_writer, "SETTLING", 0.1)
         saved(tmp_path, 0)
         piece = self.piece
         for parts, words in [

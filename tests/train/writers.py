@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megaflow.errors import UserError
 from megaflow.train import boxes, checkpoint_writer
+from megaflow.train import checkpoint as checkpoints
 from megaflow.train.checkpoint_writer import Piece, Writer
 
 
@@ -99,3 +100,11 @@ def until(happened: Callable[[], Any]) -> None:
     while not happened():
         assert time.monotonic() < deadline
         time.sleep(0.002)
+
+
+def write_anew(run: Path, group: str = "", factor: float = 1.0, **changed: Any) -> None:
+    """Write a run's newest checkpoint once more, the tensors of a group times a factor, with some numbers of its state changed."""
+    found = checkpoints.newest(run)
+    values = {name: found.read(name) for name in found.names()}
+    values |= {name: factor * values[name] for name in found.names(f"{group}/")}
+    checkpoint_writer.save(run, values, found.state | changed, keep=2)

@@ -43,20 +43,6 @@ def start():
 
 
 @pytest.fixture
-def ends(start, tmp_path):
-    """ends([(function, …), …]): how processes ended that were started together: 'well', a sentence, or the number of a signal."""
-
-    def together(*calls: tuple) -> list[str | int]:
-        started = [start(*call) for call in calls]
-        for each in started:
-            each.join(timeout=60)
-            assert each.exitcode is not None
-        return [(tmp_path / f"end-{i}").read_text() if not each.exitcode else each.exitcode for i, each in enumerate(started)]
-
-    return together
-
-
-@pytest.fixture
 def disk(tmp_path):
     """A megabyte of a file system of its own; where the tests may not mount one, what depends on it is skipped."""
     place = tmp_path / "disk"
@@ -73,27 +59,35 @@ def left(run: Path) -> list[str]:
 
 
 class TestProcesses:
-    def test_each_writes_its_part_and_all_agree_that_it_is_there(self, ends, tmp_path):
-        assert ends(*((writers.write, tmp_path, [1, 2, 3], rank, 4) for rank in range(4))) == ["well"] * 4
+    def test_each_writes_its_part_and_all_agree_that_it_is_there(self, start, tmp_path):
+        processes = [start(writers.write, tmp_path, [1, 2, 3], rank, 4) for rank in range(4)]
+        until(lambda: not any(each.is_alive() for each in processes))
+        assert [(tmp_path / f"end-{rank}").read_text() for rank in range(4)] == ["well"] * 4
         assert left(tmp_path) == ["step-00000002", "step-00000003"]
         assert same(checkpoints.newest(tmp_path), 3) and same(checkpoints.open_checkpoint(checkpoints.folder(tmp_path, 2)), 2)
         owners = {name.split("-")[1] for name in checkpoints.newest(tmp_path).files}
         assert owners == {"00000", "00001", "00002", "00003"}
 
-    def test_one_that_dies_before_its_part_is_named_and_no_checkpoint_appears(self, ends, tmp_path):
+    def test_one_that_dies_before_its_part_is_named_and_no_checkpoint_appears(self, start, tmp_path):
         saved(tmp_path, 10)
-        calls = [(writers.write, tmp_path, [20], rank, 3, 1.0) for rank in (0, 1)]
-        first, second, dead = ends(*calls, (writers.die_at, "write_part", tmp_path, [20], 2, 3, 1.0))
-        assert dead == -signal.SIGKILL
-        assert f"step-00000020: the checkpoint could not be written (process 2 of 3 wrote no part within 1 s); {INTACT}" in first
-        assert "the first process has given it up and says why" in second
+        dead = start(writers.die_at, "write_part", tmp_path, [20], 2, 3)
+        second = start(writers.write, tmp_path, [20], 1, 3)
+        first = start(writers.write, tmp_path, [20], 0, 3, 0.5, "checkpoints/*.partial/part-00001.json")
+        until(lambda: not any(each.is_alive() for each in (dead, second, first)))
+        assert dead.exitcode == -signal.SIGKILL
+        missed = f"step-00000020: the checkpoint could not be written (process 2 of 3 wrote no part within 0.5 s); {INTACT}"
+        assert (tmp_path / "end-0").read_text().endswith(missed)
+        assert "the first process has given it up and says why" in (tmp_path / "end-1").read_text()
         assert left(tmp_path) == ["step-00000010"] and same(checkpoints.newest(tmp_path), 10)
 
-    def test_where_the_first_one_dies_the_others_do_not_wait_for_good(self, ends, tmp_path):
+    def test_where_the_first_one_dies_the_others_do_not_wait_for_good(self, start, tmp_path):
         saved(tmp_path, 10)
-        dead, other = ends((writers.die_at, "complete", tmp_path, [20], 0, 2, 0.5), (writers.write, tmp_path, [20], 1, 2, 0.5))
-        assert dead == -signal.SIGKILL
-        assert "the first process did not complete it within 1 s" in other and INTACT in other
+        dead = start(writers.die_at, "complete", tmp_path, [20], 0, 2)
+        other = start(writers.write, tmp_path, [20], 1, 2, 0.5)
+        until(lambda: not dead.is_alive() and not other.is_alive())
+        assert dead.exitcode == -signal.SIGKILL
+        end = (tmp_path / "end-1").read_text()
+        assert "the first process did not complete it within 1 s" in end and INTACT in end
         assert checkpoints.steps(tmp_path) == [10]
 
     @pytest.mark.parametrize("moment", ["write_part", "complete", "prune"])

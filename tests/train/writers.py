@@ -64,9 +64,11 @@ def state(step: int) -> dict[str, Any]:
     return {"step": step, "tokens": 10 * step, "seconds": 0.5}
 
 
-def write(run: Path, steps: list[int], rank: int, size: int, limit: float = 60.0) -> None:
-    """A process that saves these steps and leaves a file of how it ended."""
+def write(run: Path, steps: list[int], rank: int, size: int, limit: float = 60.0, after: str = "ready-*") -> None:
+    """A process that saves these steps, when all are ready and `after` is in the run, and leaves a file of how it ended."""
     writer, end = Writer(run, 2, rank, size, "job", limit), "well"
+    (run / f"ready-{rank}").touch()  # for the barrier that the first step of training is
+    until(lambda: len(list(run.glob("ready-*"))) == size and list(run.glob(after)))
     try:
         for step in steps:
             writer.save(pieces(step, rank, size), state(step))

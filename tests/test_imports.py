@@ -14,7 +14,7 @@ MAY_IMPORT = {
     "data": SMALL,
     "config": {"errors"},
     "flow": set(),
-    "parallel": set(),
+    "parallel": {"errors"},
 }
 
 

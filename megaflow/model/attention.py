@@ -81,12 +81,14 @@ def prepare(
     documents: Tensor | None = None,
     cap: float = 0.0,
     past: int = 0,
+    length: int | None = None,
 ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """A function (q, k, v) -> softmax(q k^T / sqrt(d_head)) v, made once for all blocks of a forward pass.
 
     q: (B, H, L, d_head); k, v: (B, H, K, d_head); the result (B, H, L, d_head). H is any number of heads.
 
-    x: what enters the blocks, (B, L, …), of the type and on the device that q, k and v will have. past: K - L, positions before the
+    x: what enters the blocks, (B, L, …), of the type and on the device that q, k and v will have; length: L, where x has only some of the
+    positions (sequence parallelism). past: K - L, positions before the
     queries (decoding with a cache). causal: no query sees a later position. keys: (B, K) bool, False for padding, which no query sees;
     a row has one True at least. documents: (B, K) integers, ascending within a row, equal where two positions may see each other.
     cap: scores are cap tanh(score / cap); 0 leaves them as they are. kernel: 'auto' and 'flash' are flash-attn for tensors that it
@@ -95,16 +97,17 @@ def prepare(
     Queries of padding give finite values that mean nothing.
     """
     half = x.dtype in (torch.bfloat16, torch.float16)
+    length = x.shape[1] if length is None else length
     if kernel in ("auto", "flash"):
         kernel = choose("auto", x.device, half, head_dim)
     if kernel == "flash":
         if keys is None and documents is None:
             return functools.partial(_flash, causal=causal, cap=cap)
-        return functools.partial(_flash_packed, causal=causal, cap=cap, packed=pack(len(x), x.shape[1] + past, past, keys, documents))
+        return functools.partial(_flash_packed, causal=causal, cap=cap, packed=pack(len(x), length + past, past, keys, documents))
     if kernel == "plain":
-        return functools.partial(_written_out, seen=mask(x.shape[1], causal, keys, documents, past, x.device), cap=cap)
+        return functools.partial(_written_out, seen=mask(length, causal, keys, documents, past, x.device), cap=cap)
     square = causal and keys is None and documents is None and past == 0  # SDPA knows this mask by itself
-    seen = None if square else mask(x.shape[1], causal, keys, documents, past, x.device)
+    seen = None if square else mask(length, causal, keys, documents, past, x.device)
     if cap:
         return functools.partial(_in_chunks, seen=seen, causal=square, cap=cap)
     return functools.partial(F.scaled_dot_product_attention, attn_mask=seen, is_causal=square)

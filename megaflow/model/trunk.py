@@ -7,18 +7,20 @@ Initial values, compared at small scale before they were settled (docs/pretraini
 into the residual stream small, which learns faster in short runs than gates of zero.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megaflow.model.attention import attend
+from megaflow.model.attention import prepare
 from megaflow.parallel.collectives import copied_together, gathered
 from megaflow.parallel.layers import ColumnParallel, RowParallel
 from megaflow.parallel.mesh import ALONE, Axis
 
 RESIDUAL_SCALE = 0.3
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass
@@ -64,9 +66,9 @@ class Block(nn.Module):
     The stream holds a tensor-parallel process's own positions; attention sees all of them, for the process's own heads.
     """
 
-    def __init__(self, hidden: int, heads: int, mlp_ratio: int, condition: int | None, kernel: str, axis: Axis = ALONE) -> None:
+    def __init__(self, hidden: int, heads: int, mlp_ratio: int, condition: int | None, axis: Axis = ALONE) -> None:
         super().__init__()
-        self.heads, self.head_dim, self.kernel, self.axis = heads // axis.size, hidden // heads, kernel, axis
+        self.heads, self.head_dim, self.axis = heads // axis.size, hidden // heads, axis
         self.qkv = ColumnParallel(hidden, 3 * hidden, axis, bias=False, blocks=3)
         self.out = RowParallel(hidden, hidden, axis, bias=False)
         self.up = ColumnParallel(hidden, mlp_ratio * hidden, axis, bias=True)
@@ -92,8 +94,7 @@ class Block(nn.Module):
         x: Tensor,
         condition: Tensor | None,
         angles: tuple[Tensor, Tensor],
-        causal: bool,
-        keys: Tensor | None,
+        attend: Attend,
         cache: Cache | None,
         index: int,
     ) -> Tensor:
@@ -102,7 +103,7 @@ class Block(nn.Module):
         scales = self.gains if self.modulation is None else self.modulation(condition)
         # these meet this process's positions or heads only
         scales, bias, *gains = copied_together([scales, self.down.bias, self.query_gain, self.key_gain], self.axis)
-        seen = (angles, causal, keys, cache, index)
+        seen = (angles, attend, cache, index)
         if self.modulation is None:
             x = x + self.attention(F.layer_norm(x, shape, scales[0]), gains, *seen)
             return x + self.mlp(F.layer_norm(x, shape, scales[1]), bias)
@@ -115,8 +116,7 @@ class Block(nn.Module):
         x: Tensor,
         gains: list[Tensor],
         angles: tuple[Tensor, Tensor],
-        causal: bool,
-        keys: Tensor | None,
+        attend: Attend,
         cache: Cache | None,
         index: int,
     ) -> Tensor:
@@ -127,7 +127,7 @@ class Block(nn.Module):
         k = rotate(F.rms_norm(k, k.shape[-1:], gains[1]), *angles)
         if cache is not None:
             k, v = cache.extend(index, k, v)
-        return self.out(attend(self.kernel, q, k, v, causal, keys).transpose(1, 2).reshape(batch, length, -1))
+        return self.out(attend(q, k, v).transpose(1, 2).reshape(batch, length, -1))
 
     def mlp(self, x: Tensor, bias: Tensor) -> Tensor:
         return self.down(F.gelu(self.up(x), approximate="tanh"), bias)
@@ -140,8 +140,8 @@ class Trunk(nn.Module):
         self, layers: int, hidden: int, heads: int, mlp_ratio: int, condition: int | None, kernel: str, axis: Axis = ALONE
     ) -> None:
         super().__init__()
-        self.head_dim, self.axis = hidden // heads, axis
-        self.blocks = nn.ModuleList(Block(hidden, heads, mlp_ratio, condition, kernel, axis) for _ in range(layers))
+        self.head_dim, self.kernel, self.axis = hidden // heads, kernel, axis
+        self.blocks = nn.ModuleList(Block(hidden, heads, mlp_ratio, condition, axis) for _ in range(layers))
         self.last_modulation = None if condition is None else nn.Linear(condition, 2 * hidden)
         self.last_gain = nn.Parameter(torch.ones(hidden)) if condition is None else None
 
@@ -159,8 +159,9 @@ class Trunk(nn.Module):
         start, length = 0 if cache is None else cache.length, x.shape[1] * self.axis.size
         angles = rotary(start, length, self.head_dim, x.device)
         keys = None if lengths is None else torch.arange(length, device=x.device) < lengths[:, None]
+        attend = prepare(self.kernel, x, self.head_dim, causal, keys, past=start, length=length)
         for index, block in enumerate(self.blocks):
-            x = block(x, condition, angles, causal, keys, cache, index)
+            x = block(x, condition, angles, attend, cache, index)
         last = self.last_gain if self.last_modulation is None else self.last_modulation(condition)
         assert last is not None
         (scales,) = copied_together([last], self.axis)

@@ -2,7 +2,8 @@
 
 stage_*        what differs between flow, autoregressive baseline and flow map: draws, loss, validation
 engine         DeepSpeed from a config; logical weights and moments out of it and into it again
-checkpoint     atomic, verified checkpoints of logical parameters
+checkpoint     verified checkpoints of logical tensors, read by any layout; boxes and tensor_file are their arithmetic and their bytes
+checkpoint_writer  writing them from many processes, beside training
 run            the run directory: config, lock, metrics, resume
 loop           the loop itself
 """

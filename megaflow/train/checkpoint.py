@@ -8,8 +8,8 @@
         manifest.json                         see below
 
 A logical tensor is called GROUP/NAME: 'weights/trunk.blocks.0.qkv.weight'. Its boxes (megaflow.parallel.boxes) lie in the files of its
-group, each under NAME, or NAME[0:64,0:32] where it is not the whole tensor. manifest.json is {"sha256": …, "checkpoint": …}, the hash that of the
-second part as `canonical` writes it:
+group, each under NAME, or NAME[0:64,0:32] where it is not the whole tensor. manifest.json is {"sha256": …, "checkpoint": …}, the hash that
+of the second part as `canonical` writes it:
 
     version     of this description
     state       plain numbers: step, tokens and seconds so far

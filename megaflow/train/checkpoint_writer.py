@@ -36,9 +36,12 @@ from megaflow.train import tensor_file
 
 PARTIAL = ".partial"
 LIMIT = 600.0
-"""Seconds that the first process waits for the others' parts once it has written its own."""
+"""Seconds that the first process waits for the others' parts once it has written its own. The others wait twice as long for it."""
 LEAVING = 20.0
-"""The same for a process that is on its way out, because of an error elsewhere."""
+"""Seconds that a process still waits for others when it is on its way out, because of an error elsewhere."""
+
+SETTLING = 1.0
+"""Seconds for which a folder may have neither name: a listing that meets a rename shows none, and a file server is late."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ class Writer:
         """For process `rank` of `size`, all of which save the same steps in the same order; the last `keep` checkpoints are kept.
 
         job: a word that all processes of the job have and no other job; a new one if None, for one process. The first process, which
-        holds the run's lock, removes what an earlier job has left half written. limit: seconds, see LIMIT.
+        holds the run's lock, removes what an earlier job has left half written: before another saves. limit: seconds, see LIMIT.
         """
         if size > 1 and job is None:
             raise ValueError("processes that write together need a common word for their job")
@@ -171,50 +174,56 @@ class Writer:
                 return [json.loads((partial / _note(rank, "json")).read_text("utf-8")) for rank in range(self.size)]
         listed = ", ".join(map(str, sorted(missing)))
         which = f"process {listed}" if len(missing) == 1 else f"processes {listed}"
-        raise UserError(failed(target, f"{which} of {self.size} wrote no part within {self._patience(self.limit):g} s of the first one's"))
+        raise UserError(failed(target, f"{which} of {self.size} wrote no part {self._in_time(self.limit)}"))
 
     def _follow(self, partial: Path, target: Path) -> None:
         """Wait until the first process has made a checkpoint of the folder. Raises UserError where it has given up, or does not in time."""
-        gone, patience = 0, 2 * self.limit  # the verdict on whom it waits for is the first one's
+        gone, patience = None, 2 * self.limit  # the verdict on whom it waits for is the first one's
         for _ in self._looks(patience):
             if partial.name in os.listdir(target.parent):
                 continue
             if written_by(target) == self.job:
                 return
-            gone += 1
-            if gone == 10:  # a listing that meets a rename may show neither name
-                raise UserError(failed(target, "the first process has given it up and says why"))
-        raise UserError(failed(target, f"the first process did not complete it within {self._patience(patience):g} s"))
+            gone = time.monotonic() if gone is None else gone
+            if time.monotonic() - gone > SETTLING:
+                break
+        reason = f"the first process did not complete it {self._in_time(patience)}"
+        raise UserError(failed(target, reason if gone is None else "the first process has given it up and says why"))
 
     def _looks(self, limit: float) -> Iterator[None]:
         """One turn each time that it is worth looking into the folder again, until the limit; sooner where the process is leaving.
 
         The interpreter waits for this thread when its main thread has ended, by an error that nobody caught: that is leaving too.
         """
-        began, pause = time.monotonic(), 0.01
-        while time.monotonic() - began < self._patience(limit):
+        end, pause, leaving = time.monotonic() + limit, 0.01, False
+        while time.monotonic() < end:
             yield
+            if not leaving and self._leaves():
+                leaving, end = True, min(end, time.monotonic() + LEAVING)
             time.sleep(pause)
             pause = min(1.3 * pause, 0.5)
         yield
 
-    def _patience(self, limit: float) -> float:
-        return min(limit, LEAVING) if self._leaving or not threading.main_thread().is_alive() else limit
+    def _leaves(self) -> bool:
+        return self._leaving or not threading.main_thread().is_alive()
+
+    def _in_time(self, limit: float) -> str:
+        return f"within {LEAVING:g} s of this one's leaving" if self._leaves() else f"within {limit:g} s"
 
 
 def copied(pieces: Iterable[Piece], buffers: dict[str, Tensor]) -> list[Piece]:
     """The pieces with copies in the CPU's memory, in buffers that are kept from save to save: pinned for those of a GPU.
 
-    They are taken one after the other: an iterator that gathers each need not hold all. Empty boxes of tensors that are not empty are
-    left out.
+    They are taken one after the other: an iterator that gathers each need not hold all. Of empty boxes only one is
+    kept, of a tensor that is empty itself.
     """
     held, cuda, seen = [], False, set()
     for piece in pieces:
         if "/" not in piece.name or boxes.shape_of(piece.at) != tuple(piece.tensor.shape) or not boxes.lies_in(piece.at, piece.shape):
             raise ValueError(f"{piece.name} {piece.shape}: box {piece.at} of a tensor {tuple(piece.tensor.shape)}")
-        if not piece.tensor.numel() and 0 not in piece.shape:
+        key, empty = f"{piece.name} {piece.at}", not piece.tensor.numel()
+        if empty and (key in seen or 0 not in piece.shape):
             continue
-        key = f"{piece.name} {piece.at}"
         if key in seen:
             raise ValueError(f"{piece.name}: box {piece.at} is given twice")
         seen.add(key)

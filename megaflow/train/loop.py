@@ -77,7 +77,7 @@ def train(config: Config, stage: Stage, mesh: Mesh, began: float) -> int:
 
     def save() -> None:
         if not all(meshes.exchanged(mesh, engine.finite(deep))):  # a checkpoint is one that a run can go on from
-            raise NotFinite(not_finite(directory, f"after step {state['step']} not all weights are finite"))
+            raise NotFinite(not_finite(directory, writer, f"after step {state['step']} not all weights are finite"))
         state["seconds"] = seconds_before + time.monotonic() - began
         pieces = [Piece(*piece) for piece in engine.pieces(deep)]
         writer.save(pieces + (checkpoint_writer.whole("stage", stage.state()) if mesh.first else []), state)
@@ -90,10 +90,10 @@ def train(config: Config, stage: Stage, mesh: Mesh, began: float) -> int:
             engine.set_learning_rate(deep, rate)
             loss, observed, counted, asked = accumulate(deep, stage, stream, config, mesh, step, micro, accumulation, stop)
             if not math.isfinite(loss):
-                raise NotFinite(not_finite(directory, f"the loss of step {step + 1} is {loss}"))
+                raise NotFinite(not_finite(directory, writer, f"the loss of step {step + 1} is {loss}"))
             norm = engine.step(deep)
             if not math.isfinite(norm):
-                raise NotFinite(not_finite(directory, f"the gradient's norm of step {step + 1} is {norm}"))
+                raise NotFinite(not_finite(directory, writer, f"the gradient's norm of step {step + 1} is {norm}"))
             learned = stage.learn(observed, step)
             engine.update_average(deep, ema.decay(config.optim.ema_decay, step))
             elapsed = time.monotonic() - start
@@ -111,7 +111,7 @@ def train(config: Config, stage: Stage, mesh: Mesh, began: float) -> int:
                     found = meshes.shared(mesh, deep.module(stage.validate, *held_out))
                 for name, value in found.items():
                     if not math.isfinite(value):  # one step too steep: the loss before it does not show it
-                        raise NotFinite(not_finite(directory, f"the {name.replace('_', ' ')} of step {step + 1} is {value}"))
+                        raise NotFinite(not_finite(directory, writer, f"the {name.replace('_', ' ')} of step {step + 1} is {value}"))
                 if metrics is not None:
                     metrics.write({"step": step + 1, "tokens": state["tokens"], **found})
                     progress.say(f"step {step + 1:,}  " + "  ".join(f"{name} {value:.4g}" for name, value in found.items()))
@@ -184,9 +184,12 @@ def validation_rows(config: Config, mesh: Mesh) -> tuple[Tensor, Tensor | None]:
 
 def announce(config: Config, stage: Stage, step: int, mesh: Mesh) -> None:
     """What is about to run, on the console."""
+    model, half = config.model, config.train.precision == "bf16"
     facts = stage.describe() | {
         "parameters": f"{parameters(stage.network):,}",
-        "attention": choose(config.model.attention, mesh.device, config.train.precision == "bf16"),
+        "attention": choose(model.attention, mesh.device, half, model.hidden // model.heads),
+            config.model.attention, mesh.device, config.train.precision == "bf16", config.model.hidden // config.model.heads
+        ),
         "processes": f"{mesh.world.size} on {mesh.device.type}: {layout(config, mesh.world.size)}, {config.train.precision}",
         "optimizer": f"{config.optim.name}, learning rate up to {config.optim.learning_rate:g}",
         "batch": f"{config.train.global_batch} rows",
@@ -203,7 +206,8 @@ def layout(config: Config, processes: int) -> str:
     return f"tensor {tensor} x data {processes // tensor}, ZeRO {zero}{offload}"
 
 
-def not_finite(directory: Path, what: str) -> str:
+def not_finite(directory: Path, writer: Writer, what: str) -> str:
+    writer.close()  # the last checkpoint may be on its way to the disk
     good = checkpoints.steps(directory)
     where = f"the last good checkpoint is {checkpoints.folder(directory, good[-1])}" if good else "there is no checkpoint yet"
     return f"{directory}: {what}; {where}; look at the data of this step, or start another run.dir with a lower optim.learning_rate"

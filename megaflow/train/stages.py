@@ -63,7 +63,8 @@ def _train(loaded: Loaded, kind: str, began: float) -> int:
     with meshes.join(loaded.config.parallel.tensor) as mesh:
         # what cannot run here is refused before it becomes a run
         batch_split(loaded.config, mesh.data.size)
-        choose(loaded.config.model.attention, mesh.device, loaded.config.train.precision == "bf16")
+        model = loaded.config.model
+        choose(model.attention, mesh.device, loaded.config.train.precision == "bf16", model.hidden // model.heads)
         fresh = first_parts(loaded) if kind == "pretrain" and mesh.first else None
         held = lock(directory) if mesh.first else None
         try:
@@ -81,8 +82,8 @@ def _train(loaded: Loaded, kind: str, began: float) -> int:
                         f"{directory}: finished at step {config.train.steps}; nothing to do (a larger train.steps goes on)", file=sys.stderr
                     )
                 return 0
-            for model in [directory, Path(config.distill.teacher)] if kind == "distill" else [directory]:
-                check_tokenizer(model, manifest)
+            for source in [directory, Path(config.distill.teacher)] if kind == "distill" else [directory]:
+                check_tokenizer(source, manifest)
             keep_shards(config, manifest, mesh)
             (directory / "summary.json").unlink(missing_ok=True)
             stage = pretrain_stage(config, fresh, mesh) if kind == "pretrain" else distill_stage(config, mesh)

@@ -109,7 +109,7 @@ def entries(path: Path) -> dict[str, Entry]:
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: not a safetensors file ({error!r})") from None
     for (name, entry), end in zip(found.items(), ends, strict=True):
-        if end - entry.start != entry.dtype.itemsize * math.prod(entry.shape) or end > size:
+        if not 8 + length <= entry.start <= end <= size or end - entry.start != entry.dtype.itemsize * math.prod(entry.shape):
             raise ValueError(f"{path}: the place of {name} is wrong")
     return found
 

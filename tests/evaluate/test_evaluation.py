@@ -14,8 +14,8 @@ from megaflow.data.stream import TokenStream
 from megaflow.evaluate import judge as judges
 from megaflow.evaluate.evaluation import COOLED, RealText, evaluate, fitted_judge, judged, likelihood, table
 from megaflow.evaluate.generate import BALANCE_TOKENS, LAST_STEP, generate, last_step, load_run
-from megaflow.train import checkpoint as checkpoints
 from megaflow.train import run as runs
+from tests.train.writers import write_anew
 
 QUICK = {"steps": [1, 3], "samples": 6, "rows": 24, "draws": 2, "seed": 0, "temperature": 1.0}
 OPTIONS = ["--steps", "1,3", "--samples", "6", "--rows", "24", "--draws", "2"]
@@ -213,9 +213,7 @@ class TestComputedOnce:
         directory = copied("coded", "autoregressive")
         assert cli("evaluate", directory, *OPTIONS).code == 0
         expected = json.loads((directory / "evaluation.json").read_text())["likelihood"]["nats_per_token"]
-        found = checkpoints.newest(directory)
-        found.averaged = {name: 0.5 * value for name, value in found.averaged.items()}
-        checkpoints.save(directory, found, keep=1)
+        write_anew(directory, "averaged", 0.5)
         assert cli("evaluate", directory, *OPTIONS).code == 0
         result = json.loads((directory / "evaluation.json").read_text())
         assert result["step"] == 40 and result["likelihood"]["nats_per_token"] != expected

@@ -10,7 +10,7 @@ import pytest
 
 from megaflow.evaluate.evaluation import evaluate
 from megaflow.evaluate.gather import commands, curve
-from megaflow.train import checkpoint as checkpoints
+from tests.train.writers import write_anew
 
 STEPS = [1, 2, 4, 16, 64]
 
@@ -151,16 +151,12 @@ class TestOtherWeights:
 
     def test_a_run_that_was_continued(self, part_of, cli):
         path = part_of("data", "flow")
-        found = checkpoints.newest(path / "flow")
-        found.state["step"] = 6
-        checkpoints.save(path / "flow", found, keep=2)
+        write_anew(path / "flow", step=6)
         self.refused(cli, path, "of step 4, not of its newest checkpoint (step 6)")
 
     def test_a_run_that_was_trained_afresh_to_the_same_step(self, part_of, cli):
         path = part_of("data", "flow")
-        found = checkpoints.newest(path / "flow")
-        found.averaged = {name: 0.5 * value for name, value in found.averaged.items()}
-        checkpoints.save(path / "flow", found, keep=2)
+        write_anew(path / "flow", "averaged", 0.5)
         self.refused(cli, path, "of other weights, not of its newest checkpoint (step 4)")
 
     def test_a_damaged_evaluation(self, part_of, cli):

@@ -71,14 +71,15 @@ class TestARun:
 
     def test_a_map_shares_its_teacher_s_fixed_parts_bit_for_bit(self, trained):
         assert parts.same(*(parts.read(trained("char", family) / parts.FILE) for family in ("flow_map", "flow")))
-        map_stage, teacher = (checkpoints.newest(trained("char", family)).stage for family in ("flow_map", "flow"))
+        map_stage, teacher = (checkpoints.newest(trained("char", family)).tensors("stage") for family in ("flow_map", "flow"))
         assert all(torch.equal(map_stage[name], teacher[name]) for name in ("clock_times", "clock_tau"))
 
     def test_a_map_reads_beliefs_by_its_teacher_s_table(self, trained):
         found, teacher = (checkpoints.newest(trained("coded", family)) for family in ("flow_map", "flow"))
-        assert torch.equal(found.averaged["table"], teacher.averaged["table"])
-        assert torch.equal(found.weights["table"], teacher.averaged["table"]) and "exp_avg.table" not in found.moments
-        assert not torch.equal(found.averaged["widen.weight"], teacher.averaged["widen.weight"])
+        for group in ("averaged", "weights"):
+            assert torch.equal(found.read(f"{group}/table"), teacher.read("averaged/table"))
+        assert "moments/exp_avg.table" not in found.names()
+        assert not torch.equal(found.read("averaged/widen.weight"), teacher.read("averaged/widen.weight"))
 
     def test_a_map_s_line_has_its_divergences(self, trained):
         """Of both kinds of rows, without the weights that are in the loss: positive, and what is to go down."""
@@ -88,7 +89,7 @@ class TestARun:
 
     def test_the_clock_was_refitted_and_is_in_the_checkpoint(self, trained):
         directory = trained("coded")
-        before, after = (checkpoints.read(checkpoints.folder(directory, step)).stage for step in (30, 40))
+        before, after = (checkpoints.open_checkpoint(checkpoints.folder(directory, step)).tensors("stage") for step in (30, 40))
         assert set(after) == {"profile_total", "profile_weight", "profile_edges", "clock_times", "clock_tau"}
         assert not torch.equal(before["profile_total"], after["profile_total"])
 
@@ -195,28 +196,11 @@ class TestLayouts:
         directory = train("coded", "autoregressive", *overrides)
         undisturbed = losses(directory)
         assert sum(undisturbed[step] for step in range(36, 41)) < sum(undisturbed[step] for step in range(1, 6)) - 0.5
-        weights = checkpoints.newest(directory).weights
+        weights = checkpoints.newest(directory).tensors("weights")
         assert any((value != value.bfloat16().float()).any() for value in weights.values())
         set_back(directory, 30)
         assert losses(train("coded", "autoregressive", *overrides)) == undisturbed
-        assert all(torch.equal(value, weights[name]) for name, value in checkpoints.newest(directory).weights.items())
-
-    @pytest.mark.parametrize("zero", [1, 2])
-    def test_nothing_is_gathered_between_two_steps(self, train, monkeypatch, zero):
-        """Full weights, averages and moments are put together where they are validated or saved, however many steps lie between."""
-        from deepspeed.utils import mixed_precision_linkage as linkage
-
-        gather, counts = linkage.get_full_hp_param, []
-
-        def counting(*arguments, **named):
-            counts[-1] += 1
-            return gather(*arguments, **named)
-
-        monkeypatch.setattr(linkage, "get_full_hp_param", counting)
-        for steps in (1, 7):
-            counts.append(0)
-            train("coded", "flow", f"train.steps={steps}", f"parallel.zero={zero}", "train.precision=bf16", name=f"steps-{steps}")
-        assert counts[0] == counts[1] > 0
+        assert all(torch.equal(value, weights[name]) for name, value in checkpoints.newest(directory).tensors("weights").items())
 
 
 def set_back(directory: Path, step: int) -> None:
@@ -240,9 +224,7 @@ class TestResume:
                 k: v for k, v in theirs.items() if k != "tokens_per_second"
             }
         ours, theirs = (checkpoints.newest(path) for path in (directory, trained(kind, family)))
-        for part in checkpoints.TENSORS:
-            one, other = getattr(ours, part), getattr(theirs, part)
-            assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+        assert ours.names() == theirs.names() and all(torch.equal(ours.read(name), theirs.read(name)) for name in ours.names())
 
     def test_a_finished_run_run_again_does_nothing(self, copied, cli, config):
         directory = copied("coded")
@@ -263,7 +245,7 @@ class TestResume:
     def test_a_damaged_checkpoint_is_passed_over_and_the_curve_is_the_same(self, copied, train, trained, capfd):
         directory = copied("coded")
         (directory / "summary.json").unlink()
-        file = checkpoints.folder(directory, 40) / "moments.safetensors"
+        file = checkpoints.folder(directory, 40) / "moments-00000-of-00001.safetensors"
         content = bytearray(file.read_bytes())
         content[-1] ^= 255
         file.write_bytes(content)
@@ -278,8 +260,8 @@ class TestResume:
         if damage == "gone":
             shutil.rmtree(last)
         else:
-            content = bytearray((last / "averaged.safetensors").read_bytes())
-            (last / "averaged.safetensors").write_bytes(content[:-1] + bytes([content[-1] ^ 255]))
+            content = bytearray((last / "averaged-00000-of-00001.safetensors").read_bytes())
+            (last / "averaged-00000-of-00001.safetensors").write_bytes(content[:-1] + bytes([content[-1] ^ 255]))
         train("coded", "flow", f"run.dir={directory}")
         assert checkpoints.newest(directory).state["step"] == 40 and losses(directory) == losses(trained("coded"))
 
@@ -296,10 +278,8 @@ class TestResume:
         moved, undisturbed = self.under_every_zero_stage(train, kind, family, f"train.precision={precision}", "optim.clip_norm=0")
         assert losses(moved) == losses(undisturbed)
         ours, theirs = (checkpoints.newest(path) for path in (moved, undisturbed))
-        assert {name.partition(".")[0] for name in ours.moments} == {"exp_avg", "exp_avg_sq", "momentum_buffer"}
-        for part in checkpoints.TENSORS:
-            one, other = getattr(ours, part), getattr(theirs, part)
-            assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+        assert {name.partition(".")[0] for name in ours.tensors("moments")} == {"exp_avg", "exp_avg_sq", "momentum_buffer"}
+        assert ours.names() == theirs.names() and all(torch.equal(ours.read(name), theirs.read(name)) for name in ours.names())
 
     def test_a_clipped_default_run_does_so_to_rounding(self, train):
         """ZeRO sums the gradient's norm up in another order."""
@@ -339,7 +319,7 @@ class TestRefusals:
         )
         self.refused(told, "the last good checkpoint is", code=1)
         step, path = re.search(r"the loss of step (\d+) is \S+; the last good checkpoint is (\S+);", told.err).groups()
-        assert int(step) > 1 and checkpoints.read(Path(path)).state["step"] == int(step) - 1
+        assert int(step) > 1 and checkpoints.open_checkpoint(Path(path)).state["step"] == int(step) - 1
         assert all(map(math.isfinite, losses(tmp_path / "run").values()))
 
     def test_weights_that_are_lost_in_the_last_step(self, cli, config, tmp_path):

@@ -190,8 +190,8 @@ class TestRecord:
     def test_every_start_is_recorded_with_code_and_versions(self, directory, monkeypatch):
         open_run(given(directory), "pretrain")
         monkeypatch.setattr(sys, "argv", ["megaflow", "pretrain", "x.yaml"])
-        run.record_start(directory, processes=2, step=0)
-        run.record_start(directory, processes=1, step=30)
+        run.record_start(directory, Config(), processes=2, step=0)
+        run.record_start(directory, Config(), processes=1, step=30)
         starts = json.loads((directory / "run.json").read_text())["starts"]
         assert [(start["step"], start["processes"]) for start in starts] == [(0, 2), (30, 1)]
         assert starts[0]["command"] == ["megaflow", "pretrain", "x.yaml"]

@@ -188,8 +188,6 @@ def announce(config: Config, stage: Stage, step: int, mesh: Mesh) -> None:
     facts = stage.describe() | {
         "parameters": f"{parameters(stage.network):,}",
         "attention": choose(model.attention, mesh.device, half, model.hidden // model.heads),
-            config.model.attention, mesh.device, config.train.precision == "bf16", config.model.hidden // config.model.heads
-        ),
         "processes": f"{mesh.world.size} on {mesh.device.type}: {layout(config, mesh.world.size)}, {config.train.precision}",
         "optimizer": f"{config.optim.name}, learning rate up to {config.optim.learning_rate:g}",
         "batch": f"{config.train.global_batch} rows",

@@ -27,6 +27,8 @@ from megaflow.train.optimizer import Matrix, Muon, Together, make
 ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
 MUON_MOMENTS = ("momentum_buffer",)
 AVERAGE = "average"
+LARGEST_BUCKET = 500_000_000
+"""Elements of a buffer that gradients are collected in for reduction, at most: DeepSpeed's own figure, which it takes of any network."""
 
 
 def quiet_deepspeed() -> Any:
@@ -102,7 +104,8 @@ def start(network: nn.Module, config: Config, mesh: Mesh, micro: int, accumulati
     zero: dict[str, Any] = {
         "stage": config.parallel.zero,
         "overlap_comm": mesh.device.type == "cuda",
-        "use_multi_rank_bucket_allreduce": False,
+        "use_multi_rank_bucket_allreduce": False,  # a slice's gradient is sent to who holds it, not to all: half as much
+        "reduce_bucket_size": min(sum(p.numel() for p in network.parameters() if p.requires_grad), LARGEST_BUCKET),
     }
     if config.parallel.offload == "optimizer":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": mesh.device.type == "cuda"}

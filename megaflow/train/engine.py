@@ -27,6 +27,8 @@ from megaflow.train.optimizer import Matrix, Muon, Together, make
 ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
 MUON_MOMENTS = ("momentum_buffer",)
 AVERAGE = "average"
+HELD = -1
+"""Stands among the modules that use a parameter for what is no module; ZeRO 3 scatters no parameter that is in use."""
 
 
 def quiet_deepspeed() -> Any:
@@ -45,14 +47,28 @@ def quiet_deepspeed() -> Any:
 
 
 class Trainee(nn.Module):
-    """The network as DeepSpeed sees it. Whatever reads its weights runs inside its forward pass, where ZeRO 3 has them at hand."""
+    """The network as DeepSpeed sees it. Whatever reads its weights runs inside its forward pass, where ZeRO 3 has them at hand.
+
+    The network's own parameters, its tables, are used between passes of the network and in several of them, and stay whole all along.
+    """
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
 
     def forward(self, function: Callable, *arguments: Any) -> Any:
-        return function(*arguments)
+        tables: list[Any] = [p for p in self.network.parameters(recurse=False) if hasattr(p, "ds_id")]
+        for p in tables:
+            if p.ds_status.name == "NOT_AVAILABLE":
+                p.all_gather()
+            p.ds_active_sub_modules.add(HELD)
+        try:
+            return function(*arguments)
+        finally:
+            for p in tables:
+                p.ds_active_sub_modules.discard(HELD)
+                if not p.ds_persist:
+                    p.partition()
 
 
 class Mpu:

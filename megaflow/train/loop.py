@@ -27,7 +27,7 @@ from megaflow.train import checkpoint as checkpoints
 from megaflow.train import checkpoint_writer, ema, engine
 from megaflow.train.checkpoint_writer import Piece, Writer
 from megaflow.train.run import Metrics, read_json, record_start, write_atomically
-from megaflow.train.stage import Batch, Stage
+from megaflow.train.stage import Batch, Stage, documents_of, end_of_documents
 
 
 class NotFinite(Exception):
@@ -57,7 +57,8 @@ def train(config: Config, stage: Stage, mesh: Mesh, began: float) -> int:
     micro, accumulation = batch_split(config, mesh.data.size)
     directory, steps = Path(config.run.dir), config.train.steps
     stream = TokenStream(config.data.path, "train", config.run.seed)
-    held_out = validation_rows(config, mesh)
+    end = end_of_documents(config, stream.manifest)
+    held_out = validation_rows(config, mesh, end)
     deep = engine.start(stage.network, config, mesh, micro, accumulation)
     state: dict[str, Any] = {"step": 0, "tokens": 0, "seconds": 0.0, "training_seconds": 0.0}
     rank, size, exchange = mesh.world.rank, mesh.world.size, partial(meshes.exchanged, mesh)
@@ -88,7 +89,7 @@ def train(config: Config, stage: Stage, mesh: Mesh, began: float) -> int:
             step, start = state["step"], time.monotonic()
             rate = engine.learning_rate(config.optim, step, steps)
             engine.set_learning_rate(deep, rate)
-            loss, observed, counted, asked = accumulate(deep, stage, stream, config, mesh, step, micro, accumulation, stop)
+            loss, observed, counted, asked = accumulate(deep, stage, stream, config, mesh, step, micro, accumulation, stop, end)
             if not math.isfinite(loss):
                 raise NotFinite(not_finite(directory, writer, f"the loss of step {step + 1} is {loss}"))
             norm = engine.step(deep)
@@ -133,7 +134,16 @@ def train(config: Config, stage: Stage, mesh: Mesh, began: float) -> int:
 
 
 def accumulate(
-    deep: Any, stage: Stage, stream: TokenStream, config: Config, mesh: Mesh, step: int, micro: int, accumulation: int, stop: Stop
+    deep: Any,
+    stage: Stage,
+    stream: TokenStream,
+    config: Config,
+    mesh: Mesh,
+    step: int,
+    micro: int,
+    accumulation: int,
+    stop: Stop,
+    end: int | None,
 ) -> tuple[float, Tensor, int, bool]:
     """Forward and backward passes of one step. Returns the global batch's loss, observations, counted tokens, and whether to stop.
 
@@ -160,6 +170,7 @@ def accumulate(
             step,
             rows,
             weight.to(mesh.device),
+            None if end is None else documents_of(ids[part], end).to(mesh.device),
         )
         value, seen = deep(stage.loss, batch)
         deep.backward(value * float(mesh.data.size * accumulation))
@@ -174,12 +185,13 @@ def accumulate(
     return sums[1].item(), sums[2:].view(observed.shape), counted, bool(sums[0] > 0)
 
 
-def validation_rows(config: Config, mesh: Mesh) -> tuple[Tensor, Tensor | None]:
-    """The first validation rows, the same ones at every validation of the run."""
+def validation_rows(config: Config, mesh: Mesh, end: int | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The first validation rows, the same ones at every validation of the run: what Stage.validate takes."""
     stream = TokenStream(config.data.path, "validation", config.run.seed, shuffle=False)
     ids, lengths = stream.rows(torch.arange(min(config.train.validation_rows, len(stream))))
     padded = bool((lengths < ids.shape[1]).any())
-    return ids.to(mesh.device), lengths.to(mesh.device) if padded else None
+    documents = None if end is None else documents_of(ids, end).to(mesh.device)
+    return ids.to(mesh.device), lengths.to(mesh.device) if padded else None, documents
 
 
 def announce(config: Config, stage: Stage, step: int, mesh: Mesh) -> None:

@@ -61,14 +61,15 @@ class MapStage:
         split = int((kinds == DIAGONAL).sum())
         y, times = y[order], flow_map.Times(*(x[order] for x in times))
         lengths = None if batch.lengths is None else batch.lengths[order]
+        documents = None if batch.documents is None else batch.documents[order]
         seen = self.network.see(y, times.s, times.t)  # with nothing trained in it: the teacher and every target see the same
-        hidden = self.network(y, times.s, times.t, lengths, seen)
+        hidden = self.network(y, times.s, times.t, lengths, seen, documents)
         losses, observed = [], torch.zeros(2, 2, dtype=torch.float64)
         for index, part in enumerate((slice(0, split), slice(split, len(order)))):
             if part.start == part.stop:
                 continue
-            some = None if lengths is None else lengths[part]
-            at = y[part], flow_map.Times(*(x[part] for x in times)), some, seen[part]
+            some, of = (None if x is None else x[part] for x in (lengths, documents))
+            at = y[part], flow_map.Times(*(x[part] for x in times)), some, seen[part], of
             target = self.diagonal_target(*at) if index == 0 else self.semigroup_target(*at)
             read = self.network.read(hidden[part], y[part], times.s[part])
             weight = batch.weight.view(batch.ids.shape)[order[part]].flatten()
@@ -86,13 +87,17 @@ class MapStage:
         return partial(flow_map.adaptive_weight, power=distill.adaptive_power, constant=distill.adaptive_constant)
 
     @torch.no_grad()
-    def diagonal_target(self, y: Tensor, times: flow_map.Times, lengths: Tensor | None, seen: Seen) -> Callable[[slice], Tensor]:
+    def diagonal_target(
+        self, y: Tensor, times: flow_map.Times, lengths: Tensor | None, seen: Seen, documents: Tensor | None
+    ) -> Callable[[slice], Tensor]:
         """The frozen teacher's posterior at (y, s), by chunks of tokens."""
-        hidden, psi = self.teacher(y, times.s, lengths=lengths, seen=seen), heads.probabilities(self.teacher.head())
+        hidden, psi = self.teacher(y, times.s, lengths=lengths, seen=seen, documents=documents), heads.probabilities(self.teacher.head())
         read = self.teacher.read(hidden, y, times.s)
         return lambda tokens: psi(read[tokens])
 
-    def semigroup_target(self, y: Tensor, times: flow_map.Times, lengths: Tensor | None, seen: Seen) -> Callable[[slice], Tensor]:
+    def semigroup_target(
+        self, y: Tensor, times: flow_map.Times, lengths: Tensor | None, seen: Seen, documents: Tensor | None
+    ) -> Callable[[slice], Tensor]:
         """The identity's right side from the live network, by chunks of whole rows: psi_{s,u} at y is followed to the next state and
         mixed with psi_{u,t} there while it is at hand, as it is too large to be kept for all rows. `seen` is what y says at s.
         """
@@ -102,10 +107,10 @@ class MapStage:
         @torch.no_grad()
         def target(tokens: slice) -> Tensor:
             rows = slice(tokens.start // length, tokens.stop // length)
-            (s, u, t), some = (x[rows] for x in times), None if lengths is None else lengths[rows]
-            from_s = first(network.read(network(y[rows], s, u, some, seen[rows]), y[rows], s))
+            (s, u, t), (some, of) = (x[rows] for x in times), (None if x is None else x[rows] for x in (lengths, documents))
+            from_s = first(network.read(network(y[rows], s, u, some, seen[rows], of), y[rows], s))
             midway = transport(y[rows], s, u, mean(self.parts.code, from_s).view(y[rows].shape))
-            from_u = second(network.read(network(midway, u, t, some), midway, u))
+            from_u = second(network.read(network(midway, u, t, some, documents=of), midway, u))
             share = flow_map.semigroup_share(s, u, t).to(y.dtype).repeat_interleave(length)
             return from_u.lerp_(from_s, share[:, None])
 
@@ -116,19 +121,21 @@ class MapStage:
         names = ("diagonal_divergence", "semigroup_divergence")
         return {name: (total / weight).item() for name, (total, weight) in zip(names, observed, strict=True) if weight > 0.0}
 
-    def validate(self, ids: Tensor, lengths: Tensor | None) -> dict[str, float]:
+    def validate(self, ids: Tensor, lengths: Tensor | None, documents: Tensor | None = None) -> dict[str, float]:
         """The objective itself on validation rows with draws that never change, the same without its weights, and the diagonal's bound."""
         counted = (
             torch.ones_like(ids, dtype=torch.bool) if lengths is None else torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
         )
         weight = (counted / counted.sum()).flatten().float()
-        batch = Batch(ids, lengths, torch.arange(len(ids)), -1, len(ids), weight)
+        batch = Batch(ids, lengths, torch.arange(len(ids)), -1, len(ids), weight, documents)
         with torch.no_grad():
             loss, observed = self.loss(batch)
         metrics = {"validation_loss": loss.item(), "validation_divergence": observed[:, 0].sum().item()}
         try:
             seed, law = self.config.run.seed, log_length_law(self.config.data.path)
-            found = bound_of_rows(self.network, self.parts, self.clock, ids, lengths, 4, seed, double=False, log_length=law)
+            found = bound_of_rows(
+                self.network, self.parts, self.clock, ids, lengths, 4, seed, double=False, log_length=law, documents=documents
+            )
             metrics["validation_bound"] = found.mean
         except RangeTooShort:
             pass

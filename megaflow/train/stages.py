@@ -19,6 +19,7 @@ from megaflow.model.attention import choose
 from megaflow.model.autoregressive import Autoregressive
 from megaflow.model.parts import Parts
 from megaflow.model.text_dit import TextDiT
+from megaflow.model.trunk import Trunk
 from megaflow.parallel import mesh as meshes
 from megaflow.parallel.mesh import Mesh
 from megaflow.train import checkpoint as checkpoints
@@ -26,7 +27,7 @@ from megaflow.train import ema
 from megaflow.train.checkpoint import Checkpoint
 from megaflow.train.loop import finished, train
 from megaflow.train.run import load_distill, lock, open_run, read_json, write_atomically
-from megaflow.train.stage import Stage
+from megaflow.train.stage import Stage, end_of_documents
 from megaflow.train.stage_autoregressive import AutoregressiveStage
 from megaflow.train.stage_flow import FlowStage
 from megaflow.train.stage_map import MapStage
@@ -64,6 +65,7 @@ def _train(loaded: Loaded, kind: str, began: float) -> int:
         # what cannot run here is refused before it becomes a run
         batch_split(loaded.config, mesh.data.size)
         model = loaded.config.model
+        end_of_documents(loaded.config, manifest)
         choose(model.attention, mesh.device, loaded.config.train.precision == "bf16", model.hidden // model.heads)
         fresh = first_parts(loaded) if kind == "pretrain" and mesh.first else None
         held = lock(directory) if mesh.first else None
@@ -87,6 +89,8 @@ def _train(loaded: Loaded, kind: str, began: float) -> int:
             keep_shards(config, manifest, mesh)
             (directory / "summary.json").unlink(missing_ok=True)
             stage = pretrain_stage(config, fresh, mesh) if kind == "pretrain" else distill_stage(config, mesh)
+            assert isinstance(stage.network.trunk, Trunk)
+            stage.network.trunk.settle(config.parallel.recompute, config.parallel.compile)
             return train(config, stage, mesh, began)
         finally:
             if held is not None:

@@ -394,7 +394,7 @@ class TestInterrupted:
         assert [path.name for path in tmp_path.iterdir()] == ["many.jsonl"]
 
     def test_the_folder_of_a_living_prepare_is_left_alone(self, config, tmp_path):
-        alive = tmp_path / f"{stage._partial_prefix(tmp_path / 'data')}{os.getppid()}"
+        alive = tmp_path / f"{stage.partial_prefix(tmp_path / 'data')}{os.getppid()}"
         alive.mkdir()
         prepare(config())
         assert alive.is_dir()

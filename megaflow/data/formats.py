@@ -1,0 +1,177 @@
+"""The two formats of shards: MDS of mosaicml-streaming and the tar of WebDataset, the same rows in the same shards.
+
+    mds          shard.00000.mds: how many rows, where each begins, a description of the columns, then row after row
+    webdataset   shard.00000.tar: one member a row, its number with the suffix .npy: an int32 array of the tokens that count
+    index.json   in both: the shards in order and the rows of each, as streaming.LocalDataset and wids.ShardListDataset read it
+
+A shard of either format holds as many rows as MDSWriter would put into one, because the order of training goes by the rows of the shards.
+The bytes are those that MDSWriter and Python's tarfile write. They are written and read here a shard at a time: row by row through the
+libraries takes ten times as long.
+"""
+
+import hashlib
+import io
+import json
+import tarfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from megaflow.errors import UserError
+
+SUFFIXES = {"mds": ".mds", "webdataset": ".tar"}
+INDEX_FILE = "index.json"
+TAR_BLOCK = 512
+NPY_HEADER = 128
+"""Bytes before the data of every .npy of one dimension."""
+
+
+def row_type(length: int) -> np.dtype:
+    """A row of `length` ids and how many of them count, laid out as MDS keeps it."""
+    return np.dtype([("length", "<i8"), ("tokens", "<i4", (length,))])
+
+
+def mds_columns(length: int, limit: int) -> dict[str, Any]:
+    """MDSWriter's description of rows of `length` ids in shards of at most `limit` bytes."""
+    return {
+        "column_encodings": ["int", f"ndarray:int32:{length}"],
+        "column_names": ["length", "tokens"],
+        "column_sizes": [8, 4 * length],
+        "compression": None,
+        "format": "mds",
+        "hashes": [],
+        "size_limit": limit,
+        "version": 2,
+    }
+
+
+def mds_header(length: int, limit: int) -> bytes:
+    return json.dumps(mds_columns(length, limit), sort_keys=True).encode()
+
+
+def rows_per_shard(length: int, limit: int) -> int:
+    """Rows of `length` ids that MDSWriter puts into a shard of at most `limit` bytes."""
+    return max(1, (limit - 8 - len(mds_header(length, limit))) // (row_type(length).itemsize + 4))
+
+
+class ShardWriter:
+    """Writes the shards of one split into a new folder, one at each `write`; `finish` writes the index."""
+
+    def __init__(self, folder: Path, format: str, length: int, limit: int) -> None:
+        folder.mkdir(parents=True)
+        self.folder, self.format, self.length, self.limit = folder, format, length, limit
+        self.shards: list[tuple[str, int, int]] = []  # name, rows, bytes
+        self.rows, self.digest = 0, hashlib.sha256()
+
+    def write(self, records: np.ndarray) -> None:
+        """A shard of these rows, (n,) of row_type."""
+        name = f"shard.{len(self.shards):05d}{SUFFIXES[self.format]}"
+        data = mds_shard(records, self.limit) if self.format == "mds" else tar_shard(records, self.rows)
+        (self.folder / name).write_bytes(data)
+        self.shards.append((name, len(records), len(data)))
+        self.rows += len(records)
+        self.digest.update(records.tobytes())
+
+    def finish(self) -> str:
+        """Write the index; returns the sha256 of all rows end to end, which no format and no division into shards changes."""
+        index = mds_index(self.shards, self.length, self.limit) if self.format == "mds" else wids_index(self.shards, self.folder.name)
+        (self.folder / INDEX_FILE).write_text(json.dumps(index, sort_keys=True), "utf-8")
+        return self.digest.hexdigest()
+
+
+def mds_shard(records: np.ndarray, limit: int) -> bytes:
+    """The bytes of an MDS shard of rows (n,) of row_type."""
+    header = mds_header(records["tokens"].shape[1], limit)
+    count = np.array([len(records)], "<u4")
+    begins = np.arange(len(records) + 1) * records.itemsize + 4 * (len(records) + 2) + len(header)
+    return count.tobytes() + begins.astype("<u4").tobytes() + header + records.tobytes()
+
+
+def tar_shard(records: np.ndarray, first: int) -> bytes:
+    """The bytes of a tar of rows (n,) of row_type, the first of them the row `first` of its split."""
+    parts, size = [], 0
+    for number, record in enumerate(records, first):
+        content = npy(record["tokens"][: record["length"]])
+        member = tarfile.TarInfo(f"{number:012d}.npy")
+        member.size, member.mode = len(content), 0o444
+        padding = bytes(-len(content) % TAR_BLOCK)
+        parts += [member.tobuf(tarfile.USTAR_FORMAT), content, padding]
+        size += TAR_BLOCK + len(content) + len(padding)
+    end = 2 * TAR_BLOCK
+    return b"".join([*parts, bytes(end + -(size + end) % tarfile.RECORDSIZE)])
+
+
+def npy(tokens: np.ndarray) -> bytes:
+    """The bytes of a .npy of int32 (n,)."""
+    file = io.BytesIO()
+    np.lib.format.write_array(file, tokens, version=(1, 0))
+    return file.getvalue()
+
+
+def mds_index(shards: list[tuple[str, int, int]], length: int, limit: int) -> dict[str, Any]:
+    """MDSWriter's index.json of shards (name, rows, bytes)."""
+    columns = mds_columns(length, limit)
+    described = [
+        {**columns, "samples": rows, "raw_data": {"basename": name, "bytes": size, "hashes": {}}, "zip_data": None}
+        for name, rows, size in shards
+    ]
+    return {"version": 2, "shards": described}
+
+
+def wids_index(shards: list[tuple[str, int, int]], split: str) -> dict[str, Any]:
+    """What wids.ShardListDataset reads, of shards (name, rows, bytes)."""
+    described = [{"url": name, "nsamples": rows, "filesize": size} for name, rows, size in shards]
+    return {"__kind__": "wids-shard-index-v1", "wids_version": 1, "name": split, "shardlist": described}
+
+
+def listed_shards(folder: Path, format: str) -> list[tuple[str, int]]:
+    """(name, rows) of every shard of a split's folder, in order. Raises UserError where the index is not of this format."""
+    try:
+        index = json.loads((folder / INDEX_FILE).read_text("utf-8"))
+        if format == "mds":
+            return [(shard["raw_data"]["basename"], shard["samples"]) for shard in index["shards"]]
+        return [(shard["url"], shard["nsamples"]) for shard in index["shardlist"]]
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{folder / INDEX_FILE} is not an index of {format} shards: run megaflow prepare again.") from error
+
+
+class Shard(NamedTuple):
+    """The bytes of a shard, uint8; where the tokens of each row begin in them, (n,); and how many of them count, (n,)."""
+
+    data: np.ndarray
+    begins: np.ndarray
+    lengths: np.ndarray
+
+
+def open_shard(content: Any, format: str, length: int) -> Shard:
+    """The rows in `content`, the bytes of a shard or its memory map, none of which is copied."""
+    return _open_mds(content, length) if format == "mds" else _open_tar(content)
+
+
+def _open_mds(content: Any, length: int) -> Shard:
+    data = np.frombuffer(content, np.uint8)
+    count, begin, width = int.from_bytes(content[:4], "little"), int.from_bytes(content[4:8], "little"), row_type(length).itemsize
+    lengths = np.ndarray((count,), "<i8", content, begin, (width,)).copy()
+    return Shard(data, begin + 8 + width * np.arange(count), lengths)
+
+
+def _open_tar(content: Any) -> Shard:
+    data = np.frombuffer(content, np.uint8)
+    blocks = data.reshape(-1, TAR_BLOCK)
+    # No block of tokens looks like a header: there, the last letter would be the high byte of an id above a billion.
+    heads = np.flatnonzero((blocks[:, 257:262] == np.frombuffer(b"ustar", np.uint8)).all(1))
+    digits = blocks[heads, 124:135].astype(np.int64) - ord("0")
+    sizes = digits @ 8 ** np.arange(10, -1, -1)
+    return Shard(data, heads * TAR_BLOCK + TAR_BLOCK + NPY_HEADER, (sizes - NPY_HEADER) // 4)
+
+
+def read_rows(shard: Shard, length: int) -> np.ndarray:
+    """All rows of a shard, (n,) of row_type."""
+    records = np.zeros(len(shard.begins), row_type(length))
+    records["length"] = shard.lengths
+    tokens = np.zeros((len(records), 4 * length), np.uint8)
+    for row, begin, count in zip(tokens, shard.begins.tolist(), shard.lengths.tolist(), strict=True):
+        row[: 4 * count] = shard.data[begin : begin + 4 * count]
+    records["tokens"] = tokens.view("<i4")
+    return records

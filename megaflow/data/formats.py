@@ -13,8 +13,9 @@ import hashlib
 import io
 import json
 import tarfile
+from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -23,6 +24,8 @@ from megaflow.errors import UserError
 SUFFIXES = {"mds": ".mds", "webdataset": ".tar"}
 INDEX_FILE = "index.json"
 TAR_BLOCK = 512
+TAR_MAGIC, TAR_MAGIC_PLACE = int.from_bytes(b"\0ustar\x000", "little"), 256
+"""What the header of a member has there, the closing zero of the field before it included."""
 NPY_HEADER = 128
 """Bytes before the data of every .npy of one dimension."""
 
@@ -91,21 +94,21 @@ def mds_shard(records: np.ndarray, limit: int) -> bytes:
 def tar_shard(records: np.ndarray, first: int) -> bytes:
     """The bytes of a tar of rows (n,) of row_type, the first of them the row `first` of its split."""
     parts, size = [], 0
-    for number, record in enumerate(records, first):
-        content = npy(record["tokens"][: record["length"]])
+    for number, (tokens, count) in enumerate(zip(records["tokens"], records["length"].tolist(), strict=True), first):
         member = tarfile.TarInfo(f"{number:012d}.npy")
-        member.size, member.mode = len(content), 0o444
-        padding = bytes(-len(content) % TAR_BLOCK)
-        parts += [member.tobuf(tarfile.USTAR_FORMAT), content, padding]
-        size += TAR_BLOCK + len(content) + len(padding)
+        member.size, member.mode = NPY_HEADER + 4 * count, 0o444
+        padding = -member.size % TAR_BLOCK
+        parts += [member.tobuf(tarfile.USTAR_FORMAT), npy_header(count), tokens[:count].tobytes(), bytes(padding)]
+        size += TAR_BLOCK + member.size + padding
     end = 2 * TAR_BLOCK
     return b"".join([*parts, bytes(end + -(size + end) % tarfile.RECORDSIZE)])
 
 
-def npy(tokens: np.ndarray) -> bytes:
-    """The bytes of a .npy of int32 (n,)."""
+@cache
+def npy_header(count: int) -> bytes:
+    """What stands before the data of a .npy of int32 (count,)."""
     file = io.BytesIO()
-    np.lib.format.write_array(file, tokens, version=(1, 0))
+    np.lib.format.write_array_header_1_0(file, {"descr": "<i4", "fortran_order": False, "shape": (count,)})
     return file.getvalue()
 
 
@@ -136,42 +139,24 @@ def listed_shards(folder: Path, format: str) -> list[tuple[str, int]]:
         raise UserError(f"{folder / INDEX_FILE} is not an index of {format} shards: run megaflow prepare again.") from error
 
 
-class Shard(NamedTuple):
-    """The bytes of a shard, uint8; where the tokens of each row begin in them, (n,); and how many of them count, (n,)."""
+def layout(content: np.ndarray, format: str, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where in a shard's bytes the tokens of each row begin, (n,) int64, and how many of them count, (n,) int64.
 
-    data: np.ndarray
-    begins: np.ndarray
-    lengths: np.ndarray
-
-
-def open_shard(content: Any, format: str, length: int) -> Shard:
-    """The rows in `content`, the bytes of a shard or its memory map, none of which is copied."""
-    return _open_mds(content, length) if format == "mds" else _open_tar(content)
+    From there on `length` ids are the row in mds, padding included; in a tar those that do not count are something else.
+    """
+    return _mds_layout(content, length) if format == "mds" else _tar_layout(content)
 
 
-def _open_mds(content: Any, length: int) -> Shard:
-    data = np.frombuffer(content, np.uint8)
-    count, begin, width = int.from_bytes(content[:4], "little"), int.from_bytes(content[4:8], "little"), row_type(length).itemsize
-    lengths = np.ndarray((count,), "<i8", content, begin, (width,)).copy()
-    return Shard(data, begin + 8 + width * np.arange(count), lengths)
+def _mds_layout(content: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+    count, begin = content[:8].view("<u4").tolist()
+    width = row_type(length).itemsize
+    lengths = np.ndarray((count,), "<i8", content, begin, (width,)).astype(np.int64)
+    return begin + 8 + width * np.arange(count), lengths
 
 
-def _open_tar(content: Any) -> Shard:
-    data = np.frombuffer(content, np.uint8)
-    blocks = data.reshape(-1, TAR_BLOCK)
-    # No block of tokens looks like a header: there, the last letter would be the high byte of an id above a billion.
-    heads = np.flatnonzero((blocks[:, 257:262] == np.frombuffer(b"ustar", np.uint8)).all(1))
-    digits = blocks[heads, 124:135].astype(np.int64) - ord("0")
+def _tar_layout(content: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    # Eight bytes of every block at a time. None of tokens looks like a header's: it would hold an id above a billion.
+    heads = np.flatnonzero(content.view("<u8").reshape(-1, TAR_BLOCK // 8)[:, TAR_MAGIC_PLACE // 8] == TAR_MAGIC)
+    digits = content.reshape(-1, TAR_BLOCK)[heads, 124:135].astype(np.int64) - ord("0")
     sizes = digits @ 8 ** np.arange(10, -1, -1)
-    return Shard(data, heads * TAR_BLOCK + TAR_BLOCK + NPY_HEADER, (sizes - NPY_HEADER) // 4)
-
-
-def read_rows(shard: Shard, length: int) -> np.ndarray:
-    """All rows of a shard, (n,) of row_type."""
-    records = np.zeros(len(shard.begins), row_type(length))
-    records["length"] = shard.lengths
-    tokens = np.zeros((len(records), 4 * length), np.uint8)
-    for row, begin, count in zip(tokens, shard.begins.tolist(), shard.lengths.tolist(), strict=True):
-        row[: 4 * count] = shard.data[begin : begin + 4 * count]
-    records["tokens"] = tokens.view("<i4")
-    return records
+    return heads * TAR_BLOCK + TAR_BLOCK + NPY_HEADER, (sizes - NPY_HEADER) // 4

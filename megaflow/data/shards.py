@@ -12,7 +12,6 @@ Row r of a split is sample r of its shards in order, whatever the format; ids be
 
 import hashlib
 import json
-import mmap
 import os
 import shutil
 from pathlib import Path
@@ -241,19 +240,6 @@ def verify_file(folder: str | Path, name: str, manifest: dict[str, Any]) -> None
     """Compare one file with the manifest; raises UserError where it is missing or differs."""
     check_present(folder, name, manifest)
     check_content(folder, name, manifest, sha256(Path(folder) / name))
-
-
-def map_shard(folder: str | Path, name: str, manifest: dict[str, Any], verify: bool = True) -> formats.Shard:
-    """The rows of a shard, in the memory that its file is mapped to; with `verify` the sha256 of that very memory is compared with
-    the manifest's. Raises UserError where the file is missing, cut short or another."""
-    check_present(folder, name, manifest)
-    with (Path(folder) / name).open("rb") as file:
-        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    if verify:
-        if hasattr(content, "madvise"):
-            content.madvise(mmap.MADV_WILLNEED)  # all of it is read next: the disk may begin
-        check_content(folder, name, manifest, hashlib.sha256(content).hexdigest())
-    return formats.open_shard(content, format_of(manifest), manifest["length"])
 
 
 def open_prepared(folder: str | Path) -> dict[str, Any]:

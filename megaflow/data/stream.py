@@ -5,6 +5,7 @@ next place resumes exactly; processes that read disjoint places of one global or
 The order goes by the rows of each shard, which the format does not change (see formats.py).
 """
 
+import hashlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,12 +15,13 @@ import numpy as np
 import torch
 from streaming.base.shuffle import get_shuffle
 
-from megaflow.data.formats import Shard, listed_shards
-from megaflow.data.shards import SPLITS, format_of, map_shard, open_prepared
+from megaflow.data.formats import layout, listed_shards
+from megaflow.data.memory import Stretch
+from megaflow.data.shards import SPLITS, check_content, check_present, format_of, open_prepared
 from megaflow.errors import UserError
 
-MAPPED = 256
-"""Shards that are mapped at a time: each holds a file descriptor, of which a process has a thousand."""
+MAPPED = 1 << 14
+"""Shards that are mapped at a time; the system has a limit of some ten thousand a process."""
 
 
 class TokenStream:
@@ -34,11 +36,20 @@ class TokenStream:
         if split not in SPLITS:
             raise UserError(f"there is no split {split!r} in {folder}: it is one of {', '.join(SPLITS)}.")
         self.folder, self.split, self.manifest = Path(folder), split, open_prepared(folder)
-        self.shards = listed_shards(self.folder / split, format_of(self.manifest))
-        self.ends = self.shard_sizes().cumsum()
+        self.format, self.length = format_of(self.manifest), self.manifest["length"]
+        listed = listed_shards(self.folder / split, self.format)
+        self.names = [f"{split}/{name}" for name, _ in listed]
+        self.sizes = np.array([rows for _, rows in listed], np.int64)
+        self.ends = self.sizes.cumsum()
         self.seed, self.shuffle = seed, shuffle
         self.orders: dict[int, np.ndarray] = {}
-        self.mapped: dict[int, Shard] = {}
+        width = 4 * self.length
+        self.memory = Stretch([self.manifest["files"][name]["bytes"] for name in self.names], spare=width)
+        # the `width` bytes from any byte on: a batch of rows is one index into this
+        self.windows = np.ndarray((len(self.memory.bytes) - width + 1,), f"V{width}", self.memory.bytes, 0, (1,))
+        self.begins = np.zeros(len(self), np.int64)  # of each row's tokens in the memory, where its shard is mapped; 0 elsewhere
+        self.counts = np.zeros(len(self), np.int64)
+        self.mapped: dict[int, None] = {}  # shards, the oldest first
         self.verified: set[int] = set()
 
     def __len__(self) -> int:
@@ -48,48 +59,61 @@ class TokenStream:
     def rows(self, places: Sequence[int] | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids (B, L) int64 and how many of each row count (B,) int64, at `places` (B,) >= 0; ids beyond are 0. Raises UserError."""
         numbers = self.row_numbers(np.asarray(places, np.int64))
-        shards = self.ends.searchsorted(numbers, side="right")
-        within = numbers - self.ends[shards]  # negative: counted from the shard's end
-        tokens, lengths = np.zeros((len(numbers), 4 * self.manifest["length"]), np.uint8), []
-        for row, number, place in zip(tokens, shards.tolist(), within.tolist(), strict=True):
-            shard = self.mapped.get(number) or self.shard(number)
-            begin, count = shard.begins[place], shard.lengths[place]
-            row[: 4 * count] = shard.data[begin : begin + 4 * count]
-            lengths.append(count)
-        return torch.from_numpy(tokens.view("<i4").astype(np.int64)), torch.from_numpy(np.array(lengths, np.int64))
+        begins = self.begins[numbers]
+        if not begins.all():
+            self._map(set(self.ends.searchsorted(numbers, side="right").tolist()))
+            begins = self.begins[numbers]
+        ids = self.windows[begins].view("<i4").reshape(len(numbers), self.length).astype(np.int64)
+        counts = self.counts[numbers]
+        if counts.min(initial=self.length) < self.length:
+            ids[np.arange(self.length) >= counts[:, None]] = 0
+        return torch.from_numpy(ids), torch.from_numpy(counts)
 
-    def shard(self, number: int) -> Shard:
-        """A shard of the split, compared with the manifest when it is first read. Raises UserError."""
-        if number not in self.mapped:
-            name, first = f"{self.split}/{self.shards[number][0]}", number not in self.verified
-            while len(self.mapped) >= MAPPED:
-                del self.mapped[next(iter(self.mapped))]
-            self.mapped[number] = map_shard(self.folder, name, self.manifest, verify=first)
-            self.verified.add(number)
-        return self.mapped[number]
+    def _map(self, shards: set[int]) -> None:
+        """Have these shards in memory, each compared with the manifest when it is mapped for the first time. Raises UserError."""
+        new = sorted(shards - self.mapped.keys())
+        too_many = max(0, len(self.mapped) + len(new) - MAPPED)
+        for number in [old for old in self.mapped if old not in shards][:too_many]:
+            self.memory.unmap(number)
+            self.begins[self._rows_of(number)] = 0
+            del self.mapped[number]
+        for number in new:
+            name = self.names[number]
+            check_present(self.folder, name, self.manifest)
+            content = self.memory.map(number, self.folder / name)
+            if number not in self.verified:
+                check_content(self.folder, name, self.manifest, hashlib.sha256(content).hexdigest())
+                self.verified.add(number)
+            begins, counts = layout(content, self.format, self.length)
+            self.begins[self._rows_of(number)] = self.memory.begins[number] + begins
+            self.counts[self._rows_of(number)] = counts
+            self.mapped[number] = None
+
+    def _rows_of(self, shard: int) -> slice:
+        return slice(self.ends[shard] - self.sizes[shard], self.ends[shard])
 
     def row_numbers(self, places: np.ndarray) -> np.ndarray:
         """The rows of the split, in the order they were written, that stand at `places` (B,): (B,)."""
-        if (places < 0).any():
-            raise ValueError(f"a place is not negative: {places.min()}")
         epochs, within = np.divmod(places, len(self))
-        if self.shuffle:
-            for epoch in sorted(set(epochs.tolist())):
-                here = epochs == epoch
-                within[here] = self.order(epoch)[within[here]]
+        different = sorted(set(epochs.tolist()))
+        if different and different[0] < 0:
+            raise ValueError(f"a place is not negative: {places.min()}")
+        if not self.shuffle:
+            return within
+        if len(different) == 1:  # nearly always
+            return self.order(different[0])[within]
+        for epoch in different:
+            here = epochs == epoch
+            within[here] = self.order(epoch)[within[here]]
         return within
 
     def order(self, epoch: int) -> np.ndarray:
         """The permutation (N,) of one epoch; the latest two are kept, since a batch may straddle two."""
         if epoch not in self.orders:
-            self.orders[epoch] = epoch_order(self.shard_sizes(), self.seed, epoch)
+            self.orders[epoch] = epoch_order(self.sizes, self.seed, epoch)
             while len(self.orders) > 2:
                 del self.orders[next(iter(self.orders))]
         return self.orders[epoch]
-
-    def shard_sizes(self) -> np.ndarray:
-        """Rows of each shard."""
-        return np.array([rows for _, rows in self.shards], np.int64)
 
 
 def read_ahead(stream: TokenStream, batches: Iterable[Sequence[int] | torch.Tensor], ahead: int = 8) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

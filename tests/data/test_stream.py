@@ -58,7 +58,7 @@ def test_every_row_comes_once_an_epoch_in_an_order_of_its_own(folder):
 
 def test_rows_of_all_shards_are_mixed(folder):
     stream = TokenStream(folder, "train", seed=0)
-    sizes = stream.shard_sizes()
+    sizes = stream.sizes
     assert len(sizes) > 3
     shard = np.repeat(np.arange(len(sizes)), sizes)[stream.order(0)]
     assert len(set(shard[: len(stream) // 4])) > len(sizes) // 2
@@ -132,7 +132,7 @@ def test_a_damaged_shard_is_found_when_its_first_row_is_read(folder, tmp_path):
     data[-1] ^= 1
     damaged.write_bytes(data)
     stream = TokenStream(copy, "train", seed=0, shuffle=False)
-    first = int(stream.shard_sizes()[:2].sum())
+    first = int(stream.sizes[:2].sum())
     stream.rows(range(first))
     with pytest.raises(UserError, match=r"train/shard.00002.mds is not what prepare wrote \(sha256 differs\)"):
         stream.rows([first])

@@ -230,16 +230,12 @@ def check_present(folder: str | Path, name: str, manifest: dict[str, Any]) -> No
         raise UserError(f"{path} has {size} bytes instead of {expected}: {ADVICE}.")
 
 
-def check_content(folder: str | Path, name: str, manifest: dict[str, Any], found: str) -> None:
-    """Compare a sha256 with that of a file of the manifest; raises UserError where it differs."""
-    if found != manifest["files"][name]["sha256"]:
-        raise UserError(f"{Path(folder) / name} is not what prepare wrote (sha256 differs): {ADVICE}.")
-
-
 def verify_file(folder: str | Path, name: str, manifest: dict[str, Any]) -> None:
-    """Compare one file with the manifest; raises UserError where it is missing or differs."""
+    """Compare one file with the manifest; raises UserError where it is missing, cut short or another."""
     check_present(folder, name, manifest)
-    check_content(folder, name, manifest, sha256(Path(folder) / name))
+    path = Path(folder) / name
+    if sha256(path) != manifest["files"][name]["sha256"]:
+        raise UserError(f"{path} is not what prepare wrote (sha256 differs): {ADVICE}.")
 
 
 def open_prepared(folder: str | Path) -> dict[str, Any]:

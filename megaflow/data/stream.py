@@ -5,7 +5,6 @@ next place resumes exactly; processes that read disjoint places of one global or
 The order goes by the rows of each shard, which the format does not change (see formats.py).
 """
 
-import hashlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,7 +16,7 @@ from streaming.base.shuffle import get_shuffle
 
 from megaflow.data.formats import layout, listed_shards
 from megaflow.data.memory import Stretch
-from megaflow.data.shards import SPLITS, check_content, check_present, format_of, open_prepared
+from megaflow.data.shards import SPLITS, check_present, format_of, open_prepared, verify_file
 from megaflow.errors import UserError
 
 MAPPED = 1 << 14
@@ -69,6 +68,12 @@ class TokenStream:
             ids[np.arange(self.length) >= counts[:, None]] = 0
         return torch.from_numpy(ids), torch.from_numpy(counts)
 
+    def lengths(self) -> np.ndarray:
+        """How many ids of each row of the split count, in the order they were written: (N,) int64. Raises UserError."""
+        for first in range(0, len(self.names), MAPPED):
+            self._map(set(range(first, min(first + MAPPED, len(self.names)))))
+        return self.counts
+
     def _map(self, shards: set[int]) -> None:
         """Have these shards in memory, each compared with the manifest when it is mapped for the first time. Raises UserError."""
         new = sorted(shards - self.mapped.keys())
@@ -79,12 +84,9 @@ class TokenStream:
             del self.mapped[number]
         for number in new:
             name = self.names[number]
-            check_present(self.folder, name, self.manifest)
-            content = self.memory.map(number, self.folder / name)
-            if number not in self.verified:
-                check_content(self.folder, name, self.manifest, hashlib.sha256(content).hexdigest())
-                self.verified.add(number)
-            begins, counts = layout(content, self.format, self.length)
+            (check_present if number in self.verified else verify_file)(self.folder, name, self.manifest)
+            self.verified.add(number)
+            begins, counts = layout(self.memory.map(number, self.folder / name), self.format, self.length)
             self.begins[self._rows_of(number)] = self.memory.begins[number] + begins
             self.counts[self._rows_of(number)] = counts
             self.mapped[number] = None

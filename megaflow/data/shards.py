@@ -265,7 +265,9 @@ def verify(folder: str | Path) -> dict[str, Any]:
         raise damaged[0][1]
     if damaged:
         names = ", ".join(name for name, _ in damaged)
-        raise UserError(f"{folder}: {len(damaged)} files are missing or not what prepare wrote ({names}): {ADVICE.replace('it,', 'them,')}.")
+        raise UserError(
+            f"{folder}: {len(damaged)} files are missing or not what prepare wrote ({names}): {ADVICE.replace('it,', 'them,')}."
+        )
     return manifest
 
 

@@ -118,7 +118,9 @@ class TokenStream:
         return self.orders[epoch]
 
 
-def read_ahead(stream: TokenStream, batches: Iterable[Sequence[int] | torch.Tensor], ahead: int = 8) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def read_ahead(
+    stream: TokenStream, batches: Iterable[Sequence[int] | torch.Tensor], ahead: int = 8
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """stream.rows(places) for the places of each of `batches` in turn, read by a thread while the caller works on those before.
 
     The thread is up to `ahead` batches in front, so that shards are hashed before their rows are needed. It alone reads the stream until

@@ -55,7 +55,7 @@ def _convert_split(folder: Path, split: str, format: str, out: Path) -> str:
     writer = formats.ShardWriter(out / split, format, stream.length, shards.SHARD_BYTES)
     progress, first = Progress(f"convert {split}", len(stream), "rows"), 0
     for end in stream.ends.tolist():
-        ids, lengths = stream.rows(np.arange(first, end))
+        ids, lengths = stream.rows(range(first, end))
         records = np.zeros(end - first, formats.row_type(stream.length))
         records["tokens"], records["length"] = ids.numpy(), lengths.numpy()
         writer.write(records)

@@ -5,10 +5,11 @@ next place resumes exactly; processes that read disjoint places of one global or
 The order goes by the rows of each shard, which the format does not change (see formats.py).
 """
 
-from collections import deque
+import threading
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +22,11 @@ from megaflow.errors import UserError
 
 MAPPED = 1 << 14
 """Shards that are mapped at a time; the system has a limit of some ten thousand a process."""
+
+
+NOWHERE = np.iinfo(np.int64).max
+"""Where a row begins whose shard is not mapped: no index into any memory."""
+ID = np.dtype("<i4")
 
 
 class TokenStream:
@@ -45,9 +51,10 @@ class TokenStream:
         width = 4 * self.length
         self.memory = Stretch([self.manifest["files"][name]["bytes"] for name in self.names], spare=width)
         # the `width` bytes from any byte on: a batch of rows is one index into this
-        self.windows = np.ndarray((len(self.memory.bytes) - width + 1,), f"V{width}", self.memory.bytes, 0, (1,))
-        self.begins = np.zeros(len(self), np.int64)  # of each row's tokens in the memory, where its shard is mapped; 0 elsewhere
+        self.windows: np.ndarray = np.ndarray((len(self.memory.bytes) - width + 1,), f"V{width}", self.memory.bytes, 0, (1,))
+        self.begins = np.full(len(self), NOWHERE)  # of each row's tokens in the memory, where its shard is mapped
         self.counts = np.zeros(len(self), np.int64)
+        self.padded = self.manifest["packing"] == "document"
         self.mapped: dict[int, None] = {}  # shards, the oldest first
         self.verified: set[int] = set()
 
@@ -57,14 +64,16 @@ class TokenStream:
 
     def rows(self, places: Sequence[int] | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids (B, L) int64 and how many of each row count (B,) int64, at `places` (B,) >= 0; ids beyond are 0. Raises UserError."""
-        numbers = self.row_numbers(np.asarray(places, np.int64))
-        begins = self.begins[numbers]
-        if not begins.all():
+        given = places.numpy() if isinstance(places, torch.Tensor) else np.asarray(places, np.int64)
+        numbers = self.row_numbers(given)
+        try:
+            rows = self.windows[self.begins[numbers]]
+        except IndexError:  # a row lies NOWHERE
             self._map(set(self.ends.searchsorted(numbers, side="right").tolist()))
-            begins = self.begins[numbers]
-        ids = self.windows[begins].view("<i4").reshape(len(numbers), self.length).astype(np.int64)
+            rows = self.windows[self.begins[numbers]]
+        ids = rows.view(ID).reshape(len(numbers), self.length).astype(np.int64)
         counts = self.counts[numbers]
-        if counts.min(initial=self.length) < self.length:
+        if self.padded:
             ids[np.arange(self.length) >= counts[:, None]] = 0
         return torch.from_numpy(ids), torch.from_numpy(counts)
 
@@ -80,7 +89,7 @@ class TokenStream:
         too_many = max(0, len(self.mapped) + len(new) - MAPPED)
         for number in [old for old in self.mapped if old not in shards][:too_many]:
             self.memory.unmap(number)
-            self.begins[self._rows_of(number)] = 0
+            self.begins[self._rows_of(number)] = NOWHERE
             del self.mapped[number]
         for number in new:
             name = self.names[number]
@@ -96,15 +105,16 @@ class TokenStream:
 
     def row_numbers(self, places: np.ndarray) -> np.ndarray:
         """The rows of the split, in the order they were written, that stand at `places` (B,): (B,)."""
-        epochs, within = np.divmod(places, len(self))
-        different = sorted(set(epochs.tolist()))
-        if different and different[0] < 0:
-            raise ValueError(f"a place is not negative: {places.min()}")
+        listed, rows = places.tolist(), len(self)
+        first, last = min(listed, default=0), max(listed, default=0)
+        if first < 0:
+            raise ValueError(f"a place is not negative: {first}")
         if not self.shuffle:
-            return within
-        if len(different) == 1:  # nearly always
-            return self.order(different[0])[within]
-        for epoch in different:
+            return places % rows
+        if first // rows == last // rows:  # nearly always
+            return self.order(first // rows)[places - first // rows * rows]
+        epochs, within = np.divmod(places, rows)
+        for epoch in sorted(set(epochs.tolist())):
             here = epochs == epoch
             within[here] = self.order(epoch)[within[here]]
         return within
@@ -127,17 +137,33 @@ def read_ahead(
     the iterator is closed (contextlib.closing) or at its end, which waits for the batch in hand and leaves no thread. What a batch raises
     is raised where the batch is asked for, after all batches before it.
     """
-    waiting: deque[Future[tuple[torch.Tensor, torch.Tensor]]] = deque()
-    pool = ThreadPoolExecutor(1, "rows")
+    # A pool's futures would take four times as long to hand over a batch: their locks give the interpreter to the thread.
+    ready: SimpleQueue[Any] = SimpleQueue()
+    room, closed = threading.Semaphore(ahead), threading.Event()
+
+    def read() -> None:
+        try:
+            for places in batches:
+                room.acquire()
+                if closed.is_set():
+                    return
+                ready.put(stream.rows(places))
+            ready.put(None)
+        except BaseException as error:
+            ready.put(error)
+
+    thread = threading.Thread(target=read, name="rows", daemon=True)  # an exit of the process waits for no rows
+    thread.start()
     try:
-        for places in batches:
-            waiting.append(pool.submit(stream.rows, places))
-            if len(waiting) > ahead:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        while (found := ready.get()) is not None:
+            if isinstance(found, BaseException):
+                raise found
+            room.release()
+            yield found
     finally:
-        pool.shutdown(cancel_futures=True)
+        closed.set()
+        room.release()
+        thread.join()
 
 
 def epoch_order(shard_sizes: np.ndarray, seed: int, epoch: int) -> np.ndarray:

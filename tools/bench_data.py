@@ -7,8 +7,8 @@
     mds_data_wait, webdataset_data_wait       share of training steps spent waiting for rows that read_ahead reads meanwhile
 
 A batch is 32 rows of 1,024 tokens, a (32, 1024) int64 tensor. Every side is a process of its own and has read all rows once, so that files
-are in memory and hashes compared; then rounds of batches alternate between the sides, so that whatever else the machine does falls on all.
-A ratio is the median over rounds, its spread the quartiles.
+are in memory and hashes compared. Then rounds alternate between the sides, so that whatever else the machine does falls on all: rounds of all
+rows beside the memmap, of 32 batches beside the libraries. A ratio is the median over rounds, its spread the quartiles.
 
 The steps of the last comparison are matrix products. On a GPU they are the 6 * 170M floating-point operations a token that training a
 model of 170M parameters takes. A CPU would need minutes for them: there a step is cut off after what an H100 would need at its peak
@@ -42,10 +42,9 @@ from megaflow.data.stream import TokenStream, epoch_order, read_ahead  # noqa: E
 from megaflow.progress import Progress  # noqa: E402
 
 ROWS, LENGTH, BATCH, VOCAB = 16_384, 1024, 32, 50_257
-BATCHES_A_ROUND = 32
 PARAMETERS, PEAK = 170e6, 989e12
 STEP_FLOPS = 6 * PARAMETERS * BATCH * LENGTH
-SIDES = ("memmap", "mds", "webdataset", "streaming library", "webdataset library", "wids library")
+OURS, LIBRARIES = ("mds", "webdataset"), ("streaming library", "webdataset library", "wids library")
 
 
 def make_data(folder: Path) -> None:
@@ -126,21 +125,21 @@ def wids_library(folder: Path) -> Iterator[torch.Tensor]:
         yield batch.long()
 
 
-def alternate(folder: Path, budget: float) -> dict[str, list[float]]:
-    """Tokens per second of every side in each round, until the budget of seconds is spent, five rounds at least."""
+def alternate(sides: tuple[str, ...], folder: Path, count: int, budget: float) -> dict[str, list[float]]:
+    """Tokens per second of every side in rounds of `count` batches, until the budget of seconds is spent, five rounds at least."""
     spawn, pipes, processes = multiprocessing.get_context("spawn"), {}, []
-    found: dict[str, list[float]] = {side: [] for side in SIDES}
-    for side in SIDES:
+    found: dict[str, list[float]] = {side: [] for side in sides}
+    for side in sides:
         pipes[side], other = spawn.Pipe()
-        processes.append(spawn.Process(target=_rounds, args=(other, side, folder), daemon=True))
+        processes.append(spawn.Process(target=_rounds, args=(other, side, folder, count), daemon=True))
         processes[-1].start()
         other.close()
         pipes[side].recv()
-    progress, began = Progress("sides in turn", budget, "s"), time.perf_counter()
-    while time.perf_counter() - began < budget or len(found["memmap"]) < 5:
+    progress, began = Progress(", ".join(sides), budget, "s"), time.perf_counter()
+    while time.perf_counter() - began < budget or len(found[sides[0]]) < 5:
         for side, pipe in pipes.items():
             pipe.send(True)
-            found[side].append(BATCHES_A_ROUND * BATCH * LENGTH / pipe.recv())
+            found[side].append(count * BATCH * LENGTH / pipe.recv())
         progress.update(min(time.perf_counter() - began, budget))
     progress.update(budget)
     for pipe, one in zip(pipes.values(), processes, strict=True):
@@ -149,7 +148,7 @@ def alternate(folder: Path, budget: float) -> dict[str, list[float]]:
     return found
 
 
-def _rounds(pipe: Any, side: str, folder: Path) -> None:
+def _rounds(pipe: Any, side: str, folder: Path, count: int) -> None:
     """The process of a side: reads all rows once, then answers each message with the seconds of a round."""
     torch.set_num_threads(1)
     tempfile.tempdir = str(folder)  # where StreamingDataset leaves its locks
@@ -159,7 +158,7 @@ def _rounds(pipe: Any, side: str, folder: Path) -> None:
     pipe.send(True)
     while pipe.recv():
         start = time.perf_counter()
-        for _ in range(BATCHES_A_ROUND):
+        for _ in range(count):
             next(source)
         pipe.send(time.perf_counter() - start)
 
@@ -230,13 +229,14 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="bench_data."))
     try:
         make_data(folder)
-        speed = alternate(folder, arguments.seconds)
-        for format in formats.SUFFIXES:
+        speed = alternate(("memmap", *OURS), folder, ROWS // BATCH, arguments.seconds / 2)
+        for format in OURS:
             found |= ratio(f"{format}_over_memmap", speed[format], speed["memmap"])
+        speed = alternate((*OURS, *LIBRARIES), folder, 32, arguments.seconds / 2)
         found |= ratio("mds_over_streaming", speed["mds"], speed["streaming library"])
         found |= ratio("webdataset_over_webdataset", speed["webdataset"], speed["webdataset library"])
         found |= ratio("webdataset_over_wids", speed["webdataset"], speed["wids library"])
-        for format in formats.SUFFIXES:
+        for format in OURS:
             found |= data_wait(format, folder)
     finally:
         shutil.rmtree(folder)

@@ -46,6 +46,7 @@ class TokenStream:
         self.names = [f"{split}/{name}" for name, _ in listed]
         self.sizes = np.array([rows for _, rows in listed], np.int64)
         self.ends = self.sizes.cumsum()
+        self.count = int(self.sizes.sum())
         self.seed, self.shuffle = seed, shuffle
         self.orders: dict[int, np.ndarray] = {}
         width = 4 * self.length
@@ -53,14 +54,13 @@ class TokenStream:
         # the `width` bytes from any byte on: a batch of rows is one index into this
         self.windows: np.ndarray = np.ndarray((len(self.memory.bytes) - width + 1,), f"V{width}", self.memory.bytes, 0, (1,))
         self.begins = np.full(len(self), NOWHERE)  # of each row's tokens in the memory, where its shard is mapped
-        self.counts = np.zeros(len(self), np.int64)
-        self.padded = self.manifest["packing"] == "document"
+        self.counts = None if self.manifest["packing"] == "wrap" else np.zeros(len(self), np.int64)  # ids of each row; None: all
         self.mapped: dict[int, None] = {}  # shards, the oldest first
         self.verified: set[int] = set()
 
     def __len__(self) -> int:
         """Rows of an epoch."""
-        return int(self.ends[-1])
+        return self.count
 
     def rows(self, places: Sequence[int] | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids (B, L) int64 and how many of each row count (B,) int64, at `places` (B,) >= 0; ids beyond are 0. Raises UserError."""
@@ -72,16 +72,17 @@ class TokenStream:
             self._map(set(self.ends.searchsorted(numbers, side="right").tolist()))
             rows = self.windows[self.begins[numbers]]
         ids = rows.view(ID).reshape(len(numbers), self.length).astype(np.int64)
+        if self.counts is None:
+            return torch.from_numpy(ids), torch.full((len(ids),), self.length)
         counts = self.counts[numbers]
-        if self.padded:
-            ids[np.arange(self.length) >= counts[:, None]] = 0
+        ids[np.arange(self.length) >= counts[:, None]] = 0
         return torch.from_numpy(ids), torch.from_numpy(counts)
 
     def lengths(self) -> np.ndarray:
         """How many ids of each row of the split count, in the order they were written: (N,) int64. Raises UserError."""
         for first in range(0, len(self.names), MAPPED):
             self._map(set(range(first, min(first + MAPPED, len(self.names)))))
-        return self.counts
+        return np.full(len(self), self.length) if self.counts is None else self.counts
 
     def _map(self, shards: set[int]) -> None:
         """Have these shards in memory, each compared with the manifest when it is mapped for the first time. Raises UserError."""
@@ -97,7 +98,8 @@ class TokenStream:
             self.verified.add(number)
             begins, counts = layout(self.memory.map(number, self.folder / name), self.format, self.length)
             self.begins[self._rows_of(number)] = self.memory.begins[number] + begins
-            self.counts[self._rows_of(number)] = counts
+            if self.counts is not None:
+                self.counts[self._rows_of(number)] = counts
             self.mapped[number] = None
 
     def _rows_of(self, shard: int) -> slice:

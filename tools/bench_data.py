@@ -7,8 +7,8 @@
     mds_data_wait, webdataset_data_wait       share of training steps spent waiting for rows that read_ahead reads meanwhile
 
 A batch is 32 rows of 1,024 tokens, a (32, 1024) int64 tensor. Every side is a process of its own and has read all rows once, so that files
-are in memory and hashes compared. Then rounds alternate between the sides, so that whatever else the machine does falls on all: rounds of all
-rows beside the memmap, of 32 batches beside the libraries. A ratio is the median over rounds, its spread the quartiles.
+are in memory and hashes compared. Then rounds alternate between the sides, so that whatever else the machine does falls on all; a round is
+all rows beside the memmap, 32 batches beside the libraries. A ratio is the median over rounds, its spread the quartiles.
 
 The steps of the last comparison are matrix products. On a GPU they are the 6 * 170M floating-point operations a token that training a
 model of 170M parameters takes. A CPU would need minutes for them: there a step is cut off after what an H100 would need at its peak

@@ -5,8 +5,8 @@
     index.json   in both: the shards in order and the rows of each, as streaming.LocalDataset and wids.ShardListDataset read it
 
 A shard of either format holds as many rows as MDSWriter would put into one, because the order of training goes by the rows of the shards.
-The bytes are those that MDSWriter and Python's tarfile write. They are written and read here a shard at a time: row by row through the
-libraries takes ten times as long.
+The bytes are those that MDSWriter and Python's tarfile write, to the last one. They are made and read here a shard at a time: through the
+libraries, which go row by row, reading takes fifty times as long (tools/bench_data.py).
 """
 
 import hashlib

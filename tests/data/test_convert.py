@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from megaflow.data import shards
+from megaflow.data import formats, shards
 from megaflow.data.convert import convert
+from megaflow.data.prepare import partial_prefix
 from megaflow.data.stream import TokenStream
 from megaflow.errors import UserError
 from tests.data.conftest import SHARD_BYTES
@@ -71,6 +72,22 @@ def test_a_damaged_folder_is_not_converted(folders, tmp_path):
     with pytest.raises(UserError, match="train/shard.00001.mds is not what prepare wrote"):
         convert(damaged, "webdataset", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def test_an_error_leaves_nothing_and_what_a_killed_one_left_goes(folders, tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    killed = tmp_path / f"{partial_prefix(tmp_path / 'out')}{2**22 + 1}"  # no process has this number
+    killed.mkdir()
+    (killed / "half").write_text("a shard")
+    with monkeypatch.context() as patch:
+        patch.setattr(formats.ShardWriter, "finish", fail)
+        with pytest.raises(UserError, match="out cannot be written: No space left on device"):
+            convert(folders("wrap", "mds"), "webdataset", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+    convert(folders("wrap", "mds"), "webdataset", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_what_is_refused(folders, tmp_path):

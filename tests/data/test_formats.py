@@ -42,18 +42,22 @@ def test_mds_is_what_its_library_writes_to_the_byte(tmp_path, rows, length, limi
 
 
 def test_a_tar_has_one_npy_a_row_of_the_tokens_that_count(tmp_path):
-    records = made_up(150, 9)
+    """To the byte what Python's tarfile and NumPy make of them."""
+    records, share = made_up(150, 9), formats.rows_per_shard(9, 2000)
     files = written(tmp_path / "train", "webdataset", records, 2000)
-    shards = sorted(name for name in files if name.endswith(".tar"))
-    assert len(shards) == len(files) - 1 > 3
-    found, names = [], []
-    for name in shards:
-        with tarfile.open(tmp_path / "train" / name) as tar:
-            names += tar.getnames()
-            found += [np.load(io.BytesIO(tar.extractfile(member).read())).tolist() for member in tar]
-    assert names == [f"{row:012d}.npy" for row in range(150)]
-    assert found == [record["tokens"][: record["length"]].tolist() for record in records]
-    assert json.loads(files["index.json"])["name"] == "train"
+    assert len(files) == -(-150 // share) + 1 > 4
+    for number, first in enumerate(range(0, 150, share)):
+        expected = io.BytesIO()
+        with tarfile.open(fileobj=expected, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+            for row, record in enumerate(records[first : first + share], first):
+                content = io.BytesIO()
+                np.save(content, record["tokens"][: record["length"]])
+                member = tarfile.TarInfo(f"{row:012d}.npy")
+                member.size, member.mode = len(content.getvalue()), 0o444
+                tar.addfile(member, io.BytesIO(content.getvalue()))
+        assert files[f"shard.{number:05d}.tar"] == expected.getvalue()
+    index = json.loads(files["index.json"])
+    assert index["name"] == "train" and sum(shard["nsamples"] for shard in index["shardlist"]) == 150
 
 
 @pytest.mark.parametrize("format", ["mds", "webdataset"])

@@ -37,6 +37,15 @@ def parser() -> argparse.ArgumentParser:
     show = with_config("config", "print the resolved config and where each value came from", optional=True)
     show.add_argument("--keys", action="store_true", help="list every key, what it means and accepts")
 
+    inspect = commands.add_parser(
+        "inspect", help="what a folder of token shards holds", description="What a folder of token shards holds; checks every file of it."
+    )
+    inspect.add_argument("path", metavar="PATH", help="folder that prepare has written")
+    inspect.add_argument("--rows", type=int, default=3, help="first rows of each split to decode (default 3)")
+    inspect.add_argument("--json", action="store_true", help="JSON instead of plain text")
+    inspect.add_argument("--to", choices=("mds", "webdataset"), default=None, help="convert to this format, into --out")
+    inspect.add_argument("--out", metavar="DIR", default=None, help="new folder for --to")
+
     sample = commands.add_parser("sample", help="text from a run", description="Text from a run.")
     sample.add_argument("run", metavar="RUN", help="run directory")
     sample.add_argument("--count", type=int, default=4, help="texts (default 4)")
@@ -120,13 +129,25 @@ def run(arguments: argparse.Namespace, began: float) -> int:
 
         print(show.all_keys() if arguments.keys else show.resolved(arguments.config, arguments.overrides))
         return 0
+    if arguments.command == "inspect":
+        from megaflow.data import convert, inspection
+
+        if (arguments.to is None) != (arguments.out is None):
+            raise UserError("--to and --out go together: --to says the format, --out the new folder")
+        if arguments.rows < 0:
+            raise UserError(f"--rows: {arguments.rows} is below 0")
+        found = inspection.inspect(arguments.path, arguments.rows)
+        if arguments.to is not None:
+            convert.convert(arguments.path, arguments.to, arguments.out)
+            found = inspection.inspect(arguments.out, arguments.rows)
+        print(as_json(found) if arguments.json else inspection.as_text(found))
+        return 0
     if arguments.command == "sample":
         from megaflow.evaluate.generate import sample
 
         way = arguments.method, arguments.temperature, arguments.gamma
         found = sample(arguments.run, arguments.count, arguments.steps, *way, arguments.seed, arguments.last)
-        escaped = sys.stdout is not None and sys.stdout.encoding.lower() != "utf-8"  # the console's own escapes are not JSON
-        print(json.dumps(found, ensure_ascii=escaped) if arguments.json else "\n\n".join(found["texts"]))
+        print(as_json(found) if arguments.json else "\n\n".join(found["texts"]))
         return 0
     if arguments.command == "evaluate":
         from megaflow.evaluate.evaluation import evaluate, table
@@ -139,6 +160,11 @@ def run(arguments: argparse.Namespace, began: float) -> int:
 
     report(arguments.dir)
     return 0
+
+
+def as_json(found: dict) -> str:
+    escaped = sys.stdout is not None and sys.stdout.encoding.lower() != "utf-8"  # the console's own escapes are not JSON
+    return json.dumps(found, ensure_ascii=escaped)
 
 
 def whole(text: str, option: str) -> int:

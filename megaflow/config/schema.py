@@ -50,6 +50,11 @@ class DataConfig:
     length: int = key(64, "tokens in a row", low=2)
     packing: str = key("wrap", "wrap: documents end to end, cut to length; document: one a row, padded", choices=("wrap", "document"))
     mask_documents: bool = key(False, "with packing=wrap, documents that share a row do not see each other in training")
+    format: str = key(
+        "mds",
+        "shards that prepare writes: of mosaicml-streaming, or tar for WebDataset; the rows and their order are the same",
+        choices=("mds", "webdataset"),
+    )
     validation_fraction: float = key(0.05, "share of documents held out", above=0.0, high=0.5)
     on_bad_line: str = key("skip", "what a broken line of JSONL does", choices=("skip", "stop"))
     workers: Any = key("auto", "processes that tokenize", low=1, auto=True)

@@ -6,7 +6,7 @@ The order goes by the rows of each shard, which the format does not change (see 
 """
 
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -132,7 +132,7 @@ class TokenStream:
 
 def read_ahead(
     stream: TokenStream, batches: Iterable[Sequence[int] | torch.Tensor], ahead: int = 8
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+) -> Generator[tuple[torch.Tensor, torch.Tensor], None, None]:
     """stream.rows(places) for the places of each of `batches` in turn, read by a thread while the caller works on those before.
 
     The thread is up to `ahead` batches in front, so that shards are hashed before their rows are needed. It alone reads the stream until

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from megaflow.config.check import batch_split
 from megaflow.config.schema import Config
-from megaflow.data.stream import TokenStream
+from megaflow.data.stream import TokenStream, read_ahead
+from megaflow.model import devices
 from megaflow.model.attention import choose
 from megaflow.model.build import parameters
 from megaflow.parallel import mesh as meshes
@@ -26,6 +27,7 @@ from megaflow.progress import Progress
 from megaflow.train import checkpoint as checkpoints
 from megaflow.train import checkpoint_writer, ema, engine
 from megaflow.train.checkpoint_writer import Piece, Writer
+from megaflow.train.meter import Meter, meter_of
 from megaflow.train.run import Metrics, read_json, record_start, write_atomically
 from megaflow.train.stage import Batch, Stage, documents_of, end_of_documents
 
@@ -74,7 +76,10 @@ def train(config: Config, stage: Stage, mesh: Mesh, began: float) -> int:
         record_start(directory, config, mesh.world.size, state["step"])
         metrics = Metrics(config, state["step"])
         announce(config, stage, state["step"], mesh)
-    stop, progress = Stop(), Progress(directory.name, steps, "steps", state["step"])
+    stop, progress, meter = Stop(), Progress(directory.name, steps, "steps", state["step"]), meter_of(config, stage, mesh)
+    own = micro * accumulation
+    firsts = (step * config.train.global_batch + mesh.data.rank * own for step in range(state["step"], steps))
+    batches = read_ahead(stream, (torch.arange(first, first + own) for first in firsts))
 
     def save() -> None:
         if not all(meshes.exchanged(mesh, engine.finite(deep))):  # a checkpoint is one that a run can go on from
@@ -89,7 +94,12 @@ def train(config: Config, stage: Stage, mesh: Mesh, began: float) -> int:
             step, start = state["step"], time.monotonic()
             rate = engine.learning_rate(config.optim, step, steps)
             engine.set_learning_rate(deep, rate)
-            loss, observed, counted, asked = accumulate(deep, stage, stream, config, mesh, step, micro, accumulation, stop, end)
+            rows = next(batches)
+            wait = time.monotonic() - start
+            flags = [float(stop.asked), float(writer.failure is not None)]
+            loss, observed, counted, (asked, failed) = accumulate(deep, stage, rows, config, mesh, step, micro, flags, end)
+            if failed:
+                writer.finish()  # raises on every process, with its own sentence
             if not math.isfinite(loss):
                 raise NotFinite(not_finite(directory, writer, f"the loss of step {step + 1} is {loss}"))
             norm = engine.step(deep)
@@ -102,7 +112,7 @@ def train(config: Config, stage: Stage, mesh: Mesh, began: float) -> int:
             state["training_seconds"] += elapsed
             last, stopped = step + 1 == steps, asked
             line = {"step": step + 1, "tokens": state["tokens"], "loss": loss, "learning_rate": rate, "grad_norm": norm}
-            line |= learned | {"tokens_per_second": counted / elapsed}
+            line |= learned | meter.line(counted, elapsed, wait)
             if metrics is not None and ((step + 1) % config.log.every == 0 or last):
                 metrics.write(line)
             if mesh.first:
@@ -120,8 +130,9 @@ def train(config: Config, stage: Stage, mesh: Mesh, began: float) -> int:
                 save()
         writer.finish()
         if mesh.first and state["step"] >= steps and not (directory / "summary.json").exists():
-            summarize(directory, config, stage, state, mesh)
+            summarize(directory, config, stage, state, mesh, meter, writer)
     finally:
+        batches.close()
         writer.close()
         stop.restore()
         if metrics is not None:
@@ -136,25 +147,24 @@ def train(config: Config, stage: Stage, mesh: Mesh, began: float) -> int:
 def accumulate(
     deep: Any,
     stage: Stage,
-    stream: TokenStream,
+    rows: tuple[Tensor, Tensor],
     config: Config,
     mesh: Mesh,
     step: int,
     micro: int,
-    accumulation: int,
-    stop: Stop,
+    flags: list[float],
     end: int | None,
-) -> tuple[float, Tensor, int, bool]:
-    """Forward and backward passes of one step. Returns the global batch's loss, observations, counted tokens, and whether to stop.
+) -> tuple[float, Tensor, int, list[bool]]:
+    """Forward and backward passes of one step over this process's rows, their ids and lengths.
+
+    Returns the global batch's loss, observations and counted tokens, and of every flag whether any process has raised it.
 
     The gradient is the mean over all counted tokens of the global batch: DeepSpeed averages over passes and processes, which the
     factor in front of the loss takes back.
     """
-    rows = config.train.global_batch
-    first = step * rows + mesh.data.rank * micro * accumulation
-    places = torch.arange(first, first + micro * accumulation)
-    ids, lengths = stream.rows(places)
-    width = ids.shape[1]
+    (ids, lengths), batch_rows = rows, config.train.global_batch
+    first, width, accumulation = step * batch_rows + mesh.data.rank * len(ids), ids.shape[1], len(ids) // micro
+    places = torch.arange(first, first + len(ids))
     padded = bool((lengths < width).any())
     # two numbers must be known before the first pass: how much is padding, and whether any process has some
     sums = meshes.total(mesh.data, torch.tensor([float(lengths.sum()), float(padded)], dtype=torch.float64), mesh.device)
@@ -168,7 +178,7 @@ def accumulate(
             lengths[part].to(mesh.device) if any_padded else None,
             places[part],
             step,
-            rows,
+            batch_rows,
             weight.to(mesh.device),
             None if end is None else documents_of(ids[part], end).to(mesh.device),
         )
@@ -180,9 +190,9 @@ def accumulate(
             deep.step()
     assert observed is not None
     once = float(mesh.tensor.rank == 0)  # what tensor-parallel processes see is the same; any process may be asked to stop
-    sums = torch.cat([torch.tensor([float(stop.asked), loss * once], dtype=torch.float64), observed.flatten() * once])
-    sums = meshes.total(mesh.world, sums, mesh.device)
-    return sums[1].item(), sums[2:].view(observed.shape), counted, bool(sums[0] > 0)
+    sums = torch.cat([torch.tensor([*flags, loss * once], dtype=torch.float64), observed.flatten() * once])
+    raised, rest = meshes.total(mesh.world, sums, mesh.device).split([len(flags), len(sums) - len(flags)])
+    return rest[0].item(), rest[1:].view(observed.shape), counted, (raised > 0).tolist()
 
 
 def validation_rows(config: Config, mesh: Mesh, end: int | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -223,13 +233,16 @@ def not_finite(directory: Path, writer: Writer, what: str) -> str:
     return f"{directory}: {what}; {where}; look at the data of this step, or start another run.dir with a lower optim.learning_rate"
 
 
-def summarize(directory: Path, config: Config, stage: Stage, state: dict, mesh: Mesh) -> None:
+def summarize(directory: Path, config: Config, stage: Stage, state: dict, mesh: Mesh, meter: Meter, writer: Writer) -> None:
     """summary.json of a finished run. Peak memory is this process's resident set (and the GPU's, where there is one), in bytes."""
     summary = {
         "steps": state["step"],
         "tokens": state["tokens"],
         "seconds": state["seconds"],
         "tokens_per_second": state["tokens"] / max(state["training_seconds"], 1e-9),
+        "model_flops_per_token": meter.flops,
+        "mfu": devices.mfu(meter.flops, state["tokens"] / max(state["training_seconds"], 1e-9), meter.peak, mesh.world.size),
+        "checkpoint_wait_seconds": writer.waited,
         "parameters": parameters(stage.network),
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "processes": mesh.world.size,

@@ -64,7 +64,7 @@ def made(kind: str, vocab: int, values: dict[str, Any]) -> Any:
     flow = build.flow_network(config, parts, cpu)
     flow.initialize()
     if kind == "flow":
-        return FlowStage(config, flow, parts)
+        return FlowStage(config, flow, parts, initial_profile(parts, config.flow.clock, seed=0))
     network = build.flow_network(config, parts, cpu, is_map=True)
     network.initialize()
     return MapStage(config, network, flow, parts, fit_clock(config.flow.clock, parts, initial_profile(parts, config.flow.clock, seed=0)))

@@ -181,6 +181,7 @@ def accumulate(
             batch_rows,
             weight.to(mesh.device),
             None if end is None else documents_of(ids[part], end).to(mesh.device),
+            mesh.data.size if config.parallel.zero == 3 else 1,
         )
         value, seen = deep(stage.loss, batch)
         deep.backward(value * float(mesh.data.size * accumulation))

@@ -23,7 +23,8 @@ class Batch(NamedTuple):
 
     ids: (B, L) tokens; lengths: (B,) counted tokens of each row, None where all are; places: (B,) places in the run's global order;
     step: optimizer step; rows: rows of the global batch; weight: (B L,) one over the global batch's counted tokens, 0 for padding;
-    documents: (B, L) which document of its row a token is of, None where they see each other.
+    documents: (B, L) which document of its row a token is of, None where they see each other; peers: how many processes, with rows of their
+    own, make every pass of the network together with this one, as ZeRO 3 asks: each must make as many.
     """
 
     ids: Tensor
@@ -33,6 +34,7 @@ class Batch(NamedTuple):
     rows: int
     weight: Tensor
     documents: Tensor | None = None
+    peers: int = 1
 
 
 class Stage(Protocol):

@@ -19,6 +19,7 @@ from megaflow.config.schema import Config
 from megaflow.data.shards import log_length_law
 from megaflow.flow import flow_map
 from megaflow.flow import head as heads
+from megaflow.flow.channel import chunks
 from megaflow.flow.clock import Clock
 from megaflow.flow.code import lookup, mean
 from megaflow.flow.interpolant import noisy_state, transport
@@ -39,12 +40,13 @@ class MapStage:
         self.config, self.network, self.parts, self.clock = config, network, parts, clock
         self.teacher = teacher.requires_grad_(False)
 
-    def kinds(self, batch: Batch) -> Tensor:
-        """(B,) kind of each row. The kinds of a global batch are dealt by a permutation of its places, new every step, so that no
-        process always gets the same ones."""
+    def kinds(self, batch: Batch, peer: int = 0) -> Tensor:
+        """(B,) kind of each row, of this process or of the `peer`-th after it. The kinds of a global batch are dealt by a permutation of
+        its places, new every step, so that no process always gets the same ones."""
         distill = self.config.distill
         diagonal, boundary = flow_map.counts(batch.rows, distill.diagonal_fraction, distill.boundary_fraction)
-        card = random.permutation(batch.rows, self.config.run.seed, "kinds", batch.step)[batch.places % batch.rows]
+        places = batch.places + peer * (batch.rows // batch.peers)
+        card = random.permutation(batch.rows, self.config.run.seed, "kinds", batch.step)[places % batch.rows]
         kinds = torch.full_like(card, INNER)
         kinds[card < diagonal] = DIAGONAL
         kinds[card >= batch.rows - boundary] = BOUNDARY
@@ -78,7 +80,18 @@ class MapStage:
             losses.append(loss)
             observed[index, 0] = (divergences.double() * weight.double()).sum().item()
             observed[index, 1] = weight.double().sum().item()
+        if batch.peers > 1:
+            self.keep_company(batch, y, times)
         return torch.stack(losses).sum(), observed
+
+    @torch.no_grad()
+    def keep_company(self, batch: Batch, y: Tensor, times: flow_map.Times) -> None:
+        """As many passes of the network as the peer makes that has most rows with s < t, whose results nobody wants."""
+        length, part = y.shape[1], self.parts.code.part
+        rows = [int((self.kinds(batch, peer) != DIAGONAL).sum()) for peer in range(batch.peers)]
+        passes = [2 * len(chunks(count * length, part.widest, y.device, length)) for count in rows]
+        for _ in range(max(passes) - passes[0]):
+            self.network(y[:1], times.s[:1], times.t[:1])
 
     def reweight(self) -> Any:
         distill = self.config.distill

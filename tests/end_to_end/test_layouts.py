@@ -12,7 +12,7 @@ from megaflow.train import checkpoint as checkpoints
 from megaflow.train import run as runs
 from tests.layout_job import train
 
-LENGTH = ("train.steps=20", "train.checkpoint_every=10", "train.validate_every=10", "train.validation_rows=8", "optim.name=auto")
+SHORT = ("train.checkpoint_every=4", "train.validate_every=4", "train.validation_rows=8", "optim.name=auto")
 COVER = [
     ("coded", "flow", 2, 1, 0),
     ("coded", "flow", 1, 2, 3),
@@ -42,12 +42,12 @@ def words(config, trained, workspace):
     def make(kind: str, family: str, name: str, *overrides: str) -> list[str]:
         command = "distill" if family == "flow_map" else "pretrain"
         teacher = [f"distill.teacher={four_heads(kind)}"] if family == "flow_map" else ["model.heads=4"]
-        return [command, str(config(kind, family)), f"run.dir={workspace / name}", *teacher, *LENGTH, *overrides]
+        return [command, str(config(kind, family)), f"run.dir={workspace / name}", *teacher, *SHORT, *overrides]
 
     def four_heads(kind: str) -> Path:
         path = workspace / f"teacher-{kind}"
         if not (path / "summary.json").exists():
-            train(["pretrain", str(config(kind, "flow")), f"run.dir={path}", "model.heads=4", *LENGTH])
+            train(["pretrain", str(config(kind, "flow")), f"run.dir={path}", "model.heads=4", *SHORT, "train.steps=20"])
         return path
 
     return make
@@ -55,26 +55,27 @@ def words(config, trained, workspace):
 
 @pytest.fixture(scope="session")
 def alone(words, workspace):
-    """The run of one process, 20 steps."""
+    """The run of one process."""
 
-    def run(kind: str, family: str, *overrides: str) -> Path:
-        name = "-".join(["alone", kind, family, *overrides])
+    def run(kind: str, family: str, steps: int, *overrides: str) -> Path:
+        name = "-".join(["alone", kind, family, str(steps), *overrides])
         if not (workspace / name / "summary.json").exists():
-            train(words(kind, family, name, *overrides))
+            train(words(kind, family, name, f"train.steps={steps}", *overrides))
         return workspace / name
 
     return run
 
 
-def layout(tensor: int, data: int, zero: int) -> list[str]:
+def layout(steps: int, tensor: int, data: int, zero: int) -> list[str]:
     """Overrides; half of a process's rows at once, so that it accumulates too."""
-    return [f"parallel.tensor={tensor}", f"parallel.zero={zero}", f"train.micro_batch={max(4 // data, 1)}"]
+    own = [f"parallel.tensor={tensor}", f"parallel.zero={zero}", f"train.micro_batch={max(4 // data, 1)}"]
+    return [f"train.steps={steps}", *own]
 
 
-def same_curve(ours: Path, theirs: Path, tolerance: float = 1e-4) -> None:
+def same_curve(ours: Path, theirs: Path, steps: int, tolerance: float = 1e-4) -> None:
     """Losses, norms and validations agree, and the steps are the same."""
     one, other = runs.lines(ours / "metrics.jsonl"), runs.lines(theirs / "metrics.jsonl")
-    assert [line["step"] for line in one] == [line["step"] for line in other] and len(one) == 22
+    assert [line["step"] for line in one] == [line["step"] for line in other] and len(one) == steps + steps // 4
     for a, b in zip(one, other, strict=True):
         assert a.keys() == b.keys() and a["tokens"] == b["tokens"]
         for name in a.keys() & {"loss", "validation_loss", "grad_norm", "validation_divergence"}:
@@ -84,32 +85,32 @@ def same_curve(ours: Path, theirs: Path, tolerance: float = 1e-4) -> None:
 @pytest.mark.parametrize("kind, family, tensor, data, zero", COVER)
 def test_any_layout_has_the_losses_of_one_process(ranks, words, alone, workspace, kind, family, tensor, data, zero):
     name = f"{kind}-{family}-{tensor}x{data}-zero{zero}"
-    ranks(tensor * data, train, words(kind, family, name, *layout(tensor, data, zero)))
-    same_curve(workspace / name, alone(kind, family))
+    ranks(tensor * data, train, words(kind, family, name, *layout(20, tensor, data, zero)))
+    same_curve(workspace / name, alone(kind, family, 20), 20)
     start = runs.read_json(workspace / name / "run.json")["starts"][0]
     assert start["processes"] == tensor * data and start["parallel"]["tensor"] == tensor
 
 
 @pytest.mark.parametrize("kind, family, source, target", MOVES)
 def test_a_run_moves_to_any_other_layout(ranks, words, alone, workspace, kind, family, source, target):
-    """Ten steps in one layout, ten in another, by the same command with other parallel.*: the curve of one process all along."""
+    """Four steps in one layout, four in another, by the same command with other parallel.*: the curve of one process all along."""
     name = f"moved-{kind}-{family}-" + "-".join(map(str, source + target))
-    ranks(source[0] * source[1], train, words(kind, family, name, *layout(*source)))
+    ranks(source[0] * source[1], train, words(kind, family, name, *layout(8, *source)))
     directory = workspace / name
     (directory / "summary.json").unlink()
-    shutil.rmtree(checkpoints.folder(directory, 20))
-    ranks(target[0] * target[1], train, words(kind, family, name, *layout(*target)))
-    same_curve(directory, alone(kind, family))
+    shutil.rmtree(checkpoints.folder(directory, 8))
+    ranks(target[0] * target[1], train, words(kind, family, name, *layout(8, *target)))
+    same_curve(directory, alone(kind, family, 8), 8)
     starts = runs.read_json(directory / "run.json")["starts"]
-    assert [(start["step"], start["processes"]) for start in starts] == [(0, source[0] * source[1]), (10, target[0] * target[1])]
+    assert [(start["step"], start["processes"]) for start in starts] == [(0, source[0] * source[1]), (4, target[0] * target[1])]
 
 
 @pytest.mark.parametrize("options", [("parallel.recompute=selective",), ("parallel.recompute=full",), ("parallel.offload=optimizer",)])
 @pytest.mark.parametrize("tensor, data, zero", [(2, 1, 1), (1, 2, 3)])
 def test_options_change_no_loss(ranks, words, alone, workspace, options, tensor, data, zero):
     name = f"option-{tensor}{data}{zero}-" + "-".join(options)
-    ranks(tensor * data, train, words("coded", "flow", name, *layout(tensor, data, zero), *options))
-    same_curve(workspace / name, alone("coded", "flow"))
+    ranks(tensor * data, train, words("coded", "flow", name, *layout(8, tensor, data, zero), *options))
+    same_curve(workspace / name, alone("coded", "flow", 8), 8)
 
 
 @pytest.mark.parametrize("family, tensor, zero", [("flow", 2, 0), ("autoregressive", 1, 3)])
@@ -117,6 +118,6 @@ def test_documents_that_do_not_see_each_other(ranks, words, alone, workspace, fa
     """With soft-capped scores and padding of the vocabulary as well."""
     options = "data.mask_documents=true", "model.softcap=5"
     name = f"masked-{family}-{tensor}"
-    ranks(2, train, words("coded", family, name, *layout(tensor, 2 // tensor, zero), *options, "parallel.vocab_multiple=8"))
-    same_curve(workspace / name, alone("coded", family, *options))
-    assert runs.lines(workspace / name / "metrics.jsonl")[3]["loss"] != runs.lines(alone("coded", family) / "metrics.jsonl")[3]["loss"]
+    ranks(2, train, words("coded", family, name, *layout(8, tensor, 2 // tensor, zero), *options, "parallel.vocab_multiple=8"))
+    same_curve(workspace / name, alone("coded", family, 8, *options), 8)
+    assert runs.lines(workspace / name / "metrics.jsonl")[3]["loss"] != runs.lines(alone("coded", family, 8) / "metrics.jsonl")[3]["loss"]

@@ -21,6 +21,7 @@ from megaflow.model.attention import choose
 from megaflow.model.build import parameters
 from megaflow.parallel import mesh as meshes
 from megaflow.parallel.mesh import Mesh
+from megaflow.parallel.watch import Watch
 from megaflow.process import STOP_SIGNALS, STOPPED
 from megaflow.progress import Progress
 from megaflow.train import checkpoint as checkpoints
@@ -49,10 +50,11 @@ class Stop:
             signal.signal(number, handler)
 
 
-def train(config: Config, stage: Stage, mesh: Mesh, began: float) -> int:
+def train(config: Config, stage: Stage, mesh: Mesh, began: float, watch: Watch) -> int:
     """Run a stage to its last step, from its newest checkpoint if it has one. Returns 0, or STOPPED after a signal.
 
-    `began` is the time.monotonic() at which this process's work on the run started. Raises NotFinite, UserError.
+    `began` is the time.monotonic() at which this process's work on the run started; `watch` is told of every step. Raises NotFinite,
+    UserError.
     """
     micro, accumulation = batch_split(config, mesh.data.size)
     directory, steps = Path(config.run.dir), config.train.steps
@@ -68,6 +70,7 @@ def train(config: Config, stage: Stage, mesh: Mesh, began: float) -> int:
         state = saved.state
     seconds_before = state["seconds"]
     writer = Writer(directory, config.train.keep_checkpoints, rank, size, meshes.shared(mesh, secrets.token_hex(4)))
+    watch.last = writer.settle
     metrics = None
     if mesh.first:
         record_start(directory, config, mesh.world.size, state["step"])
@@ -86,6 +89,7 @@ def train(config: Config, stage: Stage, mesh: Mesh, began: float) -> int:
     try:
         while state["step"] < steps and not stopped:
             step, start = state["step"], time.monotonic()
+            watch.at(step + 1)
             rate = engine.learning_rate(config.optim, step, steps)
             engine.set_learning_rate(deep, rate)
             loss, observed, counted, asked = accumulate(deep, stage, stream, config, mesh, step, micro, accumulation, stop)

@@ -354,7 +354,7 @@ def _tcp_store() -> Any:
     store: Any = dist.distributed_c10d._get_default_store()
     while isinstance(store, dist.PrefixStore):
         store = store.underlying_store
-    return getattr(store, "clone")() if isinstance(store, dist.TCPStore) else None
+    return store.clone() if isinstance(store, dist.TCPStore) else None  # type: ignore[attr-defined]
 
 
 def _kernel() -> str:

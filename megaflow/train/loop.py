@@ -28,6 +28,7 @@ from megaflow.train import checkpoint as checkpoints
 from megaflow.train import checkpoint_writer, ema, engine
 from megaflow.train.checkpoint_writer import Piece, Writer
 from megaflow.train.run import Metrics, read_json, record_start, write_atomically
+from megaflow.train.spikes import Spikes
 from megaflow.train.stage import Batch, Stage
 
 
@@ -61,19 +62,20 @@ def train(config: Config, stage: Stage, mesh: Mesh, began: float, watch: Watch) 
     stream = TokenStream(config.data.path, "train", config.run.seed)
     held_out = validation_rows(config, mesh)
     deep = engine.start(stage.network, config, mesh, micro, accumulation)
-    state: dict[str, Any] = {"step": 0, "tokens": 0, "seconds": 0.0, "training_seconds": 0.0}
+    state: dict[str, Any] = {"step": 0, "tokens": 0, "seconds": 0.0, "training_seconds": 0.0, "skipped": 0}
     rank, size, exchange = mesh.world.rank, mesh.world.size, partial(meshes.exchanged, mesh)
     saved = checkpoints.newest(directory, rank=rank, size=size, exchange=exchange)
     if saved is not None:
         engine.restore(deep, saved.read, saved.state["step"])
         stage.restore(saved.tensors("stage"))
-        state = saved.state
+        state |= saved.state
     seconds_before = state["seconds"]
     writer = Writer(directory, config.train.keep_checkpoints, rank, size, meshes.shared(mesh, secrets.token_hex(4)))
     watch.last = writer.settle
-    metrics = None
+    metrics = spikes = None
     if mesh.first:
         record_start(directory, config, mesh.world.size, state["step"])
+        spikes = Spikes(directory, config.log.spike, state["step"])
         metrics = Metrics(config, state["step"])
         announce(config, stage, state["step"], mesh)
     stop, progress = Stop(), Progress(directory.name, steps, "steps", state["step"])
@@ -92,21 +94,29 @@ def train(config: Config, stage: Stage, mesh: Mesh, began: float, watch: Watch) 
             watch.at(step + 1)
             rate = engine.learning_rate(config.optim, step, steps)
             engine.set_learning_rate(deep, rate)
-            loss, observed, counted, asked = accumulate(deep, stage, stream, config, mesh, step, micro, accumulation, stop)
-            if not math.isfinite(loss):
-                raise NotFinite(not_finite(directory, writer, f"the loss of step {step + 1} is {loss}"))
-            norm = engine.step(deep)
-            if not math.isfinite(norm):
-                raise NotFinite(not_finite(directory, writer, f"the gradient's norm of step {step + 1} is {norm}"))
-            learned = stage.learn(observed, step)
-            engine.update_average(deep, ema.decay(config.optim.ema_decay, step))
+            loss, observed, counted, asked, passes = accumulate(deep, stage, stream, config, mesh, step, micro, accumulation, stop)
+            norm = engine.step(deep, take=math.isfinite(loss))
+            if spikes is not None and (said := spikes.see(step + 1, loss, norm, passes, step * config.train.global_batch, micro)):
+                progress.say(f"warning: {said}")
+            taken = math.isfinite(loss) and math.isfinite(norm)
+            state["skipped"] = 0 if taken else state["skipped"] + 1  # in a row: that is what a run does which diverges
+            if state["skipped"] > config.train.skip_nonfinite:
+                what, value = ("gradient's norm", norm) if math.isfinite(loss) else ("loss", loss)
+                raise NotFinite(not_finite(directory, writer, f"the {what} of step {step + 1} is {value}", state["skipped"] - 1))
+            if taken:
+                learned = stage.learn(observed, step)
+                engine.update_average(deep, ema.decay(config.optim.ema_decay, step))
             elapsed = time.monotonic() - start
             state["step"], state["tokens"] = step + 1, state["tokens"] + counted
             state["training_seconds"] += elapsed
             last, stopped = step + 1 == steps, asked
-            line = {"step": step + 1, "tokens": state["tokens"], "loss": loss, "learning_rate": rate, "grad_norm": norm}
-            line |= learned | {"tokens_per_second": counted / elapsed}
-            if metrics is not None and ((step + 1) % config.log.every == 0 or last):
+            line = {"step": step + 1, "tokens": state["tokens"]}
+            if taken:
+                line |= {"loss": loss, "learning_rate": rate, "grad_norm": norm, **learned, "tokens_per_second": counted / elapsed}
+            else:
+                line |= {"skipped": state["skipped"], "first_sample": step * config.train.global_batch}
+                line["last_sample"] = line["first_sample"] + config.train.global_batch - 1
+            if metrics is not None and ((step + 1) % config.log.every == 0 or last or not taken):
                 metrics.write(line)
             if mesh.first:
                 progress.update(step + 1, f"loss {loss:.4f}  norm {norm:.3g}  rate {rate:.2e}  {counted / elapsed:,.0f} tokens/s")
@@ -138,8 +148,11 @@ def train(config: Config, stage: Stage, mesh: Mesh, began: float, watch: Watch) 
 
 def accumulate(
     deep: Any, stage: Stage, stream: TokenStream, config: Config, mesh: Mesh, step: int, micro: int, accumulation: int, stop: Stop
-) -> tuple[float, Tensor, int, bool]:
-    """Forward and backward passes of one step. Returns the global batch's loss, observations, counted tokens, and whether to stop.
+) -> tuple[float, Tensor, int, bool, Tensor]:
+    """Forward and backward passes of one step.
+
+    Returns the global batch's loss, observations, counted tokens, whether to stop, and the loss per token of each pass of any process,
+    in the order of the samples.
 
     The gradient is the mean over all counted tokens of the global batch: DeepSpeed averages over passes and processes, which the
     factor in front of the loss takes back.
@@ -153,7 +166,7 @@ def accumulate(
     # two numbers must be known before the first pass: how much is padding, and whether any process has some
     sums = meshes.total(mesh.data, torch.tensor([float(lengths.sum()), float(padded)], dtype=torch.float64), mesh.device)
     counted, any_padded = int(sums[0]), bool(sums[1] > 0)
-    loss, observed = 0.0, None
+    loss, observed, passes = 0.0, None, torch.zeros(mesh.data.size, accumulation, dtype=torch.float64)
     for index in range(accumulation):
         part = slice(index * micro, (index + 1) * micro)
         weight = (torch.arange(width) < lengths[part, None]).flatten().float() / counted
@@ -168,14 +181,17 @@ def accumulate(
         value, seen = deep(stage.loss, batch)
         deep.backward(value * float(mesh.data.size * accumulation))
         loss += value.item()
+        passes[mesh.data.rank, index] = value.item() / weight.sum().item() if lengths[part].any() else math.nan
         observed = seen if observed is None else observed + seen
         if index + 1 < accumulation:
             deep.step()
     assert observed is not None
     once = float(mesh.tensor.rank == 0)  # what tensor-parallel processes see is the same; any process may be asked to stop
-    sums = torch.cat([torch.tensor([float(stop.asked), loss * once], dtype=torch.float64), observed.flatten() * once])
+    ours = torch.tensor([float(stop.asked), loss * once], dtype=torch.float64)
+    sums = torch.cat([ours, observed.flatten() * once, passes.flatten() * once])
     sums = meshes.total(mesh.world, sums, mesh.device)
-    return sums[1].item(), sums[2:].view(observed.shape), counted, bool(sums[0] > 0)
+    total, seen, passes = sums[1].item(), sums[2 : 2 + observed.numel()], sums[2 + observed.numel() :]
+    return total, seen.view(observed.shape), counted, bool(sums[0] > 0), passes
 
 
 def validation_rows(config: Config, mesh: Mesh) -> tuple[Tensor, Tensor | None]:
@@ -208,11 +224,13 @@ def layout(config: Config, processes: int) -> str:
     return f"tensor {tensor} x data {processes // tensor}, ZeRO {zero}{offload}"
 
 
-def not_finite(directory: Path, writer: Writer, what: str) -> str:
+def not_finite(directory: Path, writer: Writer, what: str, skipped: int = 0) -> str:
     writer.close()  # the last checkpoint may be on its way to the disk
     good = checkpoints.steps(directory)
     where = f"the last good checkpoint is {checkpoints.folder(directory, good[-1])}" if good else "there is no checkpoint yet"
-    return f"{directory}: {what}; {where}; look at the data of this step, or start another run.dir with a lower optim.learning_rate"
+    before = f", after {skipped} in a row that were passed over" if skipped else ""
+    advice = "look at the samples of this step (spikes.jsonl), or start another run.dir with a lower optim.learning_rate"
+    return f"{directory}: {what}{before}; {where}; {advice}"
 
 
 def summarize(directory: Path, config: Config, stage: Stage, state: dict, mesh: Mesh) -> None:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megaflow.errors import UserError
+from megaflow.parallel import rendezvous
 
 T = TypeVar("T")
 
@@ -88,7 +89,8 @@ def gather(patience: float | None = None) -> Iterator[Mesh]:
     if patience is not None:  # torch's own watch over NCCL aborts a process before anybody has found out which other one is gone
         os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
+        store, rank, size = rendezvous.meet(timeout or dist.distributed_c10d.default_pg_timeout)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:

@@ -23,7 +23,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import torch.distributed as dist
 
@@ -92,7 +92,8 @@ class Watch:
         self._died: set[int] = set()
         self._lost: BaseException | None = None
         self._wake, self._settled, self._closing, self._told_done = (threading.Event() for _ in range(4))
-        self._mine = False
+        self._mine = self._ends = False
+        self._threads: list[threading.Thread] = []
 
     def at(self, step: int) -> None:
         """The process begins step 1, 2, …."""
@@ -117,8 +118,9 @@ class Watch:
         self._beats = {rank: Beat(changed=time.monotonic()) for rank in (range(mesh.world.size) if self.rank == 0 else [0])}
         self._heard = time.monotonic()
         near = {rank: pid for rank, (host, kernel, pid) in enumerate(met) if (host, kernel) == met[self.rank][:2] and rank != self.rank}
-        for name, work, arguments in (("watch", self._talk, ()), ("guard", self._guard, (near,))):
-            threading.Thread(target=work, args=arguments, name=name, daemon=True).start()
+        self._threads = [threading.Thread(target=self._talk, daemon=True), threading.Thread(target=self._guard, args=(near,), daemon=True)]
+        for thread in self._threads:
+            thread.start()
 
     # ---- the thread that trains
 
@@ -130,6 +132,8 @@ class Watch:
         meshes.barrier(mesh)
         self._closing.set()
         self._wake.set()
+        for thread in self._threads:  # the interpreter cannot end one that is in a call of the store
+            thread.join(self.silent)
 
     def raised(self, error: BaseException, said: bool) -> bool:
         """Tell the others of an error, or learn of theirs that has led to it; whether this process is the one to speak. It must end then.
@@ -144,6 +148,8 @@ class Watch:
         self._report = {"text": text if said else f"{text} {_where(self.step)}", "code": code}
         self._wake.set()
         self._settled.wait()
+        if self._ends:
+            threading.Event().wait()  # another thread is ending this process
         return self._mine
 
     def stopped(self, code: int) -> bool:
@@ -163,7 +169,7 @@ class Watch:
 
     def _talk(self) -> None:
         try:
-            while not self._closing.is_set():
+            while not self._closing.is_set() and self.verdict is None:
                 self._exchange()
                 self._heard = time.monotonic()
                 self._wake.wait(PERIOD)
@@ -238,22 +244,23 @@ class Watch:
     def _settle(self, verdict: dict[str, Any], mine: bool) -> None:
         self._mine, self.verdict = mine, verdict
         self._deadline = time.monotonic() + LEAVING
+        self._ends = self._report is None
         self._settled.set()
-        if self._report is None:
-            self._end()
+        if self._ends:  # from here, while the thread that trains may wait for ever
+            if mine:
+                say(verdict["text"])
+            if self.last is not None:
+                self.last(0.5 * LEAVING)
+            self.linger()
+            self.exit()
 
-    def _end(self) -> None:
-        """End the process from a thread, while the one that trains may wait for ever."""
-        assert self.verdict is not None
-        if self._mine and self.verdict["text"]:
-            say(self.verdict["text"])
-        if self.last is not None:
-            self.last(0.5 * LEAVING)
-        self._exit()
-
-    def _exit(self) -> None:
+    def linger(self) -> None:
+        """Where the store ends with this process, let the others read the verdict."""
         if self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-            time.sleep(2.0 * PERIOD)  # the store ends with this process, and the others have to read the verdict first
+            time.sleep(2.0 * PERIOD)
+
+    def exit(self) -> NoReturn:
+        """End the process, whatever its threads wait for."""
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(Exception):
                 stream.flush()
@@ -273,13 +280,13 @@ class Watch:
             except (OSError, AttributeError):  # not this kernel, not this many: beats tell, only later
                 break
         while not self._closing.is_set():
-            for descriptor, _ in poll.poll(1000 * 0.2 * PERIOD):
+            for descriptor, _ in poll.poll(1000 * 0.1 * PERIOD):
                 poll.unregister(descriptor)
                 self._died.add(ends[descriptor])
                 self._wake.set()
             now = time.monotonic()
             if now > self._deadline:
-                self._exit()
+                self.exit()
             if self.verdict is None and (self._lost is not None or now - self._heard > self.silent + PERIOD):
                 self._without_store()
 
@@ -317,7 +324,7 @@ def watching(mesh: Mesh, limit: float, sentences: tuple[type[BaseException], ...
     limit: seconds without progress after which a process hangs, 0: it may. A collective call, in the main thread; all processes must
     leave the block in the same way. An error in the block is said by one process: one of UserError, OSError, KeyboardInterrupt and
     `sentences` is raised again on the first process, for whoever says such; on all other processes, and for any other error, the watch
-    says it, with its traceback if it is none of these, and SystemExit is raised.
+    says it, with its traceback if it is none of these, and the process ends there.
     """
     watch, store = Watch(limit), _tcp_store()
     if mesh.world.size == 1 or store is None:
@@ -332,14 +339,14 @@ def watching(mesh: Mesh, limit: float, sentences: tuple[type[BaseException], ...
             signal.signal(number, signal.SIG_IGN)  # it ends as it is, and a launcher that is impatient should learn why
         said = isinstance(error, (UserError, OSError, KeyboardInterrupt, *sentences))
         speaks = watch.raised(error, said)
-        assert watch.verdict is not None
-        if speaks and said and watch.rank == 0:
-            raise
-        if speaks:
+        if speaks and not (said and watch.rank == 0):
             if not said and not _of_others(error):
                 traceback.print_exception(error)
-            say(watch.verdict["text"])
-        raise SystemExit(watch.verdict["code"]) from None
+            say(watch.verdict["text"] if watch.verdict else "")
+        watch.linger()
+        if speaks and said and watch.rank == 0:
+            raise
+        watch.exit()
 
 
 def say(text: str) -> None:

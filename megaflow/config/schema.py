@@ -139,6 +139,10 @@ class TrainConfig:
     keep_checkpoints: int = key(2, "checkpoints that are kept", low=1)
     validate_every: Any = key("auto", "steps between validations; auto: a twentieth of the run, 50 at least", low=1, auto=True)
     validation_rows: int = key(64, "validation rows a validation reads", low=1)
+    hang_timeout: float = key(600.0, "seconds without progress after which a job of several processes ends; 0: it waits for ever", low=0.0)
+    skip_nonfinite: int = key(
+        0, "steps in a row that are passed over where loss or gradient is not finite; the next one ends the run", low=0
+    )
 
 
 @dataclass
@@ -162,6 +166,7 @@ class LogConfig:
     every: int = key(1, "steps between lines of metrics.jsonl", low=1)
     wandb: str = key("offline", "Weights & Biases; offline writes below the run directory", choices=("off", "offline", "online"))
     project: str = key("megaflow", "Weights & Biases project")
+    spike: float = key(4.0, "a loss or norm above this many running medians goes into spikes.jsonl with its samples; 0: none does", low=0.0)
 
 
 @dataclass

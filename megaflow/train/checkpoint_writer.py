@@ -134,6 +134,12 @@ class Writer:
         except Exception as error:
             print(f"warning: {error}", file=sys.stderr)
 
+    def settle(self, limit: float) -> None:
+        """Before the process is ended from another thread: have what is being written finished, if that takes at most `limit` seconds."""
+        self._leaving = True
+        if (thread := self._thread) is not None:
+            thread.join(limit)
+
     def _work(self, held: list[Piece], state: dict[str, Any]) -> None:
         failure: BaseException
         target = checkpoints.folder(self.run, state["step"])

@@ -1,8 +1,9 @@
 """The whole table: a run stopped in any of 24 layouts goes on in any of them, for every kind of training. Hours; resumable.
 
-Tensor x data of (1, 1), (2, 1), (1, 2), (2, 2), (4, 1), (1, 4) under ZeRO 0 to 3, from each to each: four steps in one, two in the other,
-against six on one process. Every pair is a line of docs/tables/layouts.jsonl, with the commit, the date and the tree of megaflow/ that it was
-run on; lines of this very tree are not run again, so that a killed table goes on where it was. docs/tables/layouts.md is made of them.
+Tensor x data of (1, 1), (2, 1), (1, 2), (2, 2), (4, 1), (1, 4) under ZeRO 0 to 3, from each to each: four steps in one, two in the
+other, against six on one process. Every pair is a line of docs/tables/layouts.jsonl, with the commit, the date and the tree of megaflow/
+that it was run on; lines of this very tree are not run again, so that a killed table goes on where it was. docs/tables/layouts.md is
+made of them.
 """
 
 import itertools
@@ -124,10 +125,9 @@ def page(lines: list[dict]) -> str:
     """The table: for every kind of training a square of the layouts, source by target, in powers of ten."""
     dates, commits = sorted({line["date"] for line in lines}), sorted({line["commit"][:10] for line in lines})
     text = "# Does a run go on in any layout?\n\n"
-    text += (
-        "Four steps in the layout of the row, two in that of the column, against six on one process: the largest relative difference of\n"
-    )
-    text += "losses, gradient norms and validations over all six steps, as -log10 (7 is 1e-7), 16 where there is none. tensor x data, z ZeRO stage.\n"
+    text += "Four steps in the layout of the row, two in that of the column, against six on one process: the largest relative\n"
+    text += "difference of losses, gradient norms and validations over all six steps, as -log10 (7 is 1e-7), 16 where there is none.\n"
+    text += "Layouts are tensor x data, z the ZeRO stage.\n"
     text += f"Made by `pytest -m long tests/end_to_end/test_table.py` on {dates[0]} to {dates[-1]}, commits {', '.join(commits)}.\n"
     names = [name_of(layout) for layout in LAYOUTS]
     for kind in dict.fromkeys(line["kind"] for line in lines):

@@ -10,6 +10,7 @@ SMALL = {"config", "errors", "progress", "process"}
 MAY_IMPORT = {
     "evaluate": {"train", "data", "model", "flow", "parallel"} | SMALL,
     "train": {"data", "model", "flow", "parallel"} | SMALL,
+    "plan": {"model", "flow", "parallel", "config", "errors"},
     "model": {"flow", "parallel"} | SMALL,
     "data": SMALL,
     "config": {"errors"},

@@ -60,6 +60,12 @@ def hot_until(clock: Clock, code: Code) -> float:
     return clocks.forward(clock, torch.tensor(time, dtype=torch.float64)).item()
 
 
+def hot_shares(hot: float) -> tuple[float, float]:
+    """P(s < h) and P(u < h) of inner rows."""
+    at_s = hot - hot * math.log(hot) if hot > 0.0 else 0.0
+    return at_s, hot + (0.5 - hot) * math.log(abs(1.0 - 2.0 * hot)) if hot != 0.5 else 0.5
+
+
 def of_step(config: Config, vocab: int, is_map: bool = False, hot: float = 1.0) -> Flops:
     """A training step on tokens in rows of data.length; of a flow map if `is_map`. The config must be resolved.
 
@@ -96,8 +102,8 @@ def of_step(config: Config, vocab: int, is_map: bool = False, hot: float = 1.0) 
     of_map = once + features + deep + ahead
     diagonal, boundary = (count / rows for count in flow_map.counts(rows, distill.diagonal_fraction, distill.boundary_fraction))
     moving, inner = 1.0 - diagonal, 1.0 - diagonal - boundary
-    at_s = inner * (hot - hot * math.log(hot) if hot > 0.0 else 0.0) + boundary
-    at_u = inner * (hot + (0.5 - hot) * math.log(abs(1.0 - 2.0 * hot)) if hot != 0.5 else 0.5) + boundary * (hot > 0.5)
+    before = hot_shares(hot)
+    at_s, at_u = inner * before[0] + boundary, inner * before[1] + boundary * (hot > 0.5)
     see_hot = see if distill.state_input == "hot_belief" else 0
     forward = of_map + see + at_s * see_hot
     backward = 2 * (trained + 2 * deep) + vocab + 2 * features + embedded + linear + ahead

@@ -116,7 +116,11 @@ def start(network: nn.Module, config: Config, mesh: Mesh, micro: int, accumulati
     half = config.train.precision == "bf16"
     trainee = Trainee(network)
     optimizer = make(trainee, config.optim, mesh, torch.bfloat16 if half else torch.float32)
-    zero: dict[str, Any] = {"stage": config.parallel.zero, "overlap_comm": mesh.device.type == "cuda"}
+    zero: dict[str, Any] = {
+        "stage": config.parallel.zero,
+        "overlap_comm": mesh.device.type == "cuda",
+        "use_multi_rank_bucket_allreduce": False,
+    }
     if config.parallel.offload == "optimizer":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": mesh.device.type == "cuda"}
     settings = {

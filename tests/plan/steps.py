@@ -1,0 +1,101 @@
+"""Real training steps of every kind of stage on any layout: random tokens through the loop's own passes and DeepSpeed."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megaflow.config.check import batch_split, contradictions, resolve
+from megaflow.config.load import Loaded, assemble
+from megaflow.flow import code as codes
+from megaflow.flow.likelihood import Range
+from megaflow.model import build
+from megaflow.model.parts import Parts, fit_clock, initial_profile
+from megaflow.parallel import mesh as meshes
+from megaflow.parallel import random
+from megaflow.parallel.mesh import Mesh
+from megaflow.train import ema, engine, loop
+from megaflow.train.stage_autoregressive import AutoregressiveStage
+from megaflow.train.stage_flow import FlowStage
+from megaflow.train.stage_map import MapStage
+
+KINDS = ("flow", "map", "autoregressive")
+
+
+class Tokens:
+    """A stream of random tokens, each row a function of its place."""
+
+    def __init__(self, vocab: int, length: int) -> None:
+        self.vocab, self.length = vocab, length
+
+    def rows(self, places: Tensor) -> tuple[Tensor, Tensor]:
+        rows = [torch.randint(self.vocab, (self.length,), generator=random.generator(0, "row", int(place))) for place in places]
+        return torch.stack(rows), torch.full((len(rows),), self.length)
+
+
+class Never:
+    """A loop that nobody stops."""
+
+    asked = False
+
+
+def resolved(kind: str, vocab: int, values: dict[str, Any]) -> Loaded:
+    """A config of a kind of stage with these values, resolved for a vocabulary."""
+    family = "autoregressive" if kind == "autoregressive" else "flow"
+    return resolve(assemble([("test", {"model.attention": "sdpa"} | values | {"model.family": family})]), vocab)
+
+
+def stage_of(kind: str, vocab: int, values: dict[str, Any], mesh: Mesh) -> Any:
+    """A stage with fresh weights: 'flow', 'map' (of an untrained teacher) or 'autoregressive'."""
+    loaded = resolved(kind, vocab, values)
+    contradictions(loaded, vocab)
+    config = loaded.config
+    log_prior = torch.log_softmax(-torch.log1p(torch.arange(vocab, dtype=torch.float32)), 0)
+    if kind == "autoregressive":
+        network = build.autoregressive_network(config, log_prior, mesh.device, mesh.tensor)
+        build.draw(network, 0)
+        return AutoregressiveStage(config, network)
+    one_hot, dim = config.flow.code == "identity", config.flow.code_dim
+    code = codes.identity(vocab) if one_hot else codes.frame(vocab, dim, random.generator(0, "code"), rounds=3)
+    whole = Parts(code, log_prior, Range(-3.0, 14.0))
+    ours, profile = build.cut_parts(config, whole, mesh.tensor), initial_profile(whole, config.flow.clock, 0)
+    flow = build.flow_network(config, ours, mesh.device, axis=mesh.tensor)
+    build.draw(flow, 0)
+    if kind == "flow":
+        return FlowStage(config, flow, ours, profile)
+    network = build.flow_network(config, ours, mesh.device, is_map=True, axis=mesh.tensor)
+    build.draw(network, 0)
+    return MapStage(config, network, flow, ours, fit_clock(config.flow.clock, whole, profile))
+
+
+class Run:
+    """A stage under DeepSpeed on the mesh that its config asks for."""
+
+    def __init__(self, kind: str, vocab: int, values: dict[str, Any], mesh: Mesh) -> None:
+        self.stage, self.mesh = stage_of(kind, vocab, values, mesh), mesh
+        self.config = self.stage.config
+        self.split = batch_split(self.config, mesh.data.size)
+        self.deep = engine.start(self.stage.network, self.config, mesh, *self.split)
+        self.tokens = Tokens(vocab, self.config.data.length)
+
+    def step(self, index: int) -> None:
+        """What loop.train does in a step, but for reading and writing files."""
+        engine.set_learning_rate(self.deep, 1e-3)
+        told = loop.accumulate(self.deep, self.stage, self.tokens, self.config, self.mesh, index, *self.split, Never())
+        engine.step(self.deep)
+        self.stage.learn(told[1], index)
+        engine.update_average(self.deep, ema.decay(self.config.optim.ema_decay, index))
+
+
+def recorded(kind: str, vocab: int, values: dict[str, Any], steps: int = 1) -> list[tuple[Any, ...]]:
+    """Every collective of `steps` steps on this process, after two in which DeepSpeed gets to know the network: the fields of a Sent."""
+    from megaflow.parallel.recorder import Recorder
+
+    with meshes.join(int(values.get("parallel.tensor", 1))) as mesh:
+        run = Run(kind, vocab, values, mesh)
+        for index in range(2):
+            run.step(index)
+        with Recorder(mesh) as recorder:
+            for index in range(2, 2 + steps):
+                run.step(index)
+    return [tuple(one) for one in recorder.sent]

@@ -25,9 +25,10 @@ is whole unless the disk has damaged it, and who opens it compares hashes. Readi
 
 import hashlib
 import json
+import math
 import re
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,6 +49,8 @@ SEEN = ("averaged", "stage")
 MANIFEST = "manifest.json"
 VERSION = 2
 DELETE = "delete this checkpoint to go on from an earlier one"
+BLOCK = 2**24
+"""Bytes of a block of `Checkpoint.blocks`: what a reader holds of a tensor that may be larger than memory."""
 HASHERS = 8
 """Files that are hashed at once: a disk is busy by then."""
 
@@ -108,6 +111,19 @@ class Checkpoint:
         if missing:
             raise Damaged(f"{self.path / MANIFEST}: the boxes of {name} do not make it up; {DELETE}")
         return found
+
+    def blocks(self, name: str, at: Box | None = None) -> Iterator[tuple[Box, Tensor]]:
+        """A tensor, or a box of it, as boxes of at most BLOCK bytes that, laid end to end, are its elements in row-major order; whole rows
+        where these are smaller. Raises UserError, Damaged."""
+        tensor = self._of(name)
+        at = boxes.full(tensor.shape) if at is None else at
+        shape, most = boxes.shape_of(at), max(BLOCK // tensor.dtype.itemsize, 1)
+        row, total = max(math.prod(shape[1:]), 1), math.prod(shape)
+        step = most // row * row or most
+        for first in range(0, total, step):
+            for box in boxes.flat(shape, first, min(first + step, total)):
+                box = boxes.moved(box, boxes.full(shape), at)
+                yield box, self.read(name, box)
 
     def tensors(self, group: str) -> dict[str, Tensor]:
         """All tensors of a group, whole, by the rest of their names. Raises Damaged."""
@@ -232,7 +248,7 @@ def _manifest(path: Path) -> Checkpoint:
     file = path / MANIFEST
     try:
         written = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         written = None
     if isinstance(written, dict) and "weights.safetensors" in written:
         raise Damaged(f"{file}: an earlier version of megaflow, which kept full tensors, has written it; go on with that, or train anew")
@@ -244,19 +260,29 @@ def _manifest(path: Path) -> Checkpoint:
             raise Damaged(
                 f"{file}: version {content['version']} of checkpoints, and this megaflow reads version {VERSION}; install its own"
             )
-        if any(Path(name).name != name for name in content["files"]):
+        if any(Path(name).name != name or not {"bytes", "sha256"} <= entry.keys() for name, entry in content["files"].items()):
+            raise ValueError
+        if any(held not in content["files"] for tensor in content["tensors"].values() for held, _ in tensor["boxes"]):
             raise ValueError
         logical = {
             name: Logical(
                 tensor_file.DTYPES[tensor["dtype"]],
-                tuple(tensor["shape"]),
-                [(held, tuple((start, stop) for start, stop in at)) for held, at in tensor["boxes"]],
+                _counts(tensor["shape"]),
+                [(held, tuple((start, stop) for start, stop in map(_counts, at))) for held, at in tensor["boxes"]],
             )
             for name, tensor in content["tensors"].items()
         }
+        _counts([content["state"]["step"]])
         return Checkpoint(path, content["state"], content["content"], content["files"], logical)
-    except (KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, TypeError, ValueError):
         raise Damaged(f"{path}: {MANIFEST} is missing or damaged; {DELETE}") from None
+
+
+def _counts(values: Any) -> tuple[int, ...]:
+    """Whole numbers from 0 on, of a manifest that anybody may have written. Raises TypeError, ValueError."""
+    if any(type(value) is not int or value < 0 for value in values):
+        raise ValueError
+    return tuple(values)
 
 
 def _other_size(checkpoint: Checkpoint, name: str) -> str | None:

@@ -172,7 +172,7 @@ class Writer:
                     raise UserError(failed(target, f"process {rank} of {self.size}: {reason}"))
             missing -= {rank for rank in missing if _note(rank, "json") in names}
             if not missing:
-                return [json.loads((partial / _note(rank, "json")).read_text("utf-8")) for rank in range(self.size)]
+                return written_parts(partial, self.size)
         listed = ", ".join(map(str, sorted(missing)))
         which = f"process {listed}" if len(missing) == 1 else f"processes {listed}"
         raise UserError(failed(target, f"{which} of {self.size} wrote no part {self._in_time(self.limit)}"))
@@ -283,6 +283,11 @@ def write_part(
         os.fsync(text.fileno())
     note.with_suffix(".writing").rename(note)
     flush(partial)
+
+
+def written_parts(partial: Path, size: int) -> list[dict[str, Any]]:
+    """What the notes of all `size` processes say, by rank. Raises OSError, ValueError."""
+    return [json.loads((partial / _note(rank, "json")).read_text("utf-8")) for rank in range(size)]
 
 
 def _blocks(

@@ -21,7 +21,7 @@ from megaflow.errors import UserError
 from megaflow.export import verify
 from megaflow.export.folder import FILE, INDEX, MODEL, PRECISIONS, STAGE, VERSION, load
 from megaflow.export.recut import recut
-from megaflow.export.source import MEGABYTE, Source, made, open_source, sized
+from megaflow.export.source import MEGABYTE, Source, made, open_source, room, sized
 from megaflow.model import parts
 from megaflow.progress import Progress
 from megaflow.train import checkpoint as checkpoints
@@ -56,14 +56,14 @@ def convert(
             raise UserError(
                 f"--{given[0]} belongs to --as model: a run keeps all its weights, in fp32, in a file for each process and group"
             )
-        return recut(open_source(run, step, list(checkpoints.GROUPS)), out, 1 if processes is None else processes)
+        return recut(run, out, step, 1 if processes is None else processes)
     if processes is not None:
         raise UserError("--processes belongs to --as run: the files of a model are cut by --shard-size")
     weights, precision, limit = weights or "averaged", precision or "fp32", size_of(shard_size or SHARD_SIZE)
-    source = open_source(run, step, [WEIGHTS[weights], "stage"])
-    dtype = PRECISIONS[precision]
-    kinds = {name: (dtype, shape) for name, shape in source.shapes.items()}
-    with made(out, sum(map(_bytes, kinds.values()))) as partial:
+    with made(out) as partial:
+        source = open_source(run, step, [WEIGHTS[weights], "stage"])
+        kinds = {name: (PRECISIONS[precision], shape) for name, shape in source.shapes.items()}
+        room(partial, out, sum(map(_bytes, kinds.values())))
         files = _write_model(source, partial, weights, kinds, limit)
         _write_rest(source, partial)
         manifest = _manifest(source, partial, weights, precision, files)

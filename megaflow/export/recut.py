@@ -17,7 +17,7 @@ from megaflow.config.load import to_yaml
 from megaflow.data import shards
 from megaflow.errors import UserError
 from megaflow.export import verify
-from megaflow.export.source import MEGABYTE, Source, made, network_of
+from megaflow.export.source import MEGABYTE, Source, made, network_of, open_source, room
 from megaflow.model import parts
 from megaflow.parallel import boxes
 from megaflow.parallel.boxes import Box
@@ -32,14 +32,17 @@ MOST = 4096
 """Processes at most: a file for each and every group."""
 
 
-def recut(source: Source, out: Path, processes: int) -> list[str]:
-    """Write the run `out`; returns what was done and compared, a line each. Raises UserError."""
+def recut(run: Path, out: Path, step: int | None, processes: int) -> list[str]:
+    """Write the run `out` of a run's newest checkpoint, or that of a step; returns what was done and compared, a line each.
+
+    Raises UserError.
+    """
     if not 1 <= processes <= MOST:
         raise UserError(f"--processes: {processes} is not a whole number from 1 to {MOST}")
-    found = source.found
-    names = found.names()
-    total = sum(map(source.size, names))
-    with made(out, total) as partial:
+    with made(out) as partial:
+        source = open_source(run, step, list(checkpoints.GROUPS))
+        found, names = source.found, source.found.names()
+        room(partial, out, total := sum(map(source.size, names)))
         _copy(source, partial, out, processes)
         _write(source, checkpoints.folder(partial, found.state["step"]), processes, total)
         again = checkpoints.open_checkpoint(checkpoints.folder(partial, found.state["step"]))

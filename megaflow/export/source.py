@@ -106,17 +106,17 @@ def sized(source: Source, load: Any) -> Network:
 
 
 @contextlib.contextmanager
-def made(out: Path, size: int) -> Iterator[Path]:
+def made(out: Path) -> Iterator[Path]:
     """A folder of another name to write in, which is called `out` when the block ends well and is removed when it does not.
 
-    `size`: bytes that will be written. One conversion at a time writes to `out`; what a killed one has left is removed. SIGTERM ends the
+    One conversion at a time writes to `out`; what a killed one has left is removed. SIGTERM ends the
     block as Ctrl-C does. Raises UserError; KeyboardInterrupt with a sentence.
     """
     if os.path.lexists(out):
         raise UserError(f"{out}: this is there already, and nothing is written over; give a new folder, or remove it")
     partial = out.with_name(out.name + ".partial")
     try:
-        partial.mkdir(parents=True, exist_ok=True)
+        partial.mkdir(exist_ok=True)
         held = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:
         raise UserError(f"{out}: cannot be made ({error.strerror}); give another folder") from None
@@ -128,9 +128,6 @@ def made(out: Path, size: int) -> Iterator[Path]:
         with _terminated():
             try:
                 _empty(partial)
-                if (free := shutil.disk_usage(partial).free) < size + SPARE:
-                    needed, there = (f"{count / MEGABYTE:,.0f} MB" for count in (size + SPARE, free))
-                    raise UserError(f"{out}: it needs {needed} and the disk has {there} free; give a folder on another disk")
                 yield partial
                 flush(partial)
                 if os.path.lexists(out):
@@ -147,6 +144,13 @@ def made(out: Path, size: int) -> Iterator[Path]:
                 raise
     finally:
         os.close(held)
+
+
+def room(partial: Path, out: Path, size: int) -> None:
+    """Refuse to begin with what the disk will not hold: `size` bytes of tensors. Raises UserError."""
+    if (free := shutil.disk_usage(partial).free) < size + SPARE:
+        needed, there = (f"{count / MEGABYTE:,.0f} MB" for count in (size + SPARE, free))
+        raise UserError(f"{out}: it needs {needed} and the disk has {there} free; give a folder on another disk")
 
 
 def _empty(folder: Path) -> None:

@@ -169,6 +169,11 @@ def file_of(group: str, rank: int, size: int) -> str:
     return f"{group}-{rank:05d}-of-{size:05d}.safetensors"
 
 
+def _group(file: str) -> str:
+    """The group that a file is of."""
+    return file.rsplit("-", 3)[0]
+
+
 def canonical(content: Any) -> str:
     """The one way in which a manifest's content is written to be hashed."""
     return json.dumps(content, sort_keys=True, separators=(",", ":"))
@@ -191,7 +196,7 @@ def open_checkpoint(path: Path, groups: Collection[str] | None = None, verify: b
 
 def files(checkpoint: Checkpoint, groups: Collection[str] | None = None) -> list[str]:
     """Names of the files of these groups, of all if None, sorted: the same list on every process."""
-    return sorted(name for name in checkpoint.files if groups is None or name.rsplit("-", 3)[0] in groups)
+    return sorted(name for name in checkpoint.files if groups is None or _group(name) in groups)
 
 
 def damage(checkpoint: Checkpoint, present: Sequence[str], compared: Sequence[str]) -> str | None:
@@ -260,10 +265,12 @@ def _manifest(path: Path) -> Checkpoint:
             raise Damaged(
                 f"{file}: version {content['version']} of checkpoints, and this megaflow reads version {VERSION}; install its own"
             )
-        if any(Path(name).name != name or not {"bytes", "sha256"} <= entry.keys() for name, entry in content["files"].items()):
-            raise ValueError
-        if any(held not in content["files"] for tensor in content["tensors"].values() for held, _ in tensor["boxes"]):
-            raise ValueError
+        for name, entry in content["files"].items():
+            if not re.fullmatch(r"[a-z]+-\d{5,}-of-\d{5,}\.safetensors", name) or not {"bytes", "sha256"} <= entry.keys():
+                raise ValueError
+        for name, tensor in content["tensors"].items():
+            if any(held not in content["files"] or _group(held) != name.partition("/")[0] for held, _ in tensor["boxes"]):
+                raise ValueError
         logical = {
             name: Logical(
                 tensor_file.DTYPES[tensor["dtype"]],

@@ -11,7 +11,7 @@ import zstandard
 from megaflow.config.schema import keys
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("data", "pretraining", "distillation", "sampling", "evaluation"))]
+PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("data", "pretraining", "distillation", "sampling", "evaluation", "export"))]
 
 SMALL = {
     "data": "data: {vocab_size: 300, length: 16, validation_fraction: 0.2}\n",

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megaflow import __version__
+import megaflow
 from megaflow.config.load import to_yaml
 from megaflow.data import shards
 from megaflow.errors import UserError
@@ -102,7 +102,8 @@ def rounded(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
         return value
     found = value.to(dtype)
     if bool((value.isfinite() & ~found.isfinite()).any()):
-        raise UserError(f"{name} has values up to {value.abs().max().item():.3g}, beyond what fp16 holds; take --precision bf16")
+        wider = "bf16" if dtype == torch.float16 else "fp32"
+        raise UserError(f"{name} has values up to {value.abs().max().item():.3g}, beyond what {dtype} holds; take --precision {wider}")
     return found
 
 
@@ -151,7 +152,7 @@ def _manifest(source: Source, partial: Path, weights: str, precision: str, files
     written = sorted(path for path in partial.rglob("*") if path.is_file())
     return {
         "version": VERSION,
-        "megaflow": __version__,
+        "megaflow": megaflow.__version__,
         "kind": source.kind,
         "weights": weights,
         "precision": precision,

@@ -113,7 +113,7 @@ class TestWhatIsAsked:
 
     def test_what_fp16_does_not_hold_is_refused(self, copied, out):
         write_anew(copied("coded"), "averaged", 1e6)
-        with pytest.raises(UserError, match=r"has values up to \S+, beyond what fp16 holds; take --precision bf16"):
+        with pytest.raises(UserError, match=r"has values up to \S+, beyond what torch.float16 holds; take --precision bf16"):
             convert(out.parent / "copy-coded-flow", out, precision="fp16")
         assert not out.exists()
 

@@ -92,6 +92,22 @@ class TestReading:
         found.read("weights/rows", ((10, 14), (1, 3)))  # a row has 4 numbers; the files meet at row 12
         assert sum(read) == 4 * 2 * 4
 
+    @settings(max_examples=30)
+    @given(st.data())
+    def test_blocks_laid_end_to_end_are_the_tensor_or_a_box_of_it(self, tmp_path_factory, data):
+        run = tmp_path_factory.getbasetemp() / "blocks"
+        found = checkpoints.open_checkpoint(checkpoints.folder(run, 5) if run.exists() else saved(run, 5, 3))
+        name = data.draw(st.sampled_from(found.names()))
+        at = data.draw(st.one_of(st.none(), any_box(found.shape(name))))
+        most = data.draw(st.integers(1, 200))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(checkpoints, "BLOCK", most)
+            blocks = list(found.blocks(name, at))
+        whole = found.read(name, at)
+        assert torch.equal(torch.cat([whole.new_zeros(0), *(block.reshape(-1) for _, block in blocks)]), whole.reshape(-1))
+        assert all(block.nbytes <= max(most, whole.itemsize) for _, block in blocks)
+        assert all(torch.equal(block, tensors(5)[name][boxes.slices(box)]) for box, block in blocks)
+
     def test_files_are_safetensors_that_any_library_opens(self, tmp_path):
         path = saved(tmp_path, 5, 2)
         assert torch.equal(load_file(path / "averaged-00001-of-00002.safetensors")["rows[12:24,0:4]"], tensors(5)["averaged/rows"][12:])

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megaflow.export.convert import convert
@@ -103,6 +103,7 @@ def test_nothing_is_left_of_one_that_fails(cli, copied, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [run.name]
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 9), max_size=3).map(tuple), st.integers(1, 12), st.sampled_from(["weights/a", "stage/a"]))
 def test_shares_make_up_the_tensor(shape, size, name):
     held = [at for rank in range(size) if (at := share(name, shape, rank, size)) is not None]

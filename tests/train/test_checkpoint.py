@@ -68,7 +68,7 @@ class TestReading:
             for piece in pieces(5, rank, read):
                 assert torch.equal(found.read(piece.name, piece.at), piece.tensor), (piece.name, piece.at)
 
-    @settings(max_examples=30)
+    @settings(max_examples=30, deadline=None)
     @given(st.data())
     def test_any_box_from_any_partition_over_any_processes(self, tmp_path_factory, data):
         shape = data.draw(SHAPES)
@@ -92,7 +92,7 @@ class TestReading:
         found.read("weights/rows", ((10, 14), (1, 3)))  # a row has 4 numbers; the files meet at row 12
         assert sum(read) == 4 * 2 * 4
 
-    @settings(max_examples=30)
+    @settings(max_examples=30, deadline=None)
     @given(st.data())
     def test_blocks_laid_end_to_end_are_the_tensor_or_a_box_of_it(self, tmp_path_factory, data):
         run = tmp_path_factory.getbasetemp() / "blocks"

@@ -74,6 +74,24 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--data", metavar="PATH", default=None, help="the run's shards, where they are no longer at its data.path")
     evaluate.add_argument("--json", metavar="FILE", default=None, help="write the JSON to this file as well")
 
+    convert = commands.add_parser(
+        "convert", help="a run as consolidated safetensors, or in other files", description="A run as consolidated safetensors; verified."
+    )
+    convert.add_argument("run", metavar="RUN", help="run directory")
+    convert.add_argument("out", metavar="OUT", help="a new folder")
+    convert.add_argument(
+        "--as",
+        dest="form",
+        choices=("model", "run"),
+        default="model",
+        help="model: the network alone (default); run: a run that training goes on from, its checkpoint cut anew",
+    )
+    convert.add_argument("--step", type=int, default=None, help="of the checkpoint (default: the newest)")
+    convert.add_argument("--weights", choices=("averaged", "live"), default=None, help="of a model: which (default averaged)")
+    convert.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default=None, help="of a model: its numbers' (default fp32)")
+    convert.add_argument("--shard-size", metavar="5GB", default=None, help="of a model: most bytes a file, in KB, MB, GB, TB (default 5GB)")
+    convert.add_argument("--processes", type=int, default=None, help="of a run: how many write a file a group each (default 1)")
+
     report = commands.add_parser(
         "report", help="metrics.json and report.html of a folder of runs", description="Gather DIR/{data,flow,autoregressive,flow_map}."
     )
@@ -94,8 +112,8 @@ def main() -> None:
     except UserError as error:
         print(f"megaflow: {error}", file=sys.stderr)
         code = 2
-    except KeyboardInterrupt:
-        print("megaflow: interrupted; the same command goes on from what is finished", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"megaflow: {str(error) or 'interrupted; the same command goes on from what is finished'}", file=sys.stderr)
         code = 130
     except OSError as error:
         if isinstance(error, BrokenPipeError):  # the reader of our output, the last thing a command does, has seen enough
@@ -155,6 +173,12 @@ def run(arguments: argparse.Namespace, began: float) -> int:
         steps = [whole(part, "--steps") for part in arguments.steps.split(",")]
         sizes = arguments.samples, arguments.rows, arguments.draws
         print(table(evaluate(arguments.run, steps, *sizes, arguments.seed, arguments.temperature, arguments.json, began, arguments.data)))
+        return 0
+    if arguments.command == "convert":
+        from megaflow.export.convert import convert
+
+        model = arguments.weights, arguments.precision, arguments.shard_size
+        print("\n".join(convert(arguments.run, arguments.out, *model, arguments.step, arguments.form, arguments.processes)))
         return 0
     from megaflow.evaluate.gather import report
 

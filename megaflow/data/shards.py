@@ -284,7 +284,7 @@ def require_rows(counts: dict[str, dict[str, int]], length: int) -> None:
 def length_counts(folder: str | Path) -> np.ndarray | None:
     """How many training rows have each length, (LENGTH + 1,) int64; None with packing=wrap, whose rows all have the same."""
     path = Path(folder) / LENGTH_COUNTS_FILE
-    return np.load(path) if path.exists() else None
+    return _read_counts(path) if path.exists() else None
 
 
 def log_length_law(folder: str | Path) -> np.ndarray | None:
@@ -300,4 +300,15 @@ def log_length_law(folder: str | Path) -> np.ndarray | None:
 
 def unigram_counts(folder: str | Path) -> np.ndarray:
     """How often each token counts in the training rows: (V,) int64."""
-    return np.load(Path(folder) / UNIGRAM_FILE)
+    return _read_counts(Path(folder) / UNIGRAM_FILE)
+
+
+def _read_counts(path: Path) -> np.ndarray:
+    """A row of counts. The format may hold Python objects, whose reading would run code: refused. Raises UserError."""
+    try:
+        found = np.load(path, allow_pickle=False)
+        if not isinstance(found, np.ndarray) or found.ndim != 1 or found.dtype != np.int64:
+            raise ValueError("not a row of counts")
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); restore this file") from None
+    return found

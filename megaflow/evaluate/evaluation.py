@@ -83,7 +83,7 @@ def evaluate(
     settings = {"steps": steps, "samples": samples, "rows": rows, "draws": draws, "seed": seed, "temperature": temperature}
     settings |= {"cooled": list(COOLED) if temperature == 1.0 else [], "order": judges.ORDER}
     settings |= {"last": LAST_STEP, "balance": BALANCE_TOKENS} if run.is_map else {"last": None, "balance": None}
-    identity = {**kept.weights_of(run.checkpoint), "shards": shards.identity(run.manifest), "settings": settings}
+    identity = {"step": run.step, "weights": run.weights, "shards": shards.identity(run.manifest), "settings": settings}
     result = kept.read(run.directory)
     if not kept.is_of(result, identity):
         result = measure(run, identity, began)
@@ -339,7 +339,7 @@ def reference(run: Run, held_out: RealText, judge: Judge, samples: int, seed: in
 
 def profile(run: Run) -> dict[str, Any] | None:
     """Cross-entropy against time as measured in training, and the clock that was fitted to it."""
-    (_, _, clock), stage = run.flow, run.checkpoint.tensors("stage")
+    (_, _, clock), stage = run.flow, run.kept
     found: dict[str, Any] = {"clock": run.config.flow.clock.name, "clock_t": clock.times.tolist(), "clock_cdf": clock.tau.tolist()}
     if "profile_edges" in stage:
         edges = stage["profile_edges"]

@@ -148,7 +148,8 @@ def run(arguments: argparse.Namespace, began: float) -> int:
         print(show.all_keys() if arguments.keys else show.resolved(arguments.config, arguments.overrides))
         return 0
     if arguments.command == "inspect":
-        from megaflow.data import convert, inspection
+        from megaflow.data import inspection
+        from megaflow.data.convert import convert as convert_shards
 
         if (arguments.to is None) != (arguments.out is None):
             raise UserError("--to and --out go together: --to says the format, --out the new folder")
@@ -156,7 +157,7 @@ def run(arguments: argparse.Namespace, began: float) -> int:
             raise UserError(f"--rows: {arguments.rows} is below 0")
         found = inspection.inspect(arguments.path, arguments.rows)
         if arguments.to is not None:
-            convert.convert(arguments.path, arguments.to, arguments.out)
+            convert_shards(arguments.path, arguments.to, arguments.out)
             found = inspection.inspect(arguments.out, arguments.rows)
         print(as_json(found) if arguments.json else inspection.as_text(found))
         return 0

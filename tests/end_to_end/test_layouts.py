@@ -121,3 +121,21 @@ def test_documents_that_do_not_see_each_other(ranks, words, alone, workspace, fa
     ranks(2, train, words("coded", family, name, *layout(8, tensor, 2 // tensor, zero), *options, "parallel.vocab_multiple=8"))
     same_curve(workspace / name, alone("coded", family, 8, *options), 8)
     assert runs.lines(workspace / name / "metrics.jsonl")[3]["loss"] != runs.lines(alone("coded", family, 8) / "metrics.jsonl")[3]["loss"]
+
+
+@pytest.mark.parametrize("tensor, zero", [(2, 1), (1, 3)])
+@pytest.mark.parametrize("family", ["flow", "autoregressive"])
+def test_bf16_in_parts(ranks, words, alone, workspace, family, tensor, zero):
+    """To what bf16 holds: partial sums are rounded at other places."""
+    name = f"bf16-{family}-{tensor}{zero}"
+    ranks(2, train, words("coded", family, name, *layout(8, tensor, 2 // tensor, zero), "train.precision=bf16"))
+    same_curve(workspace / name, alone("coded", family, 8, "train.precision=bf16"), 8, tolerance=2e-2)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("tensor, data, zero, recompute", [(1, 1, 0, "off"), (2, 1, 1, "selective"), (1, 2, 3, "full"), (2, 2, 2, "off")])
+def test_compiled_blocks_have_the_same_losses(ranks, words, alone, workspace, tensor, data, zero, recompute):
+    name = f"compiled-{tensor}{data}{zero}"
+    options = "parallel.compile=true", f"parallel.recompute={recompute}"
+    ranks(tensor * data, train, words("coded", "flow", name, *layout(8, tensor, data, zero), *options))
+    same_curve(workspace / name, alone("coded", "flow", 8), 8)

@@ -37,6 +37,15 @@ def parser() -> argparse.ArgumentParser:
     show = with_config("config", "print the resolved config and where each value came from", optional=True)
     show.add_argument("--keys", action="store_true", help="list every key, what it means and accepts")
 
+    inspect = commands.add_parser(
+        "inspect", help="what a folder of token shards holds", description="What a folder of token shards holds; checks every file of it."
+    )
+    inspect.add_argument("path", metavar="PATH", help="folder that prepare has written")
+    inspect.add_argument("--rows", type=int, default=3, help="first rows of each split to decode (default 3)")
+    inspect.add_argument("--json", action="store_true", help="JSON instead of plain text")
+    inspect.add_argument("--to", choices=("mds", "webdataset"), default=None, help="convert to this format, into --out")
+    inspect.add_argument("--out", metavar="DIR", default=None, help="new folder for --to")
+
     sample = commands.add_parser("sample", help="text from a run", description="Text from a run.")
     sample.add_argument("run", metavar="RUN", help="run directory")
     sample.add_argument("--count", type=int, default=4, help="texts (default 4)")
@@ -65,6 +74,24 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--data", metavar="PATH", default=None, help="the run's shards, where they are no longer at its data.path")
     evaluate.add_argument("--json", metavar="FILE", default=None, help="write the JSON to this file as well")
 
+    convert = commands.add_parser(
+        "convert", help="a run as consolidated safetensors, or in other files", description="A run as consolidated safetensors; verified."
+    )
+    convert.add_argument("run", metavar="RUN", help="run directory")
+    convert.add_argument("out", metavar="OUT", help="a new folder")
+    convert.add_argument(
+        "--as",
+        dest="form",
+        choices=("model", "run"),
+        default="model",
+        help="model: the network alone (default); run: a run that training goes on from, its checkpoint cut anew",
+    )
+    convert.add_argument("--step", type=int, default=None, help="of the checkpoint (default: the newest)")
+    convert.add_argument("--weights", choices=("averaged", "live"), default=None, help="of a model: which (default averaged)")
+    convert.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default=None, help="of a model: its numbers' (default fp32)")
+    convert.add_argument("--shard-size", metavar="5GB", default=None, help="of a model: most bytes a file, in KB, MB, GB, TB (default 5GB)")
+    convert.add_argument("--processes", type=int, default=None, help="of a run: how many write a file a group each (default 1)")
+
     report = commands.add_parser(
         "report", help="metrics.json and report.html of a folder of runs", description="Gather DIR/{data,flow,autoregressive,flow_map}."
     )
@@ -85,8 +112,8 @@ def main() -> None:
     except UserError as error:
         print(f"megaflow: {error}", file=sys.stderr)
         code = 2
-    except KeyboardInterrupt:
-        print("megaflow: interrupted; the same command goes on from what is finished", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"megaflow: {str(error) or 'interrupted; the same command goes on from what is finished'}", file=sys.stderr)
         code = 130
     except OSError as error:
         if isinstance(error, BrokenPipeError):  # the reader of our output, the last thing a command does, has seen enough
@@ -120,13 +147,26 @@ def run(arguments: argparse.Namespace, began: float) -> int:
 
         print(show.all_keys() if arguments.keys else show.resolved(arguments.config, arguments.overrides))
         return 0
+    if arguments.command == "inspect":
+        from megaflow.data import inspection
+        from megaflow.data.convert import convert as convert_shards
+
+        if (arguments.to is None) != (arguments.out is None):
+            raise UserError("--to and --out go together: --to says the format, --out the new folder")
+        if arguments.rows < 0:
+            raise UserError(f"--rows: {arguments.rows} is below 0")
+        found = inspection.inspect(arguments.path, arguments.rows)
+        if arguments.to is not None:
+            convert_shards(arguments.path, arguments.to, arguments.out)
+            found = inspection.inspect(arguments.out, arguments.rows)
+        print(as_json(found) if arguments.json else inspection.as_text(found))
+        return 0
     if arguments.command == "sample":
         from megaflow.evaluate.generate import sample
 
         way = arguments.method, arguments.temperature, arguments.gamma
         found = sample(arguments.run, arguments.count, arguments.steps, *way, arguments.seed, arguments.last)
-        escaped = sys.stdout is not None and sys.stdout.encoding.lower() != "utf-8"  # the console's own escapes are not JSON
-        print(json.dumps(found, ensure_ascii=escaped) if arguments.json else "\n\n".join(found["texts"]))
+        print(as_json(found) if arguments.json else "\n\n".join(found["texts"]))
         return 0
     if arguments.command == "evaluate":
         from megaflow.evaluate.evaluation import evaluate, table
@@ -135,10 +175,21 @@ def run(arguments: argparse.Namespace, began: float) -> int:
         sizes = arguments.samples, arguments.rows, arguments.draws
         print(table(evaluate(arguments.run, steps, *sizes, arguments.seed, arguments.temperature, arguments.json, began, arguments.data)))
         return 0
+    if arguments.command == "convert":
+        from megaflow.export.convert import convert
+
+        model = arguments.weights, arguments.precision, arguments.shard_size
+        print("\n".join(convert(arguments.run, arguments.out, *model, arguments.step, arguments.form, arguments.processes)))
+        return 0
     from megaflow.evaluate.gather import report
 
     report(arguments.dir)
     return 0
+
+
+def as_json(found: dict) -> str:
+    escaped = sys.stdout is not None and sys.stdout.encoding.lower() != "utf-8"  # the console's own escapes are not JSON
+    return json.dumps(found, ensure_ascii=escaped)
 
 
 def whole(text: str, option: str) -> int:

@@ -4,6 +4,7 @@ import ctypes
 import os
 import signal
 import sys
+from collections.abc import Callable
 from typing import Any, NoReturn, TextIO
 
 STOPPED = 75
@@ -71,12 +72,17 @@ class Console:
         return getattr(self.stream, name)
 
 
+FAREWELL: list[Callable[[], bool]] = []
+"""What a process that leaves by a signal does first. Where one returns False somebody else has said why the job ends."""
+
+
 def leave_on_signals() -> None:
     """Until the training loop takes the signals over, and saves, there is nothing to save: leave with STOPPED at once."""
 
     def leave(number: int, frame: Any) -> NoReturn:
         # neither print, which the signal may have interrupted, nor sys.exit, which is lost where it comes inside a callback from C++
-        os.write(2, b"megaflow: stopped by a signal outside of training steps; the same command goes on\n")
+        if all([farewell() for farewell in FAREWELL]):
+            os.write(2, b"megaflow: stopped by a signal outside of training steps; the same command goes on\n")
         os._exit(STOPPED)
 
     for number in STOP_SIGNALS:

@@ -168,6 +168,8 @@ def ranks() -> Iterator[Callable[..., list]]:
     groups: dict[int, Ranks] = {}
 
     def run(size: int, function: Callable, *arguments: object) -> list:
+        if size in groups and not groups[size].alive:
+            groups.pop(size).close()
         if size not in groups:
             groups[size] = Ranks(size)
         return groups[size].call(function, *arguments)

@@ -9,9 +9,12 @@ import os
 import tempfile
 import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
+
+GRACE = 15.0
+"""Seconds that the others have to answer once one has failed."""
 
 
 class Ranks:
@@ -19,7 +22,7 @@ class Ranks:
 
     def __init__(self, size: int) -> None:
         spawn = multiprocessing.get_context("spawn")
-        self.folder = tempfile.TemporaryDirectory()
+        self.alive, self.folder = True, tempfile.TemporaryDirectory()
         self.pipes: list[Connection] = []
         self.processes = []
         for rank in range(size):
@@ -31,19 +34,29 @@ class Ranks:
             self.pipes.append(ours)
 
     def call(self, function: Callable, *arguments: Any) -> list[Any]:
-        """What the function returns on each rank, in their order; what it raises on any is raised here."""
+        """What the function returns on each rank, in their order; what it raises on any is raised here.
+
+        A group of which some wait for one that has raised is not `alive` any more.
+        """
         for pipe in self.pipes:
             pipe.send((function.__module__, function.__qualname__, arguments))
-        answers = [pipe.recv() for pipe in self.pipes]
-        failed = [text for good, text in answers if not good]
+        answers: dict[Any, tuple[bool, Any]] = {}
+        while waiting := [pipe for pipe in self.pipes if pipe not in answers]:
+            failing = any(not good for good, _ in answers.values())
+            ready = wait(waiting, GRACE if failing else None)
+            if not ready:
+                self.alive = False  # they wait in a collective for one that has failed
+                break
+            answers |= {pipe: pipe.recv() for pipe in ready}
+        failed = [text for good, text in answers.values() if not good]
         if failed:
             raise AssertionError("\n".join(failed))
-        return [value for _, value in answers]
+        return [answers[pipe][1] for pipe in self.pipes]
 
     def close(self) -> None:
         for pipe, process in zip(self.pipes, self.processes, strict=True):
             pipe.close()
-            process.join(5)
+            process.join(5 if self.alive else 0)
             process.kill()
         self.folder.cleanup()
 

@@ -8,7 +8,8 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "megaflow"
 SMALL = {"config", "errors", "progress", "process"}
 MAY_IMPORT = {
-    "evaluate": {"train", "data", "model", "flow", "parallel"} | SMALL,
+    "evaluate": {"export", "train", "data", "model", "flow", "parallel"} | SMALL,
+    "export": {"train", "data", "model", "flow", "parallel"} | SMALL,
     "train": {"data", "model", "flow", "parallel"} | SMALL,
     "plan": {"model", "flow", "parallel", "config", "errors"},
     "model": {"flow", "parallel"} | SMALL,

@@ -101,6 +101,12 @@ def contradictions(loaded: Loaded, vocab: int | None = None) -> None:
             "train.precision",
             "parallel.tensor",
         )
+    if config.data.mask_documents and config.data.packing == "document":
+        refuse(
+            "data.mask_documents has no meaning with data.packing=document, whose rows hold one document each; leave it false",
+            "data.mask_documents",
+            "data.packing",
+        )
     if parallel.offload == "optimizer" and parallel.zero == 0:
         refuse(
             "parallel.offload=optimizer needs parallel.zero=1, 2 or 3: what is not sharded stays where the weights are",

@@ -49,6 +49,12 @@ class DataConfig:
     vocab_size: int = key(4096, "size of the BPE that prepare trains", low=257)
     length: int = key(64, "tokens in a row", low=2)
     packing: str = key("wrap", "wrap: documents end to end, cut to length; document: one a row, padded", choices=("wrap", "document"))
+    mask_documents: bool = key(False, "with packing=wrap, documents that share a row do not see each other in training")
+    format: str = key(
+        "mds",
+        "shards that prepare writes: of mosaicml-streaming, or tar for WebDataset; the rows and their order are the same",
+        choices=("mds", "webdataset"),
+    )
     validation_fraction: float = key(0.05, "share of documents held out", above=0.0, high=0.5)
     on_bad_line: str = key("skip", "what a broken line of JSONL does", choices=("skip", "stop"))
     workers: Any = key("auto", "processes that tokenize", low=1, auto=True)
@@ -65,6 +71,7 @@ class ModelConfig:
     belief_dim: int = key(128, "dimensions of the belief (or token) embedding before the trunk's width", low=1)
     neighbors: int = key(1, "positions to each side that the input layer reads beside the token's own", low=0)
     attention: str = key("auto", "attention kernel", choices=("auto", "flash", "sdpa", "plain"))
+    softcap: float = key(0.0, "attention scores are softcap tanh(score / softcap); 0: as they are", low=0.0)
 
 
 @dataclass
@@ -113,6 +120,12 @@ class ParallelConfig:
     tensor: int = key(1, "tensor-parallel processes: how many hold one network together; the others are data-parallel", low=1)
     vocab_multiple: int = key(1, "entries of the vocabulary that each process holds come in multiples of this, padding included", low=1)
     zero: int = key(0, "ZeRO stage: 0 replicates, 1 shards the optimizer, 2 the gradients too, 3 the weights too", choices=(0, 1, 2, 3))
+    recompute: str = key(
+        "off",
+        "what the backward pass computes again instead of keeping it: selective, what is elementwise; full, every block",
+        choices=("off", "selective", "full"),
+    )
+    compile: bool = key(False, "the blocks by torch.compile")
     offload: str = key("none", "optimizer: its state and step on the CPU, under ZeRO 1 to 3", choices=("none", "optimizer"))
 
 
@@ -126,6 +139,10 @@ class TrainConfig:
     keep_checkpoints: int = key(2, "checkpoints that are kept", low=1)
     validate_every: Any = key("auto", "steps between validations; auto: a twentieth of the run, 50 at least", low=1, auto=True)
     validation_rows: int = key(64, "validation rows a validation reads", low=1)
+    hang_timeout: float = key(600.0, "seconds without progress after which a job of several processes ends; 0: it waits for ever", low=0.0)
+    skip_nonfinite: int = key(
+        0, "steps in a row that are passed over where loss or gradient is not finite; the next one ends the run", low=0
+    )
 
 
 @dataclass
@@ -149,6 +166,7 @@ class LogConfig:
     every: int = key(1, "steps between lines of metrics.jsonl", low=1)
     wandb: str = key("offline", "Weights & Biases; offline writes below the run directory", choices=("off", "offline", "online"))
     project: str = key("megaflow", "Weights & Biases project")
+    spike: float = key(4.0, "a loss or norm above this many running medians goes into spikes.jsonl with its samples; 0: none does", low=0.0)
 
 
 @dataclass

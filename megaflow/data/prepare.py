@@ -41,17 +41,17 @@ def prepare(config: DataConfig, began: float | None = None) -> dict[str, Any]:
     began = time.monotonic() if began is None else began
     files = sources.find_sources(config.source, config.source_format)
     given = tokenizers.given_tokenizer(config)
-    _remove_stale(Path(config.path))
+    remove_stale(Path(config.path))
     files = sources.hash_sources(files)
     settings = _settings(config, files)
     if (finished := _finished(config, settings, files, given)) is not None:
         print(f"{config.path} is already prepared with these settings", file=sys.stderr)
         return finished
     survey = _survey(files, config)
-    with _folder_in_one_step(Path(config.path)) as folder:
+    with folder_in_one_step(Path(config.path)) as folder:
         tokenizer = given if given is not None else _tokenizer_of_text(files, config, survey)
         tokenizers.save_tokenizer(tokenizer, folder)
-        splits = _write_splits(folder, files, config, survey, tokenizer)
+        splits, rows_sha256 = _write_splits(folder, files, config, survey, tokenizer)
         sources.check_unchanged(files)
         shards.require_rows(splits, config.length)
         end = tokenizers.end_id(tokenizer)
@@ -66,11 +66,13 @@ def prepare(config: DataConfig, began: float | None = None) -> dict[str, Any]:
             "sources": _described_sources(files),
             "settings": settings,
             "tokenizer": described,
+            "format": config.format,
             "length": config.length,
             "packing": config.packing,
             "normalize": config.normalize,
             "split_by": "document" if survey.documents > 1 else "position",
             "splits": splits,
+            "rows_sha256": rows_sha256,
             "bad_lines": survey.bad_lines.total(),
             "blank_documents": survey.blank,
         }
@@ -126,18 +128,21 @@ def _finished(config: DataConfig, settings: dict[str, Any], files: list[sources.
         before, now = manifest["settings"].get(name), settings.get(name)
         if before != now:
             raise UserError(f"{path} was prepared with data.{name}={before}, not {now}: {advice}.")
+    if (made := shards.format_of(manifest)) != config.format:
+        way = f"megaflow inspect {path} --to {config.format} --out DIR converts it"
+        raise UserError(f"{path} was prepared with data.format={made}, not {config.format}: {way}, or {advice}.")
     if given is not None and tokenizers.tokenizer_hash(given) != manifest["tokenizer"]["hash"]:
         raise UserError(f"{path} was prepared with another vocabulary of data.tokenizer={config.tokenizer}: {advice}.")
     return manifest
 
 
-def _partial_prefix(path: Path) -> str:
+def partial_prefix(path: Path) -> str:
     return f"{path.name}.partial-{socket.gethostname()}-"
 
 
-def _remove_stale(path: Path) -> None:
+def remove_stale(path: Path) -> None:
     """Delete what prepares of this path that were killed on this machine have left."""
-    prefix = _partial_prefix(path)
+    prefix = partial_prefix(path)
     for folder in path.parent.glob("*"):
         number = folder.name.removeprefix(prefix)
         if not folder.name.startswith(prefix) or not number.isdigit():
@@ -158,9 +163,9 @@ def _alive(process: int) -> bool:
 
 
 @contextmanager
-def _folder_in_one_step(path: Path) -> Iterator[Path]:
+def folder_in_one_step(path: Path) -> Iterator[Path]:
     """A new folder beside `path` that takes its name if the block ends well and is deleted if it does not."""
-    folder = path.parent / f"{_partial_prefix(path)}{os.getpid()}"
+    folder = path.parent / f"{partial_prefix(path)}{os.getpid()}"
     try:
         folder.mkdir(parents=True)
         yield folder
@@ -257,13 +262,15 @@ def _tokenizer_of_text(files: list[sources.Source], config: DataConfig, survey: 
     return tokenizer
 
 
-def _write_splits(folder: Path, files: list[sources.Source], config: DataConfig, survey: _Survey, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Tokenize and pack every document; writes shards and token counts, returns the counts of each split."""
+def _write_splits(
+    folder: Path, files: list[sources.Source], config: DataConfig, survey: _Survey, tokenizer: Tokenizer
+) -> tuple[dict[str, dict[str, int]], dict[str, str]]:
+    """Tokenize and pack every document; writes shards and token counts, returns the counts of each split and the hash of its rows."""
     kind, end = tokenizers.tokenizer_kind(config), tokenizers.end_id(tokenizer)
     size = tokenizers.vocabulary_size(tokenizer)
     # the 27 letters have no end token: a space stands between documents that share a row
     closing = tokenizer.token_to_id(" ") if end is None and config.packing == "wrap" else end
-    writers = {split: shards.SplitWriter(folder, split, config.length, config.packing, size) for split in shards.SPLITS}
+    writers = {split: shards.SplitWriter(folder, split, config.length, config.packing, size, config.format) for split in shards.SPLITS}
     documents = _split_documents(files, config, survey, "tokenize")
     stream = (piece for split, text in documents for piece in encode.pieces(text, split, kind))
     workers = encode.usable_cores() if config.workers == "auto" else config.workers
@@ -274,4 +281,5 @@ def _write_splits(folder: Path, files: list[sources.Source], config: DataConfig,
     np.save(folder / shards.UNIGRAM_FILE, writers["train"].unigram)
     if config.packing == "document":
         np.save(folder / shards.LENGTH_COUNTS_FILE, writers["train"].length_counts)
-    return {split: writer.finish(tokenizer) for split, writer in writers.items()}
+    splits = {split: writer.finish(tokenizer) for split, writer in writers.items()}
+    return splits, {split: writer.rows_sha256 for split, writer in writers.items()}

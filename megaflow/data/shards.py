@@ -1,13 +1,13 @@
-"""A prepared folder: rows of tokens written as MDS shards, and the manifest that says what they are.
+"""A prepared folder: rows of tokens in shards, and the manifest that says what they are.
 
     prepared.json                    the manifest: sources, settings, tokenizer, counts, sha256 of every other file
     tokenizer.json                   the tokenizer
-    train/, validation/              MDS shards, one sample a row: tokens (int32, LENGTH), length (tokens that count)
+    train/, validation/              shards of rows, each LENGTH ids and how many of them count, in one of two formats (see formats.py)
     unigram.npy                      int64 (V,): how often each token counts in the training rows
     seconds.json                     how long prepare took, its peak memory, and its command
     length_counts.npy                packing=document only, int64 (LENGTH + 1,): training rows of each length
 
-Row r of a split is sample r of its shards in order; ids beyond a row's length are 0.
+Row r of a split is sample r of its shards in order, whatever the format; ids beyond a row's length are 0.
 """
 
 import hashlib
@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from megaflow.data import formats
 from megaflow.data.tokenizer import TOKENIZER_FILE, character_count
 from megaflow.errors import UserError
 from megaflow.progress import Progress
@@ -32,22 +33,21 @@ DESCRIPTION = (MANIFEST_FILE, TOKENIZER_FILE, UNIGRAM_FILE, LENGTH_COUNTS_FILE)
 SPLITS = ("train", "validation")
 VERSION = 1
 NEEDED = {"sources", "settings", "tokenizer", "length", "packing", "splits", "files"}
-# small enough that the shuffle, which moves samples within blocks of 2^18, mixes several shards
+# of a shard of MDS; one of tar has as many rows. Small enough that the shuffle, which moves samples within blocks of 2^18, mixes several
 SHARD_BYTES = 1 << 24
 
 
 class SplitWriter:
-    """Packs the tokens of one split into rows and writes them as MDS shards below `folder`/`split`.
+    """Packs the tokens of one split into rows and writes them as shards below `folder`/`split`.
 
     Give it every document's pieces in order with `add`, each document closed by `end_document`; `finish` returns
     the counts. A row is LENGTH ids and how many of them count; the others are 0 and no loss counts them.
     """
 
-    def __init__(self, folder: str | Path, split: str, length: int, packing: str, vocab_size: int) -> None:
-        from streaming import MDSWriter
-
-        columns = {"tokens": f"ndarray:int32:{length}", "length": "int"}
-        self.writer = MDSWriter(columns=columns, out=str(Path(folder) / split), size_limit=SHARD_BYTES)
+    def __init__(self, folder: str | Path, split: str, length: int, packing: str, vocab_size: int, format: str = "mds") -> None:
+        self.writer = formats.ShardWriter(Path(folder) / split, format, length, SHARD_BYTES)
+        self.shard = np.zeros(formats.rows_per_shard(length, SHARD_BYTES), formats.row_type(length))
+        self.filled = 0
         self.length, self.packing = length, packing
         self.unigram = np.zeros(vocab_size, np.int64)
         self.length_counts = np.zeros(length + 1, np.int64)
@@ -56,6 +56,7 @@ class SplitWriter:
         self.rest_tokens = 0
         # where the last full row ends: the piece, what `add` was told of it, how many of its tokens, characters before it
         self.last_cut: tuple[np.ndarray, int, bool, int, int] | None = None
+        self.rows_sha256 = ""
 
     def add(self, ids: np.ndarray, characters: int, first: bool) -> None:
         """Tokens (n,) int32 that stand for `characters` characters; `first`: they begin a document."""
@@ -75,13 +76,15 @@ class SplitWriter:
             self._write_full_rows()
             (tail,) = self.rest
             if len(tail):
-                self._write(np.pad(tail, (0, self.length - len(tail))), len(tail))
+                self._write(np.pad(tail, (0, self.length - len(tail)))[None], len(tail))
             self.rest, self.rest_tokens = [], 0
         self.documents += 1
 
     def finish(self, tokenizer: Any) -> dict[str, int]:
-        """Write the index; documents, rows, tokens that count, characters they decode to, tokens dropped."""
-        self.writer.finish()
+        """Write the index; documents, rows, tokens that count, characters they decode to, tokens dropped. Sets `rows_sha256`."""
+        if self.filled:
+            self._close_shard()
+        self.rows_sha256 = self.writer.finish()
         return {
             "documents": self.documents,
             "rows": int(self.length_counts.sum()),
@@ -103,15 +106,25 @@ class SplitWriter:
         """Write every full row of what is waiting; returns the tokens written and leaves the others waiting."""
         stream = np.concatenate(self.rest)
         kept = len(stream) // self.length * self.length
-        for row in stream[:kept].reshape(-1, self.length):
-            self._write(row, self.length)
+        self._write(stream[:kept].reshape(-1, self.length), self.length)
         self.rest = [stream[kept:]]
         return kept
 
-    def _write(self, row: np.ndarray, length: int) -> None:
-        self.writer.write({"tokens": row, "length": length})
-        np.add.at(self.unigram, row[:length], 1)
-        self.length_counts[length] += 1
+    def _write(self, rows: np.ndarray, length: int) -> None:
+        """Rows (n, LENGTH), of each of which `length` ids count."""
+        np.add.at(self.unigram, rows[:, :length], 1)
+        self.length_counts[length] += len(rows)
+        while len(rows):
+            if self.filled == len(self.shard):
+                self._close_shard()
+            part = self.shard[self.filled : self.filled + len(rows)]
+            part["tokens"], part["length"] = rows[: len(part)], length
+            self.filled += len(part)
+            rows = rows[len(part) :]
+
+    def _close_shard(self) -> None:
+        self.writer.write(self.shard[: self.filled])
+        self.filled = 0
 
 
 def describe_file(path: str | Path) -> dict[str, Any]:
@@ -132,9 +145,23 @@ def write_manifest(folder: str | Path, manifest: dict[str, Any]) -> dict[str, An
     return manifest
 
 
+def format_of(manifest: dict[str, Any]) -> str:
+    """The format of a folder's shards; there was one only when folders did not say."""
+    return manifest.get("format", "mds")
+
+
 def identity(manifest: dict[str, Any]) -> str:
-    """A hash of the shards' files: equal where they hold the same tokens."""
-    return hashlib.sha256(json.dumps(manifest["files"], sort_keys=True).encode()).hexdigest()
+    """A hash of the rows and their tokenizer: equal where folders hold the same, in whatever format.
+
+    A folder of before rows were hashed is known by its files, and what has been converted from it by what it was known by.
+    """
+    if "identity" in manifest:
+        return manifest["identity"]
+    if "rows_sha256" in manifest:
+        known: Any = {"rows": manifest["rows_sha256"], "tokenizer": manifest["tokenizer"]["hash"]}
+    else:
+        known = manifest["files"]
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
@@ -155,6 +182,8 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         raise UserError(f"{path} is damaged: delete {folder} and run megaflow prepare again.") from error
     if version != VERSION:
         raise UserError(f"{path} has version {version}, this MegaFlow reads {VERSION}: prepare the text again into another data.path.")
+    if (format := format_of(manifest)) not in formats.SUFFIXES:
+        raise UserError(f"{path} names shards of format {format}, this MegaFlow reads {' and '.join(formats.SUFFIXES)}: convert them.")
     return manifest
 
 
@@ -188,37 +217,57 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+ADVICE = "restore it, or delete the folder and run megaflow prepare again"
+
+
+def check_present(folder: str | Path, name: str, manifest: dict[str, Any]) -> None:
+    """Raises UserError where a file of the manifest is missing or has another size."""
+    path, expected = Path(folder) / name, manifest["files"][name]["bytes"]
+    size = path.stat().st_size if path.is_file() else None
+    if size is None:
+        raise UserError(f"{path} is missing: {ADVICE}.")
+    if size != expected:
+        raise UserError(f"{path} has {size} bytes instead of {expected}: {ADVICE}.")
+
+
 def verify_file(folder: str | Path, name: str, manifest: dict[str, Any]) -> None:
-    """Compare the sha256 of one file with the manifest's; raises UserError where it differs."""
-    if sha256(Path(folder) / name) != manifest["files"][name]["sha256"]:
-        raise UserError(f"{Path(folder) / name} is not what prepare wrote (sha256 differs): delete {folder} and prepare it again.")
+    """Compare one file with the manifest; raises UserError where it is missing, cut short or another."""
+    check_present(folder, name, manifest)
+    path = Path(folder) / name
+    if sha256(path) != manifest["files"][name]["sha256"]:
+        raise UserError(f"{path} is not what prepare wrote (sha256 differs): {ADVICE}.")
 
 
 def open_prepared(folder: str | Path) -> dict[str, Any]:
     """The manifest of a prepared folder after checking that every file is there and has its size, and the content of all but the
     shards, which TokenStream checks as it comes to them; UserError otherwise."""
     manifest = read_manifest(folder)
-    for name, expected in manifest["files"].items():
-        path = Path(folder) / name
-        size = path.stat().st_size if path.is_file() else None
-        if size is None:
-            raise UserError(f"{path} is missing: delete {folder} and run megaflow prepare again.")
-        if size != expected["bytes"]:
-            raise UserError(f"{path} has {size} bytes instead of {expected['bytes']}: delete {folder} and run megaflow prepare again.")
-        if path.suffix != ".mds":
+    for name in manifest["files"]:
+        check_present(folder, name, manifest)
+        if Path(name).suffix not in formats.SUFFIXES.values():
             verify_file(folder, name, manifest)
     return manifest
 
 
 def verify(folder: str | Path) -> dict[str, Any]:
-    """The manifest after reading every file and checking its sha256; raises UserError naming the first one that differs."""
-    manifest = open_prepared(folder)
+    """The manifest after reading every file and checking its sha256; raises UserError that names all that are missing or differ."""
+    manifest, damaged = read_manifest(folder), []
     files: dict[str, Any] = manifest["files"]
     progress, done = Progress("verify shards", sum(file["bytes"] for file in files.values()) / 1e6, "MB"), 0
     for name, expected in files.items():
-        verify_file(folder, name, manifest)
+        try:
+            verify_file(folder, name, manifest)
+        except UserError as error:
+            damaged.append((name, error))
         done += expected["bytes"]
         progress.update(done / 1e6)
+    if len(damaged) == 1:
+        raise damaged[0][1]
+    if damaged:
+        names = ", ".join(name for name, _ in damaged)
+        raise UserError(
+            f"{folder}: {len(damaged)} files are missing or not what prepare wrote ({names}): {ADVICE.replace('it,', 'them,')}."
+        )
     return manifest
 
 
@@ -235,7 +284,7 @@ def require_rows(counts: dict[str, dict[str, int]], length: int) -> None:
 def length_counts(folder: str | Path) -> np.ndarray | None:
     """How many training rows have each length, (LENGTH + 1,) int64; None with packing=wrap, whose rows all have the same."""
     path = Path(folder) / LENGTH_COUNTS_FILE
-    return np.load(path) if path.exists() else None
+    return _read_counts(path) if path.exists() else None
 
 
 def log_length_law(folder: str | Path) -> np.ndarray | None:
@@ -251,4 +300,15 @@ def log_length_law(folder: str | Path) -> np.ndarray | None:
 
 def unigram_counts(folder: str | Path) -> np.ndarray:
     """How often each token counts in the training rows: (V,) int64."""
-    return np.load(Path(folder) / UNIGRAM_FILE)
+    return _read_counts(Path(folder) / UNIGRAM_FILE)
+
+
+def _read_counts(path: Path) -> np.ndarray:
+    """A row of counts. The format may hold Python objects, whose reading would run code: refused. Raises UserError."""
+    try:
+        found = np.load(path, allow_pickle=False)
+        if not isinstance(found, np.ndarray) or found.ndim != 1 or found.dtype != np.int64:
+            raise ValueError("not a row of counts")
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); restore this file") from None
+    return found

@@ -40,6 +40,7 @@ from megaflow.model.bound import bound_of_rows
 from megaflow.parallel import random
 from megaflow.progress import Progress
 from megaflow.train.run import read_config, write_atomically
+from megaflow.train.stage import documents_of, end_of_documents
 from megaflow.train.stage_autoregressive import AutoregressiveStage
 from megaflow.train.stages import SHARDS, check_same_shards
 
@@ -82,7 +83,7 @@ def evaluate(
     settings = {"steps": steps, "samples": samples, "rows": rows, "draws": draws, "seed": seed, "temperature": temperature}
     settings |= {"cooled": list(COOLED) if temperature == 1.0 else [], "order": judges.ORDER}
     settings |= {"last": LAST_STEP, "balance": BALANCE_TOKENS} if run.is_map else {"last": None, "balance": None}
-    identity = {**kept.weights_of(run.checkpoint), "shards": shards.identity(run.manifest), "settings": settings}
+    identity = {"step": run.step, "weights": run.weights, "shards": shards.identity(run.manifest), "settings": settings}
     result = kept.read(run.directory)
     if not kept.is_of(result, identity):
         result = measure(run, identity, began)
@@ -197,12 +198,14 @@ def likelihood(run: Run, held_out: RealText, draws: int, seed: int) -> dict[str,
     ids = held_out.ids.to(device)
     lengths = None if held_out.lengths is None else held_out.lengths.to(device)
     law = shards.log_length_law(run.directory / SHARDS)
+    end = end_of_documents(run.config, run.manifest)
+    documents = None if end is None else documents_of(ids, end)
     if isinstance(run.network, Autoregressive):
         stage = AutoregressiveStage(run.config, run.network)
-        nats = sum(
-            stage.validate(ids[i : i + 64], None if lengths is None else lengths[i : i + 64])["validation_loss"] * counted(held_out, i)
-            for i in range(0, len(ids), 64)
-        ) / counted(held_out, 0, len(ids))
+        parts = [slice(i, i + 64) for i in range(0, len(ids), 64)]
+        rows = [[None if x is None else x[part] for x in (lengths, documents)] for part in parts]
+        losses = [stage.validate(ids[part], *some)["validation_loss"] for part, some in zip(parts, rows, strict=True)]
+        nats = sum(loss * counted(held_out, part.start) for loss, part in zip(losses, parts, strict=True)) / counted(held_out, 0, len(ids))
         if law is not None and run.manifest["tokenizer"]["end_id"] is None:  # nothing in a row tells its length
             nats -= float(sum(law[len(row)] for row in held_out.rows)) / counted(held_out, 0, len(ids))
         log_prior = run.network.log_prior.double().cpu()
@@ -216,7 +219,7 @@ def likelihood(run: Run, held_out: RealText, draws: int, seed: int) -> dict[str,
     else:
         progress = Progress(f"bound {run.directory.name}", len(ids), "rows")
         try:
-            bound: Estimate = bound_of_rows(*run.flow, ids, lengths, draws, seed, progress=progress, log_length=law)
+            bound: Estimate = bound_of_rows(*run.flow, ids, lengths, draws, seed, progress=progress, log_length=law, documents=documents)
         except RangeTooShort as error:
             return {"kind": "none", "reason": str(error)}
         entropy = bound.unigram
@@ -336,7 +339,7 @@ def reference(run: Run, held_out: RealText, judge: Judge, samples: int, seed: in
 
 def profile(run: Run) -> dict[str, Any] | None:
     """Cross-entropy against time as measured in training, and the clock that was fitted to it."""
-    (_, _, clock), stage = run.flow, run.checkpoint.tensors("stage")
+    (_, _, clock), stage = run.flow, run.kept
     found: dict[str, Any] = {"clock": run.config.flow.clock.name, "clock_t": clock.times.tolist(), "clock_cdf": clock.tau.tolist()}
     if "profile_edges" in stage:
         edges = stage["profile_edges"]

@@ -14,6 +14,7 @@ from megaflow.config.schema import Config
 from megaflow.data.shards import length_counts, read_description
 from megaflow.data.tokenizer import decode, end_id, load_tokenizer
 from megaflow.errors import UserError
+from megaflow.export import folder
 from megaflow.flow import balance, sampler
 from megaflow.flow import clock as clocks
 from megaflow.flow import head as heads
@@ -26,7 +27,6 @@ from megaflow.model.text_dit import TextDiT
 from megaflow.model.trunk import Cache
 from megaflow.parallel import random
 from megaflow.progress import Progress
-from megaflow.train.checkpoint import Checkpoint
 from megaflow.train.run import read_config, stage_of
 from megaflow.train.stages import SHARDS, trained_autoregressive, trained_flow
 
@@ -39,22 +39,24 @@ LAST_STEP = 0.5
 
 @dataclass
 class Run:
-    """A trained run, loaded for sampling and evaluation. parts and clock are None for the autoregressive baseline."""
+    """A trained run, or a model that was converted from one, loaded for sampling and evaluation.
+
+    parts and clock are None for the autoregressive baseline. step, weights: what identifies its weights, see kept.py; kept: what its stage
+    has measured.
+    """
 
     directory: Path
     config: Config
-    stage: str
+    is_map: bool
     network: TextDiT | Autoregressive
     parts: Parts | None
     clock: Clock | None
     manifest: dict[str, Any]
     tokenizer: Any
-    checkpoint: Checkpoint
+    step: int
+    weights: str
+    kept: dict[str, Tensor]
     offsets: Tensor | None = None  # see one_step_offsets
-
-    @property
-    def is_map(self) -> bool:
-        return self.stage == "distill"
 
     @property
     def flow(self) -> tuple[TextDiT, Parts, Clock]:
@@ -64,17 +66,23 @@ class Run:
 
 
 def load_run(directory: str | Path) -> Run:
-    """Any run, baseline included, with its averaged weights. Raises UserError."""
+    """Any run, baseline included, with its averaged weights; or a converted model, with those it has. Raises UserError."""
     directory = Path(directory)
-    config, stage = read_config(directory).config, stage_of(directory)
-    manifest = read_description(directory / SHARDS)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = load_tokenizer(directory / SHARDS)
-    if config.model.family == "autoregressive":
-        network, found = trained_autoregressive(directory, config, device)
-        return Run(directory, config, stage, network, None, None, manifest, tokenizer, found)
-    flow, parts, clock, found = trained_flow(directory, config, stage == "distill", device)
-    return Run(directory, config, stage, flow, parts, clock, manifest, tokenizer, found)
+    if folder.is_model(directory):
+        about = folder.read_manifest(directory)
+        step, weights, kept = about["source"]["step"], folder.identity(about), folder.stage(directory)
+        network, parts, clock, config = folder.load(directory, device)
+        is_map = about["kind"] == "flow_map"
+    else:
+        config, is_map = read_config(directory).config, stage_of(directory) == "distill"
+        if config.model.family == "autoregressive":
+            (network, found), parts, clock = trained_autoregressive(directory, config, device), None, None
+        else:
+            network, parts, clock, found = trained_flow(directory, config, is_map, device)
+        step, weights, kept = found.state["step"], found.sha256, found.tensors("stage")
+    manifest, tokenizer = read_description(directory / SHARDS), load_tokenizer(directory / SHARDS)
+    return Run(directory, config, is_map, network, parts, clock, manifest, tokenizer, step, weights, kept)
 
 
 def sample(
@@ -99,7 +107,7 @@ def sample(
     progress, done = Progress(f"sample {run.directory.name}", passes, "passes"), iter(range(1, passes + 1))
     rows = generate(run, count, steps, method, temperature, gamma, seed, last, tick=lambda: progress.update(next(done)))
     settings = {"method": method, "steps": steps, "last": last, "temperature": temperature, "gamma": gamma, "seed": seed}
-    made = {"run": str(directory), "step": run.checkpoint.state["step"], **settings}
+    made = {"run": str(directory), "step": run.step, **settings}
     return {**made, "texts": [text_of(run, row) for row in rows], "tokens": rows}
 
 

@@ -47,13 +47,16 @@ class Autoregressive(nn.Module):
     def head(self) -> Head:
         return Head(real(self.weight, self.part), real(self.bias, self.part), None, False, self.part)
 
-    def forward(self, ids: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Padding follows the counted tokens of a row, so causality alone hides it; `lengths` is accepted for symmetry and unused."""
+    def forward(self, ids: Tensor, lengths: Tensor | None = None, documents: Tensor | None = None) -> Tensor:
+        """Padding follows the counted tokens of a row, so causality alone hides it; `lengths` is accepted for symmetry and unused.
+
+        documents: (B, L) which document each token is of, where others' are not seen; the first of one is predicted from the end before.
+        """
         embedded = embed(ids[:, :-1], self.table, cut_of(self.table))
         first = self.start.expand(len(ids), 1, -1).to(embedded.dtype)
-        beside = own(windows(torch.cat([first, embedded], 1), self.before, 0), self.axis, 1)
+        beside = own(windows(torch.cat([first, embedded], 1), self.before, 0, None, documents), self.axis, 1)
         (widen,) = copied_together([self.widen.weight], self.axis)
-        return self.trunk(F.linear(beside, widen), causal=True)
+        return self.trunk(F.linear(beside, widen), causal=True, documents=documents)
 
     def read(self, hidden: Tensor) -> Read:
         return Read(hidden.flatten(0, 1))

@@ -35,11 +35,14 @@ def bound_of_rows(
     double: bool = True,
     progress: Progress | None = None,
     log_length: np.ndarray | None = None,
+    documents: Tensor | None = None,
 ) -> Estimate:
     """The bound on rows (R, L), `draws` times and noises each, in nats per counted token.
 
     The network is told how long a row is, by what it may attend to. Where rows differ in length a bound of -log p(row) therefore has
-    -log p(length) too: log_length (L + 1,), of data.shards. Without it the bound is that of rows whose lengths are known.
+    -log p(length) too: log_length (L + 1,), of data.shards. Without it the bound is that of rows whose lengths are known. In the same
+    way documents (B, L) tell where one ends, and -log p of that is that of a coin at each token but the last, as likely to fall as an
+    end is frequent.
 
     The channel's terms are in fp64, or with `double` off in fp32, twice as fast and good for watching a training run.
     Raises flow.likelihood.RangeTooShort where the network has no bound on the flow's range.
@@ -54,17 +57,17 @@ def bound_of_rows(
     for start in range(0, rows, batch):
         part = slice(start, min(start + batch, rows))
         places = torch.arange(part.start, part.stop)
-        some = None if lengths is None else lengths[part]
+        some, of = (None if x is None else x[part] for x in (lengths, documents))
 
         def sums(per_token: Tensor, part: slice = part) -> Tensor:
             return (per_token.view(-1, width) * counted[part]).sum(1).cpu().double()
 
         for draw in range(draws):
             times, weight = likelihood.integration_times(law, parts.span, order[places * draws + draw], rows * draws, offset)
-            (_, error), (_, channel_error) = _integrands(network, parts, ids[part], some, places, times, seed, draw, double)
+            (_, error), (_, channel_error) = _integrands(network, parts, ids[part], some, of, places, times, seed, draw, double)
             ours[draw, part], channel[draw, part] = sums(error) * weight, sums(channel_error) * weight
         end = time_of(torch.full((len(places),), parts.span.high, dtype=torch.float64))
-        (nll, _), (channel_nll, _) = _integrands(network, parts, ids[part], some, places, end, seed, draws, double)
+        (nll, _), (channel_nll, _) = _integrands(network, parts, ids[part], some, of, places, end, seed, draws, double)
         last[part], last_channel[part] = sums(nll), sums(channel_nll)
         if progress is not None:
             progress.update(part.stop)
@@ -73,11 +76,33 @@ def bound_of_rows(
     tokens = counted.sum(1).cpu()
     ends = (last.sum() / tokens.sum()).item()
     told = 0.0 if log_length is None else -torch.from_numpy(log_length)[tokens]
+    if documents is not None:
+        told = told + boundary_cost(ids, documents, parts, counted)
     return likelihood.estimate(ours + first + last + told, channel + first + last_channel, unigram, tokens, ends)
 
 
+def boundary_cost(ids: Tensor, documents: Tensor, parts: Parts, counted: Tensor) -> Tensor:
+    """-log p, in nats (R,), of where documents end within rows, were every token's being an end a coin as likely as the law has it."""
+    last = documents[:, 1:] != documents[:, :-1]
+    if not last.any():
+        return torch.zeros(len(ids), dtype=torch.float64)
+    end = ids[:, :-1][last][:1]
+    log_p = look_up(parts.code.part, parts.log_prior, end).double()
+    cost = torch.where(last, -log_p, -torch.log1p(-log_p.exp())) * counted[:, 1:]
+    return cost.sum(1).cpu()
+
+
 def _integrands(
-    network: TextDiT, parts: Parts, ids: Tensor, lengths: Tensor | None, places: Tensor, times: Tensor, seed: int, draw: int, double: bool
+    network: TextDiT,
+    parts: Parts,
+    ids: Tensor,
+    lengths: Tensor | None,
+    documents: Tensor | None,
+    places: Tensor,
+    times: Tensor,
+    seed: int,
+    draw: int,
+    double: bool,
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """(cross-entropy, squared error) per token (B L,), of the network and of the channel alone, at the same noisy states."""
     code = parts.code.double() if double else parts.code
@@ -85,7 +110,7 @@ def _integrands(
     noise = random.normal(places.tolist(), shape, seed, "bound noise", draw, columns=columns).to(ids.device)
     times = times.to(ids.device)
     y = noisy_state(lookup(parts.code, ids), noise, times)
-    hidden = network(y, times, lengths=lengths)
+    hidden = network(y, times, lengths=lengths, documents=documents)
     wide = torch.float64 if double else y.dtype
     flat, s = y.to(wide).flatten(0, 1), times.to(wide)[:, None].expand(ids.shape).flatten()
     ours = replace(network.head(), code=code)

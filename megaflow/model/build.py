@@ -35,7 +35,9 @@ def flow_network(config: Config, parts: Parts, device: torch.device, is_map: boo
     shape = shape_of(config, parts.code.vocab)
     map_reads = config.distill.state_input if is_map else None
     skip, kernel = config.flow.skip == "on", config.model.attention
-    return TextDiT(shape, parts.code.to(device), parts.log_prior.to(device), parts.span, skip, reads, map_reads, kernel, axis).to(device)
+    network = TextDiT(shape, parts.code.to(device), parts.log_prior.to(device), parts.span, skip, reads, map_reads, kernel, axis)
+    network.trunk.softcap = config.model.softcap
+    return network.to(device)
 
 
 def cut_parts(config: Config, parts: Parts, axis: Axis) -> Parts:
@@ -48,7 +50,9 @@ def autoregressive_network(config: Config, log_prior: torch.Tensor, device: torc
     vocab = len(log_prior)
     part = part_of(config, vocab, axis)
     ours = log_prior[part.start : part.stop].to(device)
-    return Autoregressive(shape_of(config, vocab), ours, config.model.attention, part, axis).to(device)
+    network = Autoregressive(shape_of(config, vocab), ours, config.model.attention, part, axis)
+    network.trunk.softcap = config.model.softcap
+    return network.to(device)
 
 
 def draw(network: TextDiT | Autoregressive, seed: int) -> None:

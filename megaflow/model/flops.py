@@ -29,6 +29,8 @@ clock. Of the inner rows' draws (flow_map.draw_times) that is
 import math
 from typing import NamedTuple
 
+import torch
+
 from megaflow.config.schema import Config
 from megaflow.flow import clock as clocks
 from megaflow.flow import flow_map
@@ -53,9 +55,9 @@ class Flops(NamedTuple):
 
 def hot_until(clock: Clock, code: Code) -> float:
     """The place h on the clock where a channel c = t / (1 - t)^2 is as sharp as the one that hot beliefs are read with."""
-    gain = HOT_GAIN / code.leverage.double().mean().sqrt()
-    time = (2.0 * gain + 1.0 - (4.0 * gain + 1.0).sqrt()) / (2.0 * gain)
-    return clocks.forward(clock, time.cpu()).item()
+    gain = HOT_GAIN / math.sqrt(code.mean_leverage)
+    time = (2.0 * gain + 1.0 - math.sqrt(4.0 * gain + 1.0)) / (2.0 * gain)
+    return clocks.forward(clock, torch.tensor(time, dtype=torch.float64)).item()
 
 
 def hot_shares(hot: float) -> tuple[float, float]:

@@ -90,10 +90,10 @@ def read(path: Path) -> Parts:
     try:
         with safe_open(path, "pt") as file:
             meta, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        code = codes.make(len(tensors["leverage"]), int(meta["dim"]), tensors.get("code"), tensors["leverage"])
+        return Parts(code, tensors["log_prior"], Range(float(meta["low"]), float(meta["high"])))
     except Exception as error:  # safetensors raises several unrelated classes
         raise UserError(f"{path}: cannot read the flow's code and prior ({error}); restore the file or start the run afresh") from None
-    code = codes.make(len(tensors["leverage"]), int(meta["dim"]), tensors.get("code"), tensors["leverage"])
-    return Parts(code, tensors["log_prior"], Range(float(meta["low"]), float(meta["high"])))
 
 
 def to(parts: Parts, device: torch.device) -> Parts:

@@ -161,15 +161,24 @@ class TextDiT(nn.Module):
         """Flat tokens for the head: hidden (B, L, d), state y (B, L, d_c) and the time s (B,) of the state."""
         return Read(hidden.flatten(0, 1), y.flatten(0, 1), _per_token(s, y))
 
-    def forward(self, y: Tensor, s: Tensor, t: Tensor | None = None, lengths: Tensor | None = None, seen: Seen | None = None) -> Tensor:
+    def forward(
+        self,
+        y: Tensor,
+        s: Tensor,
+        t: Tensor | None = None,
+        lengths: Tensor | None = None,
+        seen: Seen | None = None,
+        documents: Tensor | None = None,
+    ) -> Tensor:
         """Hidden states (B, L, d) of psi_{s,t} at y (B, L, d_c). s, t: (B,) real times, fp64; t = None is the diagonal.
 
+        lengths: (B,) positions of each row that there are; documents: (B, L) which document each is of, where others' are not seen.
         `seen` is `see(y, s, t)` where the caller has it already, for this end t or any other after s.
         """
         seen = self.see(y, s, t) if seen is None else seen
         entering: list[Tensor] = []
         if self.widen is not None:
-            entering.append(self.widen(self.beside(seen.belief, self.widen, lengths)))
+            entering.append(self.widen(self.beside(seen.belief, self.widen, lengths, documents)))
         if self.state is not None:
             entering.append(self.state((y * self.state_scale(s)).to(self.state.weight.dtype)))
         condition = self.time(s)
@@ -177,12 +186,12 @@ class TextDiT(nn.Module):
             condition = condition + self.map_time(s if t is None else t)
         if t is not None and self.map_reads not in (None, "none"):
             if self.map_state is not None:
-                ahead = self.map_state(self.beside(y * self.state_scale(s), self.map_state, lengths))
+                ahead = self.map_state(self.beside(y * self.state_scale(s), self.map_state, lengths, documents))
             else:
                 assert self.map_widen is not None
-                ahead = self.map_widen(self.beside(seen.hot, self.map_widen, lengths))
+                ahead = self.map_widen(self.beside(seen.hot, self.map_widen, lengths, documents))
             entering.append(((t - s) / (1.0 - s))[:, None, None].to(ahead.dtype) * ahead)
-        return self.trunk(sum(entering[1:], entering[0]), F.silu(condition), lengths=lengths)
+        return self.trunk(sum(entering[1:], entering[0]), F.silu(condition), lengths=lengths, documents=documents)
 
     def see(self, y: Tensor, s: Tensor, t: Tensor | None = None) -> Seen:
         """What states y (B, L, d_c) at times s (B,) say; with ends t, also what a flow map reads besides of rows with s < t.
@@ -210,10 +219,10 @@ class TextDiT(nn.Module):
         flat = summed(belief_embedding(self.code, self.log_prior, y.flatten(0, 1), times, table, gain), self.axis)
         return flat.view(*y.shape[:2], flat.shape[-1])
 
-    def beside(self, x: Tensor | None, layer: "Reading", lengths: Tensor | None) -> Tensor:
+    def beside(self, x: Tensor | None, layer: "Reading", lengths: Tensor | None, documents: Tensor | None) -> Tensor:
         """Every position of x (B, L, d) beside its neighbours, in the precision of the layer that reads it."""
         assert x is not None
-        return windows(x.to(layer.weight.dtype), self.neighbors, self.neighbors, lengths)
+        return windows(x.to(layer.weight.dtype), self.neighbors, self.neighbors, lengths, documents)
 
     def state_scale(self, s: Tensor) -> Tensor:
         """One over the known rms of y at time s, (B, 1, 1): sqrt((s^2 mean leverage + (1 - s)^2 d_c) / d_c), a frame's Gram being I."""
@@ -248,8 +257,8 @@ def real(p: Tensor, part: Vocabulary) -> Tensor:
     return p if len(p) == part.here else p[: part.here]
 
 
-def windows(x: Tensor, before: int, after: int, lengths: Tensor | None = None) -> Tensor:
-    """Every position beside its neighbours: (B, L, d) -> (B, L, (before + 1 + after) d), zeros beyond the ends of a row.
+def windows(x: Tensor, before: int, after: int, lengths: Tensor | None = None, documents: Tensor | None = None) -> Tensor:
+    """Every position beside its neighbours: (B, L, d) -> (B, L, (before + 1 + after) d), zeros beyond the ends of a row or document.
 
     A causal decoder's residual stream holds the last token from the start, so that it learns bigrams at once; a bidirectional one
     has to find its neighbours by attention first, and sits on the unigram plateau until it has. This hands them over.
@@ -259,7 +268,11 @@ def windows(x: Tensor, before: int, after: int, lengths: Tensor | None = None) -
     if lengths is not None:
         x = x * (torch.arange(x.shape[1], device=x.device) < lengths[:, None])[..., None]
     padded = F.pad(x, (0, 0, before, after))
-    return torch.cat([padded[:, i : i + x.shape[1]] for i in range(before + 1 + after)], -1)
+    shifted = [padded[:, i : i + x.shape[1]] for i in range(before + 1 + after)]
+    if documents is not None:
+        of = F.pad(documents, (before, after), value=-1)
+        shifted = [part * (of[:, i : i + x.shape[1]] == documents)[..., None] for i, part in enumerate(shifted)]
+    return torch.cat(shifted, -1)
 
 
 def _per_token(s: Tensor, y: Tensor) -> Tensor:

@@ -9,10 +9,13 @@ into the residual stream small, which learns faster in short runs than gates of 
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from megaflow.model.attention import prepare
 from megaflow.parallel.collectives import copied_together, gathered
@@ -69,6 +72,7 @@ class Block(nn.Module):
     def __init__(self, hidden: int, heads: int, mlp_ratio: int, condition: int | None, axis: Axis = ALONE) -> None:
         super().__init__()
         self.heads, self.head_dim, self.axis = heads // axis.size, hidden // heads, axis
+        self.recompute = "off"
         self.qkv = ColumnParallel(hidden, 3 * hidden, axis, bias=False, blocks=3)
         self.out = RowParallel(hidden, hidden, axis, bias=False)
         self.up = ColumnParallel(hidden, mlp_ratio * hidden, axis, bias=True)
@@ -98,18 +102,16 @@ class Block(nn.Module):
         cache: Cache | None,
         index: int,
     ) -> Tensor:
-        shape = x.shape[-1:]
         assert self.down.bias is not None
         scales = self.gains if self.modulation is None else self.modulation(condition)
         # these meet this process's positions or heads only
         scales, bias, *gains = copied_together([scales, self.down.bias, self.query_gain, self.key_gain], self.axis)
-        seen = (angles, attend, cache, index)
         if self.modulation is None:
-            x = x + self.attention(F.layer_norm(x, shape, scales[0]), gains, *seen)
-            return x + self.mlp(F.layer_norm(x, shape, scales[1]), bias)
+            x = x + self.attention(self.cheap(normed, x, scales[0]), gains, angles, attend, cache, index)
+            return x + self.mlp(self.cheap(normed, x, scales[1]), bias)
         shift1, scale1, gate1, shift2, scale2, gate2 = scales[:, None].chunk(6, -1)
-        x = torch.addcmul(x, gate1, self.attention(torch.addcmul(shift1, F.layer_norm(x, shape), 1 + scale1), gains, *seen))
-        return torch.addcmul(x, gate2, self.mlp(torch.addcmul(shift2, F.layer_norm(x, shape), 1 + scale2), bias))
+        x = torch.addcmul(x, gate1, self.attention(self.cheap(modulated, x, shift1, scale1), gains, angles, attend, cache, index))
+        return torch.addcmul(x, gate2, self.mlp(self.cheap(modulated, x, shift2, scale2), bias))
 
     def attention(
         self,
@@ -120,17 +122,41 @@ class Block(nn.Module):
         cache: Cache | None,
         index: int,
     ) -> Tensor:
-        qkv = self.qkv(x)
-        batch, length, _ = qkv.shape
-        q, k, v = qkv.view(batch, length, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
-        q = rotate(F.rms_norm(q, q.shape[-1:], gains[0]), *angles)
-        k = rotate(F.rms_norm(k, k.shape[-1:], gains[1]), *angles)
+        q, k, v = self.cheap(self.split, self.qkv(x), *gains, *angles)
         if cache is not None:
             k, v = cache.extend(index, k, v)
-        return self.out(attend(q, k, v).transpose(1, 2).reshape(batch, length, -1))
+        out = attend(q, k, v).transpose(1, 2)
+        return self.out(out.reshape(*out.shape[:2], -1))
+
+    def split(self, qkv: Tensor, query_gain: Tensor, key_gain: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (B, H/T, L, d_head), the first two normalised and rotated."""
+        batch, length, _ = qkv.shape
+        q, k, v = qkv.view(batch, length, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        q = rotate(F.rms_norm(q, q.shape[-1:], query_gain), cos, sin)
+        return q, rotate(F.rms_norm(k, k.shape[-1:], key_gain), cos, sin), v
 
     def mlp(self, x: Tensor, bias: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x), approximate="tanh"), bias)
+        return self.cheap(self.activated, self.up(x), bias)
+
+    def activated(self, x: Tensor, bias: Tensor) -> Tensor:
+        return self.down(F.gelu(x, approximate="tanh"), bias)
+
+    def cheap(self, function: Callable, *arguments: Any) -> Any:
+        """function(*arguments), whose results are computed again in the backward pass rather than kept, if `recompute` is selective.
+
+        It stops at the last tensor that is needed: before the product that ends `activated`, and before any collective.
+        """
+        if self.recompute == "selective" and torch.is_grad_enabled():
+            return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
+        return function(*arguments)
+
+
+def normed(x: Tensor, gain: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], gain)
+
+
+def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:]), 1 + scale)
 
 
 class Trunk(nn.Module):
@@ -144,6 +170,17 @@ class Trunk(nn.Module):
         self.blocks = nn.ModuleList(Block(hidden, heads, mlp_ratio, condition, axis) for _ in range(layers))
         self.last_modulation = None if condition is None else nn.Linear(condition, 2 * hidden)
         self.last_gain = nn.Parameter(torch.ones(hidden)) if condition is None else None
+        self.recompute, self.softcap = "off", 0.0
+
+    def settle(self, recompute: str, compiled: bool) -> None:
+        """What the backward pass computes again: 'off' nothing, 'selective' what is elementwise, 'full' every block. compiled: the blocks
+        by torch.compile."""
+        self.recompute = recompute
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            block.recompute = recompute
+            if compiled:
+                block.compile(dynamic=False)
 
     def initialize(self) -> None:
         for block in self.blocks:
@@ -153,19 +190,30 @@ class Trunk(nn.Module):
             nn.init.zeros_(self.last_modulation.bias)
 
     def forward(
-        self, x: Tensor, condition: Tensor | None = None, causal: bool = False, lengths: Tensor | None = None, cache: Cache | None = None
+        self,
+        x: Tensor,
+        condition: Tensor | None = None,
+        causal: bool = False,
+        lengths: Tensor | None = None,
+        cache: Cache | None = None,
+        documents: Tensor | None = None,
     ) -> Tensor:
-        """lengths: (B,) tokens that may be seen in each row, None where all are. With a cache, x holds the positions after it."""
+        """lengths: (B,) tokens that may be seen in each row, None where all are; documents: (B, L) which document each position is of,
+        where others' are not to be seen. With a cache, x holds the positions after it."""
         start, length = 0 if cache is None else cache.length, x.shape[1] * self.axis.size
         angles = rotary(start, length, self.head_dim, x.device)
         keys = None if lengths is None else torch.arange(length, device=x.device) < lengths[:, None]
-        attend = prepare(self.kernel, x, self.head_dim, causal, keys, past=start, length=length)
+        attend = prepare(self.kernel, x, self.head_dim, causal, keys, documents, self.softcap, start, length)
+        whole_again = self.recompute == "full" and torch.is_grad_enabled() and cache is None
         for index, block in enumerate(self.blocks):
-            x = block(x, condition, angles, attend, cache, index)
+            if whole_again:
+                again = partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False)
+                x = again(x, condition, angles, attend, cache, index)
+            else:
+                x = block(x, condition, angles, attend, cache, index)
         last = self.last_gain if self.last_modulation is None else self.last_modulation(condition)
         assert last is not None
         (scales,) = copied_together([last], self.axis)
         if self.last_modulation is None:
-            return gathered(F.layer_norm(x, x.shape[-1:], scales), self.axis, 1)
-        shift, scale = scales[:, None].chunk(2, -1)
-        return gathered(torch.addcmul(shift, F.layer_norm(x, x.shape[-1:]), 1 + scale), self.axis, 1)
+            return gathered(normed(x, scales), self.axis, 1)
+        return gathered(modulated(x, *scales[:, None].chunk(2, -1)), self.axis, 1)

@@ -29,27 +29,27 @@ _reduce_scatter: Callable[..., Any] = getattr(dist, "reduce_scatter_single", Non
 
 def copied(x: Tensor, axis: Axis) -> Tensor:
     """x itself, replicated; its gradient is the sum of all processes' gradients."""
-    return x if axis.size == 1 else _Copied.apply(x, axis)
+    return x if axis.size == 1 else _Map.apply(x, axis, 0, "copied")
 
 
 def summed(x: Tensor, axis: Axis) -> Tensor:
     """Sum of all processes' x, on each of them."""
-    return x if axis.size == 1 else _Summed.apply(x, axis)
+    return x if axis.size == 1 else _Map.apply(x, axis, 0, "summed")
 
 
 def gathered(x: Tensor, axis: Axis, dim: int) -> Tensor:
     """All processes' x joined along `dim`; the gradient of each is summed over those of all."""
-    return x if axis.size == 1 else _Gathered.apply(x, axis, dim)
+    return x if axis.size == 1 else _Map.apply(x, axis, dim, "gathered")
 
 
 def scattered(x: Tensor, axis: Axis, dim: int) -> Tensor:
     """This process's slice along `dim` of the sum of all processes' x."""
-    return x if axis.size == 1 else _Scattered.apply(x, axis, dim)
+    return x if axis.size == 1 else _Map.apply(x, axis, dim, "scattered")
 
 
 def own(x: Tensor, axis: Axis, dim: int) -> Tensor:
     """This process's slice along `dim` of a replicated x, whose gradient is joined from all."""
-    return x if axis.size == 1 else _Own.apply(x, axis, dim)
+    return x if axis.size == 1 else _Map.apply(x, axis, dim, "own")
 
 
 def copied_together(tensors: list[Tensor], axis: Axis) -> list[Tensor]:
@@ -86,111 +86,36 @@ def _sum(x: Tensor, axis: Axis) -> Tensor:
     return x
 
 
-class _Copied(torch.autograd.Function):
-    @staticmethod
-    def forward(x: Tensor, axis: Axis) -> Tensor:
-        return x.view_as(x)
+def _own(x: Tensor, axis: Axis, dim: int) -> Tensor:
+    return x.chunk(axis.size, dim)[axis.rank].contiguous()
+
+
+MAPS: dict[str, tuple[Callable[[Tensor, Axis, int], Tensor], str]] = {
+    "copied": (lambda x, axis, dim: x.view_as(x), "summed"),
+    "summed": (lambda x, axis, dim: _sum(x, axis), "copied"),
+    "gathered": (_gather, "scattered"),
+    "scattered": (_scatter, "gathered"),
+    "own": (_own, "joined"),
+    "joined": (_gather, "own"),  # into replicated computation, whose gradient is the same everywhere
+}
+"""Every collective is a linear map: what it does, and the map that is its transpose."""
+
+
+class _Map(torch.autograd.Function):
+    """A linear map: its tangent is the map of the tangent, its gradient the transpose of the gradient, by the same rules again."""
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        ctx.axis = inputs[1]
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        return summed(gradients[0], ctx.axis), None
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        return copied(tangents[0], ctx.axis)
-
-
-class _Summed(torch.autograd.Function):
-    @staticmethod
-    def forward(x: Tensor, axis: Axis) -> Tensor:
-        return _sum(x, axis)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        ctx.axis = inputs[1]
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        return copied(gradients[0], ctx.axis), None
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        return summed(tangents[0], ctx.axis)
-
-
-class _Gathered(torch.autograd.Function):
-    @staticmethod
-    def forward(x: Tensor, axis: Axis, dim: int) -> Tensor:
-        return _gather(x, axis, dim)
+    def forward(x: Tensor, axis: Axis, dim: int, name: str) -> Tensor:
+        return MAPS[name][0](x, axis, dim)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        _, ctx.axis, ctx.dim = inputs
+        _, ctx.axis, ctx.dim, ctx.name = inputs
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        return scattered(gradients[0], ctx.axis, ctx.dim), None, None
+        return _Map.apply(gradients[0], ctx.axis, ctx.dim, MAPS[ctx.name][1]), None, None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        return gathered(tangents[0], ctx.axis, ctx.dim)
-
-
-class _Scattered(torch.autograd.Function):
-    @staticmethod
-    def forward(x: Tensor, axis: Axis, dim: int) -> Tensor:
-        return _scatter(x, axis, dim)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        _, ctx.axis, ctx.dim = inputs
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        return gathered(gradients[0], ctx.axis, ctx.dim), None, None
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        return scattered(tangents[0], ctx.axis, ctx.dim)
-
-
-class _Own(torch.autograd.Function):
-    @staticmethod
-    def forward(x: Tensor, axis: Axis, dim: int) -> Tensor:
-        return x.chunk(axis.size, dim)[axis.rank].contiguous()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        _, ctx.axis, ctx.dim = inputs
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        return _Joined.apply(gradients[0], ctx.axis, ctx.dim), None, None
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        return own(tangents[0], ctx.axis, ctx.dim)
-
-
-class _Joined(torch.autograd.Function):
-    """All slices joined, into replicated computation: the transpose of `own`, and its backward pass."""
-
-    @staticmethod
-    def forward(x: Tensor, axis: Axis, dim: int) -> Tensor:
-        return _gather(x, axis, dim)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        _, ctx.axis, ctx.dim = inputs
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        return own(gradients[0], ctx.axis, ctx.dim), None, None
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        return _Joined.apply(tangents[0], ctx.axis, ctx.dim)
+        return _Map.apply(tangents[0], ctx.axis, ctx.dim, ctx.name)

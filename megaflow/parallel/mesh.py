@@ -6,9 +6,11 @@ needs no launcher, no port and no network; under torchrun every process joins th
 """
 
 import contextlib
+import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -16,8 +18,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megaflow.errors import UserError
+from megaflow.parallel import rendezvous
 
 T = TypeVar("T")
+
+NAMED = 6
+"""Ranks, or names of what differs, that a sentence lists before it stops."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,8 @@ class Mesh:
     tensor: Axis
     data: Axis
     device: torch.device
+    timeout: timedelta | None = None
+    """How long collectives wait for other processes; None: as torch has it."""
 
     @property
     def first(self) -> bool:
@@ -63,41 +71,82 @@ def check(tensor: int, total: int) -> None:
 
 
 @contextlib.contextmanager
-def join(tensor: int = 1) -> Iterator[Mesh]:
-    """Join the process group (gloo on CPUs, NCCL on GPUs) as a mesh with `tensor` processes a network, and leave it at the end.
+def gather(patience: float | None = None) -> Iterator[Mesh]:
+    """Join the process group (gloo on CPUs, NCCL on GPUs), and leave it at the end: a mesh of which only the world is laid out yet.
 
-    A group that is there already is taken as it is, and left alone. Raises UserError where the number of processes is not a multiple of
-    `tensor`.
+    A group that is there already is taken as it is, and left alone. patience: seconds that a collective waits for other processes, by
+    default as many as torch's own; give more than whoever watches over hangs (watch.py) allows, who can say more about them.
     """
-    check(tensor, processes())
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     if dist.is_initialized():
-        yield grid(tensor, device)
+        yield _everyone(device)
         return
     backend = "nccl" if cuda else "gloo"
+    timeout = None if patience is None else timedelta(seconds=patience)
+    if patience is not None:  # torch's own watch over NCCL aborts a process before anybody has found out which other one is gone
+        os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
     if "RANK" in os.environ:
-        dist.init_process_group(backend)
+        store, rank, size = rendezvous.meet(timeout or dist.distributed_c10d.default_pg_timeout)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
-        yield grid(tensor, device)
+        yield _everyone(device, timeout)
     finally:
         dist.destroy_process_group()
 
 
-def grid(tensor: int, device: torch.device) -> Mesh:
+def _everyone(device: torch.device, timeout: timedelta | None = None) -> Mesh:
+    return Mesh(Axis(dist.get_rank(), dist.get_world_size(), dist.group.WORLD), ALONE, ALONE, device, timeout)
+
+
+@contextlib.contextmanager
+def join(tensor: int = 1) -> Iterator[Mesh]:
+    """Join the process group as a mesh with `tensor` processes a network, and leave it at the end.
+
+    Raises UserError where the number of processes is not a multiple of `tensor`.
+    """
+    check(tensor, processes())
+    with gather() as everyone:
+        yield grid(tensor, everyone.device)
+
+
+def agree(mesh: Mesh, facts: dict[str, Any]) -> None:
+    """Refuse processes that were started with different facts, name to value. Needs only the world. Raises UserError, on all of them."""
+    digests = exchanged(mesh, hashlib.blake2b(repr(sorted(facts.items())).encode()).hexdigest())
+    if len(set(digests)) == 1:
+        return
+    everyones = exchanged(mesh, (os.uname().nodename, {name: repr(value) for name, value in facts.items()}))
+    differ = []
+    for name in dict.fromkeys(name for _, facts in everyones for name in facts):
+        holders: dict[str, list[int]] = {}
+        for rank, (_, facts) in enumerate(everyones):
+            holders.setdefault(facts.get(name, "nothing"), []).append(rank)
+        if len(holders) > 1:
+            differ.append(f"{name} is " + ", ".join(f"{value} on {_listed(ranks, everyones)}" for value, ranks in holders.items()))
+    more = f"; and {len(differ) - NAMED} more" if len(differ) > NAMED else ""
+    raise UserError(f"the processes do not agree: {'; '.join(differ[:NAMED])}{more}; start all of them with the same config and packages")
+
+
+def _listed(ranks: list[int], everyones: list[tuple[str, Any]]) -> str:
+    hosts = ", ".join(dict.fromkeys(everyones[rank][0] for rank in ranks))
+    few = ", ".join(map(str, ranks[:NAMED])) + (", …" if len(ranks) > NAMED else "")
+    return f"{'rank' if len(ranks) == 1 else 'ranks'} {few} ({hosts})"
+
+
+def grid(tensor: int, device: torch.device, timeout: timedelta | None = None) -> Mesh:
     """The mesh over a process group that is there. Every process makes every group, in the same order, as torch asks."""
     rank, size = dist.get_rank(), dist.get_world_size()
     rows = [list(range(start, start + tensor)) for start in range(0, size, tensor)]
     columns = [list(range(offset, size, tensor)) for offset in range(tensor)]
-    return Mesh(Axis(rank, size, dist.group.WORLD), _axis(rows, rank), _axis(columns, rank), device)
+    return Mesh(Axis(rank, size, dist.group.WORLD), _axis(rows, rank, timeout), _axis(columns, rank, timeout), device, timeout)
 
 
-def _axis(lines: list[list[int]], rank: int) -> Axis:
-    groups = [dist.new_group(line) for line in lines]
+def _axis(lines: list[list[int]], rank: int, timeout: timedelta | None) -> Axis:
+    groups = [dist.new_group(line, timeout=timeout) for line in lines]
     return next(Axis(line.index(rank), len(line), group) for line, group in zip(lines, groups, strict=True) if rank in line)
 
 

@@ -25,9 +25,10 @@ is whole unless the disk has damaged it, and who opens it compares hashes. Readi
 
 import hashlib
 import json
+import math
 import re
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,6 +49,8 @@ SEEN = ("averaged", "stage")
 MANIFEST = "manifest.json"
 VERSION = 2
 DELETE = "delete this checkpoint to go on from an earlier one"
+BLOCK = 2**24
+"""Bytes of a block of `Checkpoint.blocks`: what a reader holds of a tensor that may be larger than memory."""
 HASHERS = 8
 """Files that are hashed at once: a disk is busy by then."""
 
@@ -109,6 +112,19 @@ class Checkpoint:
             raise Damaged(f"{self.path / MANIFEST}: the boxes of {name} do not make it up; {DELETE}")
         return found
 
+    def blocks(self, name: str, at: Box | None = None) -> Iterator[tuple[Box, Tensor]]:
+        """A tensor, or a box of it, as boxes of at most BLOCK bytes that, laid end to end, are its elements in row-major order; whole rows
+        where these are smaller. Raises UserError, Damaged."""
+        tensor = self._of(name)
+        at = boxes.full(tensor.shape) if at is None else at
+        shape, most = boxes.shape_of(at), max(BLOCK // tensor.dtype.itemsize, 1)
+        row, total = max(math.prod(shape[1:]), 1), math.prod(shape)
+        step = most // row * row or most
+        for first in range(0, total, step):
+            for box in boxes.flat(shape, first, min(first + step, total)):
+                box = boxes.moved(box, boxes.full(shape), at)
+                yield box, self.read(name, box)
+
     def tensors(self, group: str) -> dict[str, Tensor]:
         """All tensors of a group, whole, by the rest of their names. Raises Damaged."""
         return {name.removeprefix(f"{group}/"): self.read(name) for name in self.names(f"{group}/")}
@@ -153,6 +169,11 @@ def file_of(group: str, rank: int, size: int) -> str:
     return f"{group}-{rank:05d}-of-{size:05d}.safetensors"
 
 
+def _group(file: str) -> str:
+    """The group that a file is of."""
+    return file.rsplit("-", 3)[0]
+
+
 def canonical(content: Any) -> str:
     """The one way in which a manifest's content is written to be hashed."""
     return json.dumps(content, sort_keys=True, separators=(",", ":"))
@@ -175,7 +196,7 @@ def open_checkpoint(path: Path, groups: Collection[str] | None = None, verify: b
 
 def files(checkpoint: Checkpoint, groups: Collection[str] | None = None) -> list[str]:
     """Names of the files of these groups, of all if None, sorted: the same list on every process."""
-    return sorted(name for name in checkpoint.files if groups is None or name.rsplit("-", 3)[0] in groups)
+    return sorted(name for name in checkpoint.files if groups is None or _group(name) in groups)
 
 
 def damage(checkpoint: Checkpoint, present: Sequence[str], compared: Sequence[str]) -> str | None:
@@ -232,7 +253,7 @@ def _manifest(path: Path) -> Checkpoint:
     file = path / MANIFEST
     try:
         written = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         written = None
     if isinstance(written, dict) and "weights.safetensors" in written:
         raise Damaged(f"{file}: an earlier version of megaflow, which kept full tensors, has written it; go on with that, or train anew")
@@ -244,19 +265,31 @@ def _manifest(path: Path) -> Checkpoint:
             raise Damaged(
                 f"{file}: version {content['version']} of checkpoints, and this megaflow reads version {VERSION}; install its own"
             )
-        if any(Path(name).name != name for name in content["files"]):
-            raise ValueError
+        for name, entry in content["files"].items():
+            if not re.fullmatch(r"[a-z]+-\d{5,}-of-\d{5,}\.safetensors", name) or not {"bytes", "sha256"} <= entry.keys():
+                raise ValueError
+        for name, tensor in content["tensors"].items():
+            if any(held not in content["files"] or _group(held) != name.partition("/")[0] for held, _ in tensor["boxes"]):
+                raise ValueError
         logical = {
             name: Logical(
                 tensor_file.DTYPES[tensor["dtype"]],
-                tuple(tensor["shape"]),
-                [(held, tuple((start, stop) for start, stop in at)) for held, at in tensor["boxes"]],
+                _counts(tensor["shape"]),
+                [(held, tuple((start, stop) for start, stop in map(_counts, at))) for held, at in tensor["boxes"]],
             )
             for name, tensor in content["tensors"].items()
         }
+        _counts([content["state"]["step"]])
         return Checkpoint(path, content["state"], content["content"], content["files"], logical)
-    except (KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, TypeError, ValueError):
         raise Damaged(f"{path}: {MANIFEST} is missing or damaged; {DELETE}") from None
+
+
+def _counts(values: Any) -> tuple[int, ...]:
+    """Whole numbers from 0 on, of a manifest that anybody may have written. Raises TypeError, ValueError."""
+    if any(type(value) is not int or value < 0 for value in values):
+        raise ValueError
+    return tuple(values)
 
 
 def _other_size(checkpoint: Checkpoint, name: str) -> str | None:

@@ -20,8 +20,9 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial as partial_of
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,12 @@ class Writer:
         except Exception as error:
             print(f"warning: {error}", file=sys.stderr)
 
+    def settle(self, limit: float) -> None:
+        """Before the process is ended from another thread: have what is being written finished, if that takes at most `limit` seconds."""
+        self._leaving = True
+        if (thread := self._thread) is not None:
+            thread.join(limit)
+
     def _work(self, held: list[Piece], state: dict[str, Any]) -> None:
         failure: BaseException
         target = checkpoints.folder(self.run, state["step"])
@@ -171,7 +178,7 @@ class Writer:
                     raise UserError(failed(target, f"process {rank} of {self.size}: {reason}"))
             missing -= {rank for rank in missing if _note(rank, "json") in names}
             if not missing:
-                return [json.loads((partial / _note(rank, "json")).read_text("utf-8")) for rank in range(self.size)]
+                return written_parts(partial, self.size)
         listed = ", ".join(map(str, sorted(missing)))
         which = f"process {listed}" if len(missing) == 1 else f"processes {listed}"
         raise UserError(failed(target, f"{which} of {self.size} wrote no part {self._in_time(self.limit)}"))
@@ -239,19 +246,32 @@ def copied(pieces: Iterable[Piece], buffers: dict[str, Tensor]) -> list[Piece]:
     return held
 
 
-def write_part(partial: Path, held: list[Piece], rank: int, size: int) -> None:
-    """One process's files, a group each, and, when they are on disk, the note that says so. Raises OSError."""
+def at_hand(piece: Piece) -> Iterator[tuple[Box, Tensor]]:
+    """The one block that a piece in memory is."""
+    yield piece.at, piece.tensor
+
+
+def write_part(
+    partial: Path, held: list[Piece], rank: int, size: int, blocks_of: Callable[[Piece], Iterable[tuple[Box, Tensor]]] = at_hand
+) -> None:
+    """One process's files, a group each, and, when they are on disk, the note that says so. Raises OSError.
+
+    blocks_of(piece): what it holds, as boxes of the logical tensor in row-major order of its own; of a piece that is not in memory, whose
+    tensor is one of torch's without values (device "meta"), they are read when its turn comes.
+    """
     groups: dict[str, dict[str, Piece]] = {}
     for piece in held:
         groups.setdefault(piece.name.partition("/")[0], {})[checkpoints.key(piece.name, piece.shape, piece.at)] = piece
     files, described = {}, []
     for group, named in groups.items():
         file = checkpoints.file_of(group, rank, size)
-        tensors = {key: piece.tensor for key, piece in named.items()}
         places = json.dumps({key: {"shape": piece.shape, "at": piece.at} for key, piece in named.items()})
-        sha256, count = tensor_file.write(partial / file, *tensor_file.given(tensors), {"format": "pt", "boxes": places})
+        kinds = tensor_file.kinds_of({key: piece.tensor for key, piece in named.items()})
+        sums = dict.fromkeys(named, 0)
+        counted = partial_of(_blocks, named, blocks_of, sums if group in checkpoints.SEEN else None)
+        sha256, count = tensor_file.write(partial / file, kinds, counted, {"format": "pt", "boxes": places})
         files[file] = {"sha256": sha256, "bytes": count}
-        for piece in named.values():
+        for key, piece in named.items():
             described.append(
                 {
                     "name": piece.name,
@@ -259,7 +279,7 @@ def write_part(partial: Path, held: list[Piece], rank: int, size: int) -> None:
                     "shape": piece.shape,
                     "at": piece.at,
                     "file": file,
-                    "content": tensor_file.content(piece.tensor, piece.shape, piece.at) if group in checkpoints.SEEN else 0,
+                    "content": sums[key],
                 }
             )
     note = partial / _note(rank, "json")
@@ -269,6 +289,21 @@ def write_part(partial: Path, held: list[Piece], rank: int, size: int) -> None:
         os.fsync(text.fileno())
     note.with_suffix(".writing").rename(note)
     flush(partial)
+
+
+def written_parts(partial: Path, size: int) -> list[dict[str, Any]]:
+    """What the notes of all `size` processes say, by rank. Raises OSError, ValueError."""
+    return [json.loads((partial / _note(rank, "json")).read_text("utf-8")) for rank in range(size)]
+
+
+def _blocks(
+    named: dict[str, Piece], blocks_of: Callable[[Piece], Iterable[tuple[Box, Tensor]]], sums: dict[str, int] | None, key: str
+) -> Iterator[Tensor]:
+    """The blocks of the piece of this key; their contents are added to `sums` on the way."""
+    for box, block in blocks_of(piece := named[key]):
+        if sums is not None:
+            sums[key] += tensor_file.content(block, piece.shape, box)
+        yield block
 
 
 def complete(partial: Path, target: Path, parts: list[dict[str, Any]], state: dict[str, Any], job: str) -> None:

@@ -8,6 +8,7 @@ local copies by this map, whatever the layout, and ask nothing of other processe
 
 import contextlib
 import logging
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -29,6 +30,8 @@ MUON_MOMENTS = ("momentum_buffer",)
 AVERAGE = "average"
 LARGEST_BUCKET = 500_000_000
 """Elements of a buffer that gradients are collected in for reduction, at most: DeepSpeed's own figure, which it takes of any network."""
+HELD = -1
+"""Stands among the modules that use a parameter for what is no module; ZeRO 3 scatters no parameter that is in use."""
 
 
 def quiet_deepspeed() -> Any:
@@ -47,14 +50,28 @@ def quiet_deepspeed() -> Any:
 
 
 class Trainee(nn.Module):
-    """The network as DeepSpeed sees it. Whatever reads its weights runs inside its forward pass, where ZeRO 3 has them at hand."""
+    """The network as DeepSpeed sees it. Whatever reads its weights runs inside its forward pass, where ZeRO 3 has them at hand.
+
+    The network's own parameters, its tables, are used between passes of the network and in several of them, and stay whole all along.
+    """
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
 
     def forward(self, function: Callable, *arguments: Any) -> Any:
-        return function(*arguments)
+        tables: list[Any] = [p for p in self.network.parameters(recurse=False) if hasattr(p, "ds_id")]
+        for p in tables:
+            if p.ds_status.name == "NOT_AVAILABLE":
+                p.all_gather()
+            p.ds_active_sub_modules.add(HELD)
+        try:
+            return function(*arguments)
+        finally:
+            for p in tables:
+                p.ds_active_sub_modules.discard(HELD)
+                if not p.ds_persist:
+                    p.partition()
 
 
 class Mpu:
@@ -126,6 +143,8 @@ def start(network: nn.Module, config: Config, mesh: Mesh, micro: int, accumulati
     deepspeed.utils.groups._WORLD_GROUP = None  # it keeps its clone of the group that an earlier run in this process has left
     frozen = {name: p.detach().clone() for name, p in network.named_parameters() if not p.requires_grad}
     engine, *_ = deepspeed.initialize(model=trainee, optimizer=optimizer, config=settings, mpu=Mpu(mesh))
+    engine.norm, engine.drops = 0.0, False
+    optimizer.register_step_pre_hook(lambda optimizer, *_: _drop(engine, optimizer))
     engine.frozen = frozen  # DeepSpeed rounds them to bf16 with the others, and keeps no fp32 of what it does not train
     engine.mesh = mesh
     _make_states(engine)
@@ -154,16 +173,32 @@ def set_learning_rate(engine: Any, rate: float) -> None:
         group["lr"] = rate
 
 
-def step(engine: Any) -> float:
+def step(engine: Any, take: bool = True) -> float:
     """Take the optimizer step of an accumulated gradient; returns the whole gradient's norm before clipping.
 
-    Under ZeRO 0 in fp32 DeepSpeed reports no norm, and the gradients, already summed over all processes, are at hand.
+    A gradient whose norm is inf or NaN is dropped, on all processes, since the norm is that of all: weights, moments and their clocks stay
+    as they are. So is any gradient where `take` is False. Under ZeRO 0 in fp32 DeepSpeed reports no norm, and the gradients, already
+    summed over all processes, are at hand.
     """
-    norm: float | None = None
+    engine.drops = not take
     if not _wrapped(engine):
-        norm = _norm(engine)
+        engine.norm = _norm(engine)
     engine.step()
-    return float(engine.get_global_grad_norm()) if norm is None else norm
+    return _reached(engine)
+
+
+def _reached(engine: Any) -> float:
+    """The norm of the gradient that is being taken; -1 is DeepSpeed's word for one that is not finite."""
+    norm = float(engine.optimizer._global_grad_norm) if _wrapped(engine) else engine.norm
+    return math.nan if norm < 0.0 else norm
+
+
+def _drop(engine: Any, optimizer: torch.optim.Optimizer) -> None:
+    """Before the optimizer moves anything: a parameter without a gradient stays where it is."""
+    if engine.drops or not math.isfinite(_reached(engine)):
+        for group in optimizer.param_groups:
+            for flat in group["params"]:
+                flat.grad = None
 
 
 def _norm(engine: Any) -> float:

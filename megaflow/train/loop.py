@@ -16,18 +16,22 @@ from torch import Tensor
 
 from megaflow.config.check import batch_split
 from megaflow.config.schema import Config
-from megaflow.data.stream import TokenStream
+from megaflow.data.stream import TokenStream, read_ahead
+from megaflow.model import devices
 from megaflow.model.attention import choose
 from megaflow.model.build import parameters
 from megaflow.parallel import mesh as meshes
 from megaflow.parallel.mesh import Mesh
+from megaflow.parallel.watch import Watch
 from megaflow.process import STOP_SIGNALS, STOPPED
 from megaflow.progress import Progress
 from megaflow.train import checkpoint as checkpoints
 from megaflow.train import checkpoint_writer, ema, engine
 from megaflow.train.checkpoint_writer import Piece, Writer
+from megaflow.train.meter import Meter, meter_of
 from megaflow.train.run import Metrics, read_json, record_start, write_atomically
-from megaflow.train.stage import Batch, Stage
+from megaflow.train.spikes import Spikes
+from megaflow.train.stage import Batch, Stage, documents_of, end_of_documents
 
 
 class NotFinite(Exception):
@@ -49,31 +53,38 @@ class Stop:
             signal.signal(number, handler)
 
 
-def train(config: Config, stage: Stage, mesh: Mesh, began: float) -> int:
+def train(config: Config, stage: Stage, mesh: Mesh, began: float, watch: Watch) -> int:
     """Run a stage to its last step, from its newest checkpoint if it has one. Returns 0, or STOPPED after a signal.
 
-    `began` is the time.monotonic() at which this process's work on the run started. Raises NotFinite, UserError.
+    `began` is the time.monotonic() at which this process's work on the run started; `watch` is told of every step. Raises NotFinite,
+    UserError.
     """
     micro, accumulation = batch_split(config, mesh.data.size)
     directory, steps = Path(config.run.dir), config.train.steps
     stream = TokenStream(config.data.path, "train", config.run.seed)
-    held_out = validation_rows(config, mesh)
+    end = end_of_documents(config, stream.manifest)
+    held_out = validation_rows(config, mesh, end)
     deep = engine.start(stage.network, config, mesh, micro, accumulation)
-    state: dict[str, Any] = {"step": 0, "tokens": 0, "seconds": 0.0, "training_seconds": 0.0}
+    state: dict[str, Any] = {"step": 0, "tokens": 0, "seconds": 0.0, "training_seconds": 0.0, "skipped": 0}
     rank, size, exchange = mesh.world.rank, mesh.world.size, partial(meshes.exchanged, mesh)
     saved = checkpoints.newest(directory, rank=rank, size=size, exchange=exchange)
     if saved is not None:
         engine.restore(deep, saved.read, saved.state["step"])
         stage.restore(saved.tensors("stage"))
-        state = saved.state
+        state |= saved.state
     seconds_before = state["seconds"]
     writer = Writer(directory, config.train.keep_checkpoints, rank, size, meshes.shared(mesh, secrets.token_hex(4)))
-    metrics = None
+    watch.last = writer.settle
+    metrics = spikes = None
     if mesh.first:
         record_start(directory, config, mesh.world.size, state["step"])
+        spikes = Spikes(directory, config.log.spike, state["step"])
         metrics = Metrics(config, state["step"])
         announce(config, stage, state["step"], mesh)
-    stop, progress = Stop(), Progress(directory.name, steps, "steps", state["step"])
+    stop, progress, meter = Stop(), Progress(directory.name, steps, "steps", state["step"]), meter_of(config, stage, mesh)
+    own = micro * accumulation
+    firsts = (step * config.train.global_batch + mesh.data.rank * own for step in range(state["step"], steps))
+    batches = read_ahead(stream, (torch.arange(first, first + own) for first in firsts))
 
     def save() -> None:
         if not all(meshes.exchanged(mesh, engine.finite(deep))):  # a checkpoint is one that a run can go on from
@@ -86,23 +97,37 @@ def train(config: Config, stage: Stage, mesh: Mesh, began: float) -> int:
     try:
         while state["step"] < steps and not stopped:
             step, start = state["step"], time.monotonic()
+            watch.at(step + 1)
             rate = engine.learning_rate(config.optim, step, steps)
             engine.set_learning_rate(deep, rate)
-            loss, observed, counted, asked = accumulate(deep, stage, stream, config, mesh, step, micro, accumulation, stop)
-            if not math.isfinite(loss):
-                raise NotFinite(not_finite(directory, writer, f"the loss of step {step + 1} is {loss}"))
-            norm = engine.step(deep)
-            if not math.isfinite(norm):
-                raise NotFinite(not_finite(directory, writer, f"the gradient's norm of step {step + 1} is {norm}"))
-            learned = stage.learn(observed, step)
-            engine.update_average(deep, ema.decay(config.optim.ema_decay, step))
+            rows = next(batches)
+            wait = time.monotonic() - start
+            flags = [float(stop.asked), float(writer.failure is not None)]
+            loss, observed, counted, passes, (asked, failed) = accumulate(deep, stage, rows, config, mesh, step, micro, flags, end)
+            if failed:
+                writer.finish()  # raises on every process, with its own sentence
+            norm = engine.step(deep, take=math.isfinite(loss))
+            if spikes is not None and (said := spikes.see(step + 1, loss, norm, passes, step * config.train.global_batch, micro)):
+                progress.say(f"warning: {said}")
+            taken = math.isfinite(loss) and math.isfinite(norm)
+            state["skipped"] = 0 if taken else state["skipped"] + 1  # in a row: that is what a run does which diverges
+            if state["skipped"] > config.train.skip_nonfinite:
+                what, value = ("gradient's norm", norm) if math.isfinite(loss) else ("loss", loss)
+                raise NotFinite(not_finite(directory, writer, f"the {what} of step {step + 1} is {value}", state["skipped"] - 1))
+            if taken:
+                learned = stage.learn(observed, step)
+                engine.update_average(deep, ema.decay(config.optim.ema_decay, step))
             elapsed = time.monotonic() - start
             state["step"], state["tokens"] = step + 1, state["tokens"] + counted
             state["training_seconds"] += elapsed
             last, stopped = step + 1 == steps, asked
-            line = {"step": step + 1, "tokens": state["tokens"], "loss": loss, "learning_rate": rate, "grad_norm": norm}
-            line |= learned | {"tokens_per_second": counted / elapsed}
-            if metrics is not None and ((step + 1) % config.log.every == 0 or last):
+            line = {"step": step + 1, "tokens": state["tokens"]}
+            if taken:
+                line |= {"loss": loss, "learning_rate": rate, "grad_norm": norm, **learned, **meter.line(counted, elapsed, wait)}
+            else:
+                line |= {"skipped": state["skipped"], "first_sample": step * config.train.global_batch}
+                line["last_sample"] = line["first_sample"] + config.train.global_batch - 1
+            if metrics is not None and ((step + 1) % config.log.every == 0 or last or not taken):
                 metrics.write(line)
             if mesh.first:
                 progress.update(step + 1, f"loss {loss:.4f}  norm {norm:.3g}  rate {rate:.2e}  {counted / elapsed:,.0f} tokens/s")
@@ -119,8 +144,9 @@ def train(config: Config, stage: Stage, mesh: Mesh, began: float) -> int:
                 save()
         writer.finish()
         if mesh.first and state["step"] >= steps and not (directory / "summary.json").exists():
-            summarize(directory, config, stage, state, mesh)
+            summarize(directory, config, stage, state, mesh, meter, writer)
     finally:
+        batches.close()
         writer.close()
         stop.restore()
         if metrics is not None:
@@ -133,23 +159,32 @@ def train(config: Config, stage: Stage, mesh: Mesh, began: float) -> int:
 
 
 def accumulate(
-    deep: Any, stage: Stage, stream: TokenStream, config: Config, mesh: Mesh, step: int, micro: int, accumulation: int, stop: Stop
-) -> tuple[float, Tensor, int, bool]:
-    """Forward and backward passes of one step. Returns the global batch's loss, observations, counted tokens, and whether to stop.
+    deep: Any,
+    stage: Stage,
+    rows: tuple[Tensor, Tensor],
+    config: Config,
+    mesh: Mesh,
+    step: int,
+    micro: int,
+    flags: list[float],
+    end: int | None,
+) -> tuple[float, Tensor, int, Tensor, list[bool]]:
+    """Forward and backward passes of one step over this process's rows, their ids and lengths.
+
+    Returns the global batch's loss, observations and counted tokens, the loss per token of each pass of any process in the order of the
+    samples, and of every flag whether any process has raised it.
 
     The gradient is the mean over all counted tokens of the global batch: DeepSpeed averages over passes and processes, which the
     factor in front of the loss takes back.
     """
-    rows = config.train.global_batch
-    first = step * rows + mesh.data.rank * micro * accumulation
-    places = torch.arange(first, first + micro * accumulation)
-    ids, lengths = stream.rows(places)
-    width = ids.shape[1]
+    (ids, lengths), batch_rows = rows, config.train.global_batch
+    first, width, accumulation = step * batch_rows + mesh.data.rank * len(ids), ids.shape[1], len(ids) // micro
+    places = torch.arange(first, first + len(ids))
     padded = bool((lengths < width).any())
     # two numbers must be known before the first pass: how much is padding, and whether any process has some
     sums = meshes.total(mesh.data, torch.tensor([float(lengths.sum()), float(padded)], dtype=torch.float64), mesh.device)
     counted, any_padded = int(sums[0]), bool(sums[1] > 0)
-    loss, observed = 0.0, None
+    loss, observed, passes = 0.0, None, torch.zeros(mesh.data.size, accumulation, dtype=torch.float64)
     for index in range(accumulation):
         part = slice(index * micro, (index + 1) * micro)
         weight = (torch.arange(width) < lengths[part, None]).flatten().float() / counted
@@ -158,28 +193,34 @@ def accumulate(
             lengths[part].to(mesh.device) if any_padded else None,
             places[part],
             step,
-            rows,
+            batch_rows,
             weight.to(mesh.device),
+            None if end is None else documents_of(ids[part], end).to(mesh.device),
+            mesh.data.size if config.parallel.zero == 3 else 1,
         )
         value, seen = deep(stage.loss, batch)
         deep.backward(value * float(mesh.data.size * accumulation))
         loss += value.item()
+        passes[mesh.data.rank, index] = value.item() / weight.sum().item() if lengths[part].any() else math.nan
         observed = seen if observed is None else observed + seen
         if index + 1 < accumulation:
             deep.step()
     assert observed is not None
     once = float(mesh.tensor.rank == 0)  # what tensor-parallel processes see is the same; any process may be asked to stop
-    sums = torch.cat([torch.tensor([float(stop.asked), loss * once], dtype=torch.float64), observed.flatten() * once])
-    sums = meshes.total(mesh.world, sums, mesh.device)
-    return sums[1].item(), sums[2:].view(observed.shape), counted, bool(sums[0] > 0)
+    ours = torch.tensor([*flags, loss * once], dtype=torch.float64)
+    sums = torch.cat([ours, observed.flatten() * once, passes.flatten() * once])
+    sizes = [len(flags), 1, observed.numel(), passes.numel()]
+    raised, total, seen, passes = meshes.total(mesh.world, sums, mesh.device).split(sizes)
+    return total.item(), seen.view(observed.shape), counted, passes, (raised > 0).tolist()
 
 
-def validation_rows(config: Config, mesh: Mesh) -> tuple[Tensor, Tensor | None]:
-    """The first validation rows, the same ones at every validation of the run."""
+def validation_rows(config: Config, mesh: Mesh, end: int | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The first validation rows, the same ones at every validation of the run: what Stage.validate takes."""
     stream = TokenStream(config.data.path, "validation", config.run.seed, shuffle=False)
     ids, lengths = stream.rows(torch.arange(min(config.train.validation_rows, len(stream))))
     padded = bool((lengths < ids.shape[1]).any())
-    return ids.to(mesh.device), lengths.to(mesh.device) if padded else None
+    documents = None if end is None else documents_of(ids, end).to(mesh.device)
+    return ids.to(mesh.device), lengths.to(mesh.device) if padded else None, documents
 
 
 def announce(config: Config, stage: Stage, step: int, mesh: Mesh) -> None:
@@ -204,20 +245,25 @@ def layout(config: Config, processes: int) -> str:
     return f"tensor {tensor} x data {processes // tensor}, ZeRO {zero}{offload}"
 
 
-def not_finite(directory: Path, writer: Writer, what: str) -> str:
+def not_finite(directory: Path, writer: Writer, what: str, skipped: int = 0) -> str:
     writer.close()  # the last checkpoint may be on its way to the disk
     good = checkpoints.steps(directory)
     where = f"the last good checkpoint is {checkpoints.folder(directory, good[-1])}" if good else "there is no checkpoint yet"
-    return f"{directory}: {what}; {where}; look at the data of this step, or start another run.dir with a lower optim.learning_rate"
+    before = f", after {skipped} in a row that were passed over" if skipped else ""
+    advice = "look at the samples of this step (spikes.jsonl), or start another run.dir with a lower optim.learning_rate"
+    return f"{directory}: {what}{before}; {where}; {advice}"
 
 
-def summarize(directory: Path, config: Config, stage: Stage, state: dict, mesh: Mesh) -> None:
+def summarize(directory: Path, config: Config, stage: Stage, state: dict, mesh: Mesh, meter: Meter, writer: Writer) -> None:
     """summary.json of a finished run. Peak memory is this process's resident set (and the GPU's, where there is one), in bytes."""
     summary = {
         "steps": state["step"],
         "tokens": state["tokens"],
         "seconds": state["seconds"],
         "tokens_per_second": state["tokens"] / max(state["training_seconds"], 1e-9),
+        "model_flops_per_token": meter.flops,
+        "mfu": devices.mfu(meter.flops, state["tokens"] / max(state["training_seconds"], 1e-9), meter.peak, mesh.world.size),
+        "checkpoint_wait_seconds": writer.waited,
         "parameters": parameters(stage.network),
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "processes": mesh.world.size,

@@ -99,7 +99,7 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         for group in self.param_groups:
             for flat in group["params"]:
-                if flat.grad is None:  # ZeRO steps one group after the other, and this is the other's turn
+                if flat.grad is None:
                     continue
                 state = self.state[flat]
                 if "momentum_buffer" not in state:
@@ -134,8 +134,10 @@ class Together(torch.optim.Optimizer):
             part.state = self.state
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        self.muon.step()
-        self.adam.step()
+        """Of both, or of the one whose group is the only one there: ZeRO steps one group after the other."""
+        for part in (self.muon, self.adam):
+            if any(group is own for group in self.param_groups for own in part.param_groups):
+                part.step()
 
 
 def make(network: nn.Module, optim: OptimConfig, mesh: Mesh, dtype: torch.dtype = torch.float32) -> torch.optim.Optimizer:

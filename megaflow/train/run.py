@@ -25,7 +25,17 @@ from megaflow.config.load import ConfigError, Loaded, assemble, flatten, load, t
 from megaflow.config.schema import Config, keys
 from megaflow.errors import UserError
 
-MAY_CHANGE = ("parallel.", "log.", "train.checkpoint_every", "run.dir")
+MAY_CHANGE = (
+    "parallel.",
+    "log.",
+    "train.checkpoint_every",
+    "train.micro_batch",
+    "train.hang_timeout",
+    "train.skip_nonfinite",
+    "run.dir",
+    "data.path",
+    "data.format",
+)
 """Keys that a continued run may change; train.steps may grow."""
 
 TEACHER_DATA = tuple(f"data.{name}" for name in ("path", "normalize", "tokenizer", "vocab_size", "length", "packing"))

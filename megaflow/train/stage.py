@@ -8,7 +8,10 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from megaflow.config.load import ConfigError
+from megaflow.config.schema import Config
 from megaflow.flow import clock as clocks
 from megaflow.flow import code as codes
 from megaflow.flow.code import Code
@@ -19,7 +22,9 @@ class Batch(NamedTuple):
     """Rows that a process holds at once.
 
     ids: (B, L) tokens; lengths: (B,) counted tokens of each row, None where all are; places: (B,) places in the run's global order;
-    step: optimizer step; rows: rows of the global batch; weight: (B L,) one over the global batch's counted tokens, 0 for padding.
+    step: optimizer step; rows: rows of the global batch; weight: (B L,) one over the global batch's counted tokens, 0 for padding;
+    documents: (B, L) which document of its row a token is of, None where they see each other; peers: how many processes, with rows of their
+    own, make every pass of the network together with this one, as ZeRO 3 asks: each must make as many.
     """
 
     ids: Tensor
@@ -28,6 +33,8 @@ class Batch(NamedTuple):
     step: int
     rows: int
     weight: Tensor
+    documents: Tensor | None = None
+    peers: int = 1
 
 
 class Stage(Protocol):
@@ -42,7 +49,7 @@ class Stage(Protocol):
     def learn(self, observed: Tensor, step: int) -> dict[str, float]:
         """Take in a step's observations, summed over the global batch. Returns what of them belongs into the step's line of metrics."""
 
-    def validate(self, ids: Tensor, lengths: Tensor | None) -> dict[str, float]:
+    def validate(self, ids: Tensor, lengths: Tensor | None, documents: Tensor | None = None) -> dict[str, float]:
         """Metrics on validation rows with the network's present weights: at least `validation_loss`, nats per token."""
 
     def state(self) -> dict[str, Tensor]:
@@ -52,6 +59,21 @@ class Stage(Protocol):
 
     def describe(self) -> dict[str, Any]:
         """Facts for the console at the start: what was chosen."""
+
+
+def end_of_documents(config: Config, manifest: dict[str, Any]) -> int | None:
+    """The token that ends a document, where documents of a row are not to see each other; None where they may. Raises ConfigError."""
+    if not config.data.mask_documents:
+        return None
+    end = manifest["tokenizer"]["end_id"]
+    if end is None:
+        raise ConfigError(f"data.mask_documents: the tokenizer of {config.data.path} has no token that ends a document; leave it false")
+    return end
+
+
+def documents_of(ids: Tensor, end: int) -> Tensor:
+    """Which document of its row every token is of, counted from 0: (B, L). An end token belongs to the document that it ends."""
+    return F.pad((ids == end).cumsum(1)[:, :-1], (1, 0))
 
 
 def cells(seed: int, batch: Batch, purpose: str) -> Tensor:

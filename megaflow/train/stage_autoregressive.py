@@ -18,7 +18,7 @@ class AutoregressiveStage:
         self.config, self.network = config, network
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        read = self.network.read(self.network(batch.ids, batch.lengths))
+        read = self.network.read(self.network(batch.ids, batch.lengths, batch.documents))
         loss, _ = heads.cross_entropy(self.network.head(), read, batch.ids.flatten(), batch.weight)
         return loss, torch.zeros(0, dtype=torch.float64)
 
@@ -26,8 +26,8 @@ class AutoregressiveStage:
         return {}
 
     @torch.no_grad()
-    def validate(self, ids: Tensor, lengths: Tensor | None) -> dict[str, float]:
-        read = self.network.read(self.network(ids, lengths))
+    def validate(self, ids: Tensor, lengths: Tensor | None, documents: Tensor | None = None) -> dict[str, float]:
+        read = self.network.read(self.network(ids, lengths, documents))
         nll = heads.negative_log_likelihood(self.network.head(), read, ids.flatten()).view(ids.shape).double()
         if lengths is None:
             return {"validation_loss": nll.mean().item()}

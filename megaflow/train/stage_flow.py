@@ -32,7 +32,7 @@ class FlowStage:
         seed, device = self.config.run.seed, batch.ids.device
         t = clocks.inverse(self.clock, cells(seed, batch, "time")).to(device)
         y = noisy_state(lookup(self.parts.code, batch.ids), noise(seed, batch, self.parts.code, device), t)
-        hidden = self.network(y, t, lengths=batch.lengths)
+        hidden = self.network(y, t, lengths=batch.lengths, documents=batch.documents)
         loss, nll = heads.cross_entropy(self.network.head(), self.network.read(hidden, y, t), batch.ids.flatten(), batch.weight)
         return loss, self.observe(t, nll, batch)
 
@@ -53,16 +53,18 @@ class FlowStage:
             self.clock = fit_clock(clock, self.parts, self.profile)
         return {}
 
-    def validate(self, ids: Tensor, lengths: Tensor | None) -> dict[str, float]:
+    def validate(self, ids: Tensor, lengths: Tensor | None, documents: Tensor | None = None) -> dict[str, float]:
         try:
             seed, law = self.config.run.seed, log_length_law(self.config.data.path)
-            found = bound_of_rows(self.network, self.parts, self.clock, ids, lengths, 4, seed, double=False, log_length=law)
+            found = bound_of_rows(
+                self.network, self.parts, self.clock, ids, lengths, 4, seed, double=False, log_length=law, documents=documents
+            )
         except RangeTooShort:
-            return {"validation_loss": self.plain_cross_entropy(ids, lengths)}
+            return {"validation_loss": self.plain_cross_entropy(ids, lengths, documents)}
         return {"validation_loss": found.mean, "validation_standard_error": found.standard_error}
 
     @torch.no_grad()
-    def plain_cross_entropy(self, ids: Tensor, lengths: Tensor | None) -> float:
+    def plain_cross_entropy(self, ids: Tensor, lengths: Tensor | None, documents: Tensor | None) -> float:
         """Cross-entropy at times uniform in log-SNR: what is shown for networks that have no bound."""
         rows = torch.arange(len(ids))
         counted = torch.ones_like(ids) if lengths is None else (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None])
@@ -70,7 +72,7 @@ class FlowStage:
         t = clocks.inverse(flat, clocks.stratified(rows, len(ids), 0.5)).to(ids.device)
         batch = Batch(ids, lengths, rows, -1, len(ids), counted.flatten())
         y = noisy_state(lookup(self.parts.code, ids), noise(self.config.run.seed, batch, self.parts.code, ids.device), t)
-        hidden = self.network(y, t, lengths=lengths)
+        hidden = self.network(y, t, lengths=lengths, documents=documents)
         nll, _ = heads.denoising_error(self.network.head(), self.network.read(hidden, y, t), ids.flatten())
         return ((nll * counted.flatten()).sum() / counted.sum()).item()
 

@@ -19,6 +19,7 @@ from megaflow.config.schema import Config
 from megaflow.data.shards import log_length_law
 from megaflow.flow import flow_map
 from megaflow.flow import head as heads
+from megaflow.flow.channel import chunks
 from megaflow.flow.clock import Clock
 from megaflow.flow.code import lookup, mean
 from megaflow.flow.interpolant import noisy_state, transport
@@ -39,12 +40,13 @@ class MapStage:
         self.config, self.network, self.parts, self.clock = config, network, parts, clock
         self.teacher = teacher.requires_grad_(False)
 
-    def kinds(self, batch: Batch) -> Tensor:
-        """(B,) kind of each row. The kinds of a global batch are dealt by a permutation of its places, new every step, so that no
-        process always gets the same ones."""
+    def kinds(self, batch: Batch, peer: int = 0) -> Tensor:
+        """(B,) kind of each row, of this process or of the `peer`-th after it. The kinds of a global batch are dealt by a permutation of
+        its places, new every step, so that no process always gets the same ones."""
         distill = self.config.distill
         diagonal, boundary = flow_map.counts(batch.rows, distill.diagonal_fraction, distill.boundary_fraction)
-        card = random.permutation(batch.rows, self.config.run.seed, "kinds", batch.step)[batch.places % batch.rows]
+        places = batch.places + peer * (batch.rows // batch.peers)
+        card = random.permutation(batch.rows, self.config.run.seed, "kinds", batch.step)[places % batch.rows]
         kinds = torch.full_like(card, INNER)
         kinds[card < diagonal] = DIAGONAL
         kinds[card >= batch.rows - boundary] = BOUNDARY
@@ -61,14 +63,15 @@ class MapStage:
         split = int((kinds == DIAGONAL).sum())
         y, times = y[order], flow_map.Times(*(x[order] for x in times))
         lengths = None if batch.lengths is None else batch.lengths[order]
+        documents = None if batch.documents is None else batch.documents[order]
         seen = self.network.see(y, times.s, times.t)  # with nothing trained in it: the teacher and every target see the same
-        hidden = self.network(y, times.s, times.t, lengths, seen)
+        hidden = self.network(y, times.s, times.t, lengths, seen, documents)
         losses, observed = [], torch.zeros(2, 2, dtype=torch.float64)
         for index, part in enumerate((slice(0, split), slice(split, len(order)))):
             if part.start == part.stop:
                 continue
-            some = None if lengths is None else lengths[part]
-            at = y[part], flow_map.Times(*(x[part] for x in times)), some, seen[part]
+            some, of = (None if x is None else x[part] for x in (lengths, documents))
+            at = y[part], flow_map.Times(*(x[part] for x in times)), some, seen[part], of
             target = self.diagonal_target(*at) if index == 0 else self.semigroup_target(*at)
             read = self.network.read(hidden[part], y[part], times.s[part])
             weight = batch.weight.view(batch.ids.shape)[order[part]].flatten()
@@ -77,7 +80,18 @@ class MapStage:
             losses.append(loss)
             observed[index, 0] = (divergences.double() * weight.double()).sum().item()
             observed[index, 1] = weight.double().sum().item()
+        if batch.peers > 1:
+            self.keep_company(batch, y, times)
         return torch.stack(losses).sum(), observed
+
+    @torch.no_grad()
+    def keep_company(self, batch: Batch, y: Tensor, times: flow_map.Times) -> None:
+        """As many passes of the network as the peer makes that has most rows with s < t, whose results nobody wants."""
+        length, part = y.shape[1], self.parts.code.part
+        rows = [int((self.kinds(batch, peer) != DIAGONAL).sum()) for peer in range(batch.peers)]
+        passes = [2 * len(chunks(count * length, part.widest, y.device, length)) for count in rows]
+        for _ in range(max(passes) - passes[0]):
+            self.network(y[:1], times.s[:1], times.t[:1])
 
     def reweight(self) -> Any:
         distill = self.config.distill
@@ -86,13 +100,17 @@ class MapStage:
         return partial(flow_map.adaptive_weight, power=distill.adaptive_power, constant=distill.adaptive_constant)
 
     @torch.no_grad()
-    def diagonal_target(self, y: Tensor, times: flow_map.Times, lengths: Tensor | None, seen: Seen) -> Callable[[slice], Tensor]:
+    def diagonal_target(
+        self, y: Tensor, times: flow_map.Times, lengths: Tensor | None, seen: Seen, documents: Tensor | None
+    ) -> Callable[[slice], Tensor]:
         """The frozen teacher's posterior at (y, s), by chunks of tokens."""
-        hidden, psi = self.teacher(y, times.s, lengths=lengths, seen=seen), heads.probabilities(self.teacher.head())
+        hidden, psi = self.teacher(y, times.s, lengths=lengths, seen=seen, documents=documents), heads.probabilities(self.teacher.head())
         read = self.teacher.read(hidden, y, times.s)
         return lambda tokens: psi(read[tokens])
 
-    def semigroup_target(self, y: Tensor, times: flow_map.Times, lengths: Tensor | None, seen: Seen) -> Callable[[slice], Tensor]:
+    def semigroup_target(
+        self, y: Tensor, times: flow_map.Times, lengths: Tensor | None, seen: Seen, documents: Tensor | None
+    ) -> Callable[[slice], Tensor]:
         """The identity's right side from the live network, by chunks of whole rows: psi_{s,u} at y is followed to the next state and
         mixed with psi_{u,t} there while it is at hand, as it is too large to be kept for all rows. `seen` is what y says at s.
         """
@@ -102,10 +120,10 @@ class MapStage:
         @torch.no_grad()
         def target(tokens: slice) -> Tensor:
             rows = slice(tokens.start // length, tokens.stop // length)
-            (s, u, t), some = (x[rows] for x in times), None if lengths is None else lengths[rows]
-            from_s = first(network.read(network(y[rows], s, u, some, seen[rows]), y[rows], s))
+            (s, u, t), (some, of) = (x[rows] for x in times), (None if x is None else x[rows] for x in (lengths, documents))
+            from_s = first(network.read(network(y[rows], s, u, some, seen[rows], of), y[rows], s))
             midway = transport(y[rows], s, u, mean(self.parts.code, from_s).view(y[rows].shape))
-            from_u = second(network.read(network(midway, u, t, some), midway, u))
+            from_u = second(network.read(network(midway, u, t, some, documents=of), midway, u))
             share = flow_map.semigroup_share(s, u, t).to(y.dtype).repeat_interleave(length)
             return from_u.lerp_(from_s, share[:, None])
 
@@ -116,19 +134,21 @@ class MapStage:
         names = ("diagonal_divergence", "semigroup_divergence")
         return {name: (total / weight).item() for name, (total, weight) in zip(names, observed, strict=True) if weight > 0.0}
 
-    def validate(self, ids: Tensor, lengths: Tensor | None) -> dict[str, float]:
+    def validate(self, ids: Tensor, lengths: Tensor | None, documents: Tensor | None = None) -> dict[str, float]:
         """The objective itself on validation rows with draws that never change, the same without its weights, and the diagonal's bound."""
         counted = (
             torch.ones_like(ids, dtype=torch.bool) if lengths is None else torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
         )
         weight = (counted / counted.sum()).flatten().float()
-        batch = Batch(ids, lengths, torch.arange(len(ids)), -1, len(ids), weight)
+        batch = Batch(ids, lengths, torch.arange(len(ids)), -1, len(ids), weight, documents)
         with torch.no_grad():
             loss, observed = self.loss(batch)
         metrics = {"validation_loss": loss.item(), "validation_divergence": observed[:, 0].sum().item()}
         try:
             seed, law = self.config.run.seed, log_length_law(self.config.data.path)
-            found = bound_of_rows(self.network, self.parts, self.clock, ids, lengths, 4, seed, double=False, log_length=law)
+            found = bound_of_rows(
+                self.network, self.parts, self.clock, ids, lengths, 4, seed, double=False, log_length=law, documents=documents
+            )
             metrics["validation_bound"] = found.mean
         except RangeTooShort:
             pass

@@ -3,12 +3,14 @@
 import json
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from megaflow import process
 from megaflow.config.check import batch_split, contradictions, of_shards, resolve
-from megaflow.config.load import ConfigError, Loaded, load
+from megaflow.config.load import ConfigError, Loaded, flatten, load
 from megaflow.config.schema import Config
 from megaflow.data import shards
 from megaflow.data.shards import open_prepared, unigram_counts
@@ -19,14 +21,16 @@ from megaflow.model.attention import choose
 from megaflow.model.autoregressive import Autoregressive
 from megaflow.model.parts import Parts
 from megaflow.model.text_dit import TextDiT
+from megaflow.model.trunk import Trunk
 from megaflow.parallel import mesh as meshes
+from megaflow.parallel import watch as watches
 from megaflow.parallel.mesh import Mesh
 from megaflow.train import checkpoint as checkpoints
 from megaflow.train import ema
 from megaflow.train.checkpoint import Checkpoint
-from megaflow.train.loop import finished, train
-from megaflow.train.run import load_distill, lock, open_run, read_json, write_atomically
-from megaflow.train.stage import Stage
+from megaflow.train.loop import NotFinite, finished, train
+from megaflow.train.run import load_distill, lock, open_run, read_json, versions, write_atomically
+from megaflow.train.stage import Stage, end_of_documents
 from megaflow.train.stage_autoregressive import AutoregressiveStage
 from megaflow.train.stage_flow import FlowStage
 from megaflow.train.stage_map import MapStage
@@ -60,10 +64,17 @@ def _train(loaded: Loaded, kind: str, began: float) -> int:
     manifest = open_prepared(loaded.config.data.path)
     loaded = resolve(of_shards(loaded, manifest), manifest["tokenizer"]["vocab_size"])
     directory = Path(loaded.config.run.dir)
-    with meshes.join(loaded.config.parallel.tensor) as mesh:
+    tensor, limit = loaded.config.parallel.tensor, loaded.config.train.hang_timeout
+    meshes.check(tensor, meshes.processes())
+    with meshes.gather(watches.patience(limit)) as everyone, watches.watching(everyone, limit, (NotFinite,)) as watch:
+        process.FAREWELL[:] = [partial(watch.stopped, process.STOPPED)]
+        meshes.agree(everyone, flatten(loaded.config) | {f"the version of {name}": value for name, value in versions().items()})
+        mesh = meshes.grid(tensor, everyone.device, everyone.timeout)
+        watch.follow(mesh)
         # what cannot run here is refused before it becomes a run
         batch_split(loaded.config, mesh.data.size)
         model = loaded.config.model
+        end_of_documents(loaded.config, manifest)
         choose(model.attention, mesh.device, loaded.config.train.precision == "bf16", model.hidden // model.heads)
         fresh = first_parts(loaded) if kind == "pretrain" and mesh.first else None
         held = lock(directory) if mesh.first else None
@@ -87,7 +98,9 @@ def _train(loaded: Loaded, kind: str, began: float) -> int:
             keep_shards(config, manifest, mesh)
             (directory / "summary.json").unlink(missing_ok=True)
             stage = pretrain_stage(config, fresh, mesh) if kind == "pretrain" else distill_stage(config, mesh)
-            return train(config, stage, mesh, began)
+            assert isinstance(stage.network.trunk, Trunk)
+            stage.network.trunk.settle(config.parallel.recompute, config.parallel.compile)
+            return train(config, stage, mesh, began, watch)
         finally:
             if held is not None:
                 held.close()

@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,15 +52,20 @@ Kinds = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 """Types and shapes of tensors, by name."""
 
 
-def given(tensors: dict[str, Tensor]) -> tuple[Kinds, Callable[[str], Tensor]]:
+def given(tensors: dict[str, Tensor]) -> tuple[Kinds, Callable[[str], Iterable[Tensor]]]:
     """What `write` asks for, of tensors that are all at hand."""
-    return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}, tensors.__getitem__
+    return kinds_of(tensors), lambda name: [tensors[name]]
 
 
-def write(path: Path, kinds: Kinds, tensor_of: Callable[[str], Tensor], metadata: dict[str, str]) -> tuple[str, int]:
+def kinds_of(tensors: dict[str, Tensor]) -> Kinds:
+    return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+
+
+def write(path: Path, kinds: Kinds, blocks_of: Callable[[str], Iterable[Tensor]], metadata: dict[str, str]) -> tuple[str, int]:
     """Write the tensors of these types and shapes, asking for each when its turn comes; have them on disk. Returns SHA-256 and bytes.
 
-    Raises OSError where the disk refuses.
+    blocks_of(name): the tensor in any number of blocks whose elements, laid end to end, are its own in row-major order. Raises OSError
+    where the disk refuses.
     """
     order = sorted(kinds, key=lambda name: (-kinds[name][0].itemsize, name))  # the widest first: every tensor is aligned
     header: dict[str, object] = {"__metadata__": metadata}
@@ -82,11 +87,15 @@ def write(path: Path, kinds: Kinds, tensor_of: Callable[[str], Tensor], metadata
 
         put(len(encoded).to_bytes(8, "little") + encoded)
         for name in order:
-            tensor = tensor_of(name).detach().cpu().contiguous()
-            if (tensor.dtype, tuple(tensor.shape)) != kinds[name]:
-                raise ValueError(f"{name}: {tensor.dtype} {tuple(tensor.shape)} instead of {kinds[name]}")
-            if tensor.numel():
-                put(raw(tensor))
+            (dtype, shape), count = kinds[name], 0
+            for block in blocks_of(name):
+                if block.dtype != dtype:
+                    raise ValueError(f"{name}: {block.dtype} instead of {dtype}")
+                count += block.numel()
+                if block.numel():
+                    put(raw(block.detach().cpu().contiguous()))
+            if count != math.prod(shape):
+                raise ValueError(f"{name}: {count} elements instead of {shape}")
         file.flush()
         os.fsync(file.fileno())
         return digest.hexdigest(), file.tell()
@@ -106,11 +115,11 @@ def entries(path: Path) -> dict[str, Entry]:
                 for name, entry in header.items()
             }
             ends = [8 + length + entry["data_offsets"][1] for entry in header.values()]
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            for (name, entry), end in zip(found.items(), ends, strict=True):
+                if not 8 + length <= entry.start <= end <= size or end - entry.start != entry.dtype.itemsize * math.prod(entry.shape):
+                    raise ValueError(f"the place of {name} is wrong")
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
             raise ValueError(f"{path}: not a safetensors file ({error!r})") from None
-    for (name, entry), end in zip(found.items(), ends, strict=True):
-        if not 8 + length <= entry.start <= end <= size or end - entry.start != entry.dtype.itemsize * math.prod(entry.shape):
-            raise ValueError(f"{path}: the place of {name} is wrong")
     return found
 
 

@@ -1,14 +1,19 @@
-"""Small tokenizers of every kind."""
+"""Small tokenizers of every kind, and small folders of shards in both formats."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer
 
 from megaflow.config.schema import DataConfig
+from megaflow.data import shards
 from megaflow.data import tokenizer as tok
+from megaflow.data.prepare import prepare
 from tests.data.texts import TRAINING, WORDS
+
+SHARD_BYTES = 2000
 
 
 def gpt2_files(folder: Path, bpe: Tokenizer) -> str:
@@ -32,3 +37,33 @@ def tokenizers(tmp_path_factory) -> dict[str, Tokenizer]:
         "gpt2": tok.given_tokenizer(DataConfig(tokenizer="gpt2", tokenizer_path=gpt2)),
         "bert": tok.given_tokenizer(DataConfig(tokenizer="bert", tokenizer_path=str(bert))),
     }
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory) -> Callable[[str, str], Path]:
+    """folders(packing, format): a prepared folder of some hundred rows of four different tokens at most, in several shards."""
+    base, made = tmp_path_factory.mktemp("folders"), {}
+
+    def folder(packing: str, format: str) -> Path:
+        if (packing, format) not in made:
+            numbers = [f"{place:03d}" if packing == "wrap" else str(place) for place in range(400)]  # with its end token each is a row
+            source = base / f"{packing}.txt"
+            source.write_text("\n".join(numbers))
+            made[packing, format] = base / f"{packing}-{format}"
+            config = DataConfig(
+                path=str(made[packing, format]),
+                source=[str(source)],
+                document_separator="\n",
+                tokenizer="bytes",
+                packing=packing,
+                format=format,
+                length=4,
+                validation_fraction=0.1,
+                workers=1,
+            )
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(shards, "SHARD_BYTES", SHARD_BYTES)
+                prepare(config)
+        return made[packing, format]
+
+    return folder

@@ -236,7 +236,10 @@ class TestSources:
         assert f"a BPE of {size} tokens only" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("extra", [{"tokenizer": "bpe", "vocab_size": 320}, {"packing": "document", "length": 33}])
+@pytest.mark.parametrize(
+    "extra",
+    [{"tokenizer": "bpe", "vocab_size": 320}, {"packing": "document", "length": 33}, {"packing": "document", "format": "webdataset"}],
+)
 def test_the_folder_is_the_same_to_the_byte_for_any_number_of_workers(config, tmp_path, monkeypatch, extra):
     monkeypatch.setattr(encode, "BATCH", 500)
     folders = []
@@ -246,7 +249,8 @@ def test_the_folder_is_the_same_to_the_byte_for_any_number_of_workers(config, tm
         files = sorted(path for path in Path(settings.path).rglob("*") if path.is_file() and path.name != shards.SECONDS_FILE)
         folders.append({str(path.relative_to(settings.path)): path.read_bytes() for path in files})
     assert folders[0] == folders[1]
-    assert {"prepared.json", "tokenizer.json", "unigram.npy", "train/index.json", "validation/shard.00000.mds"} <= folders[0].keys()
+    shard = "validation/shard.00000." + ("tar" if "format" in extra else "mds")
+    assert {"prepared.json", "tokenizer.json", "unigram.npy", "train/index.json", shard} <= folders[0].keys()
 
 
 class TestAgain:
@@ -271,6 +275,11 @@ class TestAgain:
         other = write_jsonl(tmp_path / "other.jsonl", ["more", *DOCUMENTS])
         with pytest.raises(UserError, match="prepared from other sources.*other.jsonl"):
             prepare(config(source=[other]))
+
+    def test_another_format_is_refused_and_told_how_to_get(self, config):
+        prepare(config())
+        with pytest.raises(UserError, match="data.format=mds, not webdataset: megaflow inspect .*/data --to webdataset --out DIR"):
+            prepare(config(format="webdataset"))
 
     def test_another_vocabulary_is_refused(self, config, tmp_path):
         words = ["[UNK]", "[SEP]", "the", "cat"]
@@ -394,7 +403,7 @@ class TestInterrupted:
         assert [path.name for path in tmp_path.iterdir()] == ["many.jsonl"]
 
     def test_the_folder_of_a_living_prepare_is_left_alone(self, config, tmp_path):
-        alive = tmp_path / f"{stage._partial_prefix(tmp_path / 'data')}{os.getppid()}"
+        alive = tmp_path / f"{stage.partial_prefix(tmp_path / 'data')}{os.getppid()}"
         alive.mkdir()
         prepare(config())
         assert alive.is_dir()

@@ -90,6 +90,13 @@ def test_a_changed_byte_of_a_small_file_is_found_at_once(folder, name):
         shards.open_prepared(folder)
 
 
+def test_a_format_from_the_future(folder):
+    manifest = json.loads((folder / "prepared.json").read_text())
+    (folder / "prepared.json").write_text(json.dumps(manifest | {"format": "parquet"}))
+    with pytest.raises(UserError, match="names shards of format parquet, this MegaFlow reads mds and webdataset"):
+        shards.open_prepared(folder)
+
+
 def test_a_version_from_the_future(folder):
     manifest = json.loads((folder / "prepared.json").read_text())
     (folder / "prepared.json").write_text(json.dumps(manifest | {"version": 99}))

@@ -14,6 +14,7 @@ import pytest
 from megaflow.train import checkpoint as checkpoints
 from megaflow.train import run as runs
 from megaflow.train import stages
+from megaflow.train.meter import SPEED
 
 STEPS, EVERY = 150, 20
 LENGTH = (
@@ -106,7 +107,7 @@ def start(command, environment, tmp_path):
 
 def curve(directory: Path) -> list[dict]:
     """Everything that was logged, less the speed."""
-    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in runs.lines(directory / "metrics.jsonl")]
+    return [{k: v for k, v in line.items() if k not in SPEED} for line in runs.lines(directory / "metrics.jsonl")]
 
 
 def past_a_checkpoint(training: Training) -> bool:

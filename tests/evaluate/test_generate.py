@@ -204,7 +204,7 @@ class TestBalance:
     def test_what_pads_a_row_does_not_count(self, trained, monkeypatch):
         """Rows of one document: candidates are those of their tokens, whatever stands behind them."""
         run = load_run(trained("documents"))
-        monkeypatch.setattr(type(run), "is_map", True)
+        monkeypatch.setattr(run, "is_map", True)
         seen = []
         monkeypatch.setattr("megaflow.evaluate.generate.balance.offsets", lambda logits, ids, law: seen.append(len(ids)) or 0.0 * law)
         one_step_offsets(run)

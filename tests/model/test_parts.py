@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save
 
 from megaflow.config.schema import ClockConfig, FlowConfig
 from megaflow.errors import UserError
@@ -77,7 +78,7 @@ def test_what_is_saved_comes_back_bit_equal(kind, tmp_path):
     assert again.log_prior.dtype == torch.float32
 
 
-@pytest.mark.parametrize("content", [None, b"", b"not a tensor file"])
+@pytest.mark.parametrize("content", [None, b"", b"not a tensor file", save({"log_prior": torch.zeros(3)}), save({}, {"dim": "x"})])
 def test_a_missing_or_damaged_file_is_one_sentence(tmp_path, content):
     if content is not None:
         (tmp_path / made.FILE).write_bytes(content)

@@ -68,7 +68,7 @@ class TestReading:
             for piece in pieces(5, rank, read):
                 assert torch.equal(found.read(piece.name, piece.at), piece.tensor), (piece.name, piece.at)
 
-    @settings(max_examples=30)
+    @settings(max_examples=30, deadline=None)
     @given(st.data())
     def test_any_box_from_any_partition_over_any_processes(self, tmp_path_factory, data):
         shape = data.draw(SHAPES)
@@ -91,6 +91,22 @@ class TestReading:
         monkeypatch.setattr(tensor_file, "_fill", lambda file, target, *rest: (read.append(len(target)), fill(file, target, *rest)))
         found.read("weights/rows", ((10, 14), (1, 3)))  # a row has 4 numbers; the files meet at row 12
         assert sum(read) == 4 * 2 * 4
+
+    @settings(max_examples=30, deadline=None)
+    @given(st.data())
+    def test_blocks_laid_end_to_end_are_the_tensor_or_a_box_of_it(self, tmp_path_factory, data):
+        run = tmp_path_factory.getbasetemp() / "blocks"
+        found = checkpoints.open_checkpoint(checkpoints.folder(run, 5) if run.exists() else saved(run, 5, 3))
+        name = data.draw(st.sampled_from(found.names()))
+        at = data.draw(st.one_of(st.none(), any_box(found.shape(name))))
+        most = data.draw(st.integers(1, 200))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(checkpoints, "BLOCK", most)
+            blocks = list(found.blocks(name, at))
+        whole = found.read(name, at)
+        assert torch.equal(torch.cat([whole.new_zeros(0), *(block.reshape(-1) for _, block in blocks)]), whole.reshape(-1))
+        assert all(block.nbytes <= max(most, whole.itemsize) for _, block in blocks)
+        assert all(torch.equal(block, tensors(5)[name][boxes.slices(box)]) for box, block in blocks)
 
     def test_files_are_safetensors_that_any_library_opens(self, tmp_path):
         path = saved(tmp_path, 5, 2)

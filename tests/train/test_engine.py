@@ -224,6 +224,15 @@ class TestLayouts:
             assert second.step(number)[0] == pytest.approx(first.step(number)[0], rel=tolerance)
 
     @pytest.mark.parametrize("name", ["adamw", "muon"])
+    @pytest.mark.parametrize("zero", [1, 2, 3])
+    def test_an_optimizer_on_the_cpu_takes_the_same_steps(self, mesh, name, zero):
+        plain, away = small(name, 0, "fp32"), small(name, zero, "fp32")
+        away.parallel.offload = "optimizer"
+        one, other = Session(plain, mesh, seed=1), Session(away, mesh, seed=1)
+        for number in range(4):
+            assert other.step(number) == pytest.approx(one.step(number), rel=2e-6)
+
+    @pytest.mark.parametrize("name", ["adamw", "muon"])
     @pytest.mark.parametrize("zero", [0, 1, 2, 3])
     def test_accumulation_changes_nothing(self, mesh, name, zero):
         whole, parts = (Session(small(name, zero, "fp32"), mesh, seed=1, accumulation=a) for a in (1, 4))

@@ -17,6 +17,7 @@ from megaflow.model import parts
 from megaflow.train import checkpoint as checkpoints
 from megaflow.train import engine, stages
 from megaflow.train import run as runs
+from megaflow.train.meter import SPEED
 
 BIT_FOR_BIT = [("char", "flow"), ("coded", "flow"), ("documents", "flow"), ("coded", "autoregressive"), ("char", "flow_map")]
 
@@ -49,7 +50,7 @@ class TestARun:
         written = runs.lines(directory / "metrics.jsonl")
         steps = [line for line in written if "loss" in line]
         assert [line["step"] for line in steps] == list(range(1, 41))
-        assert all({"step", "tokens", "loss", "learning_rate", "grad_norm", "tokens_per_second"} <= line.keys() for line in steps)
+        assert all({"step", "tokens", "loss", "learning_rate", "grad_norm", *SPEED} <= line.keys() for line in steps)
         checks = [line for line in written if "loss" not in line]
         assert [line["step"] for line in checks] == [10, 20, 30, 40] and all("validation_loss" in line for line in checks)
         assert all(math.isfinite(value) for line in written for value in line.values())
@@ -220,9 +221,7 @@ class TestResume:
         set_back(directory, 30)
         train(kind, family, "run.dir=" + str(directory))
         for ours, theirs in zip(runs.lines(directory / "metrics.jsonl"), runs.lines(trained(kind, family) / "metrics.jsonl"), strict=True):
-            assert {k: v for k, v in ours.items() if k != "tokens_per_second"} == {
-                k: v for k, v in theirs.items() if k != "tokens_per_second"
-            }
+            assert {k: v for k, v in ours.items() if k not in SPEED} == {k: v for k, v in theirs.items() if k not in SPEED}
         ours, theirs = (checkpoints.newest(path) for path in (directory, trained(kind, family)))
         assert ours.names() == theirs.names() and all(torch.equal(ours.read(name), theirs.read(name)) for name in ours.names())
 

@@ -96,6 +96,18 @@ class TestTogether:
             group["lr"] = 0.0
         assert all(torch.equal(a, b) for a, b in zip(train(network, [optimizer]), before, strict=True))
 
+    def test_each_takes_its_turn_where_one_group_is_shown_alone(self, network):
+        """As ZeRO shows them, with gradients of both at hand."""
+        optimizer = make(network, OPTIM, HERE)
+        network(torch.tensor([0, 1, 2])).backward()
+        groups, before = optimizer.param_groups, [p.detach().clone() for p in network.parameters()]
+        for group in groups:
+            optimizer.param_groups = [group]
+            optimizer.step()
+            moved = [not torch.equal(p, old) for p, old in zip(network.parameters(), before, strict=True)]
+            assert moved == [any(p is q for q in group["params"]) for p in network.parameters()]
+            before = [p.detach().clone() for p in network.parameters()]
+
     def test_its_state_is_that_of_the_parts_itself(self, network):
         optimizer = make(network, OPTIM, HERE)
         assert isinstance(optimizer, Together) and not optimizer.state
@@ -237,7 +249,7 @@ class TestMuonInParts:
         assert not any(torch.equal(p, before) for p, before in zip(whole, start, strict=True))
 
     def test_it_waits_for_a_gradient_of_its_own(self):
-        """ZeRO steps one group after the other; nothing moves or decays, and no momentum fades, in the other's turn."""
+        """Nothing moves or decays, and no momentum fades, where there is none."""
         flat = nn.Parameter(torch.ones(6))
         muon = muon_over([flat], HERE)
         muon.matrices = {flat: [Matrix(torch.Size((2, 3)), None, 0, 6, 0, False)]}

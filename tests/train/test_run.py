@@ -38,6 +38,8 @@ def other_value(name: str) -> object:
         return next((choice for choice in item.metadata["choices"] if choice not in (default, settled)), None)
     if item.type is str or item.type == list[str]:
         return "other" if item.type is str else ["other"]
+    if item.type is bool:
+        return not default
     if item.type is float:
         return default * 0.5 + 0.01
     return 77 if default == "auto" else default + 1

@@ -63,22 +63,27 @@ class TestFormat:
         written(tmp_path / "f", tensors)
         assert all(torch.equal(read(tmp_path / "f", name), value) for name, value in tensors.items())
 
-    def test_a_tensor_is_asked_for_when_the_one_before_is_gone(self, tmp_path):
+    def test_a_block_is_asked_for_when_those_before_are_gone(self, tmp_path):
         alive: list[weakref.ref] = []
 
-        def tensor_of(name: str) -> torch.Tensor:
-            gc.collect()
-            assert all(reference() is None for reference in alive)
-            made = torch.full((1000,), float(name))
-            alive.append(weakref.ref(made))
-            return made
+        def blocks_of(name: str):
+            for block in range(4):
+                gc.collect()
+                assert all(reference() is None for reference in alive[:-1])  # the last one is what the loop's variable still names
+                made = torch.arange(250.0) + 250 * block + 1000 * int(name)
+                alive.append(weakref.ref(made))
+                yield made
+                del made
 
-        tensor_file.write(tmp_path / "f", {str(name): (torch.float32, (1000,)) for name in range(5)}, tensor_of, {})
-        assert len(alive) == 5 and all((read(tmp_path / "f", str(name)) == name).all() for name in range(5))
+        tensor_file.write(tmp_path / "f", {str(name): (torch.float32, (1000,)) for name in range(5)}, blocks_of, {})
+        assert len(alive) == 20
+        assert all(torch.equal(read(tmp_path / "f", str(name)), torch.arange(1000.0) + 1000 * name) for name in range(5))
 
     def test_another_tensor_than_was_announced_is_refused(self, tmp_path):
-        with pytest.raises(ValueError, match=r"a: torch.float32 \(2,\) instead of"):
-            tensor_file.write(tmp_path / "f", {"a": (torch.float32, (3,))}, lambda _: torch.ones(2), {})
+        with pytest.raises(ValueError, match=r"a: 2 elements instead of \(3,\)"):
+            tensor_file.write(tmp_path / "f", {"a": (torch.float32, (3,))}, lambda _: [torch.ones(2)], {})
+        with pytest.raises(ValueError, match=r"a: torch.float64 instead of torch.float32"):
+            tensor_file.write(tmp_path / "f", {"a": (torch.float32, (2,))}, lambda _: [torch.ones(2).double()], {})
 
     @pytest.mark.parametrize("content", [b"", b"1234567", b"\xff" * 16, b"\x02" + bytes(7) + b"[]", b"\x08" + bytes(7) + b'{"a": 1}'])
     def test_what_is_no_such_file_is_refused(self, tmp_path, content):

@@ -1,0 +1,201 @@
+"""`megaflow convert RUN OUT`: a run's network as consolidated safetensors, or its checkpoint in other files; verified after writing.
+
+Tensors go through in blocks of rows, so that what is converted may be larger than memory. OUT is there when all of it is written, on disk
+and verified, and not before; nothing of the run is changed.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from functools import partial as partial_of
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import megaflow
+from megaflow.config.load import to_yaml
+from megaflow.data import shards
+from megaflow.errors import UserError
+from megaflow.export import verify
+from megaflow.export.folder import FILE, INDEX, MODEL, PRECISIONS, STAGE, VERSION, load
+from megaflow.export.recut import recut
+from megaflow.export.source import MEGABYTE, Source, made, open_source, room, sized
+from megaflow.model import parts
+from megaflow.progress import Progress
+from megaflow.train import checkpoint as checkpoints
+from megaflow.train import tensor_file
+from megaflow.train.stages import SHARDS
+
+WEIGHTS = {"averaged": "averaged", "live": "weights"}
+"""Group of a checkpoint that each kind of weights is."""
+SHARD_SIZE = "5GB"
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def convert(
+    run: str | Path,
+    out: str | Path,
+    weights: str | None = None,
+    precision: str | None = None,
+    shard_size: str | None = None,
+    step: int | None = None,
+    form: str = "model",
+    processes: int | None = None,
+) -> list[str]:
+    """Convert a run's newest checkpoint, or that of a step, into a new folder; returns what was done and compared, a line each.
+
+    form 'model': `weights` 'averaged' (if None) or 'live', in `precision` fp32 (if None), bf16 or fp16, in files of at most `shard_size`
+    (5GB if None) but for a tensor that is larger alone. form 'run': a run directory from which training continues, its checkpoint in the
+    files of `processes` (1 if None). Raises UserError.
+    """
+    run, out = Path(run), Path(out)
+    if form == "run":
+        if given := [name for name, value in (("weights", weights), ("precision", precision), ("shard-size", shard_size)) if value]:
+            raise UserError(
+                f"--{given[0]} belongs to --as model: a run keeps all its weights, in fp32, in a file for each process and group"
+            )
+        return recut(run, out, step, 1 if processes is None else processes)
+    if processes is not None:
+        raise UserError("--processes belongs to --as run: the files of a model are cut by --shard-size")
+    weights, precision, limit = weights or "averaged", precision or "fp32", size_of(shard_size or SHARD_SIZE)
+    with made(out) as partial:
+        source = open_source(run, step, [WEIGHTS[weights], "stage"])
+        kinds = {name: (PRECISIONS[precision], shape) for name, shape in source.shapes.items()}
+        room(partial, out, sum(map(_bytes, kinds.values())))
+        files = _write_model(source, partial, weights, kinds, limit)
+        _write_rest(source, partial)
+        manifest = _manifest(source, partial, weights, precision, files)
+        _write_json(partial / FILE, manifest)
+        compared = _verify(source, out, partial, weights, precision, kinds, files)
+        _write_json(partial / FILE, manifest | {"verified": compared})
+    found = source.found
+    what = f"{source.kind}, step {found.state['step']}, {weights} weights, {manifest['parameters']:,} numbers in {precision}"
+    return [f"{out}: {what}, {len(files)} {'file' if len(files) == 1 else 'files'} of weights", *verify.told(compared)]
+
+
+def size_of(text: str) -> int:
+    """Bytes of '5GB', '200MB', '1.5TB'; powers of a thousand, as Hugging Face counts. Raises UserError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]B)", text.strip().upper())
+    if match is None or not (count := int(float(match[1]) * UNITS[match[2]])):
+        raise UserError(f"--shard-size: {text!r} is not a size above 0 such as 5GB or 200MB")
+    return count
+
+
+def split(sizes: dict[str, int], limit: int) -> list[list[str]]:
+    """Names by file, in their order: files of at most `limit` bytes, but for a tensor that alone has more."""
+    found: list[list[str]] = []
+    left = 0
+    for name, size in sizes.items():
+        if not found or size > left:
+            found.append([])
+            left = limit
+        found[-1].append(name)
+        left -= size
+    return found
+
+
+def rounded(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Values in another type. Raises UserError where one is beyond what that holds."""
+    if value.dtype == dtype:
+        return value
+    found = value.to(dtype)
+    if bool((value.isfinite() & ~found.isfinite()).any()):
+        wider = "bf16" if dtype == torch.float16 else "fp32"
+        raise UserError(f"{name} has values up to {value.abs().max().item():.3g}, beyond what {dtype} holds; take --precision {wider}")
+    return found
+
+
+def _full(weights: str, name: str) -> str:
+    return f"{WEIGHTS[weights]}/{name}"
+
+
+def _bytes(kind: tuple[torch.dtype, tuple[int, ...]]) -> int:
+    return kind[0].itemsize * torch.Size(kind[1]).numel()
+
+
+def _write_model(source: Source, partial: Path, weights: str, kinds: tensor_file.Kinds, limit: int) -> dict[str, list[str]]:
+    """Write the weights; returns the names in each file."""
+    sizes = {name: _bytes(kind) for name, kind in kinds.items()}
+    several = split(sizes, limit)
+    files = {MODEL if len(several) == 1 else f"model-{i:05d}-of-{len(several):05d}.safetensors": each for i, each in enumerate(several, 1)}
+    progress, done = Progress(f"write {partial.stem}", sum(sizes.values()) / MEGABYTE, "MB"), 0
+
+    def blocks_of(name: str) -> Iterator[Tensor]:
+        nonlocal done
+        for _, block in source.found.blocks(_full(weights, name)):
+            yield rounded(name, block, kinds[name][0])
+            progress.update((done := done + kinds[name][0].itemsize * block.numel()) / MEGABYTE)
+
+    for file, names in files.items():
+        tensor_file.write(partial / file, {name: kinds[name] for name in names}, blocks_of, {"format": "pt"})
+    if len(files) > 1:
+        places = {name: file for file, names in files.items() for name in names}
+        _write_json(partial / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places})
+    return files
+
+
+def _write_rest(source: Source, partial: Path) -> None:
+    """Everything but weights that rebuilds the network."""
+    (partial / "config.yaml").write_text(to_yaml(source.loaded.config), "utf-8")
+    _write_json(partial / "origin.json", source.loaded.origin)
+    shards.copy_description(source.run / SHARDS, partial / SHARDS)
+    if source.kind != "autoregressive":
+        (partial / parts.FILE).write_bytes((source.run / parts.FILE).read_bytes())
+        tensor_file.write(partial / STAGE, *tensor_file.given(source.found.tensors("stage")), {"format": "pt"})
+
+
+def _manifest(source: Source, partial: Path, weights: str, precision: str, files: dict[str, list[str]]) -> dict[str, Any]:
+    """export.json of the files that are there, which are on disk when this returns."""
+    found = source.found
+    written = sorted(path for path in partial.rglob("*") if path.is_file())
+    return {
+        "version": VERSION,
+        "megaflow": megaflow.__version__,
+        "kind": source.kind,
+        "weights": weights,
+        "precision": precision,
+        "parameters": sum(torch.Size(shape).numel() for shape in source.shapes.values()),
+        "source": {
+            "run": str(source.run),
+            "step": found.state["step"],
+            "tokens": found.state.get("tokens"),
+            "manifest": tensor_file.sha256(found.path / checkpoints.MANIFEST),
+            "content": found.sha256,
+        },
+        "files": {str(path.relative_to(partial)): shards.describe_file(path) for path in written},
+    }
+
+
+def _verify(
+    source: Source, out: Path, partial: Path, weights: str, precision: str, kinds: tensor_file.Kinds, files: dict[str, list[str]]
+) -> dict[str, Any]:
+    """Compare what was written with what it was made of, tensors first. Raises UserError."""
+    progress, done = Progress(f"verify {out.name}", sum(map(_bytes, kinds.values())) / MEGABYTE, "MB"), 0
+
+    def pairs() -> Iterator[tuple[str, Tensor, Tensor]]:
+        nonlocal done
+        for file, names in files.items():
+            for name in names:
+                for box, block in source.found.blocks(_full(weights, name)):
+                    yield name, tensor_file.read(partial / file, entries[file][name], box), rounded(name, block, kinds[name][0])
+                    progress.update((done := done + kinds[name][0].itemsize * block.numel()) / MEGABYTE)
+
+    entries = {file: tensor_file.entries(partial / file) for file in files}
+    if {name: (entry.dtype, entry.shape) for found in entries.values() for name, entry in found.items()} != kinds:
+        raise UserError(verify.failed(out, "its tensors are not the run's"))
+    verify.compare_blocks(out, pairs())
+    after = sized(source, partial_of(_load, partial))
+    found = verify.compare_logits(out, source.network(WEIGHTS[weights]), after, precision)
+    return {"tensors": len(kinds), "exact": precision == "fp32", **found}
+
+
+def _load(directory: Path) -> tuple:
+    network, fixed, _, _ = load(directory, "cpu")
+    return network, fixed
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+    shards.describe_file(path)  # on disk

@@ -1,0 +1,195 @@
+"""A converted model: one network, rounded to one precision, in a folder that needs no run and no megaflow to be opened.
+
+    model.safetensors           the weights by their names in the network, whole tensors; or
+    model-00001-of-00003.safetensors, …, and model.safetensors.index.json, which says where each is, as Hugging Face's libraries write it
+    export.json                 what it was made of, and a hash of every other file
+    config.yaml, origin.json    the run's resolved config, and where each of its values came from
+    flow.safetensors            the fixed parts of a flow: code, prior and range of log-SNR; not of an autoregressive baseline
+    stage.safetensors           what the stage has measured: the clock of a flow and its profile; not of a baseline
+    shards/                     what the shards say of themselves: tokenizer, counts, length of rows
+
+export.json is {"version", "megaflow", "kind": flow, flow_map or autoregressive, "weights": averaged or live, "precision",
+"parameters", "source": {run, step, tokens, manifest: SHA-256 of the checkpoint's manifest.json, content: identity of its averaged weights
+and stage}, "verified": what was compared after writing, "files": {name: {bytes, sha256}}}.
+
+Reading runs no code of the folder's: JSON, YAML's plain values and bytes of tensors.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megaflow.config.schema import Config
+from megaflow.data.shards import unigram_counts
+from megaflow.errors import UserError
+from megaflow.flow.clock import Clock
+from megaflow.model import build, parts
+from megaflow.model.autoregressive import Autoregressive
+from megaflow.model.parts import Parts
+from megaflow.model.text_dit import TextDiT
+from megaflow.parallel import boxes
+from megaflow.parallel.cut import logical_shape, put
+from megaflow.train import checkpoint as checkpoints
+from megaflow.train import tensor_file
+from megaflow.train.run import read_config
+from megaflow.train.stages import SHARDS
+
+FILE = "export.json"
+INDEX = "model.safetensors.index.json"
+MODEL = "model.safetensors"
+STAGE = "stage.safetensors"
+VERSION = 1
+KINDS = ("flow", "flow_map", "autoregressive")
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+NEEDED = {"version", "kind", "weights", "precision", "source", "files"}
+DAMAGED = "convert the run again into another folder"
+
+
+def load(directory: str | Path, device: torch.device | str) -> tuple[TextDiT | Autoregressive, Parts | None, Clock | None, Config]:
+    """The network of a converted model, in fp32 and ready to be evaluated, its fixed parts and its clock (None of a baseline), its config.
+
+    At no time more than one tensor is held beside the network. Raises UserError where the folder is none, or its files are not the ones
+    that were written.
+    """
+    directory, device = Path(directory), torch.device(device)
+    manifest = read_manifest(directory)
+    _compare(directory, manifest)
+    config = read_config(directory).config
+    network, fixed = build_network(directory, config, manifest["kind"] == "flow_map", device)
+    names, read = tensors(directory)
+    fill(network, names, read, directory)
+    if fixed is None:
+        return network.eval(), None, None, config
+    kept = stage(directory)
+    if missing := {"clock_times", "clock_tau"} - kept.keys():
+        raise UserError(f"{directory / STAGE}: it has no {' and no '.join(sorted(missing))}; {DAMAGED}")
+    return network.eval(), fixed, Clock(kept["clock_times"], kept["clock_tau"]), config
+
+
+def is_model(directory: str | Path) -> bool:
+    """Whether a folder is a converted model and not a run."""
+    return (Path(directory) / FILE).is_file()
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """export.json; no file is compared with it. Raises UserError."""
+    try:
+        found = json.loads((directory / FILE).read_text("utf-8"))
+        if missing := NEEDED - found.keys():
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+        if found["version"] != VERSION:
+            raise ValueError(f"version {found['version']}, and this megaflow reads version {VERSION}")
+        if found["kind"] not in KINDS:
+            raise ValueError(f"it is a {found['kind']!r}")
+        if type(step := found["source"]["step"]) is not int:
+            raise ValueError(f"step {step!r}")
+        if any(not {"bytes", "sha256"} <= entry.keys() for entry in found["files"].values()):
+            raise ValueError("it lacks hashes")
+    except (OSError, AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"{directory / FILE}: not what megaflow convert writes ({error}); {DAMAGED}") from None
+    return found
+
+
+def _compare(directory: Path, manifest: dict[str, Any]) -> None:
+    """Compare the files that the network is made of with those that were written. Raises UserError."""
+    for name in made_of(manifest["files"]):
+        if (directory / name).parent != directory:
+            raise UserError(f"{directory / FILE}: it names {name}, which is no file of this folder; {DAMAGED}")
+        written = manifest["files"][name]
+        try:
+            same = ((directory / name).stat().st_size, tensor_file.sha256(directory / name)) == (written["bytes"], written["sha256"])
+        except OSError as error:
+            raise UserError(f"{directory / name}: cannot be read ({error.strerror}); {DAMAGED}") from None
+        if not same:
+            raise UserError(f"{directory / name}: not the file that was written; {DAMAGED}")
+
+
+def made_of(files: dict[str, Any]) -> list[str]:
+    """Of the files of export.json those that decide what the network computes."""
+    return sorted(name for name in files if name.endswith((".safetensors", INDEX)))
+
+
+def identity(manifest: dict[str, Any]) -> str:
+    """A hash of all that a network computes by: equal for the same weights, parts and clock in the same files."""
+    return checkpoints.hashed([[name, manifest["files"][name]["sha256"]] for name in made_of(manifest["files"])])
+
+
+def stage(directory: Path) -> dict[str, Tensor]:
+    """What the stage has kept, by name; nothing of a baseline. Raises UserError."""
+    file = directory / STAGE
+    if not file.exists():
+        return {}
+    try:
+        return {name: tensor_file.read(file, entry, boxes.full(entry.shape)) for name, entry in tensor_file.entries(file).items()}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read ({error}); {DAMAGED}") from None
+
+
+def tensors(directory: Path) -> tuple[dict[str, tuple[int, ...]], Callable[[str], Tensor]]:
+    """Shapes of the folder's weights by name, and a function that reads one. Raises UserError, the function too."""
+    try:
+        place = _places(directory)
+        entries = {file: tensor_file.entries(directory / file) for file in set(place.values())}
+        found = {name: entries[file][name] for name, file in place.items()}
+    except (OSError, KeyError, ValueError) as error:
+        raise UserError(f"{directory}: its weights cannot be read ({error}); {DAMAGED}") from None
+
+    def read(name: str) -> Tensor:
+        file, entry = directory / place[name], found[name]
+        try:
+            return tensor_file.read(file, entry, boxes.full(entry.shape))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{file}: {name} cannot be read ({error}); {DAMAGED}") from None
+
+    return {name: entry.shape for name, entry in found.items()}, read
+
+
+def _places(directory: Path) -> dict[str, str]:
+    """Which file holds which weight. Raises OSError, ValueError."""
+    if not (directory / INDEX).exists():
+        return dict.fromkeys(tensor_file.entries(directory / MODEL), MODEL)
+    try:
+        found = json.loads((directory / INDEX).read_text("utf-8"))["weight_map"]
+        if any(Path(file).name != file for file in found.values()):
+            raise ValueError("it names files of other folders")
+        return dict(found)
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{INDEX}: {error}") from None
+
+
+def build_network(
+    directory: Path, config: Config, is_map: bool, device: torch.device
+) -> tuple[TextDiT, Parts] | tuple[Autoregressive, None]:
+    """A network with undrawn weights, and a flow's parts, from the folder of a run or of a converted model. Raises UserError."""
+    if config.model.family == "autoregressive":
+        log_prior = parts.unigram(unigram_counts(directory / SHARDS))
+        with torch.device(device):
+            return build.autoregressive_network(config, log_prior, device), None
+    fixed = parts.read(directory / parts.FILE)
+    with torch.device(device):
+        return build.flow_network(config, fixed, device, is_map), parts.to(fixed, device)
+
+
+@torch.no_grad()
+def fill(network: nn.Module, names: dict[str, tuple[int, ...]], read: Callable[[str], Tensor], source: Path) -> None:
+    """Copy the weights of these names and shapes into a network, one after another. Raises UserError where they are not the network's."""
+    check_same(shapes_of(network), names, source)
+    for name, p in network.named_parameters():
+        put(p, read(name))
+
+
+def shapes_of(network: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Logical shapes of a network's weights, by name."""
+    return {name: logical_shape(p) for name, p in network.named_parameters()}
+
+
+def check_same(wanted: dict[str, tuple[int, ...]], given: dict[str, tuple[int, ...]], source: Path) -> None:
+    """Refuse weights that are not those of the network that a config describes. Raises UserError."""
+    for name in sorted(wanted.keys() | given.keys()):
+        if wanted.get(name) != given.get(name):
+            here, there = (f"has the shape {each[name]}" if name in each else "is missing" for each in (given, wanted))
+            raise UserError(f"{source}: these are not the weights of its config.yaml: {name} {here}, and in that network it {there}")

@@ -1,0 +1,174 @@
+"""The run that is converted, one checkpoint of it, and the folder that is made of it: there whole, or not at all."""
+
+import contextlib
+import fcntl
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megaflow.config.load import Loaded
+from megaflow.data.shards import read_description
+from megaflow.errors import UserError
+from megaflow.export.folder import build_network, check_same, fill, is_model, shapes_of
+from megaflow.export.verify import Network
+from megaflow.progress import Progress
+from megaflow.train import checkpoint as checkpoints
+from megaflow.train.checkpoint import HASHERS, Checkpoint, Damaged
+from megaflow.train.checkpoint_writer import flush
+from megaflow.train.run import read_config, stage_of
+from megaflow.train.stages import SHARDS
+
+MEGABYTE = 1e6
+SPARE = 2**26
+"""Bytes that a disk must have beside the tensors: configs, tokenizer, headers."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A run, its config, its kind ('flow', 'flow_map' or 'autoregressive'), the checkpoint that is converted, and its network's shapes."""
+
+    run: Path
+    loaded: Loaded
+    kind: str
+    found: Checkpoint
+    shapes: dict[str, tuple[int, ...]]
+
+    def network(self, group: str) -> Network:
+        """The network with the weights of a group, 'weights' or 'averaged', of the checkpoint."""
+        return network_of(self.run, self, self.found, group)
+
+    def size(self, name: str) -> int:
+        """Bytes of a tensor of the checkpoint."""
+        return torch.Size(self.found.shape(name)).numel() * self.found.dtype(name).itemsize
+
+
+def open_source(run: Path, step: int | None, groups: list[str]) -> Source:
+    """A run and its newest checkpoint, or that of a step, whose files of these groups are the ones that were written.
+
+    The checkpoint's weights are held against the network that config.yaml describes, which is not made for that. Raises UserError.
+    """
+    if is_model(run):
+        raise UserError(f"{run}: this is a converted model and no run; convert the run that it was made of")
+    loaded, stage = read_config(run), stage_of(run)
+    read_description(run / SHARDS)
+    kept = checkpoints.steps(run)
+    if not kept:
+        raise UserError(f"{run}: this run has no checkpoint yet; train it first")
+    if step is not None and step not in kept:
+        raise UserError(f"--step: {run} keeps no checkpoint of step {step}; it keeps {', '.join(map(str, kept))}")
+    try:
+        found = checkpoints.open_checkpoint(checkpoints.folder(run, kept[-1] if step is None else step), verify=False)
+        network, _ = build_network(run, loaded.config, stage == "distill", torch.device("meta"))
+        shapes = shapes_of(network)
+        for group in ("weights", "averaged"):
+            check_same(shapes, {name.partition("/")[2]: found.shape(name) for name in found.names(f"{group}/")}, found.path)
+        _compare(found, groups)
+    except Damaged as error:
+        if step is None and len(kept) > 1:
+            raise Damaged(f"{error}, or convert that, --step {kept[-2]}") from None
+        raise
+    kind = "autoregressive" if loaded.config.model.family == "autoregressive" else ("flow_map" if stage == "distill" else "flow")
+    return Source(run, loaded, kind, found, shapes)
+
+
+def _compare(found: Checkpoint, groups: list[str]) -> None:
+    """Compare the files of these groups with what was written. Raises Damaged."""
+    names = checkpoints.files(found, groups)
+    progress, done = Progress(f"check {found.path.name}", sum(found.files[name]["bytes"] for name in names) / MEGABYTE, "MB"), 0.0
+    for first in range(0, len(names), HASHERS):
+        some = names[first : first + HASHERS]
+        if problem := checkpoints.damage(found, some, some):
+            raise Damaged(problem)
+        progress.update(done := done + sum(found.files[name]["bytes"] for name in some) / MEGABYTE)
+
+
+def network_of(directory: Path, source: Source, found: Checkpoint, group: str) -> Network:
+    """A network of the source's kind with the weights of a checkpoint; `directory` has its fixed parts."""
+
+    def load() -> Any:
+        network, fixed = build_network(directory, source.loaded.config, source.kind == "flow_map", torch.device("cpu"))
+        fill(network, source.shapes, lambda name: found.read(f"{group}/{name}"), found.path)
+        return network.eval(), fixed
+
+    return sized(source, load)
+
+
+def sized(source: Source, load: Any) -> Network:
+    numbers = [torch.Size(shape).numel() for shape in source.shapes.values()]
+    return Network(load, sum(numbers), max(numbers))
+
+
+@contextlib.contextmanager
+def made(out: Path) -> Iterator[Path]:
+    """A folder of another name to write in, which is called `out` when the block ends well and is removed when it does not.
+
+    One conversion at a time writes to `out`; what a killed one has left is removed. SIGTERM ends the
+    block as Ctrl-C does. Raises UserError; KeyboardInterrupt with a sentence.
+    """
+    if os.path.lexists(out):
+        raise UserError(f"{out}: this is there already, and nothing is written over; give a new folder, or remove it")
+    partial = out.with_name(out.name + ".partial")
+    try:
+        partial.mkdir(exist_ok=True)
+        held = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be made ({error.strerror}); give another folder") from None
+    try:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{partial}: another process is writing this folder; wait for it, or give another one") from None
+        with _terminated():
+            try:
+                _empty(partial)
+                yield partial
+                flush(partial)
+                if os.path.lexists(out):
+                    raise UserError(f"{out}: somebody has made this meanwhile; give a new folder")
+                partial.rename(out)
+                flush(out.parent)
+            except BaseException as error:
+                shutil.rmtree(partial, ignore_errors=True)
+                if isinstance(error, OSError):
+                    where = f"{error.filename}: " if error.filename else ""
+                    raise UserError(f"{out}: cannot be written ({where}{error.strerror or error}); nothing of it is left") from None
+                if isinstance(error, KeyboardInterrupt):
+                    raise KeyboardInterrupt(f"interrupted; {out} is not made, and nothing of it is left") from None
+                raise
+    finally:
+        os.close(held)
+
+
+def room(partial: Path, out: Path, size: int) -> None:
+    """Refuse to begin with what the disk will not hold: `size` bytes of tensors. Raises UserError."""
+    if (free := shutil.disk_usage(partial).free) < size + SPARE:
+        needed, there = (f"{count / MEGABYTE:,.0f} MB" for count in (size + SPARE, free))
+        raise UserError(f"{out}: it needs {needed} and the disk has {there} free; give a folder on another disk")
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+@contextlib.contextmanager
+def _terminated() -> Iterator[None]:
+    """SIGTERM raises KeyboardInterrupt for the time of the block, where signals may be set."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

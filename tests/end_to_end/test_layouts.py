@@ -1,0 +1,141 @@
+"""The same run on any layout: tensor x data processes and what ZeRO shards change no loss, and a run moves from any to any other.
+
+One process is the oracle. `make test` runs a set in which every layout, every ZeRO stage and every kind of training comes up.
+"""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from megaflow.train import checkpoint as checkpoints
+from megaflow.train import run as runs
+from tests.layout_job import train
+
+SHORT = ("train.checkpoint_every=4", "train.validate_every=4", "train.validation_rows=8", "optim.name=auto")
+COVER = [
+    ("coded", "flow", 2, 1, 0),
+    ("coded", "flow", 1, 2, 3),
+    ("coded", "flow", 2, 2, 2),
+    ("coded", "autoregressive", 4, 1, 1),
+    ("documents", "autoregressive", 2, 2, 3),
+    ("coded", "flow_map", 2, 2, 3),
+    ("char", "flow", 1, 4, 1),
+    ("char", "flow_map", 2, 1, 0),
+    ("char", "flow_map", 1, 2, 2),
+]
+MOVES = [
+    # from tensor x data, ZeRO, to tensor x data, ZeRO
+    ("coded", "flow", (2, 2, 1), (1, 1, 0)),
+    ("coded", "flow", (1, 1, 0), (4, 1, 2)),
+    ("coded", "flow", (1, 4, 3), (2, 1, 3)),
+    ("coded", "autoregressive", (4, 1, 3), (1, 2, 1)),
+    ("char", "flow_map", (1, 2, 2), (2, 2, 0)),
+    ("coded", "flow_map", (2, 1, 0), (1, 4, 3)),
+]
+
+
+@pytest.fixture(scope="session")
+def words(config, trained, workspace):
+    """The words after `megaflow` for a run in the session's folder."""
+
+    def make(kind: str, family: str, name: str, *overrides: str) -> list[str]:
+        command = "distill" if family == "flow_map" else "pretrain"
+        teacher = [f"distill.teacher={four_heads(kind)}"] if family == "flow_map" else ["model.heads=4"]
+        return [command, str(config(kind, family)), f"run.dir={workspace / name}", *teacher, *SHORT, *overrides]
+
+    def four_heads(kind: str) -> Path:
+        path = workspace / f"teacher-{kind}"
+        if not (path / "summary.json").exists():
+            train(["pretrain", str(config(kind, "flow")), f"run.dir={path}", "model.heads=4", *SHORT, "train.steps=20"])
+        return path
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def alone(words, workspace):
+    """The run of one process."""
+
+    def run(kind: str, family: str, steps: int, *overrides: str) -> Path:
+        name = "-".join(["alone", kind, family, str(steps), *overrides])
+        if not (workspace / name / "summary.json").exists():
+            train(words(kind, family, name, f"train.steps={steps}", *overrides))
+        return workspace / name
+
+    return run
+
+
+def layout(steps: int, tensor: int, data: int, zero: int) -> list[str]:
+    """Overrides; half of a process's rows at once, so that it accumulates too."""
+    own = [f"parallel.tensor={tensor}", f"parallel.zero={zero}", f"train.micro_batch={max(4 // data, 1)}"]
+    return [f"train.steps={steps}", *own]
+
+
+def same_curve(ours: Path, theirs: Path, steps: int, tolerance: float = 1e-4) -> None:
+    """Losses, norms and validations agree, and the steps are the same."""
+    one, other = runs.lines(ours / "metrics.jsonl"), runs.lines(theirs / "metrics.jsonl")
+    assert [line["step"] for line in one] == [line["step"] for line in other] and len(one) == steps + steps // 4
+    for a, b in zip(one, other, strict=True):
+        assert a.keys() == b.keys() and a["tokens"] == b["tokens"]
+        for name in a.keys() & {"loss", "validation_loss", "grad_norm", "validation_divergence"}:
+            assert a[name] == pytest.approx(b[name], rel=tolerance), f"{name} of step {a['step']}"
+
+
+@pytest.mark.parametrize("kind, family, tensor, data, zero", COVER)
+def test_any_layout_has_the_losses_of_one_process(ranks, words, alone, workspace, kind, family, tensor, data, zero):
+    name = f"{kind}-{family}-{tensor}x{data}-zero{zero}"
+    ranks(tensor * data, train, words(kind, family, name, *layout(20, tensor, data, zero)))
+    same_curve(workspace / name, alone(kind, family, 20), 20)
+    start = runs.read_json(workspace / name / "run.json")["starts"][0]
+    assert start["processes"] == tensor * data and start["parallel"]["tensor"] == tensor
+
+
+@pytest.mark.parametrize("kind, family, source, target", MOVES)
+def test_a_run_moves_to_any_other_layout(ranks, words, alone, workspace, kind, family, source, target):
+    """Four steps in one layout, four in another, by the same command with other parallel.*: the curve of one process all along."""
+    name = f"moved-{kind}-{family}-" + "-".join(map(str, source + target))
+    ranks(source[0] * source[1], train, words(kind, family, name, *layout(8, *source)))
+    directory = workspace / name
+    (directory / "summary.json").unlink()
+    shutil.rmtree(checkpoints.folder(directory, 8))
+    ranks(target[0] * target[1], train, words(kind, family, name, *layout(8, *target)))
+    same_curve(directory, alone(kind, family, 8), 8)
+    starts = runs.read_json(directory / "run.json")["starts"]
+    assert [(start["step"], start["processes"]) for start in starts] == [(0, source[0] * source[1]), (4, target[0] * target[1])]
+
+
+@pytest.mark.parametrize("options", [("parallel.recompute=selective",), ("parallel.recompute=full",), ("parallel.offload=optimizer",)])
+@pytest.mark.parametrize("tensor, data, zero", [(2, 1, 1), (1, 2, 3)])
+def test_options_change_no_loss(ranks, words, alone, workspace, options, tensor, data, zero):
+    name = f"option-{tensor}{data}{zero}-" + "-".join(options)
+    ranks(tensor * data, train, words("coded", "flow", name, *layout(8, tensor, data, zero), *options))
+    same_curve(workspace / name, alone("coded", "flow", 8), 8)
+
+
+@pytest.mark.parametrize("family, tensor, zero", [("flow", 2, 0), ("autoregressive", 1, 3)])
+def test_documents_that_do_not_see_each_other(ranks, words, alone, workspace, family, tensor, zero):
+    """With soft-capped scores and padding of the vocabulary as well."""
+    options = "data.mask_documents=true", "model.softcap=5"
+    name = f"masked-{family}-{tensor}"
+    ranks(2, train, words("coded", family, name, *layout(8, tensor, 2 // tensor, zero), *options, "parallel.vocab_multiple=8"))
+    same_curve(workspace / name, alone("coded", family, 8, *options), 8)
+    assert runs.lines(workspace / name / "metrics.jsonl")[3]["loss"] != runs.lines(alone("coded", family, 8) / "metrics.jsonl")[3]["loss"]
+
+
+@pytest.mark.parametrize("tensor, zero", [(2, 1), (1, 3)])
+@pytest.mark.parametrize("family", ["flow", "autoregressive"])
+def test_bf16_in_parts(ranks, words, alone, workspace, family, tensor, zero):
+    """To what bf16 holds: partial sums are rounded at other places."""
+    name = f"bf16-{family}-{tensor}{zero}"
+    ranks(2, train, words("coded", family, name, *layout(8, tensor, 2 // tensor, zero), "train.precision=bf16"))
+    same_curve(workspace / name, alone("coded", family, 8, "train.precision=bf16"), 8, tolerance=2e-2)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("tensor, data, zero, recompute", [(1, 1, 0, "off"), (2, 1, 1, "selective"), (1, 2, 3, "full"), (2, 2, 2, "off")])
+def test_compiled_blocks_have_the_same_losses(ranks, words, alone, workspace, tensor, data, zero, recompute):
+    name = f"compiled-{tensor}{data}{zero}"
+    options = "parallel.compile=true", f"parallel.recompute={recompute}"
+    ranks(tensor * data, train, words("coded", "flow", name, *layout(8, tensor, data, zero), *options))
+    same_curve(workspace / name, alone("coded", "flow", 8), 8)

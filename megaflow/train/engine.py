@@ -70,7 +70,7 @@ class Trainee(nn.Module):
         finally:
             for p in tables:
                 p.ds_active_sub_modules.discard(HELD)
-                if not p.ds_persist:
+                if not p.ds_persist and not torch.is_grad_enabled():  # a backward pass adds to its gradient first, and then scatters it
                     p.partition()
 
 

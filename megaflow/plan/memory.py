@@ -1,0 +1,195 @@
+"""What a process holds in memory in a training step, by kind: a closed formula of config and layout.
+
+P: elements of the trained weights that are here; p: bytes of the precision of training; D: data-parallel processes; S: D under ZeRO,
+else 1.
+
+    weights       p P, under ZeRO 3 p P / D and what is gathered at once; codes and prior, a map's frozen table and its teacher in fp32
+    optimizer     4 bytes a moment (AdamW has two, Muon one for the matrices of the blocks) and, where training is in bf16 or ZeRO shards,
+                  for fp32 weights; over S
+    average       4 P / S
+    gradients     what is accumulated, buffers, and copies of them on their way
+    activations   what autograd keeps of a micro-batch's forward pass
+    loss          a chunk of logits with what it becomes, and fp32 gradients of the head
+    step          what the optimizer's step needs besides: gradients in fp32, and a denominator as long as what it moves
+
+Weights, optimizer and average stay. Of the others the largest moment counts: the end of the forward pass (activations, loss), the
+beginning of the backward pass (activations, buffers), its end (gradients), or the step. What allocators lose between tensors, CUDA's
+context and NCCL's buffers is no tensor and not counted.
+"""
+
+import math
+from dataclasses import dataclass
+
+from megaflow.config.schema import Config
+from megaflow.flow.channel import CHUNK_ELEMENTS, CHUNK_TOKENS
+from megaflow.plan.communication import PERSISTENT, REUSED, rows_of
+from megaflow.plan.layout import Layout, Weight, weights
+
+SINGLE = 4
+"""Bytes of a number in fp32."""
+LARGEST_BUCKET = 500_000_000
+"""Elements of a buffer of gradients at most; see train/engine.py."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a process by kind. largest: at the largest moment of a step; host: of what is offloaded, beside it."""
+
+    weights: float
+    optimizer: float
+    average: float
+    gradients: float
+    activations: float
+    loss: float
+    step: float
+    largest: float
+    host: float
+
+
+def of_step(
+    config: Config, vocab: int, layout: Layout, is_map: bool = False, device: str = "cuda", held: list[Weight] | None = None
+) -> Memory:
+    """The memory of a training step of a resolved config; of a flow map if `is_map`.
+
+    device: cpu or cuda, whose chunks and kernels differ. held: `weights`, where the caller has them.
+    """
+    held = weights(config, vocab, layout.tensor, is_map) if held is None else held
+    trained, p, zero = sum(w.numel for w in held if w.trained), layout.width, layout.zero
+    shared = trained / (layout.data if zero else 1)
+    matrices = sum(w.numel for w in held if w.matrix) / (layout.data if zero else 1) if layout.muon else 0
+    copies = zero > 0 or layout.half
+    optimizer = SINGLE * (2 * shared - matrices + (shared if copies else 0))
+    fixed = _fixed(config, vocab, layout, held, is_map)
+    of_weights: float = p * (trained + sum(w.numel for w in held if not w.trained))
+    gathered = 0.0
+    if zero == 3:
+        small = sum(w.numel for w in held if w.numel <= PERSISTENT)
+        gathered = p * (min(trained, REUSED) - min(small, trained))
+        of_weights = of_weights / layout.data + p * small
+    accumulated, buffers, copied = _gradients(layout, trained, device)
+    activations, loss = of_activations(config, vocab, layout, is_map, device), of_loss(config, vocab, layout, is_map, device)
+    step: float = SINGLE * (3 * shared if zero else max(w.numel for w in held) + (trained if layout.half else 0))
+    if not zero:
+        step += p * trained
+    away = layout.offload
+    stays = of_weights + fixed + (0.0 if away else optimizer + SINGLE * shared)
+    moments = (
+        gathered + accumulated + activations + loss,
+        gathered + accumulated + activations + buffers,
+        gathered + accumulated + buffers + copied,
+        0.0 if away else step,
+    )
+    host = optimizer + SINGLE * shared + step if away else 0.0
+    return Memory(
+        weights=of_weights + fixed + gathered,
+        optimizer=0.0 if away else optimizer,
+        average=0.0 if away else SINGLE * shared,
+        gradients=accumulated + buffers + copied,
+        activations=activations,
+        loss=loss,
+        step=0.0 if away else step,
+        largest=stays + max(moments),
+        host=host,
+    )
+
+
+def _fixed(config: Config, vocab: int, layout: Layout, held: list[Weight], is_map: bool) -> float:
+    """Codes and prior, and of a map its teacher and the fp32 copy of its table, which is not trained."""
+    if config.model.family == "autoregressive" and not is_map:
+        return SINGLE * vocab / layout.tensor
+    part = math.ceil(vocab / layout.tensor)
+    code = part * (int(config.flow.code_dim) + 2) if config.flow.code == "frame" else 2 * part
+    teacher = sum(w.numel for w in held if not w.name.startswith("map_")) + sum(w.numel for w in held if not w.trained) if is_map else 0
+    return SINGLE * (code + teacher)
+
+
+def _gradients(layout: Layout, trained: float, device: str) -> tuple[float, float, float]:
+    """Bytes of what earlier passes have left, of buffers, and of what a reduction needs besides."""
+    p, data, several = layout.width, layout.data, layout.accumulation > 1
+    bucket = min(trained, LARGEST_BUCKET)
+    wide = SINGLE if layout.half else 0  # DeepSpeed sends in fp32
+    if layout.zero == 0:
+        return (p * trained if several else 0.0), (0.0 if several else p * trained), (p + wide) * bucket
+    double = 2 if device == "cuda" else 1  # one is filled while the other is sent
+    if layout.zero == 1:
+        return (p * trained if several else 0.0), double * p * bucket, SINGLE * (bucket + trained) / data * (0.2 if several else 1.0)
+    if layout.zero == 2:
+        return (SINGLE * trained / data if several else 0.0), double * p * bucket, SINGLE * bucket / data
+    return p * trained / data + SINGLE * bucket, 0.0, (p + wide) * bucket
+
+
+def of_activations(config: Config, vocab: int, layout: Layout, is_map: bool = False, device: str = "cuda", again: bool = True) -> float:
+    """Bytes that autograd keeps of the forward pass of a micro-batch, and, if `again`, of a block that is computed again.
+
+    A block of width d on n tokens, n / T of them its own: its two inputs and, where it is gated, two results of n / T d; the two inputs of
+    its products, n d; queries, keys and values before and after rotation, the result of attention and the MLP's middle before and after
+    its function, (6 + 2 mlp_ratio) n d / T. On CPUs the norm of queries and keys is written out and keeps its steps, in fp32. What
+    parallel.recompute does not keep is there of one block at a time.
+    """
+    model, d, p, tensor = config.model, config.model.hidden, layout.width, layout.tensor
+    n = layout.micro * config.data.length
+    gated = config.model.family != "autoregressive" or is_map
+    own = n / tensor * d * p
+    block = _block(config, layout, device, gated)
+    if layout.recompute == "full":
+        trunk = model.layers * own + (block if again else 0.0)
+    else:
+        trunk = model.layers * block
+    trunk += (2 if gated else 1) * own
+    part, width = math.ceil(vocab / tensor), (2 * model.neighbors + 1) * model.belief_dim
+    parts = 2 if is_map and 0.0 < config.distill.diagonal_fraction < 1.0 else 1
+    head = n * d * p + parts * part * (d + 1) * p
+    if not gated:
+        return trunk + head + n / tensor * width * p + n * 8
+    dim, dense = int(config.flow.code_dim), config.flow.code == "identity"
+    here = part if dense else dim
+    entering = 0.0
+    if model.input in ("belief", "both"):
+        entering += n / tensor * width * p * (2 if is_map and config.distill.state_input == "hot_belief" else 1)
+        entering += 0 if is_map else n * (here + 2) * SINGLE  # beliefs are computed again from the state
+    if model.input in ("linear", "both"):
+        entering += (n * here if dense else n / tensor * here) * p
+    if is_map and config.distill.state_input == "linear":
+        entering += (n if dense else n / tensor) * here * (2 * model.neighbors + 1) * p
+    return trunk + head + entering
+
+
+def _block(config: Config, layout: Layout, device: str, gated: bool) -> float:
+    model, d, p, tensor, length = config.model, config.model.hidden, layout.width, layout.tensor, config.data.length
+    n, again = layout.micro * length, layout.recompute == "selective"
+    own = n / tensor * d
+    found = (2 + (2 if gated else 0) + (2 if gated and not again else 0)) * own * p + 2 * n * d * p
+    found += (6 + (1 if again else 2) * model.mlp_ratio) * own * p
+    if device == "cpu":  # attention's result has another order of dimensions, and is kept a second time
+        found += own * p + (0 if again else (4 if layout.half else 2) * own * SINGLE)
+    found += 3 * n / tensor * int(model.heads) * SINGLE + 4 * n / tensor * p  # log-sum-exps and norms
+    if model.attention == "plain":
+        found += layout.micro * int(model.heads) / tensor * length**2 * p
+    return found + (8 * layout.micro * d * p if gated else 0)
+
+
+def of_loss(config: Config, vocab: int, layout: Layout, is_map: bool = False, device: str = "cuda") -> float:
+    """Bytes beside activations at the end of a forward pass: hidden states, a chunk of logits and what is made of it, the code beside its
+    leverage and bias, and fp32 gradients of the head; the state where autograd does not keep it. Of a map also what the state says, its
+    targets' posteriors, and a pass for them."""
+    model, d, p = config.model, config.model.hidden, layout.width
+    n, part = layout.micro * config.data.length, math.ceil(vocab / layout.tensor)
+    tokens = max(CHUNK_TOKENS, CHUNK_ELEMENTS[device] // part)
+    flow = config.model.family == "flow" or is_map
+    still = rows_of(config, layout, True, 0.0).diagonal / layout.accumulation * config.data.length if is_map else 0.0
+    if is_map:  # whole rows, and those with s = t apart
+        tokens = max(tokens // config.data.length, 1) * config.data.length
+    chunk = min(tokens, max(still, n - still)) * part
+    found = n * d * p + chunk * SINGLE + part * d * SINGLE
+    if layout.tensor > 1:
+        found += chunk * SINGLE  # the exponentials of a log-sum-exp
+    if layout.half:
+        found += chunk * p + part * d * p
+    if flow and config.flow.code == "frame" and config.flow.skip == "on":
+        found += part * (int(config.flow.code_dim) + 2) * SINGLE
+    if flow and (is_map or model.input == "linear"):
+        found += n * (part if config.flow.code == "identity" else int(config.flow.code_dim)) * SINGLE
+    if is_map:
+        passing = max(still * SINGLE, min(tokens, n - still) * p)
+        found += 2 * n * model.belief_dim * p + 3 * chunk * SINGLE + passing * d * (4 + 2 * model.mlp_ratio) / layout.tensor
+    return found

@@ -37,6 +37,15 @@ def parser() -> argparse.ArgumentParser:
     show = with_config("config", "print the resolved config and where each value came from", optional=True)
     show.add_argument("--keys", action="store_true", help="list every key, what it means and accepts")
 
+    layouts = with_config("plan", "memory, communication and time of every layout of a config, predicted")
+    layouts.add_argument("--gpus", type=int, required=True, help="how many GPUs")
+    layouts.add_argument("--memory", type=float, default=None, metavar="GB", help="of a GPU, in 1e9 bytes (default: what its vendor says)")
+    layouts.add_argument("--gpu", default="h100", help="a100, b200, h100 or h200, in nodes of eight (default h100)")
+    layouts.add_argument(
+        "--vocab", type=int, default=50257, help="entries of the vocabulary where data.path is not prepared (default 50257)"
+    )
+    layouts.add_argument("--json", action="store_true", help="JSON of all layouts instead of a table of the fastest")
+
     inspect = commands.add_parser(
         "inspect", help="what a folder of token shards holds", description="What a folder of token shards holds; checks every file of it."
     )
@@ -99,11 +108,21 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def parsed() -> argparse.Namespace:
+    """The words of the command line; overrides may stand after options too, where argparse by itself takes no more of them."""
+    line = parser()
+    arguments, rest = line.parse_known_args()
+    if "overrides" not in arguments or any(word.startswith("-") or "=" not in word for word in rest):
+        return line.parse_args()  # says what is wrong with them
+    arguments.overrides += rest
+    return arguments
+
+
 def main() -> None:
     """Run a command. Bad input is one sentence on stderr and exit code 2, never a traceback."""
     began = time.monotonic() - time.process_time()  # the interpreter's own start is part of what a command takes
     process.print_anything()
-    arguments = parser().parse_args()
+    arguments = parsed()
     process.settle()
     if not isinstance(sys.stderr, process.Console):
         sys.stderr = process.Console(sys.stderr)
@@ -146,6 +165,14 @@ def run(arguments: argparse.Namespace, began: float) -> int:
         from megaflow import show
 
         print(show.all_keys() if arguments.keys else show.resolved(arguments.config, arguments.overrides))
+        return 0
+    if arguments.command == "plan":
+        from megaflow import show
+        from megaflow.plan.table import plan
+
+        loaded, vocab = show.known(arguments.config, arguments.overrides)
+        vocab = arguments.vocab if vocab is None else vocab
+        print(plan(loaded, vocab, arguments.gpus, arguments.memory, arguments.gpu, arguments.json))
         return 0
     if arguments.command == "inspect":
         from megaflow.data import inspection

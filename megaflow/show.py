@@ -4,24 +4,32 @@ import os
 from typing import Any
 
 from megaflow.config.check import contradictions, of_shards, resolve
-from megaflow.config.load import ConfigError, describe, flatten, load
+from megaflow.config.load import ConfigError, Loaded, describe, flatten, load
 from megaflow.config.schema import keys
 from megaflow.train.run import load_distill
+
+
+def known(path: str, overrides: list[str]) -> tuple[Loaded, int | None]:
+    """A config with what its teacher and its shards say, where these are there, and the size of their vocabulary, else None."""
+    loaded = load(path, overrides)
+    if loaded.config.distill.teacher and os.path.isdir(loaded.config.distill.teacher):
+        loaded = load_distill(path, overrides)
+    contradictions(loaded)
+    if not os.path.isfile(os.path.join(loaded.config.data.path, "prepared.json")):
+        return loaded, None
+    from megaflow.data.shards import read_manifest
+
+    manifest = read_manifest(loaded.config.data.path)
+    return of_shards(loaded, manifest), manifest["tokenizer"]["vocab_size"]
 
 
 def resolved(path: str | None, overrides: list[str]) -> str:
     """Every key with its value and origin, as YAML with comments. `auto` is resolved where data.path is already prepared."""
     if path is None:
         raise ConfigError("megaflow config needs a CONFIG file, or --keys")
-    loaded = load(path, overrides)
-    if loaded.config.distill.teacher and os.path.isdir(loaded.config.distill.teacher):
-        loaded = load_distill(path, overrides)
-    contradictions(loaded)
-    if os.path.isfile(os.path.join(loaded.config.data.path, "prepared.json")):
-        from megaflow.data.shards import read_manifest
-
-        manifest = read_manifest(loaded.config.data.path)
-        loaded = resolve(of_shards(loaded, manifest), manifest["tokenizer"]["vocab_size"])
+    loaded, vocab = known(path, overrides)
+    if vocab is not None:
+        loaded = resolve(loaded, vocab)
     lines: list[str] = []
     section: tuple[str, ...] = ()
     for name, value in flatten(loaded.config).items():

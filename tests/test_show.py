@@ -91,7 +91,7 @@ except SystemExit as left:
         assert heavy == ["[]\n"] and code == "0" and float(seconds) < 0.5
         assert "pretrain" in done.stdout and "75 stopped by SIGTERM" in done.stdout
 
-    @pytest.mark.parametrize("command", ["prepare", "pretrain", "distill", "config", "sample", "evaluate", "report"])
+    @pytest.mark.parametrize("command", ["prepare", "pretrain", "distill", "config", "plan", "sample", "evaluate", "report"])
     def test_every_command_explains_itself(self, cli, command):
         told = cli(command, "--help")
         assert told.code == 0 and told.out.startswith(f"usage: megaflow {command} ") and told.err == ""

@@ -73,10 +73,11 @@ def of_step(
         step += p * trained
     away = layout.offload
     stays = of_weights + fixed + (0.0 if away else optimizer + SINGLE * shared)
+    beyond = trained > LARGEST_BUCKET  # gradients are sent while others are still to come
     moments = (
         gathered + accumulated + activations + loss,
         gathered + accumulated + activations + buffers,
-        gathered + accumulated + buffers + copied,
+        gathered + accumulated + buffers + copied + (activations if zero == 3 and beyond else 0.0),
         0.0 if away else step,
     )
     host = optimizer + SINGLE * shared + step if away else 0.0
@@ -111,11 +112,14 @@ def _gradients(layout: Layout, trained: float, device: str) -> tuple[float, floa
     if layout.zero == 0:
         return (p * trained if several else 0.0), (0.0 if several else p * trained), (p + wide) * bucket
     double = 2 if device == "cuda" else 1  # one is filled while the other is sent
-    if layout.zero == 1:
-        return (p * trained if several else 0.0), double * p * bucket, SINGLE * (bucket + trained) / data * (0.2 if several else 1.0)
+    if layout.zero == 1:  # what is longer than a buffer stays where it was until the step
+        kept, beyond = p * trained, trained > LARGEST_BUCKET
+        copied = SINGLE * (bucket + trained) / data * (0.2 if several and not beyond else 1.0)
+        return (kept if several else 0.0), double * p * bucket, copied + (kept if beyond and not several else 0.0)
     if layout.zero == 2:
         return (SINGLE * trained / data if several else 0.0), double * p * bucket, SINGLE * bucket / data
-    return p * trained / data + SINGLE * bucket, 0.0, (p + wide) * bucket
+    copied = 4 * p * bucket if trained > LARGEST_BUCKET else (p + wide) * bucket
+    return p * trained / data + SINGLE * bucket, 0.0, copied
 
 
 def of_activations(config: Config, vocab: int, layout: Layout, is_map: bool = False, device: str = "cuda", again: bool = True) -> float:

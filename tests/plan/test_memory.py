@@ -8,6 +8,7 @@ import torch
 from megaflow.parallel import mesh as meshes
 from megaflow.plan import memory
 from megaflow.plan.layout import layout_of
+from megaflow.train import engine
 from megaflow.train.stage import Batch
 from tests.plan import allocated
 from tests.plan.steps import Run, resolved, stage_of
@@ -101,8 +102,9 @@ STEPS |= {
 }
 
 
-def most(kind: str, vocab: int, values: dict[str, Any]) -> tuple[int, int]:
-    """Bytes of this process's tensors between two steps, and at the largest moment of a step."""
+def most(kind: str, vocab: int, values: dict[str, Any], bucket: int = memory.LARGEST_BUCKET) -> tuple[int, int]:
+    """Bytes of this process's tensors between two steps, and at the largest moment of a step. bucket: elements of DeepSpeed's buffers."""
+    engine.LARGEST_BUCKET = bucket
     with meshes.join(int(values.get("parallel.tensor", 1))) as mesh:
         before = {storage._cdata for storage in allocated.living()}
         run = Run(kind, vocab, values, mesh)
@@ -122,3 +124,19 @@ def test_the_largest_moment_of_a_step(ranks, case):
     formula = memory.of_step(config, vocab, layout_of(config, size), kind == "map", "cpu")
     for _, found in ranks(size, most, kind, vocab, values):
         assert formula.largest == pytest.approx(found, rel=0.1)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_networks_larger_than_the_buffers_of_gradients(ranks, monkeypatch, zero, precision):
+    """As those of billions of weights are. Under ZeRO 3 processes differ by a tenth; it is the one that holds most."""
+    values = SMALL | WIDE | {"parallel.zero": zero, "train.precision": precision, "train.micro_batch": 64}
+    monkeypatch.setattr(memory, "LARGEST_BUCKET", 300_000)
+    config = resolved("flow", 400, values).config
+    formula = memory.of_step(config, 400, layout_of(config, 4), device="cpu")
+    found = max(largest for _, largest in ranks(4, most, "flow", 400, values, 300_000))
+    assert formula.largest == pytest.approx(found, rel=0.1)
+
+
+def test_the_buffers_are_as_large_as_the_engines():
+    assert memory.LARGEST_BUCKET == engine.LARGEST_BUCKET

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -105,6 +106,28 @@ def mesh():
 
 
 LAYOUTS = [(name, zero, precision) for name in ("adamw", "muon") for precision in ("fp32", "bf16") for zero in (0, 1, 2, 3)]
+
+
+@pytest.mark.parametrize("name, zero, precision", LAYOUTS)
+class TestAGradientThatIsDropped:
+    @pytest.mark.parametrize("accumulation", [1, 2])
+    @pytest.mark.parametrize("why", ["not finite", "not taken"])
+    def test_it_leaves_nothing_behind(self, mesh, monkeypatch, name, zero, precision, accumulation, why):
+        """Everything is as before the step, and the next step is what it would have been without it, to the last bit."""
+        session, undisturbed = (Session(small(name, zero, precision), mesh, 1, accumulation) for _ in range(2))
+        for each in (session, undisturbed):
+            each.step(0)
+        before, true = {key: value.clone() for key, value in session.state().items()}, session.stage.loss
+        with monkeypatch.context() as patched:
+            if why == "not finite":
+                patched.setattr(session.stage, "loss", lambda batch: (true(batch)[0] * math.nan, None))
+            else:
+                patched.setattr(engine, "step", partial(engine.step, take=False))
+            assert math.isfinite(session.step(1)[1]) == (why == "not taken")
+        assert all(torch.equal(value, before[key]) for key, value in session.state().items())
+        assert session.step(2) == undisturbed.step(2)
+        expected = undisturbed.state()
+        assert all(torch.equal(value, expected[key]) for key, value in session.state().items())
 
 
 @pytest.mark.parametrize("name, zero, precision", LAYOUTS)

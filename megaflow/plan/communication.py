@@ -5,6 +5,7 @@ number of the precision of training, T tensor-parallel processes and the two dir
 
     forward     a block    2 all-gathers, 2 reduce-scatters of n d p                              the end   an all-gather of n d p
     backward    a block    the same; an all-reduce of its modulations' and gains' gradients       the end   a reduce-scatter
+                           with parallel.recompute=full, the forward pass's again
     input       belief: all-reduce n d_e p, log-sum-exp n T numbers; backward, where tables learn, an all-gather of n (window d_e) p
                 dense state: a reduce-scatter of n d p, backward an all-gather; of a frame, the state itself: an all-reduce of n d_c numbers
     head        log-sum-exp n T numbers, the token's own logit: an all-reduce of n
@@ -112,8 +113,10 @@ def _over_tensor(config: Config, layout: Layout, is_map: bool, hot: float) -> li
 
     modulations, last = (2 * passes * d, passes * d) if baseline else (6 * rows.all * d, 2 * rows.all * d)
     gains = passes * (d + 2 * d // int(model.heads))
-    send("trunk", "all-gather", (4 * model.layers + 1) * n * d * p)
-    send("trunk", "reduce-scatter", (4 * model.layers + 1) * n * d * p)
+    # a block that is computed again stops at the last result that its backward pass needs: of a gated one the last scatter's
+    again = (2, 1 if baseline else 2) if layout.recompute == "full" else (0, 0)
+    send("trunk", "all-gather", ((4 + again[0]) * model.layers + 1) * n * d * p)
+    send("trunk", "reduce-scatter", ((4 + again[1]) * model.layers + 1) * n * d * p)
     send("trunk", "all-reduce", (model.layers * (modulations + gains) + last) * SINGLE)
     log_sum("head", n)
     if baseline:

@@ -31,6 +31,7 @@ class Layout:
     offload: bool
     half: bool
     muon: bool
+    recompute: str
 
     @property
     def processes(self) -> int:
@@ -47,7 +48,7 @@ def layout_of(config: Config, processes: int) -> Layout:
     parallel, data = config.parallel, processes // config.parallel.tensor
     split = batch_split(config, data)
     half, muon = config.train.precision == "bf16", config.optim.name == "muon"
-    return Layout(parallel.tensor, data, *split, parallel.zero, parallel.offload == "optimizer", half, muon)
+    return Layout(parallel.tensor, data, *split, parallel.zero, parallel.offload == "optimizer", half, muon, parallel.recompute)
 
 
 class Weight(NamedTuple):

@@ -68,7 +68,8 @@ class Trainee(nn.Module):
         finally:
             for p in tables:
                 p.ds_active_sub_modules.discard(HELD)
-                if not p.ds_persist:
+                # where a backward pass follows it adds to a whole gradient, and DeepSpeed scatters the weights after it
+                if not p.ds_persist and not torch.is_grad_enabled():
                     p.partition()
 
 

@@ -33,12 +33,6 @@ class Tokens:
         return torch.stack(rows), torch.full((len(rows),), self.length)
 
 
-class Never:
-    """A loop that nobody stops."""
-
-    asked = False
-
-
 def resolved(kind: str, vocab: int, values: dict[str, Any]) -> Loaded:
     """A config of a kind of stage with these values, resolved for a vocabulary."""
     family = "autoregressive" if kind == "autoregressive" else "flow"
@@ -49,23 +43,25 @@ def stage_of(kind: str, vocab: int, values: dict[str, Any], mesh: Mesh) -> Any:
     """A stage with fresh weights: 'flow', 'map' (of an untrained teacher) or 'autoregressive'."""
     loaded = resolved(kind, vocab, values)
     contradictions(loaded, vocab)
-    config = loaded.config
+    config, axis = loaded.config, mesh.tensor
     log_prior = torch.log_softmax(-torch.log1p(torch.arange(vocab, dtype=torch.float32)), 0)
     if kind == "autoregressive":
-        network = build.autoregressive_network(config, log_prior, mesh.device, mesh.tensor)
-        build.draw(network, 0)
-        return AutoregressiveStage(config, network)
-    one_hot, dim = config.flow.code == "identity", config.flow.code_dim
-    code = codes.identity(vocab) if one_hot else codes.frame(vocab, dim, random.generator(0, "code"), rounds=3)
-    whole = Parts(code, log_prior, Range(-3.0, 14.0))
-    ours, profile = build.cut_parts(config, whole, mesh.tensor), initial_profile(whole, config.flow.clock, 0)
-    flow = build.flow_network(config, ours, mesh.device, axis=mesh.tensor)
-    build.draw(flow, 0)
-    if kind == "flow":
-        return FlowStage(config, flow, ours, profile)
-    network = build.flow_network(config, ours, mesh.device, is_map=True, axis=mesh.tensor)
-    build.draw(network, 0)
-    return MapStage(config, network, flow, ours, fit_clock(config.flow.clock, whole, profile))
+        stage = AutoregressiveStage(config, build.autoregressive_network(config, log_prior, mesh.device, axis))
+    else:
+        one_hot, dim = config.flow.code == "identity", config.flow.code_dim
+        code = codes.identity(vocab) if one_hot else codes.frame(vocab, dim, random.generator(0, "code"), rounds=3)
+        whole = Parts(code, log_prior, Range(-3.0, 14.0))
+        ours, profile = build.cut_parts(config, whole, axis), initial_profile(whole, config.flow.clock, 0)
+        network = build.flow_network(config, ours, mesh.device, kind == "map", axis)
+        if kind == "flow":
+            stage = FlowStage(config, network, ours, profile)
+        else:
+            teacher = build.flow_network(config, ours, mesh.device, axis=axis)
+            build.draw(teacher, 0)
+            stage = MapStage(config, network, teacher, ours, fit_clock(config.flow.clock, whole, profile))
+    build.draw(stage.network, 0)
+    stage.network.trunk.settle(config.parallel.recompute, config.parallel.compile)
+    return stage
 
 
 class Run:
@@ -80,8 +76,11 @@ class Run:
 
     def step(self, index: int) -> None:
         """What loop.train does in a step, but for reading and writing files."""
+        micro, accumulation = self.split
+        first = (index * self.mesh.data.size + self.mesh.data.rank) * micro * accumulation
+        rows = self.tokens.rows(torch.arange(first, first + micro * accumulation))
         engine.set_learning_rate(self.deep, 1e-3)
-        told = loop.accumulate(self.deep, self.stage, self.tokens, self.config, self.mesh, index, *self.split, Never())
+        told = loop.accumulate(self.deep, self.stage, rows, self.config, self.mesh, index, micro, [0.0, 0.0], None)
         engine.step(self.deep)
         self.stage.learn(told[1], index)
         engine.update_average(self.deep, ema.decay(self.config.optim.ema_decay, index))

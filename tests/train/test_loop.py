@@ -272,8 +272,8 @@ class TestResume:
         train("coded", "flow", f"run.dir={directory}")
         assert json.loads((directory / "summary.json").read_text())["steps"] == 40
 
-    @pytest.mark.parametrize("kind, family", [("coded", "flow"), ("coded", "flow_map")])
-    @pytest.mark.parametrize("precision", ["fp32", "bf16"])
+    @pytest.mark.parametrize("kind, family", [("coded", "flow"), pytest.param("coded", "flow_map", marks=pytest.mark.long)])
+    @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.long)])
     def test_a_default_run_goes_on_under_other_zero_stages(self, train, kind, family, precision):
         """Unclipped, every number is that of a run without sharding to the last bit: weights, averages, moments and losses."""
         moved, undisturbed = self.under_every_zero_stage(train, kind, family, f"train.precision={precision}", "optim.clip_norm=0")

@@ -111,8 +111,9 @@ def curve(directory: Path) -> list[dict]:
 
 
 def past_a_checkpoint(training: Training) -> bool:
+    """One that is on disk: it is written beside the steps that follow."""
     step = training.last_step()
-    return step > EVERY and 3 <= step % EVERY <= EVERY - 3 and step < STEPS - 30
+    return step > EVERY and 3 <= step % EVERY <= EVERY - 3 and step < STEPS - 30 and bool(checkpoints.steps(training.directory))
 
 
 KILLED = [(kind, family) for kind in ("char", "coded") for family in ("flow", "autoregressive", "flow_map")]

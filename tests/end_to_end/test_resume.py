@@ -137,7 +137,7 @@ def test_kill_in_the_middle_of_the_steps(start, command, undisturbed, kind, fami
     assert [each["step"] for each in starts] == [0, saved]
 
 
-@pytest.mark.parametrize("kind, number", [("char", signal.SIGTERM), ("coded", signal.SIGUSR1)])
+@pytest.mark.parametrize("kind, number", [("char", signal.SIGTERM), pytest.param("coded", signal.SIGUSR1, marks=pytest.mark.long)])
 def test_a_signal_saves_and_leaves_with_75(start, command, undisturbed, kind, number):
     """A checkpoint is written right where the signal came, between two of the regular ones, and the same command goes on from it."""
     training = start(kind, "flow")

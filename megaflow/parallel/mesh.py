@@ -61,6 +61,11 @@ def processes() -> int:
     return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
 
 
+def restarted() -> bool:
+    """Whether the launcher has started this job before, and it failed."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
+
 def check(tensor: int, total: int) -> None:
     """Refuse a number of processes that no mesh can be made of. Raises UserError."""
     if total % tensor:

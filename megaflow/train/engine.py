@@ -70,7 +70,8 @@ class Trainee(nn.Module):
         finally:
             for p in tables:
                 p.ds_active_sub_modules.discard(HELD)
-                if not p.ds_persist and not torch.is_grad_enabled():  # a backward pass adds to its gradient first, and then scatters it
+                # where a backward pass follows it adds to a whole gradient, and DeepSpeed scatters the weights after it
+                if not p.ds_persist and not torch.is_grad_enabled():
                     p.partition()
 
 

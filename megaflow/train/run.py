@@ -55,19 +55,33 @@ PACKAGES = (
 )
 
 
-def lock(directory: Path) -> TextIO:
-    """Hold the run for this process until the returned file is closed. Raises UserError where another process holds it."""
+LOCK_PATIENCE = 120.0
+"""Seconds that a launcher's next attempt waits for the lock: a file server lets go of a host that is gone after some 90 s (NFSv4)."""
+
+
+def lock(directory: Path, patience: float = 0.0) -> TextIO:
+    """Hold the run for this process until the returned file is closed; the kernel lets go of it where the process dies.
+
+    Raises UserError where another process holds it, for as long as `patience` seconds.
+    """
+    end = time.monotonic() + patience
     try:
         directory.mkdir(parents=True, exist_ok=True)
         file = (directory / ".lock").open("a+", encoding="utf-8")
     except OSError as error:
         raise UserError(f"{directory}: cannot write the run directory ({error.strerror}); choose another run.dir") from None
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.seek(0)
-        holder = file.read().strip() or "unknown"
-        raise UserError(f"{directory}: process {holder} is already working on this run; wait for it, or choose another run.dir") from None
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except OSError:
+            if time.monotonic() < end:
+                time.sleep(0.1)
+                continue
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+            told = f"{directory}: process {holder} is already working on this run; wait for it, or choose another run.dir"
+            raise UserError(told) from None
     file.seek(0)
     file.truncate()
     file.write(f"{os.getpid()} on {os.uname().nodename}")

@@ -29,7 +29,7 @@ from megaflow.train import checkpoint as checkpoints
 from megaflow.train import ema
 from megaflow.train.checkpoint import Checkpoint
 from megaflow.train.loop import NotFinite, finished, train
-from megaflow.train.run import load_distill, lock, open_run, read_json, versions, write_atomically
+from megaflow.train.run import LOCK_PATIENCE, load_distill, lock, open_run, read_json, versions, write_atomically
 from megaflow.train.stage import Stage, end_of_documents
 from megaflow.train.stage_autoregressive import AutoregressiveStage
 from megaflow.train.stage_flow import FlowStage
@@ -77,7 +77,7 @@ def _train(loaded: Loaded, kind: str, began: float) -> int:
         end_of_documents(loaded.config, manifest)
         choose(model.attention, mesh.device, loaded.config.train.precision == "bf16", model.hidden // model.heads)
         fresh = first_parts(loaded) if kind == "pretrain" and mesh.first else None
-        held = lock(directory) if mesh.first else None
+        held = lock(directory, LOCK_PATIENCE if meshes.restarted() else 0.0) if mesh.first else None
         try:
             if mesh.first:
                 loaded = open_run(loaded, kind)

@@ -101,8 +101,8 @@ class TestRefusals:
         path = write("optim: {schedule: cosin}")
         expected = "optim.schedule must be one of constant, cosine, linear, not 'cosin'; did you mean cosine?"
         assert refusal(path) == f"{path}: {expected}"
-        assert refusal(write(""), "parallel.zero=4") == "command line: parallel.zero must be one of 0, 1, 2, not 4"
-        assert refusal(write(""), "parallel.zero=true").endswith("must be one of 0, 1, 2, not True")
+        assert refusal(write(""), "parallel.zero=4") == "command line: parallel.zero must be one of 0, 1, 2, 3, not 4"
+        assert refusal(write(""), "parallel.zero=true").endswith("must be one of 0, 1, 2, 3, not True")
 
     @pytest.mark.parametrize("text", ["train: 3", "train: null", "train: [1, 2]", "train:"])
     def test_a_section_given_as_a_value(self, write, text):
@@ -258,7 +258,7 @@ class TestRoundTrip:
                 changed[name] = others[0]
             elif item.metadata["choices"] is None:
                 number = item.metadata["high"] if item.metadata["high"] is not None else 300
-                changed[name] = {str: "other", list[str]: ["other"], float: float(number)}.get(item.type, number)
+                changed[name] = {str: "other", list[str]: ["other"], float: float(number), bool: not default}.get(item.type, number)
         config = assemble([("test", changed)]).config
         assert load(write(to_yaml(config), "again.yaml")).config == config
         assert {name: value for name, value in flatten(config).items() if name in changed} == changed

@@ -1,10 +1,11 @@
 """The command line with a fault in it, for test_failure.py: faulty.py FAULT RANK STEP COMMAND … is `megaflow COMMAND …` whose process of
-that rank meets the fault in that step, in the launcher's first attempt only. Steps count from 1; step 0 is the start of the process."""
+that rank meets the fault in that step, once: the file `met` of the working directory remembers it. Steps count from 1; 0 is the start."""
 
 import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 from megaflow import __main__ as command_line
 from megaflow.train import loop
@@ -43,7 +44,7 @@ def packages() -> None:
 def main() -> None:
     fault, rank, step = globals()[sys.argv[1]], sys.argv[2], int(sys.argv[3])
     sys.argv[1:] = sys.argv[4:]
-    if os.environ.get("RANK", "0") == rank and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+    if os.environ["RANK"] == rank and not Path("met").exists():
         if step == 0:
             fault()
         true, calls = loop.accumulate, []
@@ -51,6 +52,7 @@ def main() -> None:
         def accumulate(*arguments):
             calls.append(None)
             if len(calls) == step:
+                Path("met").touch()
                 fault()
             return true(*arguments)
 

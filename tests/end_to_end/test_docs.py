@@ -70,7 +70,7 @@ def test_what_a_page_shows_works(page, place, cli, process, monkeypatch):
 
 def test_every_key_that_a_page_names_is_one():
     sections = {name.split(".")[0] for name in keys()}
-    for page in [*PAGES, ROOT / "docs" / "architecture.md"]:
+    for page in [*PAGES, ROOT / "docs" / "failures.md", ROOT / "docs" / "architecture.md"]:
         named = re.findall(rf"`((?:{'|'.join(sections)})\.[a-z_.]+)(?:=[^`]*)?`", page.read_text("utf-8"))
         named = [name for name in named if not name.endswith((".safetensors", ".json"))]  # files, which are called after what is in them
         unknown = [name for name in named if name not in keys() and not (ROOT / "megaflow" / name.replace(".", "/")).exists()]

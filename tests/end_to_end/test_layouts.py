@@ -106,7 +106,7 @@ def test_a_run_moves_to_any_other_layout(ranks, words, alone, workspace, kind, f
 
 
 @pytest.mark.parametrize("options", [("parallel.recompute=selective",), ("parallel.recompute=full",), ("parallel.offload=optimizer",)])
-@pytest.mark.parametrize("tensor, data, zero", [(2, 1, 1), (1, 2, 3)])
+@pytest.mark.parametrize("tensor, data, zero", [(2, 1, 1), pytest.param(1, 2, 3, marks=pytest.mark.long)])
 def test_options_change_no_loss(ranks, words, alone, workspace, options, tensor, data, zero):
     name = f"option-{tensor}{data}{zero}-" + "-".join(options)
     ranks(tensor * data, train, words("coded", "flow", name, *layout(8, tensor, data, zero), *options))
@@ -123,8 +123,7 @@ def test_documents_that_do_not_see_each_other(ranks, words, alone, workspace, fa
     assert runs.lines(workspace / name / "metrics.jsonl")[3]["loss"] != runs.lines(alone("coded", family, 8) / "metrics.jsonl")[3]["loss"]
 
 
-@pytest.mark.parametrize("tensor, zero", [(2, 1), (1, 3)])
-@pytest.mark.parametrize("family", ["flow", "autoregressive"])
+@pytest.mark.parametrize("family, tensor, zero", [("flow", 2, 1), ("autoregressive", 1, 3)])
 def test_bf16_in_parts(ranks, words, alone, workspace, family, tensor, zero):
     """To what bf16 holds: partial sums are rounded at other places."""
     name = f"bf16-{family}-{tensor}{zero}"

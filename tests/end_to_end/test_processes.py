@@ -11,7 +11,7 @@ from megaflow.train import stages
 
 LENGTH = ("train.steps=8", "train.checkpoint_every=4", "train.validate_every=4", "train.validation_rows=8")
 CASES = [("coded", "flow"), ("char", "flow"), ("documents", "flow"), ("coded", "autoregressive"), ("char", "flow_map")]
-COVER = [("coded", "flow", 0), ("char", "flow_map", 1), ("documents", "flow", 2)]
+COVER = [("documents", "flow", 2)]
 REST = [(*case, zero) for case, zero in itertools.product(CASES, (0, 1, 2)) if (*case, zero) not in COVER]
 
 
@@ -86,10 +86,10 @@ def test_a_matrix_that_two_processes_share(torchrun, words, tmp_path, zero):
 @pytest.mark.parametrize(
     "kind, family, zero",
     [
-        ("coded", "autoregressive", 0),
-        ("coded", "autoregressive", 1),
+        pytest.param("coded", "autoregressive", 0, marks=pytest.mark.long),
+        pytest.param("coded", "autoregressive", 1, marks=pytest.mark.long),
         ("coded", "flow", 2),
-        ("coded", "flow_map", 1),
+        pytest.param("coded", "flow_map", 1, marks=pytest.mark.long),
         pytest.param("char", "flow_map", 2, marks=pytest.mark.long),
         pytest.param("char", "flow", 1, marks=pytest.mark.long),
         pytest.param("coded", "autoregressive", 2, marks=pytest.mark.long),
@@ -111,6 +111,7 @@ def test_two_processes_have_the_losses_of_one_whatever_they_train(torchrun, word
     check(torchrun, words, tmp_path, kind, family, zero)
 
 
+@pytest.mark.long
 def test_a_run_moves_to_another_layout_in_the_middle(torchrun, words, tmp_path):
     """Four steps on two processes under ZeRO 2, four more on one under ZeRO 0: the curve of one process all along."""
     overrides = ("optim.name=auto", "model.layers=3")

@@ -133,7 +133,15 @@ class Exact(nn.Module):
         self.toy, self.code, self.skip = toy, code, False
         self.weight, self.bias = nn.Parameter(torch.eye(toy.vocab)), nn.Parameter(torch.zeros(toy.vocab))
 
-    def forward(self, y: Tensor, s: Tensor, t: Tensor | None = None, lengths: Tensor | None = None, seen: Any = None) -> Tensor:
+    def forward(
+        self,
+        y: Tensor,
+        s: Tensor,
+        t: Tensor | None = None,
+        lengths: Tensor | None = None,
+        seen: Any = None,
+        documents: Tensor | None = None,
+    ) -> Tensor:
         return denoiser(self.toy, y.double(), s.double()).clamp(min=1e-38).log().to(self.weight.dtype)
 
     def head(self) -> Head:

@@ -162,8 +162,11 @@ def alone(kind: str) -> dict[str, object]:
     return everything(kind)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("size", [2, 4])
+QUICK = [(2, kind) for kind in KINDS] + [(4, "coded"), (4, "dense map"), (4, "baseline")]
+EVERY = [(size, kind) for size in (2, 4) for kind in KINDS]
+
+
+@pytest.mark.parametrize("size, kind", [case if case in QUICK else pytest.param(*case, marks=pytest.mark.long) for case in EVERY])
 def test_a_cut_network_is_the_whole_one(ranks, size, kind):
     for rank, found in enumerate(ranks(size, everything, kind)):
         same(found, alone(kind), f"rank {rank}")

@@ -62,7 +62,10 @@ def by_axis_and_kind(sends: list[communication.Send]) -> dict[tuple[str, str], f
     return found
 
 
-@pytest.mark.parametrize("case", cases())
+QUICK = ("coded flow", "dense flow", "a baseline's computed again", "tensor x data, ZeRO 1", "ZeRO 1 with Muon", "ZeRO 3")
+
+
+@pytest.mark.parametrize("case", [name if name in QUICK else pytest.param(name, marks=pytest.mark.long) for name in cases()])
 def test_the_formula_is_what_is_recorded(ranks, case):
     """To the byte, but for what is agreed on. Of Muon it is that of the process that sends most."""
     size, kind, vocab, values = cases()[case]

@@ -200,6 +200,16 @@ class TestBackground:
         writer.close()
         assert same(checkpoints.newest(tmp_path), 1)
 
+    def test_a_process_that_is_ended_settles_what_it_writes(self, tmp_path, held_back):
+        """By another thread, which does not wait for more than it may: what others have not written is left."""
+        writer = Writer(tmp_path, 2)
+        writer.save(pieces(5, 0, 1), state(5))
+        writer.settle(0.1)
+        assert checkpoints.steps(tmp_path) == []
+        held_back.set()
+        writer.settle(60.0)
+        assert checkpoints.steps(tmp_path) == [5]
+
     def test_leaving_does_not_wait_long_for_others_and_raises_nothing(self, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(checkpoint_writer, "LEAVING", 0.2)
         writer = Writer(tmp_path, 2, 0, 2, "job", limit=300.0)

@@ -7,6 +7,7 @@ import resource
 import shutil
 import time
 from pathlib import Path
+from statistics import median
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from megaflow.train import checkpoint as checkpoints
 from megaflow.train import engine, stages
 from megaflow.train import run as runs
 from megaflow.train.meter import SPEED
+from megaflow.train.stage_flow import FlowStage
 
 BIT_FOR_BIT = [("char", "flow"), ("coded", "flow"), ("documents", "flow"), ("coded", "autoregressive"), ("char", "flow_map")]
 
@@ -270,8 +272,8 @@ class TestResume:
         train("coded", "flow", f"run.dir={directory}")
         assert json.loads((directory / "summary.json").read_text())["steps"] == 40
 
-    @pytest.mark.parametrize("kind, family", [("coded", "flow"), ("coded", "flow_map")])
-    @pytest.mark.parametrize("precision", ["fp32", "bf16"])
+    @pytest.mark.parametrize("kind, family", [("coded", "flow"), pytest.param("coded", "flow_map", marks=pytest.mark.long)])
+    @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.long)])
     def test_a_default_run_goes_on_under_other_zero_stages(self, train, kind, family, precision):
         """Unclipped, every number is that of a run without sharding to the last bit: weights, averages, moments and losses."""
         moved, undisturbed = self.under_every_zero_stage(train, kind, family, f"train.precision={precision}", "optim.clip_norm=0")
@@ -292,6 +294,61 @@ class TestResume:
         for steps, zero in ((8, 0), (16, 1), (24, 2), (32, 0)):
             moved = train(kind, family, *overrides, f"train.steps={steps}", f"parallel.zero={zero}")
         return moved, undisturbed
+
+
+class TestWhatIsNotFinite:
+    """A step whose loss, and gradient with it, is not a number: passed over where the config says so, and in no other way felt."""
+
+    @pytest.fixture
+    def planted(self, monkeypatch):
+        """planted(factor, step, …): these steps (1, 2, …) have their loss times a factor."""
+        true = FlowStage.loss
+
+        def plant(factor: float, *steps: int) -> None:
+            def loss(stage, batch):
+                value, observed = true(stage, batch)
+                return (value * factor, observed * factor) if batch.step + 1 in steps else (value, observed)
+
+            monkeypatch.setattr(FlowStage, "loss", loss)
+
+        return plant
+
+    def test_nothing_of_a_step_that_is_passed_over_is_kept(self, train, planted):
+        """Weights, averages, moments and clock after it are those before it; its line says which samples were passed over."""
+        planted(math.nan, 4)
+        directory = train(
+            "coded", "flow", "train.skip_nonfinite=1", "train.checkpoint_every=1", "train.keep_checkpoints=9", "train.steps=6"
+        )
+        before, after = (checkpoints.open_checkpoint(checkpoints.folder(directory, step)) for step in (3, 4))
+        for group in ("weights", "averaged", "moments", "stage"):
+            ours, theirs = after.tensors(group), before.tensors(group)
+            assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+        assert after.state["step"] == 4 and after.state["tokens"] == before.state["tokens"] + 8 * 16
+        assert list(losses(directory)) == [1, 2, 3, 5, 6]
+        skipped = [line for line in runs.lines(directory / "metrics.jsonl") if "skipped" in line]
+        assert skipped == [{"step": 4, "tokens": 4 * 8 * 16, "skipped": 1, "first_sample": 24, "last_sample": 31}]
+        assert [line["passes"] for line in runs.lines(directory / "spikes.jsonl")] == [[[24, 31, None]]]
+
+    def test_the_limit_counts_steps_in_a_row(self, cli, config, planted, tmp_path):
+        """Over a restart too: two, one and two are passed over where three in a row are not."""
+        planted(math.nan, 2, 3, 5, 7, 8)
+        words = ("pretrain", config("coded"), f"run.dir={tmp_path / 'run'}", "train.skip_nonfinite=2", "train.checkpoint_every=1")
+        assert cli(*words, "train.steps=8").code == 0
+        planted(math.nan, 9)
+        told = cli(*words, "train.steps=10")
+        assert told.code == 1 and "the loss of step 9 is nan, after 2 in a row that were passed over; the last good" in told.err
+        assert list(losses(tmp_path / "run")) == [1, 4, 6]
+
+    def test_a_step_that_stands_out_is_written_down(self, cli, config, planted, tmp_path):
+        """With its samples, pass by pass; and said in a line."""
+        planted(50.0, 25)
+        told = cli("pretrain", config("coded"), f"run.dir={tmp_path / 'run'}", "train.steps=30", "train.micro_batch=4")
+        assert told.code == 0 and told.err.count("warning: step 25: loss") == 1 and "samples 192 to 199 (spikes.jsonl)" in told.err
+        (line,) = runs.lines(tmp_path / "run" / "spikes.jsonl")
+        curve = losses(tmp_path / "run")
+        assert line["step"] == 25 and line["loss"] == curve[25] and line["median_loss"] == median(curve[step] for step in range(1, 25))
+        assert [part[:2] for part in line["passes"]] == [[192, 195], [196, 199]]
+        assert sum(part[2] for part in line["passes"]) / 2 == pytest.approx(line["loss"], rel=1e-6)
 
 
 class TestRefusals:
@@ -332,7 +389,7 @@ class TestRefusals:
         """The last checkpoint that is named is one that a run can go on from."""
         directory = copied("coded")
 
-        def lost(deep):
+        def lost(deep, take):
             torch.nn.init.constant_(next(deep.module.parameters()), math.nan)
             return 1.0
 
@@ -342,9 +399,9 @@ class TestRefusals:
         assert checkpoints.steps(directory) == [30, 40]
 
     def test_a_norm_that_is_not_finite(self, cli, config, copied, monkeypatch):
-        """The weights have taken the step by then: the run goes back to its last checkpoint."""
+        """The run ends there, and its last checkpoint is named."""
         directory = copied("coded")
-        monkeypatch.setattr(engine, "step", lambda deep: math.inf)
+        monkeypatch.setattr(engine, "step", lambda deep, take: math.inf)
         told = cli("pretrain", config("coded"), f"run.dir={directory}", "train.steps=60")
         self.refused(told, "the gradient's norm of step 41 is inf", f"{checkpoints.folder(directory, 40)}", code=1)
         assert checkpoints.steps(directory) == [30, 40] and max(losses(directory)) == 40

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -241,6 +242,11 @@ class TestLock:
             run.lock(directory)
         held.close()
         run.lock(directory).close()
+
+    def test_one_may_wait_for_it(self, directory):
+        held = run.lock(directory)
+        threading.Timer(0.3, held.close).start()
+        run.lock(directory, patience=60.0).close()
 
     def test_a_killed_process_holds_nothing(self, directory, environment):
         code = """

@@ -63,6 +63,7 @@ class TestFormat:
         written(tmp_path / "f", tensors)
         assert all(torch.equal(read(tmp_path / "f", name), value) for name, value in tensors.items())
 
+    @pytest.mark.long
     def test_a_block_is_asked_for_when_those_before_are_gone(self, tmp_path):
         alive: list[weakref.ref] = []
 

@@ -116,8 +116,8 @@ def _gradients(layout: Layout, trained: float, device: str) -> tuple[float, floa
         kept, beyond = p * trained, trained > LARGEST_BUCKET
         copied = SINGLE * (bucket + trained) / data * (0.2 if several and not beyond else 1.0)
         return (kept if several else 0.0), double * p * bucket, copied + (kept if beyond and not several else 0.0)
-    if layout.zero == 2:
-        return (SINGLE * trained / data if several else 0.0), double * p * bucket, SINGLE * bucket / data
+    if layout.zero == 2:  # whether a slice that is sent is gone when the next one is made is chance: half of it
+        return (SINGLE * trained / data if several else 0.0), double * p * bucket, SINGLE * (bucket + 0.5 * trained) / data
     copied = 4 * p * bucket if trained > LARGEST_BUCKET else (p + wide) * bucket
     return p * trained / data + SINGLE * bucket, 0.0, copied
 

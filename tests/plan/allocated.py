@@ -23,12 +23,23 @@ def size(storages: Iterable[torch.UntypedStorage]) -> int:
 
 
 class Peak(TorchDispatchMode):
-    """A block in which every storage that an operation makes is counted as long as it lives. most: bytes above those at the start."""
+    """A block in which every storage that an operation makes is counted as long as it lives. most: bytes above those at the start.
+
+    What only cycles of references hold is collected before a moment counts as the largest, so that it does not hang on when Python does.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.known = {s._cdata for s in living()}
         self.now = self.most = 0
+
+    def __enter__(self) -> "Peak":
+        gc.freeze()  # what is there already need not be looked through again
+        return super().__enter__()
+
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)
+        gc.unfreeze()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         out = function(*args, **(kwargs or {}))
@@ -43,10 +54,12 @@ class Peak(TorchDispatchMode):
             return
         self.known.add(key)
         self.now += held
-        self.most = max(self.most, self.now)
 
         def gone() -> None:
             self.known.discard(key)
             self.now -= held
 
         weakref.finalize(storage, gone)
+        if self.now > self.most:
+            gc.collect()
+            self.most = max(self.most, self.now)

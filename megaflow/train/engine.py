@@ -123,6 +123,7 @@ def start(network: nn.Module, config: Config, mesh: Mesh, micro: int, accumulati
         "stage": config.parallel.zero,
         "overlap_comm": mesh.device.type == "cuda",
         "use_multi_rank_bucket_allreduce": False,  # a slice's gradient is sent to who holds it, not to all: half as much
+        "memory_efficient_linear": False,  # it would replace torch's linear in this whole process, for good, by one without tangents
         "reduce_bucket_size": min(sum(p.numel() for p in network.parameters() if p.requires_grad), LARGEST_BUCKET),
     }
     if config.parallel.offload == "optimizer":

@@ -250,6 +250,12 @@ class TestLayouts:
         for number in range(4):
             assert second.step(number)[0] == pytest.approx(first.step(number)[0], rel=tolerance)
 
+    def test_torchs_linear_stays_as_it_is(self, mesh):
+        """DeepSpeed's ZeRO 3 would replace it in the whole process, for whatever runs there later, by one without tangents."""
+        theirs = torch.nn.functional.linear
+        Session(small("adamw", 3, "fp32"), mesh, seed=1)
+        assert torch.nn.functional.linear is theirs
+
     @pytest.mark.parametrize("name", ["adamw", "muon"])
     @pytest.mark.parametrize("zero", [1, 2, 3])
     def test_an_optimizer_on_the_cpu_takes_the_same_steps(self, mesh, name, zero):

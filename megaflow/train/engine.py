@@ -156,6 +156,12 @@ def start(network: nn.Module, config: Config, mesh: Mesh, micro: int, accumulati
     return engine
 
 
+def close(engine: Any) -> None:
+    """Take DeepSpeed's hooks from the weights. They refer to the engine in ways that Python's collector cannot see: an engine left with
+    them keeps its weights, its process groups and their threads for as long as the process lives. Every process of the mesh calls it."""
+    engine.destroy()
+
+
 def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:
     """Rate of step 0, 1, …: linear warm-up, then constant, cosine or linear decay to final_fraction of the peak at the last step."""
     warmup = int(optim.warmup_steps)

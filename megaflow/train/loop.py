@@ -151,6 +151,7 @@ def train(config: Config, stage: Stage, mesh: Mesh, began: float, watch: Watch) 
         stop.restore()
         if metrics is not None:
             metrics.close()
+    engine.close(deep)
     if stopped and state["step"] < steps:
         if mesh.first:
             print(f"stopped by a signal after step {state['step']}; saved, the same command continues", file=sys.stderr)

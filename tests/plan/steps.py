@@ -97,4 +97,5 @@ def recorded(kind: str, vocab: int, values: dict[str, Any], steps: int = 1) -> l
         with Recorder(mesh) as recorder:
             for index in range(2, 2 + steps):
                 run.step(index)
+        engine.close(run.deep)
     return [tuple(one) for one in recorder.sent]

@@ -113,6 +113,7 @@ def most(kind: str, vocab: int, values: dict[str, Any], bucket: int = memory.LAR
         stays = allocated.size(storage for storage in allocated.living() if storage._cdata not in before)
         with allocated.Peak() as peak:
             run.step(2)
+        engine.close(run.deep)
     return stays, stays + peak.most
 
 

@@ -77,3 +77,6 @@ def _serve(pipe: Connection, rank: int, size: int, store: str) -> None:
             pipe.send((True, getattr(importlib.import_module(module), name)(*arguments)))
         except Exception:
             pipe.send((False, f"rank {rank}: {traceback.format_exc()}"))
+        for group in list(dist.distributed_c10d._world.pg_map):  # a run's own, whose threads would keep waking up
+            if group is not dist.group.WORLD:
+                dist.destroy_process_group(group)

@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from streaming.base.shuffle import get_shuffle
 
 from megaflow.data.formats import layout, listed_shards
 from megaflow.data.memory import Stretch
 from megaflow.data.shards import SPLITS, check_present, format_of, open_prepared, verify_file
+from megaflow.data.shuffle import epoch_order
 from megaflow.errors import UserError
 
 MAPPED = 1 << 14
@@ -166,13 +166,3 @@ def read_ahead(
         closed.set()
         room.release()
         thread.join()
-
-
-def epoch_order(shard_sizes: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-    """mosaicml-streaming's py1e shuffle of one epoch, the same on any machine.
-
-    It adds the epoch to its seed: the spread seed keeps epoch 1 of seed 0 from being epoch 0 of seed 1. A block
-    smaller than a shard would leave that shard unmixed with the others.
-    """
-    block = max(1 << 18, 2 * int(shard_sizes.max()))
-    return get_shuffle("py1e", shard_sizes, num_canonical_nodes=1, seed=seed << 32, epoch=epoch, block_size=block)

@@ -16,7 +16,7 @@ char: install  ## the same on characters, larger
 	@bash tools/run_path.sh char
 
 test: install  ## the tests, without those that take minutes
-	@.venv/bin/python -m pytest -m "not long"
+	@.venv/bin/python -m pytest -m "not long" -n 2 --dist loadfile
 
 test-all: install  ## all tests
 	@.venv/bin/python -m pytest

@@ -53,6 +53,15 @@ setup(
         "flash": ["flash-attn>=2.7"],
         "parquet": PARQUET,
         "quickstart": QUICKSTART,
-        "test": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.13", *PARQUET, *QUICKSTART],
+        "test": [
+            "pytest>=8",
+            "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
+            "hypothesis>=6.100",
+            "ruff>=0.9",
+            "mypy>=1.13",
+            *PARQUET,
+            *QUICKSTART,
+        ],
     },
 )

@@ -144,8 +144,9 @@ def cli(capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Callab
 
 @pytest.fixture(scope="session")
 def environment() -> dict[str, str]:
-    """The environment of processes that tests start: this tree's megaflow, no launcher's variables."""
-    inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
+    """The environment of processes that tests start: this tree's megaflow, no launcher's variables, no service that this process has."""
+    ours = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "WANDB_SERVICE")
+    inherited = {k: v for k, v in os.environ.items() if k not in ours}
     return {**inherited, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": os.environ["OMP_NUM_THREADS"]}
 
 

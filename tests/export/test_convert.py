@@ -280,6 +280,14 @@ class TestNothingIsLeftHalfDone:
         finally:
             subprocess.run(["umount", str(place)], check=True)
 
+    @pytest.fixture
+    def terminal(self):
+        """SIGINT as a program in a terminal has it; a worker of several that run tests ignores it."""
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        yield
+        signal.signal(signal.SIGINT, before)
+
+    @pytest.mark.usefixtures("terminal")
     @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
     def test_interrupted(self, cli, trained, out, monkeypatch, number):
         monkeypatch.setattr(converting, "_write_rest", lambda *_: os.kill(os.getpid(), number))

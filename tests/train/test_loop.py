@@ -111,7 +111,7 @@ class TestARun:
 
 
 class TestOverrides:
-    @pytest.mark.parametrize("kind", ["char", "coded"])
+    @pytest.mark.parametrize("kind", [pytest.param("char", marks=pytest.mark.long), "coded"])
     @pytest.mark.parametrize(
         "override",
         [

@@ -9,6 +9,7 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; the same number here and in the processes that tests start
 
+import gc
 import importlib.util
 import shutil
 import subprocess
@@ -21,6 +22,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 KINDS = ("char", "coded")
+THREADS = 50
+"""As many as a process may have before it looks for those of finished runs."""
 
 NETWORK = "model: {layers: 2, hidden: 32, heads: 2, belief_dim: 16}\n"
 TRAINING = """
@@ -42,6 +45,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
         if not torch.cuda.is_available():
             pytest.skip("needs a GPU; tools/gpu_check.sh runs it on one")
+
+
+def pytest_runtest_teardown() -> None:
+    """Finished runs lie in cycles with their process groups, whose threads wake up a hundred times a second until these are collected."""
+    if len(os.listdir("/proc/self/task")) > THREADS:
+        gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ import zstandard
 from megaflow.config.schema import keys
 
 ROOT = Path(__file__).resolve().parents[2]
-NAMES = ("data", "pretraining", "parallelism", "distillation", "sampling", "evaluation", "export")
+NAMES = ("data", "pretraining", "parallelism", "scaling", "distillation", "sampling", "evaluation", "export")
 PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in NAMES)]
 
 SMALL = {
@@ -24,8 +24,8 @@ SMALL["autoregressive"] = SMALL["flow"]
 
 
 def commands(page: Path) -> list[str]:
-    """Lines of a block that call megaflow or python, without what is said about them."""
-    found = re.findall(r"^(?: {4})?((?:megaflow|python) .*)$", page.read_text("utf-8"), re.MULTILINE)
+    """Lines of a block that call megaflow or python, without what is said about them and what stands in a shell's loop."""
+    found = re.findall(r"^(?: {4})?((?:megaflow|python) [^$\n]*)$", page.read_text("utf-8"), re.MULTILINE)
     return [line.split("  #")[0].strip() for line in found]
 
 
@@ -38,7 +38,7 @@ def place(tmp_path_factory, texts) -> Path:
     """A clone as the README's first command leaves it, but for sizes: configs, tools, the text, and a corpus of one's own."""
     place = tmp_path_factory.mktemp("clone")
     shutil.copytree(ROOT / "tools", place / "tools")
-    (place / "configs" / "quickstart").mkdir(parents=True)
+    shutil.copytree(ROOT / "configs", place / "configs")
     for name, small in SMALL.items():
         (place / "configs" / "quickstart" / f"{name}.yaml").write_text(f"base: {ROOT}/configs/quickstart/{name}.yaml\n{small}")
     (place / "runs" / "quickstart" / "text").mkdir(parents=True)

@@ -79,7 +79,7 @@ class Training:
                 if wanted(self):  # still so, now that nothing moves
                     return self.last_step()
                 os.kill(self.process.pid, signal.SIGCONT)
-            time.sleep(0.001)
+            time.sleep(0.005)
         raise TimeoutError(f"the run did not come to the wanted moment; it is at step {self.last_step()}")
 
     def send(self, number: signal.Signals) -> tuple[int, str]:

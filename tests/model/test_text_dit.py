@@ -296,8 +296,15 @@ def test_no_tensor_of_tokens_times_vocabulary_exists_in_stage_2(map_reads):
     assert recorded(lambda: stage.loss(large_batch())[0]) == channel.CHUNK_ELEMENTS["cpu"] < ROWS * WIDTH * MANY
 
 
-@pytest.mark.parametrize("map_reads", ["linear", "hot_belief"])
-@pytest.mark.parametrize("kind", ["identity", "frame"])
+@pytest.mark.parametrize(
+    "kind, map_reads",
+    [
+        ("identity", "linear"),
+        pytest.param("identity", "hot_belief", marks=pytest.mark.long),
+        pytest.param("frame", "linear", marks=pytest.mark.long),
+        ("frame", "hot_belief"),
+    ],
+)
 def test_stage_2_finds_the_flow_map_of_a_solved_flow(kind, map_reads):
     """The teacher is the exact denoiser of a toy; the map's one step comes to the true one, which it was never shown."""
     code = codes.identity(4) if kind == "identity" else codes.frame(5, 3, torch.Generator().manual_seed(1))

@@ -66,13 +66,17 @@ def test_two_processes(process, tmp_path):
         """
 import torch
 from megaflow.parallel import mesh as meshes
-with meshes.join() as mesh:
-    rank = mesh.world.rank
-    total = meshes.total(mesh.data, torch.tensor([1.0 + rank, 10.0], dtype=torch.float64), mesh.device)
-    answers = total.tolist(), meshes.shared(mesh, ["of", rank])
-    meshes.barrier(mesh)
-    assert mesh.data.size == 2 and mesh.first == (rank == 0)
-    open(f"answers-{rank}", "w").write(repr(answers))
+
+def work():  # no group outlives it: one that is left to the end of the interpreter may abort it
+    with meshes.join() as mesh:
+        rank = mesh.world.rank
+        total = meshes.total(mesh.data, torch.tensor([1.0 + rank, 10.0], dtype=torch.float64), mesh.device)
+        answers = total.tolist(), meshes.shared(mesh, ["of", rank])
+        meshes.barrier(mesh)
+        assert mesh.data.size == 2 and mesh.first == (rank == 0)
+        open(f"answers-{rank}", "w").write(repr(answers))
+
+work()
 """
     )
     done = process("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "work.py")

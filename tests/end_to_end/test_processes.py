@@ -52,6 +52,7 @@ def check(torchrun, words, tmp_path, kind: str, family: str, zero: int, *overrid
     assert runs.read_json(tmp_path / "two" / "run.json")["starts"][0]["processes"] == 2
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind, family, zero", COVER)
 def test_two_processes_have_the_losses_of_one(torchrun, words, tmp_path, kind, family, zero):
     check(torchrun, words, tmp_path, kind, family, zero)

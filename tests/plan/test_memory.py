@@ -127,7 +127,7 @@ def test_the_largest_moment_of_a_step(ranks, case):
         assert formula.largest == pytest.approx(found, rel=0.1)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.long), "bf16"])
 @pytest.mark.parametrize("zero", [1, 2, 3])
 def test_networks_larger_than_the_buffers_of_gradients(ranks, monkeypatch, zero, precision):
     """As those of billions of weights are. Under ZeRO 3 processes differ by a tenth; it is the one that holds most."""

@@ -158,7 +158,8 @@ def start(network: nn.Module, config: Config, mesh: Mesh, micro: int, accumulati
 
 def close(engine: Any) -> None:
     """Take DeepSpeed's hooks from the weights. They refer to the engine in ways that Python's collector cannot see: an engine left with
-    them keeps its weights, its process groups and their threads for as long as the process lives. Every process of the mesh calls it."""
+    them keeps its weights, its process groups and their threads for as long as the process lives. Under ZeRO 3 it keeps them all the same.
+    Every process of the mesh calls it."""
     engine.destroy()
 
 

@@ -22,13 +22,12 @@ from dataclasses import dataclass
 
 from megaflow.config.schema import Config
 from megaflow.flow.channel import CHUNK_ELEMENTS, CHUNK_TOKENS
+from megaflow.parallel.reduction import FLYING, bucket_elements
 from megaflow.plan.communication import PERSISTENT, REUSED, rows_of
 from megaflow.plan.layout import Layout, Weight, weights
 
 SINGLE = 4
 """Bytes of a number in fp32."""
-LARGEST_BUCKET = 500_000_000
-"""Elements of a buffer of gradients at most; see train/engine.py."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ def of_step(
         step += p * trained
     away = layout.offload
     stays = of_weights + fixed + (0.0 if away else optimizer + SINGLE * shared)
-    beyond = trained > LARGEST_BUCKET  # gradients are sent while others are still to come
+    beyond = trained > bucket_elements(layout.data)  # gradients are sent while others are still to come
     moments = (
         gathered + accumulated + activations + loss,
         gathered + accumulated + activations + buffers,
@@ -107,18 +106,19 @@ def _fixed(config: Config, vocab: int, layout: Layout, held: list[Weight], is_ma
 def _gradients(layout: Layout, trained: float, device: str) -> tuple[float, float, float]:
     """Bytes of what earlier passes have left, of buffers, and of what a reduction needs besides."""
     p, data, several = layout.width, layout.data, layout.accumulation > 1
-    bucket = min(trained, LARGEST_BUCKET)
+    bucket = min(trained, bucket_elements(layout.data))
     wide = SINGLE if layout.half else 0  # DeepSpeed sends in fp32
     if layout.zero == 0:
-        return (p * trained if several else 0.0), (0.0 if several else p * trained), (p + wide) * bucket
+        sent = SINGLE * min(FLYING * bucket, trained) if data > 1 else 0.0
+        return (p * trained if several else 0.0), (0.0 if several else p * trained), sent
     double = 2 if device == "cuda" else 1  # one is filled while the other is sent
     if layout.zero == 1:  # what is longer than a buffer stays where it was until the step
-        kept, beyond = p * trained, trained > LARGEST_BUCKET
+        kept, beyond = p * trained, trained > bucket
         copied = SINGLE * (bucket + trained) / data * (0.2 if several and not beyond else 1.0)
         return (kept if several else 0.0), double * p * bucket, copied + (kept if beyond and not several else 0.0)
     if layout.zero == 2:  # whether a slice that is sent is gone when the next one is made is chance: half of it
         return (SINGLE * trained / data if several else 0.0), double * p * bucket, SINGLE * (bucket + 0.5 * trained) / data
-    copied = 4 * p * bucket if trained > LARGEST_BUCKET else (p + wide) * bucket
+    copied = 4 * p * bucket if trained > bucket else (p + wide) * bucket
     return p * trained / data + SINGLE * bucket, 0.0, copied
 
 

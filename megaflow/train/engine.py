@@ -23,13 +23,12 @@ from megaflow.config.schema import Config, OptimConfig
 from megaflow.parallel.boxes import Box
 from megaflow.parallel.cut import Cut, cut_of, logical_boxes
 from megaflow.parallel.mesh import Axis, Mesh
+from megaflow.parallel.reduction import Reduction, bucket_elements
 from megaflow.train.optimizer import Matrix, Muon, Together, make
 
 ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
 MUON_MOMENTS = ("momentum_buffer",)
 AVERAGE = "average"
-LARGEST_BUCKET = 500_000_000
-"""Elements of a buffer that gradients are collected in for reduction, at most: DeepSpeed's own figure, which it takes of any network."""
 HELD = -1
 """Stands among the modules that use a parameter for what is no module; ZeRO 3 scatters no parameter that is in use."""
 
@@ -119,12 +118,13 @@ def start(network: nn.Module, config: Config, mesh: Mesh, micro: int, accumulati
     half = config.train.precision == "bf16"
     trainee = Trainee(network)
     optimizer = make(trainee, config.optim, mesh, torch.bfloat16 if half else torch.float32)
+    bucket = bucket_elements(mesh.data.size)
     zero: dict[str, Any] = {
         "stage": config.parallel.zero,
         "overlap_comm": mesh.device.type == "cuda",
         "use_multi_rank_bucket_allreduce": False,  # a slice's gradient is sent to who holds it, not to all: half as much
         "memory_efficient_linear": False,  # it would replace torch's linear in this whole process, for good, by one without tangents
-        "reduce_bucket_size": min(sum(p.numel() for p in network.parameters() if p.requires_grad), LARGEST_BUCKET),
+        "reduce_bucket_size": min(sum(p.numel() for p in network.parameters() if p.requires_grad), bucket),
     }
     if config.parallel.offload == "optimizer":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": mesh.device.type == "cuda"}
@@ -149,6 +149,11 @@ def start(network: nn.Module, config: Config, mesh: Mesh, micro: int, accumulati
     optimizer.register_step_pre_hook(lambda optimizer, *_: _drop(engine, optimizer))
     engine.frozen = frozen  # DeepSpeed rounds them to bf16 with the others, and keeps no fp32 of what it does not train
     engine.mesh = mesh
+    engine.reduction = None
+    if config.parallel.zero == 0:
+        engine.enable_backward_allreduce = False
+        trained = [p for p in engine.module.parameters() if p.requires_grad]
+        engine.reduction = Reduction(trained, mesh.data, bucket, engine.is_gradient_accumulation_boundary)
     _make_states(engine)
     engine.held = _held(engine)
     if isinstance(optimizer, Together):
@@ -160,6 +165,8 @@ def close(engine: Any) -> None:
     """Take DeepSpeed's hooks from the weights. They refer to the engine in ways that Python's collector cannot see: an engine left with
     them keeps its weights, its process groups and their threads for as long as the process lives. Under ZeRO 3 it keeps them all the same.
     Every process of the mesh calls it."""
+    if engine.reduction is not None:
+        engine.reduction.close()
     engine.destroy()
 
 
@@ -190,6 +197,8 @@ def step(engine: Any, take: bool = True) -> float:
     summed over all processes, are at hand.
     """
     engine.drops = not take
+    if engine.reduction is not None:
+        engine.reduction.finish()
     if not _wrapped(engine):
         engine.norm = _norm(engine)
     engine.step()

@@ -73,13 +73,13 @@ def test_the_map_s_one_step_is_better_than_the_unigram_law(path):
 
 
 def test_more_steps_of_the_map_are_not_worse_than_one(path):
-    """By the judge, within its error over texts; with an entropy no further from that of real text, and on characters better by far."""
+    """By the judge, within twice the error over texts of the difference; with the entropy of real text; on characters better by far."""
     found = path.evaluations["flow_map"]
     one, data = found["samples"]["1"], found["reference"]["data"]
     for steps in ("2", "4", "16", "64"):
         more = found["samples"][steps]
         gained = one["judge_bits_per_char"] - more["judge_bits_per_char"]
-        assert gained > (0.1 if path.name == "char" else -math.hypot(one["judge_standard_error"], more["judge_standard_error"]))
+        assert gained > (0.1 if path.name == "char" else -2.0 * math.hypot(one["judge_standard_error"], more["judge_standard_error"]))
         assert more["entropy"] == pytest.approx(data["entropy"], rel=0.1)
 
 

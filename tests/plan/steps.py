@@ -74,16 +74,17 @@ class Run:
         self.deep = engine.start(self.stage.network, self.config, mesh, *self.split)
         self.tokens = Tokens(vocab, self.config.data.length)
 
-    def step(self, index: int) -> None:
-        """What loop.train does in a step, but for reading and writing files."""
+    def step(self, index: int) -> tuple[float, float]:
+        """What loop.train does in a step, but for reading and writing files. Returns loss and gradient norm."""
         micro, accumulation = self.split
         first = (index * self.mesh.data.size + self.mesh.data.rank) * micro * accumulation
         rows = self.tokens.rows(torch.arange(first, first + micro * accumulation))
         engine.set_learning_rate(self.deep, 1e-3)
         told = loop.accumulate(self.deep, self.stage, rows, self.config, self.mesh, index, micro, [0.0, 0.0], None)
-        engine.step(self.deep)
+        norm = engine.step(self.deep)
         self.stage.learn(told[1], index)
         engine.update_average(self.deep, ema.decay(self.config.optim.ema_decay, index))
+        return told[0], norm
 
 
 def recorded(kind: str, vocab: int, values: dict[str, Any], steps: int = 1) -> list[tuple[Any, ...]]:

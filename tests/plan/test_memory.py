@@ -1,11 +1,14 @@
 """What a step holds in memory: the closed formula against the tensors of real steps."""
 
+import contextlib
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 from megaflow.parallel import mesh as meshes
+from megaflow.parallel import reduction
 from megaflow.plan import memory
 from megaflow.plan.layout import layout_of
 from megaflow.train import engine
@@ -92,7 +95,7 @@ STEPS: dict[str, tuple[int, str, int, dict[str, Any]]] = {
     "weights in half precision": (1, "autoregressive", 100, {"model.hidden": 256, "data.length": 4, "train.precision": "bf16"}),
 }
 WIDE = {"model.hidden": 256, "model.layers": 2, "data.length": 8}
-for zero in (1, 2, 3):
+for zero in (0, 1, 2, 3):
     for precision in ("fp32", "bf16"):
         STEPS[f"ZeRO {zero} in {precision}"] = 2, "flow", 400, WIDE | {"parallel.zero": zero, "train.precision": precision}
 STEPS |= {
@@ -102,10 +105,14 @@ STEPS |= {
 }
 
 
-def most(kind: str, vocab: int, values: dict[str, Any], bucket: int = memory.LARGEST_BUCKET) -> tuple[int, int]:
-    """Bytes of this process's tensors between two steps, and at the largest moment of a step. bucket: elements of DeepSpeed's buffers."""
-    engine.LARGEST_BUCKET = bucket
-    with meshes.join(int(values.get("parallel.tensor", 1))) as mesh:
+def buckets_of(elements: int) -> contextlib.AbstractContextManager:
+    """A block in which gradients are sent in smaller buckets."""
+    return mock.patch.multiple(reduction, BUCKET=elements, BUCKET_SHARE=0)
+
+
+def most(kind: str, vocab: int, values: dict[str, Any], bucket: int = reduction.BUCKET) -> tuple[int, int]:
+    """Bytes of this process's tensors between two steps, and at the largest moment of a step."""
+    with meshes.join(int(values.get("parallel.tensor", 1))) as mesh, buckets_of(bucket):
         before = {storage._cdata for storage in allocated.living()}
         run = Run(kind, vocab, values, mesh)
         for index in range(2):
@@ -128,16 +135,12 @@ def test_the_largest_moment_of_a_step(ranks, case):
 
 
 @pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.long), "bf16"])
-@pytest.mark.parametrize("zero", [1, 2, 3])
-def test_networks_larger_than_the_buffers_of_gradients(ranks, monkeypatch, zero, precision):
-    """As those of billions of weights are. Under ZeRO 3 processes differ by a tenth; it is the one that holds most."""
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_networks_larger_than_the_buckets_of_gradients(ranks, zero, precision):
+    """As most are. Under ZeRO 3 processes differ by a tenth; it is the one that holds most."""
     values = SMALL | WIDE | {"parallel.zero": zero, "train.precision": precision, "train.micro_batch": 64}
-    monkeypatch.setattr(memory, "LARGEST_BUCKET", 300_000)
     config = resolved("flow", 400, values).config
-    formula = memory.of_step(config, 400, layout_of(config, 4), device="cpu")
+    with buckets_of(300_000):
+        formula = memory.of_step(config, 400, layout_of(config, 4), device="cpu")
     found = max(largest for _, largest in ranks(4, most, "flow", 400, values, 300_000))
     assert formula.largest == pytest.approx(found, rel=0.1)
-
-
-def test_the_buffers_are_as_large_as_the_engines():
-    assert memory.LARGEST_BUCKET == engine.LARGEST_BUCKET

@@ -6,6 +6,7 @@ import weakref
 from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
+from unittest import mock
 
 import pytest
 import torch
@@ -13,10 +14,11 @@ import torch
 from megaflow.config.schema import Config, OptimConfig
 from megaflow.model.build import autoregressive_network
 from megaflow.parallel import mesh as meshes
-from megaflow.parallel import random
+from megaflow.parallel import random, reduction
 from megaflow.train import ema, engine
 from megaflow.train.stage import Batch
 from megaflow.train.stage_autoregressive import AutoregressiveStage
+from tests.plan.steps import Run
 
 
 def test_a_closed_engine_holds_nothing():
@@ -321,3 +323,22 @@ class TestLayouts:
         gradients = torch.autograd.grad(loss, [p for p in network.parameters() if p.requires_grad], allow_unused=True)
         norm = math.sqrt(sum(g.double().square().sum().item() for g in gradients if g is not None))
         assert norm > 0.01 and session.step(0)[1] == pytest.approx(norm, rel=1e-5)
+
+
+def steps_in_buckets(values: dict[str, Any], elements: int) -> list[tuple[float, float]]:
+    """(loss, gradient norm) of four steps of a flow, gradients sent in buckets of so many elements."""
+    with meshes.join() as mesh, mock.patch.multiple(reduction, BUCKET=elements, BUCKET_SHARE=0):
+        run = Run("flow", 200, values, mesh)
+        found = [run.step(index) for index in range(4)]
+        engine.close(run.deep)
+    return found
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_many_buckets_of_gradients_take_the_same_steps(ranks, zero):
+    """Some parameters are larger than a bucket, as a vocabulary's may be; passes are accumulated."""
+    values = {"model.layers": 2, "model.hidden": 32, "model.heads": 2, "model.belief_dim": 16, "data.length": 16, "flow.clock.bins": 20}
+    values |= {"train.global_batch": 8, "train.micro_batch": 2, "optim.name": "adamw"}
+    expected = steps_in_buckets(values | {"parallel.zero": 0}, 10**9)
+    for found in ranks(2, steps_in_buckets, values | {"parallel.zero": zero}, 2_000):
+        assert found == [pytest.approx(one, rel=1e-5) for one in expected]

@@ -40,7 +40,7 @@ from megaflow.model.bound import bound_of_rows
 from megaflow.parallel import random
 from megaflow.progress import Progress
 from megaflow.train.run import read_config, write_atomically
-from megaflow.train.stage import documents_of, end_of_documents
+from megaflow.train.stage import documents_of, end_of_documents, validation_batch
 from megaflow.train.stage_autoregressive import AutoregressiveStage
 from megaflow.train.stages import SHARDS, check_same_shards
 
@@ -203,8 +203,11 @@ def likelihood(run: Run, held_out: RealText, draws: int, seed: int) -> dict[str,
     if isinstance(run.network, Autoregressive):
         stage = AutoregressiveStage(run.config, run.network)
         parts = [slice(i, i + 64) for i in range(0, len(ids), 64)]
-        rows = [[None if x is None else x[part] for x in (lengths, documents)] for part in parts]
-        losses = [stage.validate(ids[part], *some)["validation_loss"] for part, some in zip(parts, rows, strict=True)]
+        batches = [
+            validation_batch(ids[part], None if lengths is None else lengths[part], None if documents is None else documents[part])
+            for part in parts
+        ]
+        losses = [stage.validate(batch)["validation_loss"] for batch in batches]
         nats = sum(loss * counted(held_out, part.start) for loss, part in zip(losses, parts, strict=True)) / counted(held_out, 0, len(ids))
         if law is not None and run.manifest["tokenizer"]["end_id"] is None:  # nothing in a row tells its length
             nats -= float(sum(law[len(row)] for row in held_out.rows)) / counted(held_out, 0, len(ids))

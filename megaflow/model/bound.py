@@ -1,5 +1,6 @@
 """The likelihood bound of a network on rows of tokens: flow/likelihood.py with a Text-DiT put into it."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -36,8 +37,14 @@ def bound_of_rows(
     progress: Progress | None = None,
     log_length: np.ndarray | None = None,
     documents: Tensor | None = None,
+    places: Tensor | None = None,
+    all_rows: int | None = None,
+    total: Callable[[Tensor], Tensor] = lambda value: value,
 ) -> Estimate:
     """The bound on rows (R, L), `draws` times and noises each, in nats per counted token.
+
+    Several processes may share rows: then `places` (R,) are the numbers of these among `all_rows`, total(x) is the sum of x over the
+    processes, which all call this, and each has the bound of all rows.
 
     The network is told how long a row is, by what it may attend to. Where rows differ in length a bound of -log p(row) therefore has
     -log p(length) too: log_length (L + 1,), of data.shards. Without it the bound is that of rows whose lengths are known. In the same
@@ -47,38 +54,42 @@ def bound_of_rows(
     The channel's terms are in fp64, or with `double` off in fp32, twice as fast and good for watching a training run.
     Raises flow.likelihood.RangeTooShort where the network has no bound on the flow's range.
     """
-    rows, width = ids.shape
+    own, width = ids.shape
+    rows = own if all_rows is None else all_rows
+    places = torch.arange(own) if places is None else places
     counted = torch.ones_like(ids) if lengths is None else (torch.arange(width, device=ids.device) < lengths[:, None]).long()
-    ours, channel = torch.zeros(2, draws, rows, dtype=torch.float64)
-    last, last_channel = torch.zeros(2, rows, dtype=torch.float64)
+    ours, channel = torch.zeros(2, draws, own, dtype=torch.float64)
+    last, last_channel = torch.zeros(2, own, dtype=torch.float64)
     order, offset = random.permutation(rows * draws, seed, "bound cells"), random.uniform(seed, "bound offset")
     # rare tokens that resolve late make the integrand heavy where the clock is thin
     law = clocks.mixture([clock, clocks.uniform_log_snr(parts.span.low, parts.span.high)], [0.5, 0.5])
-    for start in range(0, rows, batch):
-        part = slice(start, min(start + batch, rows))
-        places = torch.arange(part.start, part.stop)
+    for start in range(0, own, batch):
+        part = slice(start, min(start + batch, own))
+        at = places[part]
         some, of = (None if x is None else x[part] for x in (lengths, documents))
 
         def sums(per_token: Tensor, part: slice = part) -> Tensor:
             return (per_token.view(-1, width) * counted[part]).sum(1).cpu().double()
 
         for draw in range(draws):
-            times, weight = likelihood.integration_times(law, parts.span, order[places * draws + draw], rows * draws, offset)
-            (_, error), (_, channel_error) = _integrands(network, parts, ids[part], some, of, places, times, seed, draw, double)
+            times, weight = likelihood.integration_times(law, parts.span, order[at * draws + draw], rows * draws, offset)
+            (_, error), (_, channel_error) = _integrands(network, parts, ids[part], some, of, at, times, seed, draw, double)
             ours[draw, part], channel[draw, part] = sums(error) * weight, sums(channel_error) * weight
-        end = time_of(torch.full((len(places),), parts.span.high, dtype=torch.float64))
-        (nll, _), (channel_nll, _) = _integrands(network, parts, ids[part], some, of, places, end, seed, draws, double)
+        end = time_of(torch.full((len(at),), parts.span.high, dtype=torch.float64))
+        (nll, _), (channel_nll, _) = _integrands(network, parts, ids[part], some, of, at, end, seed, draws, double)
         last[part], last_channel[part] = sums(nll), sums(channel_nll)
         if progress is not None:
             progress.update(part.stop)
     first = (likelihood.prior_term(parts.code, ids, parts.span) * counted).sum(1).cpu().double()
     unigram = -(look_up(parts.code.part, parts.log_prior, ids).double() * counted).sum(1).cpu()
     tokens = counted.sum(1).cpu()
-    ends = (last.sum() / tokens.sum()).item()
-    told = 0.0 if log_length is None else -torch.from_numpy(log_length)[tokens]
+    told = torch.zeros(own, dtype=torch.float64) if log_length is None else -torch.from_numpy(log_length)[tokens]
     if documents is not None:
         told = told + boundary_cost(ids, documents, parts, counted)
-    return likelihood.estimate(ours + first + last + told, channel + first + last_channel, unigram, tokens, ends)
+    everyones = torch.zeros(2 * draws + 3, rows, dtype=torch.float64)
+    everyones[:, places] = torch.cat([ours + first + last + told, channel + first + last_channel, unigram[None], tokens[None], last[None]])
+    ours, channel, (unigram, tokens, last) = total(everyones).split([draws, draws, 3])
+    return likelihood.estimate(ours, channel, unigram, tokens, (last.sum() / tokens.sum()).item())
 
 
 def boundary_cost(ids: Tensor, documents: Tensor, parts: Parts, counted: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ from megaflow.train.checkpoint_writer import Piece, Writer
 from megaflow.train.meter import Meter, meter_of
 from megaflow.train.run import Metrics, read_json, record_start, write_atomically
 from megaflow.train.spikes import Spikes
-from megaflow.train.stage import Batch, Stage, documents_of, end_of_documents
+from megaflow.train.stage import Batch, Stage, Total, documents_of, end_of_documents, validation_batch
 
 
 class NotFinite(Exception):
@@ -63,7 +63,7 @@ def train(config: Config, stage: Stage, mesh: Mesh, began: float, watch: Watch) 
     directory, steps = Path(config.run.dir), config.train.steps
     stream = TokenStream(config.data.path, "train", config.run.seed)
     end = end_of_documents(config, stream.manifest)
-    held_out = validation_rows(config, mesh, end)
+    validation = validation_rows(config, mesh, end)
     deep = engine.start(stage.network, config, mesh, micro, accumulation)
     state: dict[str, Any] = {"step": 0, "tokens": 0, "seconds": 0.0, "training_seconds": 0.0, "skipped": 0}
     rank, size, exchange = mesh.world.rank, mesh.world.size, partial(meshes.exchanged, mesh)
@@ -133,7 +133,7 @@ def train(config: Config, stage: Stage, mesh: Mesh, began: float, watch: Watch) 
                 progress.update(step + 1, f"loss {loss:.4f}  norm {norm:.3g}  rate {rate:.2e}  {counted / elapsed:,.0f} tokens/s")
             if (step + 1) % int(config.train.validate_every) == 0 or last:
                 with engine.averaged(deep), torch.no_grad():
-                    found = meshes.shared(mesh, deep.module(stage.validate, *held_out))
+                    found = meshes.shared(mesh, deep.module(stage.validate, *validation))
                 for name, value in found.items():
                     if not math.isfinite(value):  # one step too steep: the loss before it does not show it
                         raise NotFinite(not_finite(directory, writer, f"the {name.replace('_', ' ')} of step {step + 1} is {value}"))
@@ -215,13 +215,25 @@ def accumulate(
     return total.item(), seen.view(observed.shape), counted, passes, (raised > 0).tolist()
 
 
-def validation_rows(config: Config, mesh: Mesh, end: int | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The first validation rows, the same ones at every validation of the run: what Stage.validate takes."""
+def validation_rows(config: Config, mesh: Mesh, end: int | None) -> tuple[Batch, Total]:
+    """This process's part of the first validation rows, the same ones at every validation of the run: what Stage.validate takes.
+
+    Under ZeRO 3 processes must make as many passes as each other, so parts are equal: as many as divide both the rows and the
+    data-parallel processes, of which several may have the same.
+    """
     stream = TokenStream(config.data.path, "validation", config.run.seed, shuffle=False)
-    ids, lengths = stream.rows(torch.arange(min(config.train.validation_rows, len(stream))))
+    rows = min(config.train.validation_rows, len(stream))
+    parts = math.gcd(rows, mesh.data.size)
+    first = mesh.data.rank % parts * (rows // parts)
+    ids, lengths = stream.rows(torch.arange(first, first + rows // parts))
     padded = bool((lengths < ids.shape[1]).any())
     documents = None if end is None else documents_of(ids, end).to(mesh.device)
-    return ids.to(mesh.device), lengths.to(mesh.device) if padded else None, documents
+
+    def total(value: Tensor) -> Tensor:
+        return meshes.total(mesh.data, value, mesh.device) / (mesh.data.size // parts)
+
+    some = lengths.to(mesh.device) if padded else None
+    return validation_batch(ids.to(mesh.device), some, documents, first, rows, total, parts if config.parallel.zero == 3 else 1), total
 
 
 def announce(config: Config, stage: Stage, step: int, mesh: Mesh) -> None:

@@ -4,6 +4,7 @@ A stage owns a network and says what a step's loss is, what is learned from the 
 validated. The loop owns data, engine, checkpoints and metrics, and never looks inside.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -12,9 +13,15 @@ from torch.nn import functional as F
 
 from megaflow.config.load import ConfigError
 from megaflow.config.schema import Config
+from megaflow.data.shards import log_length_law
 from megaflow.flow import clock as clocks
 from megaflow.flow import code as codes
+from megaflow.flow.clock import Clock
 from megaflow.flow.code import Code
+from megaflow.flow.likelihood import Estimate
+from megaflow.model.bound import bound_of_rows
+from megaflow.model.parts import Parts
+from megaflow.model.text_dit import TextDiT
 from megaflow.parallel import random
 
 
@@ -37,6 +44,31 @@ class Batch(NamedTuple):
     peers: int = 1
 
 
+Total = Callable[[Tensor], Tensor]
+"""The sum of a tensor over the processes that have the other rows."""
+
+
+def alone(value: Tensor) -> Tensor:
+    """The Total of a process that has all rows."""
+    return value
+
+
+def validation_batch(
+    ids: Tensor,
+    lengths: Tensor | None,
+    documents: Tensor | None,
+    first: int = 0,
+    rows: int | None = None,
+    total: Total = alone,
+    peers: int = 1,
+) -> Batch:
+    """Validation rows, those from `first` on of `rows` in all, as a batch whose draws are the same at every validation."""
+    counted = torch.ones_like(ids) if lengths is None else (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None])
+    weight = (counted / total(counted.sum().double())).flatten().float()
+    places = torch.arange(first, first + len(ids))
+    return Batch(ids, lengths, places, -1, len(ids) if rows is None else rows, weight, documents, peers)
+
+
 class Stage(Protocol):
     """One kind of training."""
 
@@ -49,8 +81,9 @@ class Stage(Protocol):
     def learn(self, observed: Tensor, step: int) -> dict[str, float]:
         """Take in a step's observations, summed over the global batch. Returns what of them belongs into the step's line of metrics."""
 
-    def validate(self, ids: Tensor, lengths: Tensor | None, documents: Tensor | None = None) -> dict[str, float]:
-        """Metrics on validation rows with the network's present weights: at least `validation_loss`, nats per token."""
+    def validate(self, batch: Batch, total: Total = alone) -> dict[str, float]:
+        """Metrics on validation rows with the network's present weights: at least `validation_loss`, nats per token. The batch is of
+        `validation_batch`; every process that has some of the rows calls it."""
 
     def state(self) -> dict[str, Tensor]:
         """What must survive a restart besides weights and optimizer."""
@@ -87,3 +120,22 @@ def noise(seed: int, batch: Batch, code: Code, device: torch.device) -> Tensor:
     """Standard normal (B, L, d_c), each row a function of its place; of a dense state's, the columns that are here."""
     shape, columns = (batch.ids.shape[1], code.dim), codes.columns(code)
     return random.normal(batch.places.tolist(), shape, seed, "noise", batch.step, columns=columns).to(device)
+
+
+def validation_bound(config: Config, network: TextDiT, parts: Parts, clock: Clock, batch: Batch, total: Total) -> Estimate:
+    """The bound on validation rows, four times and noises each, in the network's own precision. Raises flow.likelihood.RangeTooShort."""
+    return bound_of_rows(
+        network,
+        parts,
+        clock,
+        batch.ids,
+        batch.lengths,
+        draws=4,
+        seed=config.run.seed,
+        double=False,
+        log_length=log_length_law(config.data.path),
+        documents=batch.documents,
+        places=batch.places,
+        all_rows=batch.rows,
+        total=total,
+    )

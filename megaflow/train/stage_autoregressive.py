@@ -8,7 +8,7 @@ from torch import Tensor
 from megaflow.config.schema import Config
 from megaflow.flow import head as heads
 from megaflow.model.autoregressive import Autoregressive
-from megaflow.train.stage import Batch
+from megaflow.train.stage import Batch, Total, alone
 
 
 class AutoregressiveStage:
@@ -26,13 +26,12 @@ class AutoregressiveStage:
         return {}
 
     @torch.no_grad()
-    def validate(self, ids: Tensor, lengths: Tensor | None, documents: Tensor | None = None) -> dict[str, float]:
-        read = self.network.read(self.network(ids, lengths, documents))
-        nll = heads.negative_log_likelihood(self.network.head(), read, ids.flatten()).view(ids.shape).double()
-        if lengths is None:
-            return {"validation_loss": nll.mean().item()}
-        counted = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
-        return {"validation_loss": (nll * counted).sum().item() / int(counted.sum())}
+    def validate(self, batch: Batch, total: Total = alone) -> dict[str, float]:
+        read = self.network.read(self.network(batch.ids, batch.lengths, batch.documents))
+        nll = heads.negative_log_likelihood(self.network.head(), read, batch.ids.flatten()).double()
+        counted = (batch.weight > 0.0).double()
+        sums = total(torch.stack([(nll * counted).sum(), counted.sum()]))
+        return {"validation_loss": (sums[0] / sums[1]).item()}
 
     def state(self) -> dict[str, Tensor]:
         return {}

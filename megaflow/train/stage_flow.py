@@ -6,16 +6,14 @@ import torch
 from torch import Tensor
 
 from megaflow.config.schema import Config
-from megaflow.data.shards import log_length_law
 from megaflow.flow import clock as clocks
 from megaflow.flow import head as heads
 from megaflow.flow.code import lookup
 from megaflow.flow.interpolant import noisy_state
 from megaflow.flow.likelihood import RangeTooShort
-from megaflow.model.bound import bound_of_rows
 from megaflow.model.parts import Parts, Profile, fit_clock
 from megaflow.model.text_dit import TextDiT
-from megaflow.train.stage import Batch, cells, noise
+from megaflow.train.stage import Batch, Total, alone, cells, noise, validation_bound
 
 
 class FlowStage:
@@ -53,28 +51,24 @@ class FlowStage:
             self.clock = fit_clock(clock, self.parts, self.profile)
         return {}
 
-    def validate(self, ids: Tensor, lengths: Tensor | None, documents: Tensor | None = None) -> dict[str, float]:
+    def validate(self, batch: Batch, total: Total = alone) -> dict[str, float]:
         try:
-            seed, law = self.config.run.seed, log_length_law(self.config.data.path)
-            found = bound_of_rows(
-                self.network, self.parts, self.clock, ids, lengths, 4, seed, double=False, log_length=law, documents=documents
-            )
+            found = validation_bound(self.config, self.network, self.parts, self.clock, batch, total)
         except RangeTooShort:
-            return {"validation_loss": self.plain_cross_entropy(ids, lengths, documents)}
+            return {"validation_loss": self.plain_cross_entropy(batch, total)}
         return {"validation_loss": found.mean, "validation_standard_error": found.standard_error}
 
     @torch.no_grad()
-    def plain_cross_entropy(self, ids: Tensor, lengths: Tensor | None, documents: Tensor | None) -> float:
+    def plain_cross_entropy(self, batch: Batch, total: Total) -> float:
         """Cross-entropy at times uniform in log-SNR: what is shown for networks that have no bound."""
-        rows = torch.arange(len(ids))
-        counted = torch.ones_like(ids) if lengths is None else (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None])
+        ids, counted = batch.ids, (batch.weight > 0.0).double()
         flat = clocks.uniform_log_snr(self.parts.span.low, self.parts.span.high)
-        t = clocks.inverse(flat, clocks.stratified(rows, len(ids), 0.5)).to(ids.device)
-        batch = Batch(ids, lengths, rows, -1, len(ids), counted.flatten())
+        t = clocks.inverse(flat, clocks.stratified(batch.places, batch.rows, 0.5)).to(ids.device)
         y = noisy_state(lookup(self.parts.code, ids), noise(self.config.run.seed, batch, self.parts.code, ids.device), t)
-        hidden = self.network(y, t, lengths=lengths, documents=documents)
+        hidden = self.network(y, t, lengths=batch.lengths, documents=batch.documents)
         nll, _ = heads.denoising_error(self.network.head(), self.network.read(hidden, y, t), ids.flatten())
-        return ((nll * counted.flatten()).sum() / counted.sum()).item()
+        sums = total(torch.stack([(nll.double() * counted).sum(), counted.sum()]))
+        return (sums[0] / sums[1]).item()
 
     def state(self) -> dict[str, Tensor]:
         return {

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from megaflow.config.schema import Config
-from megaflow.data.shards import log_length_law
 from megaflow.flow import flow_map
 from megaflow.flow import head as heads
 from megaflow.flow.channel import chunks
@@ -24,11 +23,10 @@ from megaflow.flow.clock import Clock
 from megaflow.flow.code import lookup, mean
 from megaflow.flow.interpolant import noisy_state, transport
 from megaflow.flow.likelihood import RangeTooShort
-from megaflow.model.bound import bound_of_rows
 from megaflow.model.parts import Parts
 from megaflow.model.text_dit import Seen, TextDiT
 from megaflow.parallel import random
-from megaflow.train.stage import Batch, cells, noise
+from megaflow.train.stage import Batch, Total, alone, cells, noise, validation_bound
 
 DIAGONAL, INNER, BOUNDARY = 0, 1, 2
 
@@ -134,22 +132,14 @@ class MapStage:
         names = ("diagonal_divergence", "semigroup_divergence")
         return {name: (total / weight).item() for name, (total, weight) in zip(names, observed, strict=True) if weight > 0.0}
 
-    def validate(self, ids: Tensor, lengths: Tensor | None, documents: Tensor | None = None) -> dict[str, float]:
+    def validate(self, batch: Batch, total: Total = alone) -> dict[str, float]:
         """The objective itself on validation rows with draws that never change, the same without its weights, and the diagonal's bound."""
-        counted = (
-            torch.ones_like(ids, dtype=torch.bool) if lengths is None else torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
-        )
-        weight = (counted / counted.sum()).flatten().float()
-        batch = Batch(ids, lengths, torch.arange(len(ids)), -1, len(ids), weight, documents)
         with torch.no_grad():
             loss, observed = self.loss(batch)
-        metrics = {"validation_loss": loss.item(), "validation_divergence": observed[:, 0].sum().item()}
+        sums = total(torch.stack([loss.double().cpu(), observed[:, 0].sum()]))
+        metrics = {"validation_loss": sums[0].item(), "validation_divergence": sums[1].item()}
         try:
-            seed, law = self.config.run.seed, log_length_law(self.config.data.path)
-            found = bound_of_rows(
-                self.network, self.parts, self.clock, ids, lengths, 4, seed, double=False, log_length=law, documents=documents
-            )
-            metrics["validation_bound"] = found.mean
+            metrics["validation_bound"] = validation_bound(self.config, self.network, self.parts, self.clock, batch, total).mean
         except RangeTooShort:
             pass
         return metrics

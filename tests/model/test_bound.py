@@ -115,3 +115,32 @@ def test_a_range_that_ends_too_early_is_refused():
     short = Parts(parts.code, parts.log_prior, Range(parts.span.low, 2.0))
     with pytest.raises(RangeTooShort, match="there is no bound"):
         bound_of_rows(network, short, clock, ids, None, draws=1, seed=0)
+
+
+@each
+def test_processes_that_share_rows_all_have_the_bound_of_all(kind):
+    """Each sees its own part; what they sum is put together here by hand."""
+    network, parts, clock, ids = setup(kind)
+    lengths = torch.tensor([6, 6, 3, 6, 1, 6, 2, 6])
+    whole = bound_of_rows(network, parts, clock, ids, lengths, draws=3, seed=0)
+    said: list[torch.Tensor] = []
+
+    def part(rows: slice, total) -> object:
+        return bound_of_rows(
+            network, parts, clock, ids[rows], lengths[rows], draws=3, seed=0, places=torch.arange(8)[rows], all_rows=8, total=total
+        )
+
+    class Told(Exception):
+        pass
+
+    def tell(value: torch.Tensor) -> torch.Tensor:
+        said.append(value)
+        raise Told
+
+    for rows in (slice(0, 3), slice(3, 8)):
+        with pytest.raises(Told):
+            part(rows, tell)
+    for rows in (slice(0, 3), slice(3, 8)):
+        found = part(rows, lambda value: sum(said))
+        assert found.mean == pytest.approx(whole.mean, rel=1e-6) and found.standard_error == pytest.approx(whole.standard_error, rel=1e-4)
+        assert found.tokens == whole.tokens and found.unigram == pytest.approx(whole.unigram, rel=1e-12)

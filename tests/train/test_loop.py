@@ -15,8 +15,9 @@ import torch
 from megaflow.config.load import load
 from megaflow.data.prepare import prepare
 from megaflow.model import parts
+from megaflow.parallel import mesh as meshes
 from megaflow.train import checkpoint as checkpoints
-from megaflow.train import engine, stages
+from megaflow.train import engine, loop, stages
 from megaflow.train import run as runs
 from megaflow.train.meter import SPEED
 from megaflow.train.stage_flow import FlowStage
@@ -550,3 +551,26 @@ class TestRefusals:
             "distill", config("coded", "flow_map"), f"run.dir={tmp_path / 'run'}", f"distill.teacher={trained('coded')}", "model.layers=3"
         )
         self.refused(told, "model.layers=3 contradicts the teacher's 2")
+
+
+def validation_part(path: str, rows: int, tensor: int) -> tuple[list[int], int, float]:
+    """(places that this process reads, of how many, the sum of all weights over the processes)."""
+    with meshes.join(tensor) as mesh:
+        batch, total = loop.validation_rows(load(path, [f"train.validation_rows={rows}"]).config, mesh, None)
+        return batch.places.tolist(), batch.rows, total(batch.weight.double().sum()).item()
+
+
+class TestValidationRows:
+    @pytest.mark.parametrize(
+        "rows, tensor, parts",
+        [
+            (8, 1, [[0, 1], [2, 3], [4, 5], [6, 7]]),
+            (8, 2, [[0, 1, 2, 3], [0, 1, 2, 3], [4, 5, 6, 7], [4, 5, 6, 7]]),
+            (6, 1, [[0, 1, 2], [3, 4, 5], [0, 1, 2], [3, 4, 5]]),  # equal parts, whatever does not divide
+            (3, 1, [[0, 1, 2]] * 4),
+        ],
+    )
+    def test_data_parallel_processes_share_them(self, ranks, config, rows, tensor, parts):
+        found = ranks(4, validation_part, str(config("documents")), rows, tensor)
+        assert [places for places, _, _ in found] == parts
+        assert all(of == rows and weight == pytest.approx(1.0, rel=1e-6) for _, of, weight in found)

@@ -150,3 +150,31 @@ def test_a_signal_is_no_failure(job, words, tmp_path, moment):
     said = [line for line in told.splitlines() if line.startswith("megaflow: ") or "stopped by a signal" in line]
     assert len(said) == 1 and "stopped by a signal" in said[0] and not re.search(r"rank \d on", told), told
     assert bool(checkpoints.steps(tmp_path / "run")) == (moment == "steps")
+
+
+@pytest.mark.parametrize(
+    "what, tensor, data, zero",
+    [
+        ("gradient", 2, 2, 1),
+        ("loss", 1, 2, 3),
+        pytest.param("gradient", 1, 2, 0, marks=pytest.mark.long),
+        pytest.param("loss", 2, 1, 0, marks=pytest.mark.long),
+        pytest.param("gradient", 1, 4, 2, marks=pytest.mark.long),
+        pytest.param("gradient", 2, 2, 3, marks=pytest.mark.long),
+    ],
+)
+def test_a_step_that_is_not_finite_on_one_process_is_passed_over_on_all(ranks, words, tmp_path, what, tensor, data, zero):
+    """Weights, averages, moments and clock stay as they are on every process, and the run goes on."""
+    overrides = (f"parallel.tensor={tensor}", f"parallel.zero={zero}", "model.heads=4", "optim.name=auto")
+    overrides += ("train.skip_nonfinite=1", "train.checkpoint_every=1", "train.keep_checkpoints=9", "train.steps=5")
+    ranks(tensor * data, layout_job.train_poisoned, words("run", *overrides), what, tensor * data - 1, 3)
+    before, after = (checkpoints.open_checkpoint(checkpoints.folder(tmp_path / "run", step)) for step in (2, 3))
+    for group in ("weights", "averaged", "moments", "stage"):
+        ours, theirs = after.tensors(group), before.tensors(group)
+        assert ours.keys() == theirs.keys() and all((ours[name] == theirs[name]).all() for name in ours)
+    lines = runs.lines(tmp_path / "run" / "metrics.jsonl")
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 4, 5] and [line["step"] for line in lines if "skipped" in line] == [
+        3
+    ]
+    last = checkpoints.newest(tmp_path / "run").tensors("weights")
+    assert any((last[name] != value).any() for name, value in after.tensors("weights").items())

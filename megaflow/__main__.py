@@ -129,6 +129,7 @@ def main() -> None:
     try:
         code = run(arguments, began)
     except UserError as error:
+        process.let_the_first_speak(code=2)
         print(f"megaflow: {error}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt as error:

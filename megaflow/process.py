@@ -4,6 +4,7 @@ import ctypes
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from typing import Any, NoReturn, TextIO
 
@@ -87,3 +88,19 @@ def leave_on_signals() -> None:
 
     for number in STOP_SIGNALS:
         signal.signal(number, leave)
+
+
+FIRST_SPEAKS = 4.0
+"""Seconds that the processes of a host give its first one to say what all of them have come to."""
+
+
+def let_the_first_speak(code: int) -> None:
+    """Before a refusal of a process that has not met the others yet. What one of them refuses most often all refuse, and one sentence is
+    enough: the first process of a host speaks and leaves, upon which the launcher ends the others, who leave with `code` and say nothing.
+    One that is alone with it speaks after FIRST_SPEAKS seconds.
+    """
+    if FAREWELL or os.environ.get("LOCAL_RANK", "0") == "0":
+        return
+    for number in STOP_SIGNALS:
+        signal.signal(number, lambda number, frame: os._exit(code))
+    time.sleep(FIRST_SPEAKS)

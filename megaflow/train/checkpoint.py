@@ -48,7 +48,7 @@ SEEN = ("averaged", "stage")
 """Groups that evaluation and distillation see, by which a checkpoint is identified."""
 MANIFEST = "manifest.json"
 VERSION = 2
-DELETE = "delete this checkpoint to go on from an earlier one"
+DELETE = "restore it, or delete this checkpoint to go on from an earlier one or, without one, from the start"
 BLOCK = 2**24
 """Bytes of a block of `Checkpoint.blocks`: what a reader holds of a tensor that may be larger than memory."""
 HASHERS = 8

@@ -16,17 +16,17 @@ SHORT = ("train.checkpoint_every=4", "train.validate_every=4", "train.validation
 COVER = [
     ("coded", "flow", 2, 1, 0),
     ("coded", "flow", 1, 2, 3),
-    ("coded", "flow", 2, 2, 2),
+    pytest.param("coded", "flow", 2, 2, 2, marks=pytest.mark.long),
     ("coded", "autoregressive", 4, 1, 1),
-    ("documents", "autoregressive", 2, 2, 3),
+    pytest.param("documents", "autoregressive", 2, 2, 3, marks=pytest.mark.long),
     ("coded", "flow_map", 2, 2, 3),
     ("char", "flow", 1, 4, 1),
-    ("char", "flow_map", 2, 1, 0),
+    pytest.param("char", "flow_map", 2, 1, 0, marks=pytest.mark.long),
     ("char", "flow_map", 1, 2, 2),
 ]
 MOVES = [
     # from tensor x data, ZeRO, to tensor x data, ZeRO
-    ("coded", "flow", (2, 2, 1), (1, 1, 0)),
+    pytest.param("coded", "flow", (2, 2, 1), (1, 1, 0), marks=pytest.mark.long),
     ("coded", "flow", (1, 1, 0), (4, 1, 2)),
     ("coded", "flow", (1, 4, 3), (2, 1, 3)),
     ("coded", "autoregressive", (4, 1, 3), (1, 2, 1)),

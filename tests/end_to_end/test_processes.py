@@ -134,3 +134,16 @@ def test_what_one_process_refuses_ends_all(torchrun, words, tmp_path):
     done = torchrun(2, *words("coded", "flow", "changed"))
     assert done.returncode == 0 and "nothing to do" in done.stderr
     assert len(runs.lines(tmp_path / "changed" / "metrics.jsonl")) == before
+
+
+def test_what_all_processes_refuse_is_said_once(torchrun, words):
+    done = torchrun(3, *words("coded", "flow", "odd", "optim.learning_rat=1"))
+    said = [line for line in done.stderr.splitlines() if line.startswith("megaflow: ")]
+    assert done.returncode != 0 and len(said) == 1 and "optim.learning_rat" in said[0], done.stderr
+
+
+def test_a_process_that_is_alone_with_its_refusal_says_it(process, words, environment, monkeypatch):
+    """No other speaks for it, and nobody ends it."""
+    monkeypatch.setitem(environment, "LOCAL_RANK", "1")
+    done = process("-m", "megaflow", *words("coded", "flow", "odd", "optim.learning_rat=1"), timeout=60.0)
+    assert done.returncode == 2 and done.stderr.startswith("megaflow: ") and "optim.learning_rat" in done.stderr

@@ -140,7 +140,8 @@ def train(config: Config, stage: Stage, mesh: Mesh, began: float, watch: Watch) 
                 if metrics is not None:
                     metrics.write({"step": step + 1, "tokens": state["tokens"], **found})
                     progress.say(f"step {step + 1:,}  " + "  ".join(f"{name} {value:.4g}" for name, value in found.items()))
-            if (step + 1) % config.train.checkpoint_every == 0 or last or stopped:
+            # while steps are passed over no checkpoint takes the place of one from which the run still learned
+            if (step + 1) % config.train.checkpoint_every == 0 and taken or last or stopped:
                 save()
         writer.finish()
         if mesh.first and state["step"] >= steps and not (directory / "summary.json").exists():

@@ -317,9 +317,9 @@ class TestWhatIsNotFinite:
     def test_nothing_of_a_step_that_is_passed_over_is_kept(self, train, planted):
         """Weights, averages, moments and clock after it are those before it; its line says which samples were passed over."""
         planted(math.nan, 4)
-        directory = train(
-            "coded", "flow", "train.skip_nonfinite=1", "train.checkpoint_every=1", "train.keep_checkpoints=9", "train.steps=6"
-        )
+        words = "train.skip_nonfinite=1", "train.checkpoint_every=1", "train.keep_checkpoints=9"
+        for steps in (4, 6):
+            directory = train("coded", "flow", *words, f"train.steps={steps}")
         before, after = (checkpoints.open_checkpoint(checkpoints.folder(directory, step)) for step in (3, 4))
         for group in ("weights", "averaged", "moments", "stage"):
             ours, theirs = after.tensors(group), before.tensors(group)
@@ -329,6 +329,14 @@ class TestWhatIsNotFinite:
         skipped = [line for line in runs.lines(directory / "metrics.jsonl") if "skipped" in line]
         assert skipped == [{"step": 4, "tokens": 4 * 8 * 16, "skipped": 1, "first_sample": 24, "last_sample": 31}]
         assert [line["passes"] for line in runs.lines(directory / "spikes.jsonl")] == [[[24, 31, None]]]
+
+    def test_no_checkpoint_takes_the_place_of_a_good_one_meanwhile(self, cli, config, planted, tmp_path):
+        """A run that diverges keeps what it had before, however many steps it may pass over."""
+        planted(math.nan, *range(5, 40))
+        words = "train.skip_nonfinite=20", "train.checkpoint_every=2", "train.keep_checkpoints=2"
+        told = cli("pretrain", config("coded"), f"run.dir={tmp_path / 'run'}", *words)
+        assert told.code == 1 and f"the last good checkpoint is {checkpoints.folder(tmp_path / 'run', 4)}" in told.err
+        assert checkpoints.steps(tmp_path / "run") == [2, 4]
 
     def test_the_limit_counts_steps_in_a_row(self, cli, config, planted, tmp_path):
         """Over a restart too: two, one and two are passed over where three in a row are not."""

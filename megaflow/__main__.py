@@ -12,6 +12,8 @@ from megaflow.errors import UserError
 EPILOG = """a.b=c overrides any key of a config; `megaflow config --keys` lists all keys.
 exit codes: 0 done; 1 failed; 2 bad input, one sentence says what;
 75 stopped by SIGTERM or SIGUSR1 after saving, the same command continues"""
+GPT2_VOCAB = 50_257
+"""Entries of GPT-2's vocabulary, which `plan` takes where nothing says another."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -41,9 +43,7 @@ def parser() -> argparse.ArgumentParser:
     layouts.add_argument("--gpus", type=int, required=True, help="how many GPUs")
     layouts.add_argument("--memory", type=float, default=None, metavar="GB", help="of a GPU, in 1e9 bytes (default: what its vendor says)")
     layouts.add_argument("--gpu", default="h100", help="a100, b200, h100 or h200, in nodes of eight (default h100)")
-    layouts.add_argument(
-        "--vocab", type=int, default=50257, help="entries of the vocabulary where data.path is not prepared (default 50257)"
-    )
+    layouts.add_argument("--vocab", type=int, help="entries of the vocabulary where data.path is not prepared (default 50257)")
     layouts.add_argument("--json", action="store_true", help="JSON of all layouts instead of a table of the fastest")
 
     inspect = commands.add_parser(
@@ -172,7 +172,10 @@ def run(arguments: argparse.Namespace, began: float) -> int:
         from megaflow.plan.table import plan
 
         loaded, vocab = show.known(arguments.config, arguments.overrides)
-        vocab = arguments.vocab if vocab is None else vocab
+        if vocab is None and arguments.vocab is None:
+            place = loaded.config.data.path or "data.path"
+            print(f"warning: {place} is not prepared, planned for a vocabulary of {GPT2_VOCAB:,}; --vocab says another", file=sys.stderr)
+        vocab = vocab or arguments.vocab or GPT2_VOCAB
         print(plan(loaded, vocab, arguments.gpus, arguments.memory, arguments.gpu, arguments.json))
         return 0
     if arguments.command == "inspect":

@@ -41,7 +41,7 @@ def _nothing(least: Plan, gpus: int, capacity: float) -> str:
     why = " and ".join(f"{kind} {sizes[kind] / 1e9:.1f} GB" for kind in largest)
     return (
         f"no layout of {gpus} GPUs of {capacity / 1e9:g} GB fits, of which tensors may fill {USABLE:.0%}: the least is predicted to need "
-        f"{least.memory.largest / 1e9:.1f} GB a GPU ({_name(least)}; {why}); use more GPUs, parallel.offload=optimizer or a smaller model"
+        f"{least.memory.largest / 1e9:.1f} GB a GPU ({_name(least)}; {why}); use more GPUs, parallel.offload=optimizer (with parallel.zero=1, 2 or 3) or a smaller model"
     )
 
 

@@ -12,8 +12,6 @@ from megaflow.errors import UserError
 EPILOG = """a.b=c overrides any key of a config; `megaflow config --keys` lists all keys.
 exit codes: 0 done; 1 failed; 2 bad input, one sentence says what;
 75 stopped by SIGTERM or SIGUSR1 after saving, the same command continues"""
-GPT2_VOCAB = 50_257
-"""Entries of GPT-2's vocabulary, which `plan` takes where nothing says another."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -172,10 +170,7 @@ def run(arguments: argparse.Namespace, began: float) -> int:
         from megaflow.plan.table import plan
 
         loaded, vocab = show.known(arguments.config, arguments.overrides)
-        if vocab is None and arguments.vocab is None:
-            place = loaded.config.data.path or "data.path"
-            print(f"warning: {place} is not prepared, planned for a vocabulary of {GPT2_VOCAB:,}; --vocab says another", file=sys.stderr)
-        vocab = vocab or arguments.vocab or GPT2_VOCAB
+        vocab = arguments.vocab if vocab is None else vocab
         print(plan(loaded, vocab, arguments.gpus, arguments.memory, arguments.gpu, arguments.json))
         return 0
     if arguments.command == "inspect":

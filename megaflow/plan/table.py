@@ -14,12 +14,17 @@ ASSUMED = ("EFFICIENCY", "LINK_EFFICIENCY", "HIDDEN", "BLOCK_SECONDS", "SELECTIV
 KINDS = ("weights", "optimizer", "average", "gradients", "activations", "loss", "step")
 
 
-def plan(loaded: Loaded, vocab: int, gpus: int, gigabytes: float | None, gpu: str, json_wanted: bool) -> str:
+GPT2_VOCAB = 50_257
+"""Entries of GPT-2's vocabulary, which is assumed where nothing says another."""
+
+
+def plan(loaded: Loaded, vocab: int | None, gpus: int, gigabytes: float | None, gpu: str, json_wanted: bool) -> str:
     """What a config needs and takes on every sensible layout, as text.
 
     gigabytes: memory of a GPU in units of 1e9 bytes, None for what its vendor says. Raises UserError where no layout fits, with the reason.
     """
     device, links = of(gpu)
+    guessed, vocab = vocab is None, vocab or GPT2_VOCAB
     if gpus < 1:
         raise UserError(f"--gpus={gpus}: give 1 or more")
     if gigabytes is not None and gigabytes <= 0.0:
@@ -29,10 +34,10 @@ def plan(loaded: Loaded, vocab: int, gpus: int, gigabytes: float | None, gpu: st
     if not found[0].fits:
         raise UserError(_nothing(found[0], gpus, capacity))
     if json_wanted:
-        head = {"gpu": gpu, "gpus": gpus, "memory_bytes": capacity, "vocabulary": vocab}
+        head = {"gpu": gpu, "gpus": gpus, "memory_bytes": capacity, "vocabulary": vocab, "vocabulary_assumed": guessed}
         assumed = {name.lower(): getattr(planner, name) for name in ASSUMED}
         return json.dumps(head | {"assumed": assumed, "layouts": [as_json(one) for one in found]}, indent=1)
-    return _text(found, loaded, vocab, gpus, gpu, capacity)
+    return _text(found, loaded, f"{vocab:,}" + " (assumed, data.path is not prepared; --vocab says another)" * guessed, gpus, gpu, capacity)
 
 
 def _nothing(least: Plan, gpus: int, capacity: float) -> str:
@@ -41,7 +46,8 @@ def _nothing(least: Plan, gpus: int, capacity: float) -> str:
     why = " and ".join(f"{kind} {sizes[kind] / 1e9:.1f} GB" for kind in largest)
     return (
         f"no layout of {gpus} GPUs of {capacity / 1e9:g} GB fits, of which tensors may fill {USABLE:.0%}: the least is predicted to need "
-        f"{least.memory.largest / 1e9:.1f} GB a GPU ({_name(least)}; {why}); use more GPUs, parallel.offload=optimizer (with parallel.zero=1, 2 or 3) or a smaller model"
+        f"{least.memory.largest / 1e9:.1f} GB a GPU ({_name(least)}; {why}); "
+        "use more GPUs, parallel.zero=1 parallel.offload=optimizer, or a smaller model"
     )
 
 
@@ -50,12 +56,12 @@ def _name(one: Plan) -> str:
     return f"tensor {layout.tensor} x data {layout.data}, ZeRO {layout.zero}, recompute {layout.recompute}, micro_batch {layout.micro}"
 
 
-def _text(found: list[Plan], loaded: Loaded, vocab: int, gpus: int, gpu: str, capacity: float) -> str:
+def _text(found: list[Plan], loaded: Loaded, vocab: str, gpus: int, gpu: str, capacity: float) -> str:
     fitting = [one for one in found if one.fits]
     train, data = loaded.config.train, loaded.config.data
     lines = [
         f"predicted: {gpus} x {gpu} of {capacity / 1e9:g} GB, {train.global_batch} rows of {data.length} tokens a step, {train.precision}, "
-        f"vocabulary {vocab:,}",
+        f"vocabulary {vocab}",
         f"assumed: {EFFICIENCY:.0%} of peak FLOP/s, {LINK_EFFICIENCY:.0%} of links' bandwidth, tensors in {USABLE:.0%} of memory",
         "memory in GB a GPU by kind and at the largest moment of a step; sent GB a GPU and step over NVLink and between nodes",
         "",

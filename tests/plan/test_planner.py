@@ -66,10 +66,9 @@ class TestPlan:
         told = cli("plan", config("coded"), "--gpus", 1, "--json")
         assert json.loads(told.out)["vocabulary"] == 300
         told = cli("plan", CONFIGS / "model/145m.yaml", "--gpus", 1, "--vocab", 32000, "--json", *BATCH)
-        assert json.loads(told.out)["vocabulary"] == 32000 and "warning" not in told.err
-        told = cli("plan", CONFIGS / "model/145m.yaml", "--gpus", 1, "--json", *BATCH)
-        assert json.loads(told.out)["vocabulary"] == 50257
-        assert "is not prepared, planned for a vocabulary of 50,257; --vocab says another" in told.err
+        assert json.loads(told.out)["vocabulary"] == 32000 and "assumed, data" not in told.out
+        told = cli("plan", CONFIGS / "model/145m.yaml", "--gpus", 1, *BATCH)
+        assert "vocabulary 50,257 (assumed, data.path is not prepared; --vocab says another)" in told.out
 
 
 class TestOfLayout:

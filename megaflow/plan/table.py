@@ -1,6 +1,7 @@
 """`megaflow plan`: the layouts of a config as a table or as JSON."""
 
 import json
+import math
 
 from megaflow.config.load import Loaded
 from megaflow.errors import UserError
@@ -27,7 +28,7 @@ def plan(loaded: Loaded, vocab: int | None, gpus: int, gigabytes: float | None, 
     guessed, vocab = vocab is None, vocab or GPT2_VOCAB
     if gpus < 1:
         raise UserError(f"--gpus={gpus}: give 1 or more")
-    if gigabytes is not None and gigabytes <= 0.0:
+    if gigabytes is not None and not 0.0 < gigabytes < math.inf:
         raise UserError(f"--memory={gigabytes:g}: give the gigabytes of a GPU, above 0")
     capacity = device.memory if gigabytes is None else gigabytes * 1e9
     found = plans(loaded, vocab, gpus, capacity, device, links)

@@ -49,6 +49,11 @@ class TestPlan:
         )
         assert "ZeRO" in told.err and "optimizer" in told.err
 
+    @pytest.mark.parametrize("memory", ["nan", "inf", "0", "-1"])
+    def test_memory_that_is_none(self, cli, memory):
+        told = cli("plan", CONFIGS / "model/145m.yaml", "--gpus", 8, "--memory", memory)
+        assert told.code == 2 and told.err == f"megaflow: --memory={float(memory):g}: give the gigabytes of a GPU, above 0\n"
+
     def test_a_batch_that_does_not_divide_is_said(self, cli):
         told = cli("plan", CONFIGS / "model/145m.yaml", "--gpus", 3, *BATCH)
         assert told.code == 2 and "train.global_batch=64 does not divide over 3" in told.err

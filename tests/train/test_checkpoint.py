@@ -284,7 +284,7 @@ class TestTogether:
         change(checkpoints.folder(tmp_path, 10) / file, "flipped")
         assert [str(found) for found in self.newest(tmp_path, 3)] == [
             f"{checkpoints.folder(tmp_path, 10) / file}: not the file that was written (its hash differs); "
-            "delete this checkpoint to go on from an earlier one"
+            "restore it, or delete this checkpoint to go on from an earlier one or, without one, from the start"
         ] * 3
 
     def test_none_yet(self, tmp_path):

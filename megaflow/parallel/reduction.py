@@ -66,7 +66,7 @@ class Reduction:
         )
         for part, p in zip(flat.split([p.numel() for p in bucket]), bucket, strict=True):
             if p.grad is not None:
-                part.copy_(p.grad.view(-1))
+                part.view_as(p).copy_(p.grad)
         self.flying.append((dist.all_reduce(flat, group=self.axis.group, async_op=True), flat, bucket))
 
     def _take(self) -> None:

@@ -1,11 +1,14 @@
-"""A megaflow command as a function for the processes of tests/ranks.py."""
+"""A megaflow command as a function for the processes of tests/ranks.py, and what its run on any layout has to be."""
 
 import contextlib
 import io
 import math
+from pathlib import Path
 
+import pytest
 from torch import Tensor
 
+from megaflow.train import run as runs
 from megaflow.train.stage import Batch
 
 
@@ -40,3 +43,19 @@ def train_poisoned(words: list[str], what: str, rank: int, step: int) -> str:
 
     with mock.patch.object(FlowStage, "loss", loss):
         return train(words)
+
+
+def layout(steps: int, tensor: int, data: int, zero: int) -> list[str]:
+    """Overrides; half of a process's rows at once, so that it accumulates too."""
+    own = [f"parallel.tensor={tensor}", f"parallel.zero={zero}", f"train.micro_batch={max(4 // data, 1)}"]
+    return [f"train.steps={steps}", *own]
+
+
+def same_curve(ours: Path, theirs: Path, steps: int, tolerance: float = 1e-4) -> None:
+    """Losses, norms and validations agree, and the steps are the same."""
+    one, other = runs.lines(ours / "metrics.jsonl"), runs.lines(theirs / "metrics.jsonl")
+    assert [line["step"] for line in one] == [line["step"] for line in other] and len(one) == steps + steps // 4
+    for a, b in zip(one, other, strict=True):
+        assert a.keys() == b.keys() and a["tokens"] == b["tokens"]
+        for name in a.keys() & {"loss", "validation_loss", "grad_norm", "validation_divergence"}:
+            assert a[name] == pytest.approx(b[name], rel=tolerance), f"{name} of step {a['step']}"

@@ -4,7 +4,8 @@ For every size (a file of configs/model without .yaml; default: 145m, 400m, 800m
 that can run here, with and without torch.compile: the step of a flow on random tokens, as bench_scale.py takes it, in bf16 on a GPU and
 fp32 on a CPU. Each is a process of its own, so that one's memory is not another's, and what does not fit says so. Seconds are the median
 of --steps steps after three that warm up, with their quartiles; MFU is model FLOPs (megaflow/model/flops.py) against the device's peak
-for dense products (megaflow/model/devices.py), on a CPU against a matrix product measured in the same process.
+for dense products (megaflow/model/devices.py), on a CPU against a matrix product measured in the same process. Memory is the allocator's
+peak on a GPU, beside it what `megaflow plan` says of it; on a CPU what the process has resident.
 """
 
 import argparse
@@ -39,13 +40,16 @@ def measure(size: str, kernel: str, compiled: bool, rows: int, length: int, voca
     from megaflow.model import build
     from megaflow.model.attention import choose
     from megaflow.parallel import mesh as meshes
+    from megaflow.plan import memory
+    from megaflow.plan.layout import layout_of
     from megaflow.train.meter import meter_of
 
     torch.set_num_threads(threads)
     cuda = torch.cuda.is_available()
     found: dict[str, Any] = {"size": size, "attention": kernel, "compile": compiled}
     values = [f"train.precision={'bf16' if cuda else 'fp32'}", f"parallel.zero={1 if cuda else 0}", f"model.attention={kernel}"]
-    values += [f"data.length={length}", f"train.global_batch={rows}", "optim.name=adamw", "flow.clock.bins=20"]
+    values += [f"data.length={length}", f"train.global_batch={rows}", f"train.micro_batch={rows}"]
+    values += ["optim.name=adamw", "flow.clock.bins=20"]
     config = resolve(load(ROOT / "configs" / "model" / f"{size}.yaml", values), vocab).config
     try:
         with meshes.join() as mesh:
@@ -63,6 +67,7 @@ def measure(size: str, kernel: str, compiled: bool, rows: int, length: int, voca
             found |= {"parameters": build.parameters(trainer.stage.network), "seconds": taken[1], "quartiles": [taken[0], taken[2]]}
             found |= {"tokens_per_second": line["tokens_per_second"], "mfu": line.get("mfu"), "model_flops_per_token": meter.flops}
             found["peak_memory_bytes"] = torch.cuda.max_memory_allocated() if cuda else int(line["memory_bytes"])
+            found["planned_memory_bytes"] = memory.of_step(config, vocab, layout_of(config, 1)).largest if cuda else None
     except UserError as error:
         found["failed"] = str(error)
     except torch.cuda.OutOfMemoryError:
@@ -89,7 +94,7 @@ def main() -> None:
     )
     device = torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU, {len(os.sched_getaffinity(0))} cores"
     print(f"{device}, torch {torch.__version__}, {rows} rows of {length} tokens, vocabulary {vocab}", flush=True)
-    print(f"{'size':<8}{'attention':<11}{'compile':<9}{'seconds':>9}{'tokens/s':>12}{'MFU':>8}{'memory GB':>11}", flush=True)
+    print(f"{'size':<8}{'attention':<11}{'compile':<9}{'seconds':>9}{'tokens/s':>12}{'MFU':>8}{'memory GB':>11}{'planned':>9}", flush=True)
     lines = []
     for size in sizes:
         for kernel in ("flash", "sdpa") if cuda else ("sdpa",):
@@ -109,6 +114,7 @@ def show(line: dict[str, Any]) -> None:
         return
     mfu = "unknown" if line["mfu"] is None else f"{line['mfu']:.3f}"
     rest = f"{line['seconds']:>9.3f}{line['tokens_per_second']:>12,.0f}{mfu:>8}{line['peak_memory_bytes'] / 1e9:>11.2f}"
+    rest += f"{line['planned_memory_bytes'] / 1e9:>9.2f}" if line["planned_memory_bytes"] else f"{'':>9}"
     print(head + rest, flush=True)
 
 

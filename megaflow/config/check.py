@@ -1,6 +1,7 @@
 """What the values of a config mean together: contradictions, and what `auto` stands for once the data is known."""
 
 import copy
+import importlib.metadata
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,9 @@ from megaflow.config.schema import TOKENIZERS, Config
 
 IDENTITY_UP_TO = 256
 """Largest vocabulary whose one-hot state is carried as it is; above, a frame costs less and loses nothing."""
+
+COMPILES_ZERO_3 = (2, 13)
+"""torch from which on compiled blocks train under ZeRO 3; 2.11 fails in the backward pass."""
 
 
 def resolve(loaded: Loaded, vocab: int) -> Loaded:
@@ -111,6 +115,14 @@ def contradictions(loaded: Loaded, vocab: int | None = None) -> None:
         refuse(
             "parallel.offload=optimizer needs parallel.zero=1, 2 or 3: what is not sharded stays where the weights are",
             "parallel.offload",
+            "parallel.zero",
+        )
+    torch = importlib.metadata.version("torch")
+    if parallel.compile and parallel.zero == 3 and tuple(int(part) for part in torch.split(".")[:2]) < COMPILES_ZERO_3:
+        refuse(
+            f"parallel.compile=true with parallel.zero=3 needs torch {'.'.join(map(str, COMPILES_ZERO_3))} or later, and here is {torch}: "
+            "gradients of weights that are scattered have no shape there; use parallel.zero=1 or 2, or no compile",
+            "parallel.compile",
             "parallel.zero",
         )
     if config.distill.teacher and round(train.global_batch * config.distill.diagonal_fraction) == train.global_batch:

@@ -1,6 +1,9 @@
 """What values mean together: `auto`, contradictions, and how a global batch is dealt out."""
 
+import contextlib
 import dataclasses
+import importlib.metadata
+import re
 
 import pytest
 
@@ -233,3 +236,15 @@ def test_the_optimizer_does_not_depend_on_the_layout(tmp_path, overrides):
     path = tmp_path / "c.yaml"
     path.write_text("{}")
     assert resolve(load(path, overrides), 27).config.optim.name == "muon"
+
+
+@pytest.mark.parametrize("torch, zero, works", [("2.11.0+cu130", 3, False), ("2.11.0", 2, True), ("2.13.0+cpu", 3, True)])
+def test_compiled_blocks_under_zero_3_need_a_torch_that_can(monkeypatch, torch, zero, works):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: torch)
+    loaded = assemble([("test", {"parallel.compile": True, "parallel.zero": zero})])
+    with (
+        contextlib.nullcontext()
+        if works
+        else pytest.raises(ConfigError, match=f"needs torch 2.13 or later, and here is {re.escape(torch)}")
+    ):
+        resolve(loaded, 100)

@@ -4,15 +4,13 @@ One process is the oracle. `make test` runs a set in which every layout, every Z
 """
 
 import shutil
-from pathlib import Path
 
 import pytest
 
 from megaflow.train import checkpoint as checkpoints
 from megaflow.train import run as runs
-from tests.layout_job import train
+from tests.layout_job import layout, same_curve, train
 
-SHORT = ("train.checkpoint_every=4", "train.validate_every=4", "train.validation_rows=8", "optim.name=auto")
 COVER = [
     ("coded", "flow", 2, 1, 0),
     ("coded", "flow", 1, 2, 3),
@@ -33,53 +31,6 @@ MOVES = [
     ("char", "flow_map", (1, 2, 2), (2, 2, 0)),
     ("coded", "flow_map", (2, 1, 0), (1, 4, 3)),
 ]
-
-
-@pytest.fixture(scope="session")
-def words(config, trained, workspace):
-    """The words after `megaflow` for a run in the session's folder."""
-
-    def make(kind: str, family: str, name: str, *overrides: str) -> list[str]:
-        command = "distill" if family == "flow_map" else "pretrain"
-        teacher = [f"distill.teacher={four_heads(kind)}"] if family == "flow_map" else ["model.heads=4"]
-        return [command, str(config(kind, family)), f"run.dir={workspace / name}", *teacher, *SHORT, *overrides]
-
-    def four_heads(kind: str) -> Path:
-        path = workspace / f"teacher-{kind}"
-        if not (path / "summary.json").exists():
-            train(["pretrain", str(config(kind, "flow")), f"run.dir={path}", "model.heads=4", *SHORT, "train.steps=20"])
-        return path
-
-    return make
-
-
-@pytest.fixture(scope="session")
-def alone(words, workspace):
-    """The run of one process."""
-
-    def run(kind: str, family: str, steps: int, *overrides: str) -> Path:
-        name = "-".join(["alone", kind, family, str(steps), *overrides])
-        if not (workspace / name / "summary.json").exists():
-            train(words(kind, family, name, f"train.steps={steps}", *overrides))
-        return workspace / name
-
-    return run
-
-
-def layout(steps: int, tensor: int, data: int, zero: int) -> list[str]:
-    """Overrides; half of a process's rows at once, so that it accumulates too."""
-    own = [f"parallel.tensor={tensor}", f"parallel.zero={zero}", f"train.micro_batch={max(4 // data, 1)}"]
-    return [f"train.steps={steps}", *own]
-
-
-def same_curve(ours: Path, theirs: Path, steps: int, tolerance: float = 1e-4) -> None:
-    """Losses, norms and validations agree, and the steps are the same."""
-    one, other = runs.lines(ours / "metrics.jsonl"), runs.lines(theirs / "metrics.jsonl")
-    assert [line["step"] for line in one] == [line["step"] for line in other] and len(one) == steps + steps // 4
-    for a, b in zip(one, other, strict=True):
-        assert a.keys() == b.keys() and a["tokens"] == b["tokens"]
-        for name in a.keys() & {"loss", "validation_loss", "grad_norm", "validation_divergence"}:
-            assert a[name] == pytest.approx(b[name], rel=tolerance), f"{name} of step {a['step']}"
 
 
 @pytest.mark.parametrize("kind, family, tensor, data, zero", COVER)

@@ -37,7 +37,7 @@ from megaflow.config.load import assemble, load  # noqa: E402
 from megaflow.config.schema import Config  # noqa: E402
 from megaflow.flow import code as codes  # noqa: E402
 from megaflow.flow.likelihood import Range  # noqa: E402
-from megaflow.model import build  # noqa: E402
+from megaflow.model import build, parts  # noqa: E402
 from megaflow.model.parts import Parts, initial_profile  # noqa: E402
 from megaflow.parallel import mesh as meshes  # noqa: E402
 from megaflow.parallel import random  # noqa: E402
@@ -60,10 +60,10 @@ class Trainer:
         code = codes.frame(vocab, config.flow.code_dim, random.generator(0, "code"), rounds=3)
         log_prior = torch.log_softmax(-torch.log1p(torch.arange(vocab, dtype=torch.float32)), 0)  # Zipf's law
         whole = Parts(code, log_prior, Range(-3.0, 14.0))
-        parts = build.cut_parts(config, whole, mesh.tensor)
-        network = build.flow_network(config, parts, mesh.device, axis=mesh.tensor)
+        ours = parts.to(build.cut_parts(config, whole, mesh.tensor), mesh.device)
+        network = build.flow_network(config, ours, mesh.device, axis=mesh.tensor)
         build.draw(network, 0)
-        self.stage = FlowStage(config, network, parts, initial_profile(whole, config.flow.clock, 0))
+        self.stage = FlowStage(config, network, ours, initial_profile(whole, config.flow.clock, 0))
         self.engine = engine.start(network, config, mesh, rows // mesh.data.size, 1)
 
     def step(self, number: int) -> None:

@@ -66,6 +66,7 @@ def of_step(
         gathered = p * (min(trained, REUSED) - min(small, trained))
         of_weights = of_weights / layout.data + p * small
     accumulated, buffers, copied = _gradients(layout, trained, device)
+    kept = of_activations(config, vocab, layout, is_map, device, again=False)
     activations, loss = of_activations(config, vocab, layout, is_map, device), of_loss(config, vocab, layout, is_map, device)
     step: float = SINGLE * (3 * shared if zero else max(w.numel for w in held) + (trained if layout.half else 0))
     if not zero:
@@ -74,8 +75,8 @@ def of_step(
     stays = of_weights + fixed + (0.0 if away else optimizer + SINGLE * shared)
     beyond = trained > bucket_elements(layout.data)  # gradients are sent while others are still to come
     moments = (
-        gathered + accumulated + activations + loss,
-        gathered + accumulated + activations + buffers,
+        gathered + accumulated + kept + loss,
+        gathered + accumulated + activations + buffers + _block_backward(config, layout),
         gathered + accumulated + buffers + copied + (activations if zero == 3 and beyond else 0.0),
         0.0 if away else step,
     )
@@ -170,6 +171,14 @@ def _block(config: Config, layout: Layout, device: str, gated: bool) -> float:
     if model.attention == "plain":
         found += layout.micro * int(model.heads) / tensor * length**2 * p
     return found + (8 * layout.micro * d * p if gated else 0)
+
+
+def _block_backward(config: Config, layout: Layout) -> float:
+    """Bytes that the backward pass of one block needs besides what was kept: gradients of the stream and of the MLP's middle, and that
+    middle where it is computed again."""
+    again = layout.recompute == "selective"
+    own = layout.micro * config.data.length / layout.tensor * config.model.hidden * layout.width
+    return (1 + (2 if again else 1) * config.model.mlp_ratio) * own
 
 
 def of_loss(config: Config, vocab: int, layout: Layout, is_map: bool = False, device: str = "cuda") -> float:

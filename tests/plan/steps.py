@@ -9,7 +9,7 @@ from megaflow.config.check import batch_split, contradictions, resolve
 from megaflow.config.load import Loaded, assemble
 from megaflow.flow import code as codes
 from megaflow.flow.likelihood import Range
-from megaflow.model import build
+from megaflow.model import build, parts
 from megaflow.model.parts import Parts, fit_clock, initial_profile
 from megaflow.parallel import mesh as meshes
 from megaflow.parallel import random
@@ -51,7 +51,8 @@ def stage_of(kind: str, vocab: int, values: dict[str, Any], mesh: Mesh) -> Any:
         one_hot, dim = config.flow.code == "identity", config.flow.code_dim
         code = codes.identity(vocab) if one_hot else codes.frame(vocab, dim, random.generator(0, "code"), rounds=3)
         whole = Parts(code, log_prior, Range(-3.0, 14.0))
-        ours, profile = build.cut_parts(config, whole, axis), initial_profile(whole, config.flow.clock, 0)
+        ours = parts.to(build.cut_parts(config, whole, axis), mesh.device)
+        profile = initial_profile(whole, config.flow.clock, 0)
         network = build.flow_network(config, ours, mesh.device, kind == "map", axis)
         if kind == "flow":
             stage = FlowStage(config, network, ours, profile)

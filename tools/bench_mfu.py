@@ -5,7 +5,8 @@ that can run here, with and without torch.compile: the step of a flow on random 
 fp32 on a CPU. Each is a process of its own, so that one's memory is not another's, and what does not fit says so. Seconds are the median
 of --steps steps after three that warm up, with their quartiles; MFU is model FLOPs (megaflow/model/flops.py) against the device's peak
 for dense products (megaflow/model/devices.py), on a CPU against a matrix product measured in the same process. Memory is the allocator's
-peak on a GPU, beside it what `megaflow plan` says of it; on a CPU what the process has resident.
+peak on a GPU, beside it what `megaflow plan` says of it; on a CPU what the process has resident. A size that by the plan does not fit
+into a GPU with --rows has half as many, or a quarter.
 """
 
 import argparse
@@ -51,6 +52,9 @@ def measure(size: str, kernel: str, compiled: bool, rows: int, length: int, voca
     values += [f"data.length={length}", f"train.global_batch={rows}", f"train.micro_batch={rows}"]
     values += ["optim.name=adamw", "flow.clock.bins=20"]
     config = resolve(load(ROOT / "configs" / "model" / f"{size}.yaml", values), vocab).config
+    if cuda:
+        config.train.global_batch = config.train.micro_batch = rows = fitting(config, vocab, rows)
+    found["rows"] = rows
     try:
         with meshes.join() as mesh:
             choose(kernel, mesh.device, cuda, config.model.hidden // config.model.heads)
@@ -75,11 +79,26 @@ def measure(size: str, kernel: str, compiled: bool, rows: int, length: int, voca
     return found
 
 
+def fitting(config: Any, vocab: int, most: int) -> int:
+    """Rows of a step: `most`, or the first half of halves of it that by the plan fits into the GPU's memory."""
+    from megaflow.plan import memory
+    from megaflow.plan.layout import layout_of
+    from megaflow.plan.planner import USABLE
+
+    capacity, rows = torch.cuda.get_device_properties(0).total_memory, most
+    while rows > 1:
+        config.train.global_batch = config.train.micro_batch = rows
+        if memory.of_step(config, vocab, layout_of(config, 1)).largest <= USABLE * capacity:
+            break
+        rows //= 2
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sizes", nargs="*", metavar="SIZE", help="files of configs/model, without .yaml")
     parser.add_argument("--json", metavar="FILE", help="write the figures to FILE too")
-    parser.add_argument("--rows", type=int, default=None, help="rows of a step (default 16 on a GPU, 2 on a CPU)")
+    parser.add_argument("--rows", type=int, default=None, help="most rows of a step (default 16 on a GPU, 2 on a CPU)")
     parser.add_argument("--length", type=int, default=None, help="tokens of a row (default 1024 on a GPU, 128 on a CPU)")
     parser.add_argument("--vocab", type=int, default=None, help="vocabulary (default 50257 on a GPU, 4096 on a CPU)")
     parser.add_argument("--steps", type=int, default=10, help="steps that are timed, 2 at least (default 10)")
@@ -93,8 +112,11 @@ def main() -> None:
         )
     )
     device = torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU, {len(os.sched_getaffinity(0))} cores"
-    print(f"{device}, torch {torch.__version__}, {rows} rows of {length} tokens, vocabulary {vocab}", flush=True)
-    print(f"{'size':<8}{'attention':<11}{'compile':<9}{'seconds':>9}{'tokens/s':>12}{'MFU':>8}{'memory GB':>11}{'planned':>9}", flush=True)
+    print(f"{device}, torch {torch.__version__}, rows of {length} tokens, vocabulary {vocab}", flush=True)
+    print(
+        f"{'size':<8}{'attention':<11}{'compile':<9}{'rows':>5}{'seconds':>9}{'tokens/s':>12}{'MFU':>8}{'memory GB':>11}{'planned':>9}",
+        flush=True,
+    )
     lines = []
     for size in sizes:
         for kernel in ("flash", "sdpa") if cuda else ("sdpa",):
@@ -113,7 +135,7 @@ def show(line: dict[str, Any]) -> None:
         print(head + line["failed"], flush=True)
         return
     mfu = "unknown" if line["mfu"] is None else f"{line['mfu']:.3f}"
-    rest = f"{line['seconds']:>9.3f}{line['tokens_per_second']:>12,.0f}{mfu:>8}{line['peak_memory_bytes'] / 1e9:>11.2f}"
+    rest = f"{line['rows']:>5}{line['seconds']:>9.3f}{line['tokens_per_second']:>12,.0f}{mfu:>8}{line['peak_memory_bytes'] / 1e9:>11.2f}"
     rest += f"{line['planned_memory_bytes'] / 1e9:>9.2f}" if line["planned_memory_bytes"] else f"{'':>9}"
     print(head + rest, flush=True)
 

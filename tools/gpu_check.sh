@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # What to run on a machine with GPUs, in one command: tools/gpu_check.sh [FOLDER]. Everything it prints and measures goes into FOLDER
-# (default gpu_check), with the device's name: the tests that need a GPU (flash-attn against the written-out form among them), the step
-# benchmark, MFU from 145M parameters up with and without flash-attn and torch.compile, and scaling over the GPUs of the machine.
+# (default gpu_check), with the device's name: the tests that need a GPU (flash-attn against the written-out form among them), MFU from
+# 145M parameters up with and without flash-attn and torch.compile, scaling over the GPUs of the machine, and the step benchmark. Shorter:
+# SECONDS_EACH=15 SIZES="145m 400m" tools/gpu_check.sh.
 # Each part goes on where another fails; the last line says which did.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -25,9 +26,10 @@ part() {
     [ "${PIPESTATUS[0]}" = 0 ] || failed+=("$name")
 }
 part tests "$python" -m pytest -q -m cuda tests
-part step "$python" tools/bench_step.py --seconds "${SECONDS_EACH:-60}" --json "$out/step.json"
-part mfu "$python" tools/bench_mfu.py --json "$out/mfu.json"
+# shellcheck disable=SC2086 # several words
+part mfu "$python" tools/bench_mfu.py --json "$out/mfu.json" ${SIZES:-}
 part scale "$python" tools/bench_scale.py --seconds "${SECONDS_EACH:-60}" --json "$out/scale.json"
+part step "$python" tools/bench_step.py --seconds "${SECONDS_EACH:-60}" --json "$out/step.json"
 if [ ${#failed[@]} -gt 0 ]; then
     echo "failed: ${failed[*]} (see $out)"
     exit 1

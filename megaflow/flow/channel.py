@@ -26,6 +26,9 @@ CHUNK_ELEMENTS = {"cpu": 2**21, "cuda": 2**27}
 CHUNK_TOKENS = 256
 """Tokens of a chunk at least: every chunk reads and writes whole tables and their gradients, which fewer tokens do not pay for."""
 
+ROUND = 64
+"""Elements between the beginnings of rows in half precision, a multiple of: 128 bytes."""
+
 
 def chunks(tokens: int, vocab: int, device: torch.device, whole: int = 1) -> list[slice]:
     """Slices over tokens such that a chunk of logits has about CHUNK_ELEMENTS elements and at least CHUNK_TOKENS tokens.
@@ -38,16 +41,26 @@ def chunks(tokens: int, vocab: int, device: torch.device, whole: int = 1) -> lis
 
 
 class Buffer:
-    """Memory for one chunk of logits after the other: asking the system for as much anew costs as much as a pass over it."""
+    """Memory for one chunk of logits after the other: asking the system for as much anew costs as much as a pass over it.
+
+    There is one a precision. In half precision, which is for products of matrices alone, rows begin at round addresses: a GPU multiplies
+    others, those of an odd vocabulary, several times slower.
+    """
 
     def __init__(self) -> None:
-        self.memory: Tensor | None = None
+        self.memory: dict[torch.dtype, Tensor] = {}
 
     def __call__(self, like: Tensor, rows: int, columns: int) -> Tensor:
         """An uninitialised (rows, columns) tensor of the type of `like`, over the one before it if that is large enough."""
-        if self.memory is None or len(self.memory) < rows:
-            self.memory = torch.empty(rows, columns, dtype=like.dtype, device=like.device)
-        return self.memory[:rows]
+        memory = self.memory.get(like.dtype)
+        if memory is None or len(memory) < rows:
+            stride = -(-columns // ROUND) * ROUND if like.itemsize == 2 else columns
+            memory = self.memory[like.dtype] = torch.empty(rows, stride, dtype=like.dtype, device=like.device)
+        return memory[:rows, :columns]
+
+    def cast(self, x: Tensor, like: Tensor) -> Tensor:
+        """x (rows, columns) in the precision of `like`: x itself, or written over the one before it."""
+        return x if x.dtype == like.dtype else self(like, *x.shape).copy_(x)
 
 
 def evidence(code: Code, bias: Tensor, buffer: Buffer | None = None) -> Callable[..., Tensor]:
@@ -102,9 +115,9 @@ class _BeliefEmbedding(torch.autograd.Function):
 
     @staticmethod
     def forward(code: Code, log_prior: Tensor, y: Tensor, t: Tensor, gain: Tensor | None, table: Tensor) -> Tensor:
-        out = torch.empty(len(y), table.shape[1], dtype=table.dtype, device=y.device)
+        out, buffer = torch.empty(len(y), table.shape[1], dtype=table.dtype, device=y.device), Buffer()
         for part, weights in _beliefs(code, log_prior, y, t, gain):
-            torch.mm(weights.to(table.dtype), table, out=out[part])
+            torch.mm(buffer.cast(weights, table), table, out=out[part])
         return out
 
     @staticmethod
@@ -137,9 +150,9 @@ class _BeliefTangent(torch.autograd.Function):
     def forward(
         code: Code, log_prior: Tensor, y: Tensor, t: Tensor, gain: Tensor | None, y_tangent: Tensor, t_tangent: Tensor, table: Tensor
     ) -> Tensor:
-        out = torch.empty(len(y), table.shape[1], dtype=table.dtype, device=y.device)
+        out, buffer = torch.empty(len(y), table.shape[1], dtype=table.dtype, device=y.device), Buffer()
         for part, weights in _moving_beliefs(code, log_prior, y, t, gain, y_tangent, t_tangent):
-            torch.mm(weights.to(table.dtype), table, out=out[part])
+            torch.mm(buffer.cast(weights, table), table, out=out[part])
         return out
 
     @staticmethod
@@ -169,12 +182,12 @@ def _moving_beliefs(
 def _table_gradient(code: Code, dtype: torch.dtype, grad: Tensor, weights_of: Iterator[tuple[slice, Tensor]]) -> Tensor:
     """sum over tokens of weights^T grad, chunk after chunk; half precision is summed over chunks in fp32."""
     wide = torch.promote_types(dtype, torch.float32)
-    table_grad = torch.zeros(code.part.here, grad.shape[1], dtype=wide, device=grad.device)
+    table_grad, buffer = torch.zeros(code.part.here, grad.shape[1], dtype=wide, device=grad.device), Buffer()
     for part, weights in weights_of:
         if grad.dtype == wide:
             table_grad.addmm_(weights.T.to(wide), grad[part])
         else:
-            table_grad += weights.T.to(grad.dtype) @ grad[part]
+            table_grad += buffer.cast(weights, grad).T @ grad[part]
     return table_grad.to(dtype)
 
 

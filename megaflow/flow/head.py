@@ -62,15 +62,20 @@ def reader(head: Head, buffer: Buffer | None = None) -> Callable[[Read], Tensor]
     """
     seen = evidence(head.code, head.bias, buffer) if head.skip and head.code is not None else None
 
+    def product(hidden: Tensor) -> Tensor:
+        """In half precision."""
+        out = None if buffer is None else buffer(hidden, len(hidden), len(head.bias))
+        return torch.mm(hidden, head.weight.T, out=out)
+
     def f(read: Read) -> Tensor:
         hidden = read.hidden
         if seen is not None:
             said = seen(read.y, read.s)
             if said.dtype != hidden.dtype:
-                return said.add_(hidden @ head.weight.T)
+                return said.add_(product(hidden))
             return torch.addmm(said, hidden, head.weight.T, out=None if buffer is None else said)
         if hidden.dtype in (torch.bfloat16, torch.float16):
-            return (hidden @ head.weight.T).float().add_(head.bias.float())
+            return product(hidden).float().add_(head.bias.float())
         return torch.addmm(head.bias, hidden, head.weight.T, out=None if buffer is None else buffer(hidden, len(hidden), len(head.bias)))
 
     return f
@@ -188,7 +193,8 @@ class _Loss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         graded = any(ctx.needs_input_grad[:3])
         read = Read(hidden, read.y, read.s)
-        read_chunk = reader(replace(head, weight=weight, bias=bias), Buffer())
+        buffer = Buffer()
+        read_chunk = reader(replace(head, weight=weight, bias=bias), buffer)
         logged = []
         loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
         if graded:
@@ -202,7 +208,7 @@ class _Loss(torch.autograd.Function):
             logged.append(values)
             if graded:
                 bias_grad += (factor @ gradient).to(wide)
-                gradient, factor = gradient.to(weight.dtype), factor.to(weight.dtype)[:, None]
+                gradient, factor = buffer.cast(gradient, weight), factor.to(weight.dtype)[:, None]
                 torch.mm(gradient, weight, out=hidden_grad[part]).mul_(factor)
                 if weight.dtype == wide:
                     weight_grad.addmm_(gradient.T, hidden[part] * factor)

@@ -56,9 +56,11 @@ def autoregressive_network(config: Config, log_prior: torch.Tensor, device: torc
 
 
 def draw(network: TextDiT | Autoregressive, seed: int) -> None:
-    """Draw the initial weights: the same logical tensors on any number of processes."""
+    """Draw the initial weights: the same logical tensors on any number of processes and any device, since a CPU draws them."""
+    device = next(network.parameters()).device
     torch.manual_seed(random.generator(seed, "weights").initial_seed())
-    network.initialize()
+    network.cpu().initialize()
+    network.to(device)
 
 
 def parameters(network: nn.Module) -> int:

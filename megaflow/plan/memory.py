@@ -29,6 +29,9 @@ from megaflow.plan.layout import Layout, Weight, weights
 SINGLE = 4
 """Bytes of a number in fp32."""
 
+WORKSPACES = 2**26
+"""Bytes that cuBLAS and cuBLASLt keep for their products on a Hopper GPU, in torch's own memory; less on others."""
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -53,6 +56,7 @@ def of_step(
     device: cpu or cuda, whose chunks and kernels differ. held: `weights`, where the caller has them.
     """
     held = weights(config, vocab, layout.tensor, is_map) if held is None else held
+    workspaces = WORKSPACES if device == "cuda" else 0
     trained, p, zero = sum(w.numel for w in held if w.trained), layout.width, layout.zero
     shared = trained / (layout.data if zero else 1)
     matrices = sum(w.numel for w in held if w.matrix) / (layout.data if zero else 1) if layout.muon else 0
@@ -89,7 +93,7 @@ def of_step(
         activations=activations,
         loss=loss,
         step=0.0 if away else step,
-        largest=stays + max(moments),
+        largest=stays + max(moments) + workspaces,
         host=host,
     )
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from megaflow.config.schema import OptimConfig
+from megaflow.flow.channel import ROUND
 from megaflow.parallel.cut import Cut, cut_of
 from megaflow.parallel.layers import whole
 from megaflow.parallel.mesh import Mesh, total
@@ -141,8 +142,13 @@ class Together(torch.optim.Optimizer):
 
 
 def make(network: nn.Module, optim: OptimConfig, mesh: Mesh, dtype: torch.dtype = torch.float32) -> torch.optim.Optimizer:
-    """The optimizer that a config names, over the parameters that are trained. dtype: in which Muon orthogonalises."""
+    """The optimizer that a config names, over the parameters that are trained. dtype: in which Muon orthogonalises.
+
+    DeepSpeed lays parameters end to end in their order here. Those of odd sizes, biases of a vocabulary, come last: a GPU multiplies
+    matrices that begin at any other than a round address several times slower.
+    """
     named = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
+    named.sort(key=lambda one: one[1].numel() % ROUND != 0)
     adam = partial(torch.optim.AdamW, lr=optim.learning_rate, betas=(optim.beta1, optim.beta2), weight_decay=optim.weight_decay)
     if optim.name == "adamw":
         return adam([p for _, p in named])

@@ -141,3 +141,13 @@ def test_chunks_cover_all_tokens_once(tokens, vocab):
 
 def test_no_tokens_have_no_chunks():
     assert channel.chunks(0, 27, CPU) == []
+
+
+@pytest.mark.parametrize("dtype, round_", [(torch.bfloat16, True), (torch.float16, True), (torch.float32, False)])
+def test_rows_of_a_buffer_begin_at_round_addresses_in_half_precision(dtype, round_):
+    buffer, like = channel.Buffer(), torch.empty(0, dtype=dtype)
+    rows = buffer(like, 3, 257)
+    assert rows.shape == (3, 257) and rows.stride() == (320 if round_ else 257, 1)
+    assert buffer(like, 2, 257).data_ptr() == rows.data_ptr()
+    exact = torch.randn(3, 257)
+    assert torch.equal(buffer.cast(exact, like), exact.to(dtype)) and (buffer.cast(exact, like) is exact) != round_

@@ -251,3 +251,15 @@ class TestMuonInParts:
         muon.state[flat]["momentum_buffer"] = torch.ones(6)
         muon.step()
         assert torch.equal(flat, torch.ones(6)) and torch.equal(muon.state[flat]["momentum_buffer"], torch.ones(6))
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_parameters_of_odd_sizes_come_last(name):
+    """Whatever lies after them in one flat tensor would begin at an odd address."""
+    block = nn.ModuleDict({"qkv": nn.Linear(64, 192, bias=False), "out": nn.Linear(64, 64)})
+    network = nn.ModuleDict({"head": nn.Linear(64, 257), "block": block})
+    made = make(network, OptimConfig(name=name), HERE)
+    for part in (made,) if name == "adamw" else (made.muon, made.adam):
+        odd = [p.numel() % 64 != 0 for group in part.param_groups for p in group["params"]]
+        assert odd == sorted(odd)
+    assert any(p is network["head"].bias for group in made.param_groups for p in group["params"])

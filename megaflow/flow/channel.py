@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from megaflow.flow.code import Code, lookup
 from megaflow.flow.interpolant import channel_slope, channel_strength
@@ -27,7 +28,7 @@ CHUNK_TOKENS = 256
 """Tokens of a chunk at least: every chunk reads and writes whole tables and their gradients, which fewer tokens do not pay for."""
 
 ROUND = 64
-"""Elements between the beginnings of rows in half precision, a multiple of: 128 bytes."""
+"""What sizes of matrices are multiples of in half precision, for a GPU to multiply them fast."""
 
 
 def chunks(tokens: int, vocab: int, device: torch.device, whole: int = 1) -> list[slice]:
@@ -41,26 +42,36 @@ def chunks(tokens: int, vocab: int, device: torch.device, whole: int = 1) -> lis
 
 
 class Buffer:
-    """Memory for one chunk of logits after the other: asking the system for as much anew costs as much as a pass over it.
-
-    There is one a precision. In half precision, which is for products of matrices alone, rows begin at round addresses: a GPU multiplies
-    others, those of an odd vocabulary, several times slower.
-    """
+    """Memory for one chunk of logits after the other: asking the system for as much anew costs as much as a pass over it."""
 
     def __init__(self) -> None:
         self.memory: dict[torch.dtype, Tensor] = {}
 
     def __call__(self, like: Tensor, rows: int, columns: int) -> Tensor:
-        """An uninitialised (rows, columns) tensor of the type of `like`, over the one before it if that is large enough."""
+        """A (rows, columns) tensor of the type of `like`, over the one before it of this type if that is large enough; at first zero."""
         memory = self.memory.get(like.dtype)
         if memory is None or len(memory) < rows:
-            stride = -(-columns // ROUND) * ROUND if like.itemsize == 2 else columns
-            memory = self.memory[like.dtype] = torch.empty(rows, stride, dtype=like.dtype, device=like.device)
-        return memory[:rows, :columns]
+            memory = self.memory[like.dtype] = torch.zeros(rows, columns, dtype=like.dtype, device=like.device)
+        return memory[:rows]
 
     def cast(self, x: Tensor, like: Tensor) -> Tensor:
-        """x (rows, columns) in the precision of `like`: x itself, or written over the one before it."""
-        return x if x.dtype == like.dtype else self(like, *x.shape).copy_(x)
+        """x (n, V) in the precision of `like` for a product with `rounded` rows: x itself, or with columns of zeros besides."""
+        if x.dtype == like.dtype:
+            return x
+        out = self(like, len(x), round_up(x.shape[1], like))
+        out[:, : x.shape[1]].copy_(x)
+        return out
+
+
+def round_up(size: int, like: Tensor) -> int:
+    """How many entries of a vocabulary products are taken of: a GPU takes one of odd size six times as long in half precision."""
+    return -(-size // ROUND) * ROUND if like.itemsize == 2 else size
+
+
+def rounded(x: Tensor) -> Tensor:
+    """x (V, d) with rows of zeros besides, up to `round_up`; x itself where there are none to add."""
+    more = round_up(len(x), x) - len(x)
+    return F.pad(x, (0, 0, 0, more)) if more else x
 
 
 def evidence(code: Code, bias: Tensor, buffer: Buffer | None = None) -> Callable[..., Tensor]:
@@ -115,7 +126,8 @@ class _BeliefEmbedding(torch.autograd.Function):
 
     @staticmethod
     def forward(code: Code, log_prior: Tensor, y: Tensor, t: Tensor, gain: Tensor | None, table: Tensor) -> Tensor:
-        out, buffer = torch.empty(len(y), table.shape[1], dtype=table.dtype, device=y.device), Buffer()
+        out = torch.empty(len(y), table.shape[1], dtype=table.dtype, device=y.device)
+        table, buffer = rounded(table), Buffer()
         for part, weights in _beliefs(code, log_prior, y, t, gain):
             torch.mm(buffer.cast(weights, table), table, out=out[part])
         return out
@@ -150,7 +162,8 @@ class _BeliefTangent(torch.autograd.Function):
     def forward(
         code: Code, log_prior: Tensor, y: Tensor, t: Tensor, gain: Tensor | None, y_tangent: Tensor, t_tangent: Tensor, table: Tensor
     ) -> Tensor:
-        out, buffer = torch.empty(len(y), table.shape[1], dtype=table.dtype, device=y.device), Buffer()
+        out = torch.empty(len(y), table.shape[1], dtype=table.dtype, device=y.device)
+        table, buffer = rounded(table), Buffer()
         for part, weights in _moving_beliefs(code, log_prior, y, t, gain, y_tangent, t_tangent):
             torch.mm(buffer.cast(weights, table), table, out=out[part])
         return out
@@ -187,7 +200,7 @@ def _table_gradient(code: Code, dtype: torch.dtype, grad: Tensor, weights_of: It
         if grad.dtype == wide:
             table_grad.addmm_(weights.T.to(wide), grad[part])
         else:
-            table_grad += buffer.cast(weights, grad).T @ grad[part]
+            table_grad += (buffer.cast(weights, grad).T @ grad[part])[: code.part.here]
     return table_grad.to(dtype)
 
 

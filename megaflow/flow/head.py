@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megaflow.flow import balance
 from megaflow.flow import code as codes
-from megaflow.flow.channel import Buffer, chunks, evidence
+from megaflow.flow.channel import Buffer, chunks, evidence, rounded
 from megaflow.flow.code import Code
 from megaflow.flow.vocabulary import Vocabulary, largest, log_softmax_, log_sum, own_ids, pick, softmax_, total, whole
 
@@ -61,11 +61,11 @@ def reader(head: Head, buffer: Buffer | None = None) -> Callable[[Read], Tensor]
     Logits are fp32; fp64 where the hidden states are or, with the skip, the state and the code.
     """
     seen = evidence(head.code, head.bias, buffer) if head.skip and head.code is not None else None
+    weight, size = rounded(head.weight), len(head.bias)
 
     def product(hidden: Tensor) -> Tensor:
-        """In half precision."""
-        out = None if buffer is None else buffer(hidden, len(hidden), len(head.bias))
-        return torch.mm(hidden, head.weight.T, out=out)
+        out = None if buffer is None else buffer(hidden, len(hidden), len(weight))
+        return torch.mm(hidden, weight.T, out=out)[:, :size]
 
     def f(read: Read) -> Tensor:
         hidden = read.hidden
@@ -73,10 +73,10 @@ def reader(head: Head, buffer: Buffer | None = None) -> Callable[[Read], Tensor]
             said = seen(read.y, read.s)
             if said.dtype != hidden.dtype:
                 return said.add_(product(hidden))
-            return torch.addmm(said, hidden, head.weight.T, out=None if buffer is None else said)
+            return torch.addmm(said, hidden, weight.T, out=None if buffer is None else said)
         if hidden.dtype in (torch.bfloat16, torch.float16):
             return product(hidden).float().add_(head.bias.float())
-        return torch.addmm(head.bias, hidden, head.weight.T, out=None if buffer is None else buffer(hidden, len(hidden), len(head.bias)))
+        return torch.addmm(head.bias, hidden, weight.T, out=None if buffer is None else buffer(hidden, len(hidden), size))
 
     return f
 
@@ -193,8 +193,8 @@ class _Loss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         graded = any(ctx.needs_input_grad[:3])
         read = Read(hidden, read.y, read.s)
-        buffer = Buffer()
-        read_chunk = reader(replace(head, weight=weight, bias=bias), buffer)
+        buffer, round_weight = Buffer(), rounded(weight)
+        read_chunk = reader(replace(head, weight=round_weight, bias=bias), buffer)
         logged = []
         loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
         if graded:
@@ -209,11 +209,11 @@ class _Loss(torch.autograd.Function):
             if graded:
                 bias_grad += (factor @ gradient).to(wide)
                 gradient, factor = buffer.cast(gradient, weight), factor.to(weight.dtype)[:, None]
-                torch.mm(gradient, weight, out=hidden_grad[part]).mul_(factor)
+                torch.mm(gradient, round_weight, out=hidden_grad[part]).mul_(factor)
                 if weight.dtype == wide:
                     weight_grad.addmm_(gradient.T, hidden[part] * factor)
                 else:
-                    weight_grad += gradient.T @ (hidden[part] * factor)
+                    weight_grad += (gradient.T @ (hidden[part] * factor))[: len(weight)]
         if graded:
             ctx.save_for_backward(hidden_grad, weight_grad.to(weight.dtype), bias_grad.to(bias.dtype))
         values = torch.cat(logged)

@@ -21,7 +21,7 @@ import math
 from dataclasses import dataclass
 
 from megaflow.config.schema import Config
-from megaflow.flow.channel import CHUNK_ELEMENTS, CHUNK_TOKENS
+from megaflow.flow.channel import CHUNK_ELEMENTS, CHUNK_TOKENS, ROUND
 from megaflow.parallel.reduction import FLYING, bucket_elements
 from megaflow.plan.communication import PERSISTENT, REUSED, rows_of
 from megaflow.plan.layout import Layout, Weight, weights
@@ -201,7 +201,8 @@ def of_loss(config: Config, vocab: int, layout: Layout, is_map: bool = False, de
     if layout.tensor > 1:
         found += chunk * SINGLE  # the exponentials of a log-sum-exp
     if layout.half:
-        found += chunk * p + part * d * p
+        found += (2 if is_map else 1) * chunk * p + part * d * p
+        found += part * d * p if part % ROUND else 0  # the head with a round number of rows
     if flow and config.flow.code == "frame" and config.flow.skip == "on":
         found += part * (int(config.flow.code_dim) + 2) * SINGLE
     if flow and (is_map or model.input == "linear"):

@@ -3,7 +3,7 @@
 Needs a GPU: tools/gpu_check.sh runs it. Draws are the CPU's on any device, so curves agree to what fp32 holds.
 """
 
-import contextlib
+import gc
 import shutil
 
 import pytest
@@ -11,9 +11,11 @@ import torch
 
 from megaflow.config.check import COMPILES_ZERO_3
 from megaflow.model import attention
+from megaflow.parallel import mesh as meshes
 from megaflow.plan import memory
 from megaflow.plan.layout import layout_of
 from megaflow.train import checkpoint as checkpoints
+from megaflow.train import engine
 from megaflow.train import run as runs
 from tests.layout_job import layout, same_curve, train
 from tests.plan.steps import Run, resolved
@@ -139,18 +141,17 @@ SIZE = {
 )
 def test_memory_is_what_the_plan_says(kind, vocab, values):
     """The allocator's peak in a step is within a tenth of the formula."""
-    from megaflow.parallel import mesh as meshes
-
     values = SIZE | {"parallel.zero": 1} | values
     config = resolved(kind, vocab, values).config
-    with contextlib.ExitStack() as stack:
-        mesh = stack.enter_context(meshes.join())
-        torch.cuda.empty_cache()
-        before = torch.cuda.memory_allocated()
+    gc.collect()
+    torch._C._cuda_clearCublasWorkspaces()
+    before = torch.cuda.memory_allocated()
+    with meshes.join() as mesh:
         run = Run(kind, vocab, values, mesh)
         for index in range(3):
             torch.cuda.reset_peak_memory_stats()
             run.step(index)
         found = torch.cuda.max_memory_allocated() - before
+        engine.close(run.deep)
     formula = memory.of_step(config, vocab, layout_of(config, 1), kind == "map")
     assert formula.largest == pytest.approx(found, rel=0.1)

@@ -12,7 +12,7 @@ from megaflow.flow.head import Head, Read
 from megaflow.flow.vocabulary import Vocabulary, whole
 from megaflow.model.text_dit import HEAD_STD, Shape, real, windows
 from megaflow.model.trunk import Cache, Trunk
-from megaflow.parallel.collectives import copied_together, own
+from megaflow.parallel.collectives import copied_together, scattered_with_neighbors
 from megaflow.parallel.cut import cut_of, draw, padded, parameter
 from megaflow.parallel.layers import embed
 from megaflow.parallel.mesh import ALONE, Axis
@@ -52,10 +52,11 @@ class Autoregressive(nn.Module):
 
         documents: (B, L) which document each token is of, where others' are not seen; the first of one is predicted from the end before.
         """
+        widen, start = copied_together([self.widen.weight, self.start], self.axis)
         embedded = embed(ids[:, :-1], self.table, cut_of(self.table))
-        first = self.start.expand(len(ids), 1, -1).to(embedded.dtype)
-        beside = own(windows(torch.cat([first, embedded], 1), self.before, 0, None, documents), self.axis, 1)
-        (widen,) = copied_together([self.widen.weight], self.axis)
+        first = (start if self.axis.rank == 0 else 0.0 * start).expand(len(ids), 1, -1).to(embedded.dtype)
+        here = scattered_with_neighbors(torch.cat([first, embedded], 1), self.axis, self.before, 0)
+        beside = windows(here, self.before, 0, self.axis.rank * (here.shape[1] - self.before), None, documents)
         return self.trunk(F.linear(beside, widen), causal=True, documents=documents)
 
     def read(self, hidden: Tensor) -> Read:

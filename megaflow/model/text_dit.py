@@ -22,7 +22,7 @@ from megaflow.flow.interpolant import LAST_TIME, channel_strength, log_snr
 from megaflow.flow.likelihood import Range
 from megaflow.flow.vocabulary import Vocabulary
 from megaflow.model.trunk import Trunk
-from megaflow.parallel.collectives import copied_together, own, scattered, summed
+from megaflow.parallel.collectives import copied_together, own, scattered, scattered_with_neighbors
 from megaflow.parallel.cut import draw, padded, parameter
 from megaflow.parallel.mesh import ALONE, Axis
 
@@ -56,7 +56,8 @@ class Shape:
 class Seen:
     """What a state says, embedded by the table: the part of reading it that costs a pass over the vocabulary.
 
-    belief: (B, L, d_e), None where no beliefs are read; hot: (B, L, d_e), a flow map's hot belief, None where it reads none.
+    belief: (B, L/T + 2 neighbors, d_e), of this process's positions and their neighbours, None where no beliefs are read; hot: the same of
+    a flow map's hot belief, None where it reads none.
     """
 
     belief: Tensor | None
@@ -180,13 +181,13 @@ class TextDiT(nn.Module):
         if self.widen is not None:
             entering.append(self.widen(self.beside(seen.belief, self.widen, lengths, documents)))
         if self.state is not None:
-            entering.append(self.state((y * self.state_scale(s)).to(self.state.weight.dtype)))
+            entering.append(self.state(self.around(y * self.state_scale(s), self.state, lengths, documents)))
         condition = self.time(s)
         if self.map_time is not None:
             condition = condition + self.map_time(s if t is None else t)
         if t is not None and self.map_reads not in (None, "none"):
             if self.map_state is not None:
-                ahead = self.map_state(self.beside(y * self.state_scale(s), self.map_state, lengths, documents))
+                ahead = self.map_state(self.around(y * self.state_scale(s), self.map_state, lengths, documents))
             else:
                 assert self.map_widen is not None
                 ahead = self.map_widen(self.beside(seen.hot, self.map_widen, lengths, documents))
@@ -211,18 +212,27 @@ class TextDiT(nn.Module):
         return Seen(belief, hot)
 
     def embed_belief(self, y: Tensor, s: Tensor, gain: Tensor | None = None) -> Tensor:
-        """belief @ table, (B, L, d_e), of a channel of strength `gain` instead of its own if given."""
+        """belief @ table, (B, L/T + 2 neighbors, d_e), of a channel of strength `gain` instead of its own if given."""
         assert self.table is not None
         times = _per_token(s, y)
         gain = None if gain is None else gain.expand(len(times))
         table = real(self.table, self.code.part)
-        flat = summed(belief_embedding(self.code, self.log_prior, y.flatten(0, 1), times, table, gain), self.axis)
-        return flat.view(*y.shape[:2], flat.shape[-1])
+        share = belief_embedding(self.code, self.log_prior, y.flatten(0, 1), times, table, gain)
+        return scattered_with_neighbors(share.view(*y.shape[:2], share.shape[-1]), self.axis, self.neighbors, self.neighbors)
 
     def beside(self, x: Tensor | None, layer: "Reading", lengths: Tensor | None, documents: Tensor | None) -> Tensor:
-        """Every position of x (B, L, d) beside its neighbours, in the precision of the layer that reads it."""
+        """Every position of this process beside its neighbours: (B, L/T + 2 neighbors, d) to (B, L/T, window d), in the precision of the
+        layer that reads it."""
         assert x is not None
-        return windows(x.to(layer.weight.dtype), self.neighbors, self.neighbors, lengths, documents)
+        first = self.axis.rank * (x.shape[1] - 2 * self.neighbors)
+        return windows(x.to(layer.weight.dtype), self.neighbors, self.neighbors, first, lengths, documents)
+
+    def around(self, x: Tensor, layer: "Reading", lengths: Tensor | None, documents: Tensor | None) -> Tensor:
+        """The same of a state (B, L, d) that every process has, or has columns of, in the precision of the layer that reads it, and as
+        many neighbours as it reads: of this process's positions, or of all where inputs are cut."""
+        count = self.neighbors if layer.window > 1 else 0
+        beside = windows(F.pad(x.to(layer.weight.dtype), (0, 0, count, count)), count, count, 0, lengths, documents)
+        return beside if layer.cut is not None else own(beside, self.axis, 1)
 
     def state_scale(self, s: Tensor) -> Tensor:
         """One over the known rms of y at time s, (B, 1, 1): sqrt((s^2 mean leverage + (1 - s)^2 d_c) / d_c), a frame's Gram being I."""
@@ -232,20 +242,22 @@ class TextDiT(nn.Module):
 
 
 class Reading(nn.Module):
-    """A linear layer into the stream, without bias: (B, L, window * inputs) to this process's positions (B, L/T, d).
+    """A linear layer into the stream, without bias: (B, L/T, window * inputs) to (B, L/T, d), this process's positions.
 
-    vocab_multiple: of inputs that are the columns of a dense state, cut along the vocabulary; None where every process has all inputs.
+    vocab_multiple: of inputs that are the columns of a dense state, cut along the vocabulary, and come for all positions; None where every
+    process has all inputs.
     """
 
     def __init__(self, window: int, inputs: int, hidden: int, axis: Axis, vocab_multiple: int | None) -> None:
         super().__init__()
-        self.axis, self.cut = axis, None if vocab_multiple is None else padded(1, window * inputs, axis, vocab_multiple, blocks=window)
+        self.window, self.axis = window, axis
+        self.cut = None if vocab_multiple is None else padded(1, window * inputs, axis, vocab_multiple, blocks=window)
         self.weight = parameter((hidden, window * inputs), self.cut)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.cut is None:
             (weight,) = copied_together([self.weight], self.axis)
-            return F.linear(own(x, self.axis, 1), weight)
+            return F.linear(x, weight)
         weight = self.weight
         if self.cut.real < self.cut.part:  # padding is no input
             weight = weight.unflatten(1, (self.cut.blocks, self.cut.part))[:, :, : self.cut.real].flatten(1)
@@ -257,21 +269,23 @@ def real(p: Tensor, part: Vocabulary) -> Tensor:
     return p if len(p) == part.here else p[: part.here]
 
 
-def windows(x: Tensor, before: int, after: int, lengths: Tensor | None = None, documents: Tensor | None = None) -> Tensor:
-    """Every position beside its neighbours: (B, L, d) -> (B, L, (before + 1 + after) d), zeros beyond the ends of a row or document.
+def windows(x: Tensor, before: int, after: int, first: int, lengths: Tensor | None, documents: Tensor | None) -> Tensor:
+    """Every position beside its neighbours, zeros beyond the ends of a row or document: (B, n, (before + 1 + after) d) of positions
+    first … first + n - 1, from x (B, before + n + after, d), which has their neighbours too, zeros where there are none.
 
     A causal decoder's residual stream holds the last token from the start, so that it learns bigrams at once; a bidirectional one
     has to find its neighbours by attention first, and sits on the unigram plateau until it has. This hands them over.
     """
     if before == after == 0:
         return x
+    count = x.shape[1] - before - after
     if lengths is not None:
-        x = x * (torch.arange(x.shape[1], device=x.device) < lengths[:, None])[..., None]
-    padded = F.pad(x, (0, 0, before, after))
-    shifted = [padded[:, i : i + x.shape[1]] for i in range(before + 1 + after)]
+        place = torch.arange(first - before, first + count + after, device=x.device)
+        x = x * (place < lengths[:, None])[..., None]
+    shifted = [x[:, i : i + count] for i in range(before + 1 + after)]
     if documents is not None:
-        of = F.pad(documents, (before, after), value=-1)
-        shifted = [part * (of[:, i : i + x.shape[1]] == documents)[..., None] for i, part in enumerate(shifted)]
+        of, ours = F.pad(documents, (before, after), value=-1)[:, first:], documents[:, first : first + count]
+        shifted = [part * (of[:, i : i + count] == ours)[..., None] for i, part in enumerate(shifted)]
     return torch.cat(shifted, -1)
 
 

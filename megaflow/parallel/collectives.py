@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional as F
 
 from megaflow.parallel.mesh import Axis
 
@@ -45,6 +46,17 @@ def gathered(x: Tensor, axis: Axis, dim: int) -> Tensor:
 def scattered(x: Tensor, axis: Axis, dim: int) -> Tensor:
     """This process's slice along `dim` of the sum of all processes' x."""
     return x if axis.size == 1 else _Map.apply(x, axis, dim, "scattered")
+
+
+def scattered_with_neighbors(x: Tensor, axis: Axis, before: int, after: int) -> Tensor:
+    """`scattered` along the positions of x (B, L, d), with so many positions before and after this process's own: (B, before + L/T + after,
+    d), zeros beyond the ends. Nothing but these positions is sent, forward and backward."""
+    padded = F.pad(x, (0, 0, before, after))
+    if axis.size == 1:
+        return padded
+    part = x.shape[1] // axis.size
+    slices = [padded[:, rank * part : (rank + 1) * part + before + after] for rank in range(axis.size)]
+    return scattered(torch.cat(slices, 1), axis, 1)
 
 
 def own(x: Tensor, axis: Axis, dim: int) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megaflow.parallel.collectives import gathered, scattered, stacked, summed
+from megaflow.parallel.collectives import gathered, scattered, stacked
 from megaflow.parallel.cut import Cut, draw, even, parameter
 from megaflow.parallel.mesh import Axis
 
@@ -58,12 +58,11 @@ class RowParallel(nn.Module):
 
 
 def embed(ids: Tensor, table: Tensor, cut: Cut | None) -> Tensor:
-    """Rows of a table that is cut along the vocabulary, on every process: ids (…,) -> (…, d)."""
+    """This process's share of the rows of a table that is cut along the vocabulary, to be summed: ids (…,) -> (…, d)."""
     if cut is None:
         return F.embedding(ids, table)
     inside = (ids >= cut.start) & (ids < cut.start + cut.real)
-    rows = F.embedding((ids - cut.start) * inside, table) * inside[..., None].to(table.dtype)
-    return summed(rows, cut.axis)
+    return F.embedding((ids - cut.start) * inside, table) * inside[..., None].to(table.dtype)
 
 
 @torch.no_grad()

@@ -6,7 +6,8 @@ number of the precision of training, T tensor-parallel processes and the two dir
     forward     a block    2 all-gathers, 2 reduce-scatters of n d p                              the end   an all-gather of n d p
     backward    a block    the same; an all-reduce of its modulations' and gains' gradients       the end   a reduce-scatter
                            with parallel.recompute=full, the forward pass's again
-    input       belief: all-reduce n d_e p, log-sum-exp n T numbers; backward, where tables learn, an all-gather of n (window d_e) p
+    input       belief: a reduce-scatter of n' d_e p, log-sum-exp n T numbers; backward, where tables learn, an all-gather of n' d_e p;
+                n' = n (1 + 2 neighbors T / L), since every process needs the neighbours of its positions
                 dense state: a reduce-scatter of n d p, backward an all-gather; of a frame, the state itself: an all-reduce of n d_c numbers
     head        log-sum-exp n T numbers, the token's own logit: an all-reduce of n
     targets     of a flow map: forward passes, each with its log-sum-exp, and the mean of a frame, an all-reduce of n d_c numbers
@@ -102,6 +103,7 @@ def _over_tensor(config: Config, layout: Layout, is_map: bool, hot: float) -> li
     n, passes = rows.all * length, layout.accumulation
     baseline = model.family == "autoregressive" and not is_map
     embedded = (2 * model.neighbors + 1) * model.belief_dim
+    beside = (1 + 2 * model.neighbors * layout.tensor / length) * model.belief_dim  # a process's positions come with their neighbours
     sends: list[Send] = []
 
     def send(what: str, kind: str, size: float) -> None:
@@ -112,7 +114,7 @@ def _over_tensor(config: Config, layout: Layout, is_map: bool, hot: float) -> li
 
     def see(what: str, tokens: float) -> None:
         log_sum(what, tokens)
-        send(what, "all-reduce", tokens * model.belief_dim * p)
+        send(what, "reduce-scatter", tokens * beside * p)
 
     modulations, last = (2 * passes * d, passes * d) if baseline else (6 * rows.all * d, 2 * rows.all * d)
     gains = passes * (d + 2 * d // int(model.heads))
@@ -124,8 +126,9 @@ def _over_tensor(config: Config, layout: Layout, is_map: bool, hot: float) -> li
     log_sum("head", n)
     if baseline:
         send("head", "all-reduce", n * SINGLE)
-        send("input", "all-reduce", n * (length - 1) / length * model.belief_dim * p + passes * embedded * d * SINGLE)
-        send("input", "all-gather", n * embedded * p)
+        send("input", "reduce-scatter", n * beside * p)
+        send("input", "all-gather", n * beside * p)
+        send("input", "all-reduce", passes * (embedded * d + model.belief_dim) * SINGLE)
         return sends
 
     dim, dense = int(config.flow.code_dim), config.flow.code == "identity"
@@ -146,7 +149,7 @@ def _over_tensor(config: Config, layout: Layout, is_map: bool, hot: float) -> li
         send("head", "all-reduce", n * SINGLE)
         if belief:  # backward: beliefs computed again, and gradients of the table
             log_sum("input", n)
-            send("input", "all-gather", n * embedded * p)
+            send("input", "all-gather", n * beside * p)
         return sends
 
     # a diagonal row's target is a pass of the teacher, which stays in fp32; another's are two of the map

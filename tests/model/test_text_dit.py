@@ -128,8 +128,9 @@ def test_the_hot_belief_is_that_of_a_sharper_channel_until_the_channel_is_as_sha
     seen = network.see(y, s, torch.ones_like(s))
     times = s.float()[:, None].expand(5, LENGTH).flatten()
     sharp, own = (channel.belief(network.code, network.log_prior, y.flatten(0, 1), times, g) for g in (gain.expand(5 * LENGTH), None))
-    torch.testing.assert_close(seen.belief, (own @ network.table).view(5, LENGTH, -1))
-    torch.testing.assert_close(seen.hot[:3], (sharp @ network.table).view(5, LENGTH, -1)[:3])
+    inner = slice(network.neighbors, network.neighbors + LENGTH)  # neighbours beyond the ends of a row are zero
+    torch.testing.assert_close(seen.belief[:, inner], (own @ network.table).view(5, LENGTH, -1))
+    torch.testing.assert_close(seen.hot[:3, inner], (sharp @ network.table).view(5, LENGTH, -1)[:3])
     apart = (seen.hot - seen.belief).abs().amax((1, 2))
     assert apart[:2].min() > 0.1 and 0.0 < apart[2] < 0.1 and (apart[3:] == 0.0).all()
     assert torch.equal(network.see(y, s, s).hot, seen.belief) and network.see(y, s).hot is None

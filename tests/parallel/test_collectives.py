@@ -6,12 +6,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional as F
 
 from megaflow.parallel import collectives
 from megaflow.parallel.mesh import Axis
 
 SHAPE = (2, 4, 3)
-NAMES = ("copied", "summed", "gathered", "scattered", "own")
+NAMES = ("copied", "summed", "gathered", "scattered", "own", "scattered_with_neighbors")
+BEFORE, AFTER = 2, 1
 
 
 def inputs(name: str, size: int) -> list[Tensor]:
@@ -31,6 +33,9 @@ def oracle(name: str, xs: list[Tensor]) -> list[Tensor]:
         return [sum(xs)] * size
     if name == "gathered":
         return [torch.cat(xs, 1)] * size
+    if name == "scattered_with_neighbors":
+        padded, part = F.pad(sum(xs), (0, 0, BEFORE, AFTER)), SHAPE[1] // size
+        return [padded[:, rank * part : rank * part + BEFORE + part + AFTER] for rank in range(size)]
     return list((sum(xs) if name == "scattered" else xs[0]).chunk(size, 1))
 
 
@@ -42,6 +47,8 @@ def measure(y: Tensor, rank: int) -> Tensor:
 
 def apply(name: str, x: Tensor, axis: Axis) -> Tensor:
     function = getattr(collectives, name)
+    if name == "scattered_with_neighbors":
+        return function(x, axis, BEFORE, AFTER)
     return function(x, axis, 1) if name in ("gathered", "scattered", "own") else function(x, axis)
 
 

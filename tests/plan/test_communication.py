@@ -1,9 +1,12 @@
 """What a step sends: the closed formula is what real processes are recorded to send, and hardly more than Megatron-LM's minimum."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megaflow.config.check import resolve
+from megaflow.config.load import load
 from megaflow.model.flops import hot_until
 from megaflow.parallel import mesh as meshes
 from megaflow.parallel.recorder import Sent, totals
@@ -11,6 +14,7 @@ from megaflow.plan import communication
 from megaflow.plan.layout import layout_of
 from tests.plan.steps import recorded, resolved
 
+ROOT = Path(__file__).resolve().parents[2]
 SMALL: dict[str, Any] = {
     "model.layers": 4,
     "model.hidden": 64,
@@ -121,6 +125,18 @@ class TestMegatron:
         assert self.over(kind, values, tensor) <= 1.05
         for zero in {"fp32": (0, 1, 2), "bf16": (1, 2)}[precision]:
             assert self.over(kind, values | {"parallel.zero": zero}, 2 * tensor) <= 1.05
+
+    @pytest.mark.parametrize("tensor", [2, 4])
+    @pytest.mark.parametrize("family", ["flow", "autoregressive"])
+    @pytest.mark.parametrize("name, vocab", [("quickstart", 4096), ("char", 27)])
+    def test_hardly_more_is_sent_by_what_is_shipped(self, name, vocab, family, tensor):
+        """As the configs are, with AdamW."""
+        words = [f"parallel.tensor={tensor}", "optim.name=adamw"]
+        config = resolve(load(ROOT / "configs" / name / f"{family}.yaml", words), vocab).config
+        for processes in (tensor, 2 * tensor):
+            layout = layout_of(config, processes)
+            sent, minimum = (f(config, vocab, layout) for f in (communication.of_step, communication.megatron_minimum))
+            assert communication.total(sent) <= 1.05 * communication.total(minimum)
 
     def test_the_gradient_of_a_modulation_counts_in_short_rows(self):
         """It is 6 d numbers a row and block in fp32, against 8 L d in the precision of training."""

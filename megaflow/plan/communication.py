@@ -207,7 +207,7 @@ def _gathered(held: list[Weight], targets: int) -> float:
 
 def _muon(held: list[Weight], layout: Layout) -> list[Send]:
     """What Muon puts together: over the tensor axis every matrix of which a process has some, over the data axis those that a border
-    between two slices cuts. Of the data-parallel process that has most; all in fp32."""
+    between two slices cuts. Of the data-parallel process that has most; in the precision of training, in which they are orthogonalised."""
     matrices = [w.numel for w in held if w.matrix]
     whole = sum(matrices)
     most, split = whole, 0
@@ -221,8 +221,8 @@ def _muon(held: list[Weight], layout: Layout) -> list[Send]:
         has = [sum(size for size, some in zip(matrices, holders, strict=True) if rank in some) for rank in range(layout.data)]
         most = max(has)
     return [
-        Send("muon", "tensor", "all-gather", layout.tensor, most * layout.tensor * SINGLE),
-        Send("muon", "data", "all-reduce", layout.data, split * SINGLE),
+        Send("muon", "tensor", "all-gather", layout.tensor, most * layout.tensor * layout.width),
+        Send("muon", "data", "all-reduce", layout.data, split * layout.width),
     ]
 
 

@@ -112,7 +112,7 @@ class Muon(torch.optim.Optimizer):
     def descend(self, flat: Tensor, update: Tensor, matrix: Matrix, group: dict[str, Any]) -> None:
         """Move what is here of a matrix along the orthogonalised update of all of it, whose root mean square is then AdamW's (Liu et al.
         2025): one rate serves both."""
-        part = matrix.part(update)
+        part = matrix.part(update).to(self.dtype)  # what is sent is what is computed with
         if matrix.split:
             part = total(self.mesh.data, part, self.mesh.device)
         if not matrix.count:

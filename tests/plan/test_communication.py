@@ -49,6 +49,7 @@ def cases() -> dict[str, tuple[int, str, int, dict[str, Any]]]:
         "tensor x data, ZeRO 2": (4, "autoregressive", 400, TWO | {"parallel.zero": 2, "train.micro_batch": 2}),
         "ZeRO 0 with Muon": (4, "flow", 400, TWO | {"optim.name": "muon"}),
         "ZeRO 1 with Muon": (4, "flow", 400, TWO | {"optim.name": "muon", "parallel.zero": 1}),
+        "ZeRO 1 with Muon in half precision": (4, "flow", 400, TWO | HALF | {"optim.name": "muon"}),
         "ZeRO 3": (2, "flow", 2000, {"parallel.zero": 3, "model.hidden": 160, "model.layers": 2, "train.micro_batch": 2, "data.length": 8}),
         "ZeRO 3 with Muon": (2, "flow", 400, {"parallel.zero": 3, "optim.name": "muon", "data.length": 16}),
     }
@@ -66,7 +67,7 @@ def by_axis_and_kind(sends: list[communication.Send]) -> dict[tuple[str, str], f
     return found
 
 
-QUICK = ("coded flow", "dense flow", "a baseline's computed again", "tensor x data, ZeRO 1", "ZeRO 1 with Muon", "ZeRO 3")
+QUICK = ("coded flow", "dense flow", "a baseline's computed again", "tensor x data, ZeRO 1", "ZeRO 1 with Muon in half precision", "ZeRO 3")
 
 
 @pytest.mark.parametrize("case", [name if name in QUICK else pytest.param(name, marks=pytest.mark.long) for name in cases()])

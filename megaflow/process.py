@@ -78,16 +78,22 @@ FAREWELL: list[Callable[[], bool]] = []
 
 
 def leave_on_signals() -> None:
-    """Until the training loop takes the signals over, and saves, there is nothing to save: leave with STOPPED at once."""
+    """Until the training loop takes the signals over, and saves, there is nothing to save: leave with STOPPED at once. A launcher ends all
+    processes of a host so, of which the first says it."""
 
     def leave(number: int, frame: Any) -> NoReturn:
         # neither print, which the signal may have interrupted, nor sys.exit, which is lost where it comes inside a callback from C++
-        if all([farewell() for farewell in FAREWELL]):
+        if all([farewell() for farewell in FAREWELL]) and first_here():
             os.write(2, b"megaflow: stopped by a signal outside of training steps; the same command goes on\n")
         os._exit(STOPPED)
 
     for number in STOP_SIGNALS:
         signal.signal(number, leave)
+
+
+def first_here() -> bool:
+    """Whether this is the first process of its host."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 FIRST_SPEAKS = 4.0
@@ -99,7 +105,7 @@ def let_the_first_speak(code: int) -> None:
     enough: the first process of a host speaks and leaves, upon which the launcher ends the others, who leave with `code` and say nothing.
     One that is alone with it speaks after FIRST_SPEAKS seconds.
     """
-    if FAREWELL or os.environ.get("LOCAL_RANK", "0") == "0":
+    if FAREWELL or first_here():
         return
     for number in STOP_SIGNALS:
         signal.signal(number, lambda number, frame: os._exit(code))

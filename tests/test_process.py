@@ -80,3 +80,12 @@ def test_files_are_utf_8_whatever_the_locale(tmp_path):
     code = KEEP.format(path=str(tmp_path / "run.json"), text=text)
     assert output(code, LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0") == ascii(kept)
     assert (tmp_path / "run.json").read_bytes() == text.encode("utf-8")
+
+
+@pytest.mark.parametrize(
+    "place, words", [("0", "megaflow: stopped by a signal outside of training steps; the same command goes on\n"), ("1", "")]
+)
+def test_the_first_process_of_a_host_says_that_a_signal_ended_them(place, words):
+    code = "import os, signal; from megaflow import process; process.leave_on_signals(); os.kill(os.getpid(), signal.SIGTERM)"
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"LOCAL_RANK": place}, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (75, words)

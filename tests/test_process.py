@@ -51,10 +51,10 @@ def test_what_the_environment_says_comes_first():
 
 
 SAMPLE = """
-import sys
+import sys, types
 from megaflow import __main__
-from megaflow.evaluate import generate
-generate.sample = lambda *arguments: {{"texts": [{text!a}]}}
+# in the place of what takes seconds to import
+sys.modules["megaflow.evaluate.generate"] = types.SimpleNamespace(sample=lambda *arguments: {{"texts": [{text!a}]}})
 sys.argv = ["megaflow", "sample", "run", {option}]
 __main__.main()
 """

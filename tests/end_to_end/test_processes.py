@@ -82,7 +82,7 @@ def test_a_matrix_that_two_processes_share(torchrun, words, tmp_path, zero):
     [
         pytest.param("coded", "autoregressive", 0, marks=pytest.mark.long),
         pytest.param("coded", "autoregressive", 1, marks=pytest.mark.long),
-        ("coded", "flow", 2),
+        pytest.param("coded", "flow", 2, marks=pytest.mark.long),
         pytest.param("coded", "flow_map", 1, marks=pytest.mark.long),
         pytest.param("char", "flow_map", 2, marks=pytest.mark.long),
         pytest.param("char", "flow", 1, marks=pytest.mark.long),

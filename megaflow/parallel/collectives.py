@@ -1,15 +1,14 @@
 """Collectives that autograd knows: value, gradient, tangent, and the gradient through a tangent.
 
-Every function takes an `Axis`; with one process on it, it returns its argument. In pairs, one's backward pass is the other:
+Every function takes an `Axis`; with one process on it, it returns its argument, or `scattered_with_neighbors` with its zeros:
 
     function        forward                         backward                        where
     copied          the same on every process       sum of all gradients            from replicated into split computation
-    summed          sum of all parts                the same gradient for all       from split into replicated computation
     gathered        all processes' slices, joined   sum, of which each gets a slice from sequence-parallel into split computation
     scattered       sum, of which each gets a slice all processes' slices, joined   from split into sequence-parallel computation
     own             one's own slice                 all processes' slices, joined   from replicated into sequence-parallel computation
 
-The first four are the f, g and g-bar of Megatron-LM (Shoeybi et al. 2019; Korthikanti et al. 2022). Plain collectives inside forward-mode
+The first three are the f, g and g-bar of Megatron-LM (Shoeybi et al. 2019; Korthikanti et al. 2022). Plain collectives inside forward-mode
 differentiation give wrong tangents without an error; a Function with `setup_context` and `jvp`, whose rules are Functions again, does not.
 """
 
@@ -31,11 +30,6 @@ _reduce_scatter: Callable[..., Any] = getattr(dist, "reduce_scatter_single", Non
 def copied(x: Tensor, axis: Axis) -> Tensor:
     """x itself, replicated; its gradient is the sum of all processes' gradients."""
     return x if axis.size == 1 else _Map.apply(x, axis, 0, "copied")
-
-
-def summed(x: Tensor, axis: Axis) -> Tensor:
-    """Sum of all processes' x, on each of them."""
-    return x if axis.size == 1 else _Map.apply(x, axis, 0, "summed")
 
 
 def gathered(x: Tensor, axis: Axis, dim: int) -> Tensor:

@@ -33,7 +33,7 @@ def on_every_axis(backward: bool) -> list[tuple]:
     """Collectives over the axes of a mesh of 2 x 2, the second of them in a backward pass."""
     with meshes.join(2) as mesh, Recorder(mesh) as recorder:
         x = torch.ones(8, requires_grad=True)
-        y = collectives.copied(collectives.summed(x, mesh.tensor), mesh.data)
+        y = collectives.copied(collectives.scattered(x, mesh.tensor, 0), mesh.data)
         if backward:
             y.sum().backward()
         dist.all_reduce(torch.ones(3))
@@ -43,9 +43,9 @@ def on_every_axis(backward: bool) -> list[tuple]:
 
 @pytest.mark.parametrize("backward", [False, True])
 def test_axes_are_those_of_the_mesh(ranks, backward):
-    expected = [Sent("all-reduce", "tensor", 2, 32), Sent("all-reduce", "world", 4, 12)]
+    expected = [Sent("reduce-scatter", "tensor", 2, 32), Sent("all-reduce", "world", 4, 12)]
     if backward:
-        expected.insert(1, Sent("all-reduce", "data", 2, 32))
+        expected[1:1] = [Sent("all-reduce", "data", 2, 16), Sent("all-gather", "tensor", 2, 32)]
     for found in ranks(4, on_every_axis, backward):
         assert [Sent(*one) for one in found] == expected  # a group of one sends nothing
 

@@ -73,17 +73,18 @@ class Console:
         return getattr(self.stream, name)
 
 
-FAREWELL: list[Callable[[], bool]] = []
-"""What a process that leaves by a signal does first. Where one returns False somebody else has said why the job ends."""
+FAREWELL: list[Callable[[], bool | None]] = []
+"""What a process of a job that leaves by a signal does first: it learns whether it is the one to say so, or None, that nobody knows."""
 
 
 def leave_on_signals() -> None:
     """Until the training loop takes the signals over, and saves, there is nothing to save: leave with STOPPED at once. A launcher ends all
-    processes of a host so, of which the first says it."""
+    processes of a host so, of which the first says it where they do not watch each other."""
 
     def leave(number: int, frame: Any) -> NoReturn:
         # neither print, which the signal may have interrupted, nor sys.exit, which is lost where it comes inside a callback from C++
-        if all([farewell() for farewell in FAREWELL]) and first_here():
+        speaks = FAREWELL[0]() if FAREWELL else None
+        if first_here() if speaks is None else speaks:
             os.write(2, b"megaflow: stopped by a signal outside of training steps; the same command goes on\n")
         os._exit(STOPPED)
 

@@ -152,18 +152,19 @@ class Watch:
             threading.Event().wait()  # another thread is ending this process
         return self._mine
 
-    def stopped(self, code: int) -> bool:
-        """Tell the others that a signal ends this process outside of its steps: they end too, with this code. Whether it is to speak.
+    def stopped(self, code: int) -> bool | None:
+        """Tell the others that a signal ends this process outside of its steps: they end too, with this code. Whether it is to speak; None
+        where no watch can tell.
 
         For a signal's handler, which may have interrupted a thread that holds any lock: it takes none.
         """
         if self._store is None or self._closing.is_set():
-            return True
+            return None
         self._reported = time.monotonic()
         self._report = {"text": "", "code": code}
         while not self._settled.is_set() and time.monotonic() < self._reported + 3.0 * PERIOD:
             time.sleep(0.01)
-        return self._mine or self.verdict is None
+        return None if self.verdict is None else self._mine
 
     # ---- the thread that talks
 

@@ -31,6 +31,11 @@ def sleep() -> None:
         time.sleep(0.1)
 
 
+def stop() -> None:
+    """A signal to this process alone, when the watch has begun and the steps have not."""
+    stages.train = lambda *_: os.kill(os.getpid(), signal.SIGTERM)
+
+
 def config() -> None:
     sys.argv.append("optim.learning_rate=0.004")
 

@@ -13,6 +13,7 @@ import pytest
 
 from megaflow.train import checkpoint as checkpoints
 from megaflow.train import run as runs
+from megaflow.train.meter import SPEED
 from tests import layout_job
 
 FAULTY = Path(__file__).with_name("faulty.py")
@@ -78,7 +79,7 @@ def tracebacks(told: list[list[str]]) -> int:
 
 def curve(directory: Path) -> list[dict]:
     """Everything that was logged, less the speed."""
-    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in runs.lines(directory / "metrics.jsonl")]
+    return [{k: v for k, v in line.items() if k not in SPEED} for line in runs.lines(directory / "metrics.jsonl")]
 
 
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.long), 1])
@@ -157,6 +158,12 @@ def test_a_signal_is_no_failure(job, words, tmp_path, moment):
     said = [line for line in told.splitlines() if line.startswith("megaflow: ") or "stopped by a signal" in line]
     assert len(said) == 1 and "stopped by a signal" in said[0] and not re.search(r"rank \d on", told), told
     assert bool(checkpoints.steps(tmp_path / "run")) == (moment == "steps")
+
+
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.long), 1])
+def test_a_signal_to_one_process_before_its_steps(fails, rank):
+    """It says so, whichever it is, and the others end with it."""
+    assert sentence(fails("stop", rank, 0)) == "megaflow: stopped by a signal outside of training steps; the same command goes on"
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,7 @@ def test_one_process_of_a_host_speaks():
 def test_one_process_and_a_rendezvous_by_a_file_have_no_watch():
     with meshes.gather() as mesh, watches.watching(mesh, 60.0) as watch:
         watch.at(1)
-        assert watch._threads == [] and watch.stopped(75)
+        assert watch._threads == [] and watch.stopped(75) is None
 
 
 def facts(of: dict[int, dict]) -> str:

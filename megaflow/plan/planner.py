@@ -65,15 +65,25 @@ class Plan:
 def plans(loaded: Loaded, vocab: int, gpus: int, capacity: float, device: Device, links: Links) -> list[Plan]:
     """All layouts, those that fit first, the fastest first. capacity: bytes of a GPU. Of passes of different size the fastest that fits.
 
-    Raises ConfigError where there is no layout at all.
+    Where none fits, those with parallel.offload=optimizer too: how long the host's processors take is not predicted, so that they are not
+    ranked among those that do without. Raises ConfigError where there is no layout at all.
     """
+    found = _layouts(loaded, vocab, gpus, (0, 1, 2, 3), capacity, device, links)
+    if loaded.config.parallel.offload == "none" and not any(plan.fits for plan in found):
+        away = copy.deepcopy(loaded)
+        away.config.parallel.offload = "optimizer"
+        found += _layouts(away, vocab, gpus, (1, 2, 3), capacity, device, links)
+    return sorted(found, key=lambda plan: (not plan.fits, plan.time if plan.fits else plan.memory.largest))
+
+
+def _layouts(loaded: Loaded, vocab: int, gpus: int, stages: tuple[int, ...], capacity: float, device: Device, links: Links) -> list[Plan]:
     found: list[Plan] = []
     refused: ConfigError | None = None
     for tensor in (1, 2, 4, 8):
         if gpus % tensor or tensor > gpus:
             continue
         held: list[Weight] | None = None
-        for zero in (0, 1, 2, 3):
+        for zero in stages:
             try:
                 config = _with(loaded, vocab, tensor, zero)
                 held = weights(config, vocab, tensor, _is_map(config)) if held is None else held
@@ -83,7 +93,7 @@ def plans(loaded: Loaded, vocab: int, gpus: int, capacity: float, device: Device
                 refused = refused or error
     if not found:
         raise refused or ConfigError(f"--gpus={gpus} leaves no layout; use 1 or more")
-    return sorted(found, key=lambda plan: (not plan.fits, plan.time if plan.fits else plan.memory.largest))
+    return found
 
 
 def _is_map(config: Config) -> bool:

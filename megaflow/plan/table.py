@@ -48,13 +48,23 @@ def _nothing(least: Plan, gpus: int, capacity: float) -> str:
     return (
         f"no layout of {gpus} GPUs of {capacity / 1e9:g} GB fits, of which tensors may fill {USABLE:.0%}: the least is predicted to need "
         f"{least.memory.largest / 1e9:.1f} GB a GPU ({_name(least)}; {why}); "
-        "use more GPUs, parallel.zero=1 parallel.offload=optimizer, or a smaller model"
+        "use more GPUs or a smaller model"
     )
 
 
 def _name(one: Plan) -> str:
     layout = one.layout
-    return f"tensor {layout.tensor} x data {layout.data}, ZeRO {layout.zero}, recompute {layout.recompute}, micro_batch {layout.micro}"
+    stage = f"ZeRO {layout.zero}{' with parallel.offload=optimizer' if layout.offload else ''}"
+    return f"tensor {layout.tensor} x data {layout.data}, {stage}, recompute {layout.recompute}, micro_batch {layout.micro}"
+
+
+def _away(best: Plan, loaded: Loaded) -> list[str]:
+    """What there is to say of layouts whose optimizer is on the CPU."""
+    if not best.layout.offload:
+        return []
+    why = "as the config says" if loaded.config.parallel.offload == "optimizer" else "without it nothing fits"
+    held = f"{best.memory.host / 1e9:.1f} GB a GPU in the host's memory"
+    return [f"all with parallel.offload=optimizer ({why}): {held}; the seconds do not count what the step takes on the CPU"]
 
 
 def _text(found: list[Plan], loaded: Loaded, vocab: str, gpus: int, gpu: str, capacity: float) -> str:
@@ -83,6 +93,7 @@ def _text(found: list[Plan], loaded: Loaded, vocab: str, gpus: int, gpu: str, ca
     lines += [
         "",
         f"* {_name(best)}: predicted seconds of a step: {parts}",
+        *_away(best, loaded),
         f"{len(fitting) - min(ROWS, len(fitting))} more fit, {len(found) - len(fitting)} do not (--json has all)",
     ]
     return "\n".join(lines)

@@ -49,6 +49,17 @@ class TestPlan:
         )
         assert "ZeRO" in told.err and "optimizer" in told.err
 
+    def test_where_nothing_fits_without_it_the_optimizer_is_offloaded(self, cli):
+        """And only there: what its step takes on a CPU nobody predicts."""
+        assert {one["offload"] for one in layouts(cli, "--gpus", 1, "--memory", 5)} == {"none"}
+        found = layouts(cli, "--gpus", 1, "--memory", 3)
+        assert {one["offload"] for one in found if one["fits"]} == {"optimizer"}
+        assert all(one["zero"] > 0 and one["predicted"]["memory_bytes"]["host"] > 0 for one in found if one["offload"] == "optimizer")
+        told = cli("plan", CONFIGS / "model/145m.yaml", "--gpus", 1, "--memory", 3, *BATCH)
+        assert "all with parallel.offload=optimizer (without it nothing fits): " in told.out
+        given = cli("plan", CONFIGS / "model/145m.yaml", "--gpus", 2, "--json", "parallel.offload=optimizer", "parallel.zero=1", *BATCH)
+        assert {(one["zero"] > 0, one["offload"]) for one in json.loads(given.out)["layouts"]} == {(True, "optimizer"), (False, "none")}
+
     @pytest.mark.parametrize("memory", ["nan", "inf", "0", "-1"])
     def test_memory_that_is_none(self, cli, memory):
         told = cli("plan", CONFIGS / "model/145m.yaml", "--gpus", 8, "--memory", memory)

@@ -21,17 +21,25 @@ def duration(seconds: float) -> str:
 class Progress:
     """Counts towards a total and says so, at most once per `interval` seconds.
 
-    `unit` names what is counted ('rows', 'steps'), `start` is where an earlier process stopped.
+    `unit` names what is counted ('rows', 'steps'), `start` is where an earlier process stopped. Nothing is said of work that is done
+    within `patience` seconds.
     """
 
     def __init__(
-        self, label: str, total: float, unit: str, start: float = 0, stream: TextIO | None = None, interval: float | None = None
+        self,
+        label: str,
+        total: float,
+        unit: str,
+        start: float = 0,
+        stream: TextIO | None = None,
+        interval: float | None = None,
+        patience: float = 0.0,
     ) -> None:
         self.label, self.total, self.unit, self.start = label, total, unit, start
         self.stream = stream if stream is not None else sys.stderr
         self.in_place = self.stream.isatty()
         self.interval = interval if interval is not None else (0.2 if self.in_place else 10.0)
-        self.began = time.monotonic()
+        self.began, self.patience = time.monotonic(), patience
         self.shown = -float("inf")
 
     def say(self, text: str) -> None:
@@ -42,7 +50,7 @@ class Progress:
     def update(self, done: float, note: str = "") -> None:
         """Report that `done` of the total is finished; `note` is appended ('loss 3.21')."""
         now = time.monotonic()
-        if now - self.shown < self.interval and done < self.total:
+        if now - self.began < self.patience or now - self.shown < self.interval and done < self.total:
             return
         self.shown = now
         speed = (done - self.start) / max(now - self.began, 1e-9)

@@ -36,6 +36,14 @@ def test_less_than_one_of_a_unit():
     assert [line.split("  ")[1:3] for line in stream.getvalue().splitlines()] == [["0.06/0.24 MB", " 25%"], ["0.24/0.24 MB", "100%"]]
 
 
+def test_work_that_is_soon_done_says_nothing():
+    stream = io.StringIO()
+    progress = Progress("measure", 10, "levels", stream=stream, interval=0.0, patience=60.0)
+    for level in range(10):
+        progress.update(level + 1)
+    assert stream.getvalue() == ""
+
+
 def test_before_anything_is_done_the_time_left_is_not_known():
     stream = io.StringIO()
     Progress("train", 100, "steps", stream=stream).update(0)

@@ -4,7 +4,9 @@ Code, prior and range are made once, kept in the run as flow.safetensors and rea
 teacher's bit for bit.
 """
 
+from bisect import bisect_left
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +26,13 @@ from megaflow.flow.interpolant import time_of
 from megaflow.flow.likelihood import Range, information_range
 from megaflow.flow.vocabulary import Vocabulary
 from megaflow.parallel import random
+from megaflow.progress import Progress
 
 FILE = "flow.safetensors"
 FADED = 1e-12
 """Weight below which a bin of the profile fades no further: what has long not been seen keeps its value."""
+PATIENCE = 3.0
+"""Seconds of work on a code of which nothing is said: of small vocabularies it takes less."""
 RESOLVED = 1e-3
 """The range ends where the channel alone leaves less than this, nats a token."""
 
@@ -52,24 +57,34 @@ def make(flow: FlowConfig, counts: np.ndarray, seed: int) -> Parts:
     log_prior = unigram(counts)
     vocab = len(counts)
     code = codes.identity(vocab) if flow.code == "identity" else codes.frame(vocab, flow.code_dim, random.generator(seed, "code"))
-    low = information_range(code, 0.0).low
-    for high in torch.arange(low + 1.0, 40.0, 0.5).tolist():
-        if channel_profile(code, log_prior, torch.tensor([high]), 2048, seed)[0] < RESOLVED:
-            break
-    else:
+    levels = torch.arange(information_range(code, 0.0).low + 1.0, 40.0, 0.5)
+    tried, progress = count(1), Progress("range of log-SNR", len(levels).bit_length(), "levels", patience=PATIENCE)
+
+    def resolved(level: int) -> bool:
+        ambiguity = channel_profile(code, log_prior, levels[level : level + 1], 2048, seed)[0].item()
+        progress.update(next(tried))
+        return ambiguity < RESOLVED
+
+    # more signal leaves less to guess, and the draws are the same
+    first = bisect_left(range(len(levels)), True, key=resolved)
+    if first == len(levels):
         raise UserError(
             f"flow.code_dim={code.dim} is too few dimensions for {vocab} tokens: no amount of signal tells all of them apart; give more"
         )
-    return Parts(code, log_prior, information_range(code, high + 0.5))
+    return Parts(code, log_prior, information_range(code, levels[first].item() + 0.5))
 
 
-def channel_profile(code: Code, log_prior: Tensor, log_snrs: Tensor, draws: int, seed: int) -> Tensor:
+def channel_profile(code: Code, log_prior: Tensor, log_snrs: Tensor, draws: int, seed: int, progress: Progress | None = None) -> Tensor:
     """Cross-entropy of the channel alone at each log-SNR (K,), nats a token, by Monte Carlo with common draws."""
     source = random.generator(seed, "profile")
     ids = torch.multinomial(log_prior.exp(), draws, replacement=True, generator=source)
     noise = torch.randn(draws, code.dim, generator=source)
-    times = time_of(log_snrs.double())
-    return torch.stack([channel_cross_entropy(code, log_prior, ids, noise, t.expand(draws)).double().mean() for t in times])
+    found = torch.zeros(len(log_snrs), dtype=torch.float64)
+    for level, t in enumerate(time_of(log_snrs.double())):
+        found[level] = channel_cross_entropy(code, log_prior, ids, noise, t.expand(draws)).double().mean()
+        if progress is not None:
+            progress.update(level + 1)
+    return found
 
 
 def save(parts: Parts, path: Path) -> None:
@@ -142,7 +157,8 @@ class Profile:
 
 def initial_profile(parts: Parts, config: ClockConfig, seed: int) -> Profile:
     edges = torch.linspace(parts.span.low, parts.span.high, config.bins + 1, dtype=torch.float64)
-    measured = channel_profile(parts.code, parts.log_prior, (edges[1:] + edges[:-1]) / 2.0, 512, seed)
+    progress = Progress("profile of the code", config.bins, "levels", patience=PATIENCE)
+    measured = channel_profile(parts.code, parts.log_prior, (edges[1:] + edges[:-1]) / 2.0, 512, seed, progress)
     return Profile(edges, measured.double(), torch.ones(config.bins, dtype=torch.float64))
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from megaflow.config.schema import Config
 from megaflow.flow import clock as clocks
 from megaflow.flow import head as heads
+from megaflow.flow.clock import Clock
 from megaflow.flow.code import lookup
 from megaflow.flow.interpolant import noisy_state
 from megaflow.flow.likelihood import RangeTooShort
@@ -19,12 +20,16 @@ from megaflow.train.stage import Batch, Total, alone, cells, noise, validation_b
 class FlowStage:
     """See stage.Stage. The clock is refitted every flow.clock.refit_every steps from the profile, which is part of the state.
 
-    profile: `initial_profile` of the whole parts.
+    profile: `initial_profile` of the whole parts; None where `restore` brings another before anything is asked for.
     """
 
-    def __init__(self, config: Config, network: TextDiT, parts: Parts, profile: Profile) -> None:
-        self.config, self.network, self.parts, self.profile = config, network, parts, profile
-        self.clock = fit_clock(config.flow.clock, parts, self.profile)
+    profile: Profile
+    clock: Clock
+
+    def __init__(self, config: Config, network: TextDiT, parts: Parts, profile: Profile | None) -> None:
+        self.config, self.network, self.parts = config, network, parts
+        if profile is not None:
+            self.profile, self.clock = profile, fit_clock(config.flow.clock, parts, profile)
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         seed, device = self.config.run.seed, batch.ids.device
@@ -81,7 +86,7 @@ class FlowStage:
 
     def restore(self, state: dict[str, Tensor]) -> None:
         self.profile = Profile(state["profile_edges"], state["profile_total"], state["profile_weight"])
-        self.clock = clocks.Clock(state["clock_times"], state["clock_tau"])
+        self.clock = Clock(state["clock_times"], state["clock_tau"])
 
     def describe(self) -> dict[str, Any]:
         code, span = self.parts.code, self.parts.span

@@ -118,10 +118,11 @@ def first_parts(loaded: Loaded) -> Parts | None:
 
 
 def pretrain_stage(config: Config, fresh: Parts | None, mesh: Mesh) -> Stage:
-    """The flow or the baseline with freshly drawn weights, and the flow's fixed parts, those just made or those kept in the run."""
+    """The flow or the baseline, its weights drawn where the run begins, and the flow's fixed parts, those just made or those kept there."""
     if config.model.family == "autoregressive":
         network = build.autoregressive_network(config, parts.unigram(unigram_counts(config.data.path)), mesh.device, mesh.tensor)
-        build.draw(network, config.run.seed)
+        if begins(config, mesh):
+            build.draw(network, config.run.seed)
         return AutoregressiveStage(config, network)
     file = Path(config.run.dir) / parts.FILE
     if mesh.first and not file.exists():
@@ -132,8 +133,16 @@ def pretrain_stage(config: Config, fresh: Parts | None, mesh: Mesh) -> Stage:
     fixed = parts.read(file)
     ours = parts.to(build.cut_parts(config, fixed, mesh.tensor), mesh.device)
     flow = build.flow_network(config, ours, mesh.device, axis=mesh.tensor)
+    if not begins(config, mesh):
+        return FlowStage(config, flow, ours, None)
     build.draw(flow, config.run.seed)
-    return FlowStage(config, flow, ours, parts.initial_profile(fixed, config.flow.clock, config.run.seed))
+    profile = parts.initial_profile(fixed, config.flow.clock, config.run.seed) if mesh.first else None
+    return FlowStage(config, flow, ours, meshes.shared(mesh, profile))
+
+
+def begins(config: Config, mesh: Mesh) -> bool:
+    """Whether a run has no checkpoint: its weights and its clock are made then, at a large vocabulary in a minute, and read otherwise."""
+    return meshes.shared(mesh, not checkpoints.steps(Path(config.run.dir)))
 
 
 def distill_stage(config: Config, mesh: Mesh) -> Stage:

@@ -12,6 +12,7 @@ from megaflow.config.schema import ClockConfig, FlowConfig
 from megaflow.errors import UserError
 from megaflow.flow import clock as clocks
 from megaflow.flow.interpolant import log_snr, time_of
+from megaflow.flow.likelihood import information_range
 from megaflow.model import parts as made
 from megaflow.model.parts import Parts, Profile
 
@@ -45,6 +46,24 @@ def test_at_the_ends_of_the_range_nothing_and_everything_is_known(kind):
     assert ends[1].item() < 2.0 * made.RESOLVED
     earlier = made.channel_profile(flow.code, flow.log_prior, torch.tensor([flow.span.high - 3.0]), 20_000, seed=5)
     assert earlier.item() > made.RESOLVED  # and the range is not longer than it must be
+
+
+@pytest.mark.parametrize("counts", [COUNTS, np.geomspace(1e5, 1, 300).astype(int)])
+@each
+def test_the_range_ends_half_a_nat_above_the_first_level_that_leaves_nothing_to_guess(kind, counts):
+    flow = made.make(replace(FLOWS[kind], code_dim=32 if len(counts) > 9 and kind == "frame" else FLOWS[kind].code_dim), counts, 0)
+    levels = torch.arange(information_range(flow.code, 0.0).low + 1.0, 40.0, 0.5)
+    left = made.channel_profile(flow.code, flow.log_prior, levels, 2048, seed=0)
+    assert flow.span.high == levels[left < made.RESOLVED][0].item() + 0.5
+
+
+def test_long_work_on_a_code_says_how_long_still(monkeypatch, capsys):
+    monkeypatch.setattr(made, "PATIENCE", 0.0)
+    made.initial_profile(parts("frame"), ClockConfig(bins=30), 0)
+    assert "range of log-SNR" in (told := capsys.readouterr().err) and "profile of the code  30/30 levels  100%" in told
+    monkeypatch.setattr(made, "PATIENCE", 60.0)
+    made.initial_profile(parts("frame"), ClockConfig(bins=30), 0)
+    assert capsys.readouterr().err == ""
 
 
 def test_a_code_that_cannot_tell_its_tokens_apart_is_refused():

@@ -14,7 +14,7 @@ import torch
 
 from megaflow.config.load import load
 from megaflow.data.prepare import prepare
-from megaflow.model import parts
+from megaflow.model import build, parts
 from megaflow.parallel import mesh as meshes
 from megaflow.train import checkpoint as checkpoints
 from megaflow.train import engine, loop, stages
@@ -272,6 +272,19 @@ class TestResume:
         (directory / "summary.json").unlink()
         train("coded", "flow", f"run.dir={directory}")
         assert json.loads((directory / "summary.json").read_text())["steps"] == 40
+
+    @pytest.mark.parametrize("kind, family", BIT_FOR_BIT)
+    def test_only_what_begins_draws_weights_and_measures_a_profile(self, train, monkeypatch, kind, family):
+        """At a vocabulary of 50,000 a minute, which a run that goes on does not spend: all of it comes with the checkpoint."""
+        overrides = ("train.steps=6", "train.checkpoint_every=4")
+        directory = train(kind, family, *overrides)
+        undisturbed = losses(directory)
+        (directory / "summary.json").unlink()
+        shutil.rmtree(checkpoints.folder(directory, 6))
+        monkeypatch.setattr(parts, "initial_profile", None)
+        if family != "flow_map":  # which starts from its teacher's
+            monkeypatch.setattr(build, "draw", None)
+        assert losses(train(kind, family, *overrides)) == undisturbed and len(undisturbed) == 6
 
     @pytest.mark.parametrize("kind, family", [("coded", "flow"), pytest.param("coded", "flow_map", marks=pytest.mark.long)])
     @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.long)])

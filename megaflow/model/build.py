@@ -26,10 +26,12 @@ def part_of(config: Config, vocab: int, axis: Axis) -> Vocabulary:
     return Vocabulary(**entries(vocab, axis, config.parallel.vocab_multiple))
 
 
-def flow_network(config: Config, parts: Parts, device: torch.device, is_map: bool = False, axis: Axis = ALONE) -> TextDiT:
+def flow_network(
+    config: Config, parts: Parts, device: torch.device, is_map: bool = False, axis: Axis = ALONE, home: torch.device | None = None
+) -> TextDiT:
     """A Text-DiT with undrawn weights, over an axis of tensor-parallel processes; a flow map if `is_map`. The config must be resolved.
 
-    parts: those of this process's part of the vocabulary, see `cut_parts`.
+    parts: those of this process's part of the vocabulary, see `cut_parts`; home: where the weights lie until they come to the device.
     """
     reads = ("belief", "linear") if config.model.input == "both" else (config.model.input,)
     shape = shape_of(config, parts.code.vocab)
@@ -37,7 +39,7 @@ def flow_network(config: Config, parts: Parts, device: torch.device, is_map: boo
     skip, kernel = config.flow.skip == "on", config.model.attention
     network = TextDiT(shape, parts.code.to(device), parts.log_prior.to(device), parts.span, skip, reads, map_reads, kernel, axis)
     network.trunk.softcap = config.model.softcap
-    return network.to(device)
+    return network.to(home or device)
 
 
 def cut_parts(config: Config, parts: Parts, axis: Axis) -> Parts:
@@ -45,14 +47,16 @@ def cut_parts(config: Config, parts: Parts, axis: Axis) -> Parts:
     return parts if axis.size == 1 else made.cut(parts, part_of(config, parts.code.vocab, axis))
 
 
-def autoregressive_network(config: Config, log_prior: torch.Tensor, device: torch.device, axis: Axis = ALONE) -> Autoregressive:
-    """The baseline with undrawn weights. log_prior: (V,) of the whole vocabulary."""
+def autoregressive_network(
+    config: Config, log_prior: torch.Tensor, device: torch.device, axis: Axis = ALONE, home: torch.device | None = None
+) -> Autoregressive:
+    """The baseline with undrawn weights. log_prior: (V,) of the whole vocabulary; home: as of `flow_network`."""
     vocab = len(log_prior)
     part = part_of(config, vocab, axis)
     ours = log_prior[part.start : part.stop].to(device)
     network = Autoregressive(shape_of(config, vocab), ours, config.model.attention, part, axis)
     network.trunk.softcap = config.model.softcap
-    return network.to(device)
+    return network.to(home or device)
 
 
 def draw(network: TextDiT | Autoregressive, seed: int) -> None:

@@ -144,6 +144,8 @@ def start(network: nn.Module, config: Config, mesh: Mesh, micro: int, accumulati
     deepspeed.init_distributed("nccl" if mesh.device.type == "cuda" else "gloo", verbose=False, dist_init_required=False)
     deepspeed.utils.groups._WORLD_GROUP = None  # it keeps its clone of the group that an earlier run in this process has left
     frozen = {name: p.detach().clone() for name, p in network.named_parameters() if not p.requires_grad}
+    if config.parallel.zero == 3:
+        _cut(trainee, settings, mesh, torch.bfloat16 if half else torch.float32)
     engine, *_ = deepspeed.initialize(model=trainee, optimizer=optimizer, config=settings, mpu=Mpu(mesh))
     engine.norm, engine.drops = 0.0, False
     optimizer.register_step_pre_hook(lambda optimizer, *_: _drop(engine, optimizer))
@@ -159,6 +161,21 @@ def start(network: nn.Module, config: Config, mesh: Mesh, micro: int, accumulati
     if isinstance(optimizer, Together):
         optimizer.muon.matrices = _matrices(engine, optimizer.muon)
     return engine
+
+
+def home(config: Config) -> torch.device | None:
+    """Where the weights lie that `start` is given, if not on the device: under ZeRO 3, for a network that is larger than one, the CPU."""
+    return torch.device("cpu") if config.parallel.zero == 3 else None
+
+
+def _cut(trainee: Trainee, settings: dict[str, Any], mesh: Mesh, dtype: torch.dtype) -> None:
+    """Give every data-parallel process its slice of each weight, one weight after another: no device ever holds the network. What
+    deepspeed.initialize does by itself too, once the whole network is there."""
+    import deepspeed
+
+    for p in trainee.parameters():
+        p.data = p.data.to(dtype)
+    deepspeed.zero.Init(trainee, mesh.data.group, config_dict_or_path=settings, dtype=dtype, mpu=Mpu(mesh))
 
 
 def close(engine: Any) -> None:

@@ -26,7 +26,7 @@ from megaflow.parallel import mesh as meshes
 from megaflow.parallel import watch as watches
 from megaflow.parallel.mesh import Mesh
 from megaflow.train import checkpoint as checkpoints
-from megaflow.train import ema
+from megaflow.train import ema, engine
 from megaflow.train.checkpoint import Checkpoint
 from megaflow.train.loop import NotFinite, finished, train
 from megaflow.train.run import LOCK_PATIENCE, load_distill, lock, open_run, read_json, versions, write_atomically
@@ -120,7 +120,8 @@ def first_parts(loaded: Loaded) -> Parts | None:
 def pretrain_stage(config: Config, fresh: Parts | None, mesh: Mesh) -> Stage:
     """The flow or the baseline, its weights drawn where the run begins, and the flow's fixed parts, those just made or those kept there."""
     if config.model.family == "autoregressive":
-        network = build.autoregressive_network(config, parts.unigram(unigram_counts(config.data.path)), mesh.device, mesh.tensor)
+        law = parts.unigram(unigram_counts(config.data.path))
+        network = build.autoregressive_network(config, law, mesh.device, mesh.tensor, engine.home(config))
         if begins(config, mesh):
             build.draw(network, config.run.seed)
         return AutoregressiveStage(config, network)
@@ -132,7 +133,7 @@ def pretrain_stage(config: Config, fresh: Parts | None, mesh: Mesh) -> Stage:
     meshes.barrier(mesh)
     fixed = parts.read(file)
     ours = parts.to(build.cut_parts(config, fixed, mesh.tensor), mesh.device)
-    flow = build.flow_network(config, ours, mesh.device, axis=mesh.tensor)
+    flow = build.flow_network(config, ours, mesh.device, axis=mesh.tensor, home=engine.home(config))
     if not begins(config, mesh):
         return FlowStage(config, flow, ours, None)
     build.draw(flow, config.run.seed)
@@ -164,7 +165,7 @@ def distill_stage(config: Config, mesh: Mesh) -> Stage:
     teacher = build.flow_network(config, ours, mesh.device, axis=mesh.tensor)
     averaged = found.tensors("averaged")
     ema.load(teacher, averaged)
-    network = build.flow_network(config, ours, mesh.device, is_map=True, axis=mesh.tensor)
+    network = build.flow_network(config, ours, mesh.device, True, mesh.tensor, engine.home(config))
     build.draw(network, config.run.seed)  # zeros where only a map has weights; all others become the teacher's
     ema.load(network, averaged, partial=True)
     clock = Clock(found.read("stage/clock_times"), found.read("stage/clock_tau"))

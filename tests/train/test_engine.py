@@ -32,6 +32,24 @@ def test_a_closed_engine_holds_nothing():
     assert held() is None
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_zero_3_cuts_weights_before_deepspeed_takes_them_all_to_the_device(monkeypatch, precision):
+    """A network may be larger than a device: it waits on the CPU, from where one weight comes after another, and a slice of each stays."""
+    deepspeed, seen = engine.quiet_deepspeed(), []
+    true = deepspeed.initialize
+
+    def initialize(**named):
+        seen.extend(p.ds_status.name for p in named["model"].parameters())
+        return true(**named)
+
+    monkeypatch.setattr(deepspeed, "initialize", initialize)
+    config = small("adamw", 3, precision)
+    assert engine.home(config) == torch.device("cpu") and engine.home(small("adamw", 2, precision)) is None
+    with meshes.join() as joined:
+        Session(config, joined, seed=1)
+    assert seen and set(seen) == {"NOT_AVAILABLE"}
+
+
 class TestLearningRate:
     def rates(self, steps: int, **settings: object) -> list[float]:
         optim = OptimConfig(learning_rate=2.0, **settings)

@@ -169,7 +169,7 @@ def run(arguments: argparse.Namespace, began: float) -> int:
         from megaflow import show
         from megaflow.plan.table import plan
 
-        loaded, vocab = show.known(arguments.config, arguments.overrides)
+        loaded, vocab = show.known(arguments.config, arguments.overrides, sizes=True)
         vocab = arguments.vocab if vocab is None else vocab
         print(plan(loaded, vocab, arguments.gpus, arguments.memory, arguments.gpu, arguments.json))
         return 0

@@ -9,9 +9,17 @@ from megaflow.config.schema import keys
 from megaflow.train.run import load_distill
 
 
-def known(path: str, overrides: list[str]) -> tuple[Loaded, int | None]:
-    """A config with what its teacher and its shards say, where these are there, and the size of their vocabulary, else None."""
+def known(path: str, overrides: list[str], sizes: bool = False) -> tuple[Loaded, int | None]:
+    """A config with what its teacher and its shards say, where these are there, and the size of their vocabulary, else None.
+
+    sizes: whether it is asked for its network's sizes, which a flow map has from its teacher: ConfigError where that is not there.
+    """
     loaded = load(path, overrides)
+    if sizes and loaded.config.distill.teacher and not os.path.isdir(loaded.config.distill.teacher):
+        raise ConfigError(
+            f"distill.teacher={loaded.config.distill.teacher}: no such directory, and a flow map has its network and its rows from its "
+            "teacher; start that first, or give another distill.teacher=RUN"
+        )
     if loaded.config.distill.teacher and os.path.isdir(loaded.config.distill.teacher):
         loaded = load_distill(path, overrides)
     contradictions(loaded)

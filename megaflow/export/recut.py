@@ -107,8 +107,10 @@ def _copy(source: Source, partial: Path, out: Path, processes: int) -> None:
     content.pop("wandb", None)
     content["converted"] = {"from": str(run), "step": step, "processes": processes}
     (partial / "run.json").write_text(json.dumps(content, indent=1), "utf-8")
-    kept = [line for line in lines(run / "metrics.jsonl") if isinstance(line, dict) and line.get("step", 0) <= step]
-    (partial / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept), "utf-8")
+    for name in ("metrics.jsonl", "spikes.jsonl"):
+        if (run / name).exists():
+            kept = [line for line in lines(run / name) if isinstance(line, dict) and line.get("step", 0) <= step]
+            (partial / name).write_text("".join(json.dumps(line) + "\n" for line in kept), "utf-8")
     for name in (parts.FILE, TEACHER_FILE, "summary.json"):
         if (run / name).exists():
             shutil.copyfile(run / name, partial / name)

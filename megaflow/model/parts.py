@@ -67,6 +67,8 @@ def make(flow: FlowConfig, counts: np.ndarray, seed: int) -> Parts:
 
     # more signal leaves less to guess, and the draws are the same
     first = bisect_left(range(len(levels)), True, key=resolved)
+    if next(tried) <= progress.total:  # halves may be uneven
+        progress.update(progress.total)
     if first == len(levels):
         raise UserError(
             f"flow.code_dim={code.dim} is too few dimensions for {vocab} tokens: no amount of signal tells all of them apart; give more"

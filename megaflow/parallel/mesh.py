@@ -62,7 +62,7 @@ def processes() -> int:
 
 
 def restarted() -> bool:
-    """Whether the launcher has started this job before, and it failed."""
+    """Whether the launcher has started this job before, and it failed: the one of this host, which may be new to the job."""
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 
 
@@ -83,7 +83,7 @@ def gather(patience: float | None = None) -> Iterator[Mesh]:
     default as many as torch's own; give more than whoever watches over hangs (watch.py) allows, who can say more about them.
     """
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    device = torch.device("cuda", _gpu(int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count())) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     if dist.is_initialized():
@@ -102,6 +102,17 @@ def gather(patience: float | None = None) -> Iterator[Mesh]:
         yield _everyone(device, timeout)
     finally:
         dist.destroy_process_group()
+
+
+def _gpu(place: int, there: int) -> int:
+    """The GPU of a host's process at `place`, of so many that it sees. A launcher may show each its own alone. Raises UserError."""
+    if there == 1 and os.environ.get("CUDA_VISIBLE_DEVICES"):
+        return 0
+    if place >= there:
+        raise UserError(
+            f"process {place + 1} of {os.uname().nodename} has no GPU, there are {there}; start as many processes on a host as GPUs"
+        )
+    return place
 
 
 def _everyone(device: torch.device, timeout: timedelta | None = None) -> Mesh:

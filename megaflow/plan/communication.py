@@ -205,21 +205,22 @@ def _gathered(held: list[Weight], targets: int) -> float:
     return found
 
 
+def muon_holders(matrices: list[int], layout: Layout) -> list[range]:
+    """Of matrices of these sizes the data-parallel processes that hold some of each, and orthogonalise all of it."""
+    if layout.data == 1 or layout.zero in (0, 3):
+        return [range(layout.data) for _ in matrices]
+    slice_ = math.ceil(sum(matrices) / (2 * layout.data)) * 2
+    ends = itertools.accumulate(matrices)
+    return [range((end - size) // slice_, (end - 1) // slice_ + 1) for size, end in zip(matrices, ends, strict=True)]
+
+
 def _muon(held: list[Weight], layout: Layout) -> list[Send]:
     """What Muon puts together: over the tensor axis every matrix of which a process has some, over the data axis those that a border
     between two slices cuts. Of the data-parallel process that has most; in the precision of training, in which they are orthogonalised."""
     matrices = [w.numel for w in held if w.matrix]
-    whole = sum(matrices)
-    most, split = whole, 0
-    if layout.data > 1 and layout.zero == 3:
-        split = whole
-    elif layout.data > 1 and layout.zero:
-        slice_ = math.ceil(whole / (2 * layout.data)) * 2
-        ends = list(itertools.accumulate(matrices))
-        holders = [range((end - size) // slice_, (end - 1) // slice_ + 1) for size, end in zip(matrices, ends, strict=True)]
-        split = sum(size for size, some in zip(matrices, holders, strict=True) if len(some) > 1)
-        has = [sum(size for size, some in zip(matrices, holders, strict=True) if rank in some) for rank in range(layout.data)]
-        most = max(has)
+    holders = muon_holders(matrices, layout)
+    split = sum(size for size, some in zip(matrices, holders, strict=True) if len(some) > 1) if layout.zero else 0
+    most = max(sum(size for size, some in zip(matrices, holders, strict=True) if rank in some) for rank in range(layout.data))
     return [
         Send("muon", "tensor", "all-gather", layout.tensor, most * layout.tensor * layout.width),
         Send("muon", "data", "all-reduce", layout.data, split * layout.width),

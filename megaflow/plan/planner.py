@@ -68,11 +68,12 @@ def plans(loaded: Loaded, vocab: int, gpus: int, capacity: float, device: Device
     Where none fits, those with parallel.offload=optimizer too: how long the host's processors take is not predicted, so that they are not
     ranked among those that do without. Raises ConfigError where there is no layout at all.
     """
-    found = _layouts(loaded, vocab, gpus, (0, 1, 2, 3), capacity, device, links)
-    if loaded.config.parallel.offload == "none" and not any(plan.fits for plan in found):
-        away = copy.deepcopy(loaded)
-        away.config.parallel.offload = "optimizer"
-        found += _layouts(away, vocab, gpus, (1, 2, 3), capacity, device, links)
+    away = loaded.config.parallel.offload == "optimizer"
+    found = _layouts(loaded, vocab, gpus, (1, 2, 3) if away else (0, 1, 2, 3), capacity, device, links)
+    if not away and not any(plan.fits for plan in found):
+        offloaded = copy.deepcopy(loaded)
+        offloaded.config.parallel.offload = "optimizer"
+        found += _layouts(offloaded, vocab, gpus, (1, 2, 3), capacity, device, links)
     return sorted(found, key=lambda plan: (not plan.fits, plan.time if plan.fits else plan.memory.largest))
 
 
@@ -103,8 +104,6 @@ def _is_map(config: Config) -> bool:
 def _with(loaded: Loaded, vocab: int, tensor: int, zero: int) -> Config:
     other = copy.deepcopy(loaded)
     other.config.parallel.tensor, other.config.parallel.zero = tensor, zero
-    if zero == 0:
-        other.config.parallel.offload = "none"
     contradictions(other, vocab)
     return resolve(other, vocab).config
 
@@ -186,18 +185,19 @@ def _data_seconds(sends: list[Send], layout: Layout, links: Links, several: bool
 
 
 def _step_seconds(held: list[Weight], config: Config, layout: Layout, device: Device, links: Links, peak: float) -> float:
-    share = layout.data if layout.zero else 1
-    numbers = sum(w.numel for w in held if w.trained) / share
-    seconds = STEP_BYTES * numbers / device.bandwidth
+    numbers = sum(w.numel for w in held if w.trained) / (layout.data if layout.zero else 1)
     if layout.offload:  # gradients down, weights up; how long the host's processors take nobody has measured here
-        seconds += (communication.SINGLE + layout.width) * numbers / (LINK_EFFICIENCY * links.host)
+        seconds = (communication.SINGLE + layout.width) * numbers / (LINK_EFFICIENCY * links.host)
+    else:
+        seconds = STEP_BYTES * numbers / device.bandwidth
     if layout.muon:
         d, ratio = config.model.hidden, config.model.mlp_ratio
-        # five steps of 2 m m n + 2 m m m + 2 m m n on a matrix of m rows and n >= m columns
-        products = 5.0 * sum(
-            4 * min(m, n) ** 2 * max(m, n) + 2 * min(m, n) ** 3 for m, n in ((3 * d, d), (d, d), (ratio * d, d), (d, ratio * d))
-        )
-        seconds += config.model.layers * products / share / (EFFICIENCY * peak)
+        # five steps of 2 m m n + 2 m m m + 2 m m n on a matrix of m rows and n >= m columns; whoever holds some of one does all of them
+        shapes = [(3 * d, d), (d, d), (ratio * d, d), (d, ratio * d)] * config.model.layers
+        products = [5.0 * (4 * min(m, n) ** 2 * max(m, n) + 2 * min(m, n) ** 3) for m, n in shapes]
+        holders = communication.muon_holders([m * n // layout.tensor for m, n in shapes], layout)
+        most = max(sum(one for one, some in zip(products, holders, strict=True) if rank in some) for rank in range(layout.data))
+        seconds += most / (EFFICIENCY * peak)
     return seconds
 
 

@@ -28,7 +28,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -129,6 +129,10 @@ class Checkpoint:
         """All tensors of a group, whole, by the rest of their names. Raises Damaged."""
         return {name.removeprefix(f"{group}/"): self.read(name) for name in self.names(f"{group}/")}
 
+    def by_name(self, group: str) -> Mapping[str, Tensor]:
+        """The same, each read when it is asked for: where not all need be in memory at once."""
+        return ByName(self, group)
+
     def _of(self, name: str) -> Logical:
         if name not in self.logical:
             raise UserError(f"{self.path}: it has no {name}; another version of megaflow has written it, train anew")
@@ -146,6 +150,24 @@ class Checkpoint:
             return tensor_file.read(path, entry, at)
         except (OSError, ValueError, KeyError) as error:
             raise Damaged(f"{path}: cannot be read ({error}); {DELETE}") from None
+
+
+class ByName(Mapping[str, Tensor]):
+    """The tensors of a checkpoint's group by the rest of their names, read when they are asked for."""
+
+    def __init__(self, found: Checkpoint, group: str) -> None:
+        self.found, self.group = found, group
+
+    def __getitem__(self, name: str) -> Tensor:
+        if f"{self.group}/{name}" not in self.found.logical:
+            raise KeyError(name)
+        return self.found.read(f"{self.group}/{name}")
+
+    def __iter__(self) -> Iterator[str]:
+        return (name.removeprefix(f"{self.group}/") for name in self.found.names(f"{self.group}/"))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
 
 def folder(run: Path, step: int) -> Path:

@@ -1,5 +1,7 @@
 """Exponential moving averages of weights, by name, in fp32: what is evaluated and distilled."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -13,7 +15,7 @@ def decay(largest: float, step: int) -> float:
 
 
 @torch.no_grad()
-def load(network: nn.Module, weights: dict[str, Tensor], partial: bool = False) -> None:
+def load(network: nn.Module, weights: Mapping[str, Tensor], partial: bool = False) -> None:
     """Copy logical weights into a network by name, or its parts of them, converting to its precision.
 
     Raises UserError where a name is missing, unless `partial` leaves such weights as they are.

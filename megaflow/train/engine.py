@@ -332,7 +332,7 @@ def _boxed(name: str, value: Tensor, shape: torch.Size, cut: Cut | None, first: 
 
 @torch.no_grad()
 def restore(engine: Any, read: Callable[[str, Box], Tensor], steps: int) -> None:
-    """Put logical weights, averages and moments, as they were after `steps` steps, into an engine of any layout.
+    """Put logical weights, averages and moments, as they were after `steps` steps that were taken, into an engine of any layout.
 
     read(name, box): the elements of a box of a logical tensor.
     """
@@ -407,8 +407,8 @@ def _spread(engine: Any) -> None:
 
 
 def finite(engine: Any) -> bool:
-    """Whether all weights that this process holds are numbers."""
-    return all(bool(flat.detach().isfinite().all()) for flat in _flats(engine))
+    """Whether all weights that this process holds are numbers. What DeepSpeed has allocated around them under ZeRO 3 may be anything."""
+    return all(bool(held.of(held.flat.detach()).isfinite().all()) for held in engine.held)
 
 
 def named(engine: Any) -> dict[str, Any]:

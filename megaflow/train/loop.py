@@ -65,13 +65,14 @@ def train(config: Config, stage: Stage, mesh: Mesh, began: float, watch: Watch) 
     end = end_of_documents(config, stream.manifest)
     validation = validation_rows(config, mesh, end)
     deep = engine.start(stage.network, config, mesh, micro, accumulation)
-    state: dict[str, Any] = {"step": 0, "tokens": 0, "seconds": 0.0, "training_seconds": 0.0, "skipped": 0}
+    state: dict[str, Any] = {"step": 0, "taken": 0, "tokens": 0, "seconds": 0.0, "skipped": 0}
+    state |= {"training_seconds": 0.0, "process_seconds": 0.0, "checkpoint_wait_seconds": 0.0}
     rank, size, exchange = mesh.world.rank, mesh.world.size, partial(meshes.exchanged, mesh)
     saved = checkpoints.newest(directory, rank=rank, size=size, exchange=exchange)
     if saved is not None:
-        engine.restore(deep, saved.read, saved.state["step"])
+        state |= {"taken": saved.state["step"]} | saved.state  # earlier versions knew no steps that are passed over
+        engine.restore(deep, saved.read, state["taken"])
         stage.restore(saved.tensors("stage"))
-        state |= saved.state
     seconds_before = state["seconds"]
     writer = Writer(directory, config.train.keep_checkpoints, rank, size, meshes.shared(mesh, secrets.token_hex(4)))
     watch.last = writer.settle
@@ -87,11 +88,13 @@ def train(config: Config, stage: Stage, mesh: Mesh, began: float, watch: Watch) 
     batches = read_ahead(stream, (torch.arange(first, first + own) for first in firsts))
 
     def save() -> None:
+        asked = time.monotonic()
         if not all(meshes.exchanged(mesh, engine.finite(deep))):  # a checkpoint is one that a run can go on from
             raise NotFinite(not_finite(directory, writer, f"after step {state['step']} not all weights are finite"))
         state["seconds"] = seconds_before + time.monotonic() - began
         pieces = [Piece(*piece) for piece in engine.pieces(deep)]
         writer.save(pieces + (checkpoint_writer.whole("stage", stage.state()) if mesh.first else []), state)
+        state["checkpoint_wait_seconds"] += time.monotonic() - asked
 
     stopped = False
     try:
@@ -118,8 +121,9 @@ def train(config: Config, stage: Stage, mesh: Mesh, began: float, watch: Watch) 
                 learned = stage.learn(observed, step)
                 engine.update_average(deep, ema.decay(config.optim.ema_decay, step))
             elapsed = time.monotonic() - start
-            state["step"], state["tokens"] = step + 1, state["tokens"] + counted
+            state["step"], state["taken"], state["tokens"] = step + 1, state["taken"] + taken, state["tokens"] + counted
             state["training_seconds"] += elapsed
+            state["process_seconds"] += elapsed * mesh.world.size  # a run may move to more or fewer
             last, stopped = step + 1 == steps, asked
             line = {"step": step + 1, "tokens": state["tokens"]}
             if taken:
@@ -145,7 +149,7 @@ def train(config: Config, stage: Stage, mesh: Mesh, began: float, watch: Watch) 
                 save()
         writer.finish()
         if mesh.first and state["step"] >= steps and not (directory / "summary.json").exists():
-            summarize(directory, config, stage, state, mesh, meter, writer)
+            summarize(directory, config, stage, state, mesh, meter)
     finally:
         batches.close()
         writer.close()
@@ -268,7 +272,7 @@ def not_finite(directory: Path, writer: Writer, what: str, skipped: int = 0) -> 
     return f"{directory}: {what}{before}; {where}; {advice}"
 
 
-def summarize(directory: Path, config: Config, stage: Stage, state: dict, mesh: Mesh, meter: Meter, writer: Writer) -> None:
+def summarize(directory: Path, config: Config, stage: Stage, state: dict, mesh: Mesh, meter: Meter) -> None:
     """summary.json of a finished run. Peak memory is this process's resident set (and the GPU's, where there is one), in bytes."""
     summary = {
         "steps": state["step"],
@@ -276,8 +280,8 @@ def summarize(directory: Path, config: Config, stage: Stage, state: dict, mesh: 
         "seconds": state["seconds"],
         "tokens_per_second": state["tokens"] / max(state["training_seconds"], 1e-9),
         "model_flops_per_token": meter.flops,
-        "mfu": devices.mfu(meter.flops, state["tokens"] / max(state["training_seconds"], 1e-9), meter.peak, mesh.world.size),
-        "checkpoint_wait_seconds": writer.waited,
+        "mfu": devices.mfu(meter.flops, state["tokens"] / max(state["process_seconds"], 1e-9), meter.peak, 1),
+        "checkpoint_wait_seconds": state["checkpoint_wait_seconds"],
         "parameters": parameters(stage.network),
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "processes": mesh.world.size,

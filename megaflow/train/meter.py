@@ -26,7 +26,8 @@ class Meter:
     def line(self, tokens: int, seconds: float, data_wait: float) -> dict[str, float]:
         """Of one step on all devices together: the metrics of metrics.jsonl. data_wait: seconds of the step spent waiting for rows."""
         speed = tokens / seconds
-        found = {"tokens_per_second": speed, "data_wait": data_wait / seconds, "memory_bytes": float(memory(self.mesh.device))}
+        found = {"tokens_per_second": speed, "model_flops_per_token": self.flops}
+        found |= {"data_wait": data_wait / seconds, "memory_bytes": float(memory(self.mesh.device))}
         mfu = devices.mfu(self.flops, speed, self.peak, self.mesh.world.size)
         return found if mfu is None else found | {"mfu": mfu}
 

@@ -10,6 +10,7 @@ summary.json     of a finished run: seconds, speed, memory
 import contextlib
 import dataclasses
 import fcntl
+import hashlib
 import json
 import os
 import secrets
@@ -29,6 +30,7 @@ MAY_CHANGE = (
     "parallel.",
     "log.",
     "train.checkpoint_every",
+    "train.keep_checkpoints",
     "train.micro_batch",
     "train.hang_timeout",
     "train.skip_nonfinite",
@@ -191,6 +193,14 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+def source_digest() -> str:
+    """Of the code that runs: versions of a checkout are all the same."""
+    package, found = Path(__file__).resolve().parents[1], hashlib.sha256()
+    for file in sorted(package.rglob("*.py")):
+        found.update(str(file.relative_to(package)).encode() + b"\0" + file.read_bytes() + b"\0")
+    return found.hexdigest()[:16]
 
 
 def git_state() -> dict[str, Any]:

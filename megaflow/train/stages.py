@@ -1,6 +1,8 @@
 """The two commands that train, each readable from top to bottom: pretrain (stage 1 and the baseline) and distill (stage 2)."""
 
 import json
+import os
+import shutil
 import sys
 import time
 from functools import partial
@@ -29,7 +31,7 @@ from megaflow.train import checkpoint as checkpoints
 from megaflow.train import ema, engine
 from megaflow.train.checkpoint import Checkpoint
 from megaflow.train.loop import NotFinite, finished, train
-from megaflow.train.run import LOCK_PATIENCE, load_distill, lock, open_run, read_json, versions, write_atomically
+from megaflow.train.run import LOCK_PATIENCE, load_distill, lock, open_run, read_json, source_digest, versions, write_atomically
 from megaflow.train.stage import Stage, end_of_documents
 from megaflow.train.stage_autoregressive import AutoregressiveStage
 from megaflow.train.stage_flow import FlowStage
@@ -68,7 +70,8 @@ def _train(loaded: Loaded, kind: str, began: float) -> int:
     meshes.check(tensor, meshes.processes())
     with meshes.gather(watches.patience(limit)) as everyone, watches.watching(everyone, limit, (NotFinite,)) as watch:
         process.FAREWELL[:] = [partial(watch.stopped, process.STOPPED)]
-        meshes.agree(everyone, flatten(loaded.config) | {f"the version of {name}": value for name, value in versions().items()})
+        code = {f"the version of {name}": value for name, value in versions().items()} | {"the source of megaflow": source_digest()}
+        meshes.agree(everyone, flatten(loaded.config) | code)
         mesh = meshes.grid(tensor, everyone.device, everyone.timeout)
         watch.follow(mesh)
         # what cannot run here is refused before it becomes a run
@@ -76,9 +79,13 @@ def _train(loaded: Loaded, kind: str, began: float) -> int:
         model = loaded.config.model
         end_of_documents(loaded.config, manifest)
         choose(model.attention, mesh.device, loaded.config.train.precision == "bf16", model.hidden // model.heads)
+        if loaded.config.parallel.compile:
+            compiles(mesh.device, directory)
         fresh = first_parts(loaded) if kind == "pretrain" and mesh.first else None
-        held = lock(directory, LOCK_PATIENCE if meshes.restarted() else 0.0) if mesh.first else None
+        again = any(meshes.exchanged(mesh, meshes.restarted()))
+        held = lock(directory, LOCK_PATIENCE if again else 0.0) if mesh.first else None
         try:
+            in_one_folder(directory, mesh)
             if mesh.first:
                 loaded = open_run(loaded, kind)
                 contradictions(loaded)  # recorded values may not hold with a changed layout
@@ -87,7 +94,7 @@ def _train(loaded: Loaded, kind: str, began: float) -> int:
                     print(f"warning: {reached}: the run ends before it comes to optim.learning_rate", file=sys.stderr)
             loaded = meshes.shared(mesh, loaded)
             config = loaded.config
-            if finished(directory, config.train.steps):
+            if meshes.shared(mesh, mesh.first and finished(directory, config.train.steps)):
                 if mesh.first:
                     print(
                         f"{directory}: finished at step {config.train.steps}; nothing to do (a larger train.steps goes on)", file=sys.stderr
@@ -104,6 +111,40 @@ def _train(loaded: Loaded, kind: str, began: float) -> int:
         finally:
             if held is not None:
                 held.close()
+
+
+def compiles(device: torch.device, directory: Path) -> None:
+    """Refuse torch.compile where it has no compiler, and have what it compiles kept in the run. Raises UserError."""
+    names = ("gcc", "cc", "clang") if device.type == "cuda" else ("g++", "c++", "clang++")  # Triton compiles C, the CPU's kernels are C++
+    given = os.environ.get("CC" if device.type == "cuda" else "CXX")
+    if not any(map(shutil.which, [given] if given else names)):
+        tried = f"{given} is not there" if given else f"there is none of {', '.join(names)}"
+        raise UserError(f"parallel.compile=true needs a compiler, and on {os.uname().nodename} {tried}; install one, or leave it out")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(directory.resolve() / "compiled"))
+
+
+def in_one_folder(directory: Path, mesh: Mesh) -> None:
+    """Refuse hosts that do not share the run's folder: every process writes its part of a checkpoint there. Raises UserError, on all.
+
+    The others must find in the lock, which the first process holds, who that is.
+    """
+    if len(set(meshes.exchanged(mesh, os.uname().nodename))) == 1:
+        return
+    file = directory / ".lock"
+    holder = meshes.shared(mesh, file.read_text("utf-8") if mesh.first else "")
+    end = time.monotonic() + SHARED_WITHIN
+    while not (found := file.exists() and file.read_text("utf-8") == holder) and time.monotonic() < end:
+        time.sleep(0.2)
+    seen = meshes.exchanged(mesh, (os.uname().nodename, found))
+    if blind := sorted({host for host, found in seen if not found}):
+        raise UserError(
+            f"{directory}: {', '.join(blind[: meshes.NAMED])} and {seen[0][0]} do not see the same folder; all hosts of a job need run.dir "
+            "on a file system that they share"
+        )
+
+
+SHARED_WITHIN = 30.0
+"""Seconds in which a file server shows a file to another host at the latest."""
 
 
 def first_parts(loaded: Loaded) -> Parts | None:
@@ -159,15 +200,16 @@ def distill_stage(config: Config, mesh: Mesh) -> Stage:
         raise UserError(
             f"{file}: code, prior or range differ from those of the teacher {source}; they must be its own, start the map afresh"
         )
-    found = trained(source)
+    found = trained(source, mesh)
     _same_teacher(Path(config.run.dir), source, found, mesh)
     ours = parts.to(build.cut_parts(config, fixed, mesh.tensor), mesh.device)
     teacher = build.flow_network(config, ours, mesh.device, axis=mesh.tensor)
-    averaged = found.tensors("averaged")
+    averaged = found.by_name("averaged")
     ema.load(teacher, averaged)
     network = build.flow_network(config, ours, mesh.device, True, mesh.tensor, engine.home(config))
-    build.draw(network, config.run.seed)  # zeros where only a map has weights; all others become the teacher's
-    ema.load(network, averaged, partial=True)
+    if begins(config, mesh):
+        build.draw(network, config.run.seed)  # zeros where only a map has weights; all others become the teacher's
+        ema.load(network, averaged, partial=True)
     clock = Clock(found.read("stage/clock_times"), found.read("stage/clock_tau"))
     return MapStage(config, network, teacher.eval(), ours, clock)
 
@@ -190,7 +232,7 @@ def trained_flow(directory: Path, config: Config, is_map: bool, device: torch.de
     """A run's network with its averaged weights, its fixed parts, its clock and its newest checkpoint. Raises UserError."""
     fixed, found = parts.read(directory / parts.FILE), trained(directory)
     network = build.flow_network(config, fixed, device, is_map)
-    ema.load(network, found.tensors("averaged"))
+    ema.load(network, found.by_name("averaged"))
     return network.eval(), parts.to(fixed, device), Clock(found.read("stage/clock_times"), found.read("stage/clock_tau")), found
 
 
@@ -198,13 +240,15 @@ def trained_autoregressive(directory: Path, config: Config, device: torch.device
     """A baseline with its averaged weights, and its newest checkpoint. Raises UserError."""
     found = trained(directory)
     network = build.autoregressive_network(config, parts.unigram(unigram_counts(directory / SHARDS)), device)
-    ema.load(network, found.tensors("averaged"))
+    ema.load(network, found.by_name("averaged"))
     return network.eval(), found
 
 
-def trained(directory: Path) -> Checkpoint:
-    """The newest checkpoint's averaged weights and clock. Raises UserError where there is none yet."""
-    found = checkpoints.newest(directory, checkpoints.SEEN)
+def trained(directory: Path, mesh: Mesh | None = None) -> Checkpoint:
+    """The newest checkpoint's averaged weights and clock, whose hashes the processes of a mesh share out. Raises UserError where there is
+    none yet."""
+    shared = () if mesh is None else (mesh.world.rank, mesh.world.size, partial(meshes.exchanged, mesh))
+    found = checkpoints.newest(directory, checkpoints.SEEN, *shared)
     if found is None:
         raise UserError(f"{directory}: this run has no checkpoint yet; train it first")
     return found

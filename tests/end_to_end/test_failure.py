@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from megaflow.parallel import watch as watches
 from megaflow.train import checkpoint as checkpoints
 from megaflow.train import run as runs
 from megaflow.train.meter import SPEED
@@ -18,6 +19,8 @@ from tests import layout_job
 
 FAULTY = Path(__file__).with_name("faulty.py")
 LENGTH = ("train.steps=30", "train.checkpoint_every=5", "train.validate_every=30", "train.validation_rows=8")
+SLOW = 10.0
+"""Seconds that a busy machine, and a launcher that looks at its processes now and then, may add."""
 LIMIT = 8
 """Seconds for train.hang_timeout, after which these jobs must have noticed."""
 HOST = re.escape(os.uname().nodename)
@@ -52,14 +55,16 @@ def job(environment, tmp_path) -> Callable[..., subprocess.Popen[str]]:
 
 @pytest.fixture
 def fails(job, words, tmp_path) -> Callable[..., list[list[str]]]:
-    """fails(fault, rank, step, *overrides): what each process of a job that meets a fault says, line by line; the launcher, which may speak
-    before them, apart."""
+    """fails(fault, rank, step, *overrides, noticed=seconds): what each process of a job that meets a fault says, line by line; not the
+    launcher, which may speak before them."""
 
-    def run(fault: str, rank: int, step: int, *overrides: str) -> list[list[str]]:
+    def run(fault: str, rank: int, step: int, *overrides: str, noticed: float = watches.PERIOD) -> list[list[str]]:
         said = tmp_path / "said"
         started = job("--redirects=2", f"--log-dir={said}", FAULTY, fault, rank, step, *words("run", *overrides))
         started.communicate(timeout=200)
         assert started.returncode == 1
+        if (met := tmp_path / "met").exists():  # found after `noticed` seconds, all have ended LEAVING later: docs/failures.md
+            assert time.time() - met.stat().st_mtime < noticed + watches.LEAVING + SLOW
         return [path.read_text().splitlines() for path in sorted(said.glob("*/attempt_0/*/stderr.log"))]
 
     return run
@@ -102,14 +107,15 @@ def test_a_rank_that_raises(fails, rank):
 @pytest.mark.long
 def test_a_rank_that_hangs(fails):
     """All stand in the same step; the one that has not come to the call in which the others wait is named, and where it stands."""
-    told = fails("sleep", 1, 5, f"train.hang_timeout={LIMIT}")
+    told = fails("sleep", 1, 5, f"train.hang_timeout={LIMIT}", noticed=LIMIT + 2 * watches.PERIOD)
     found = re.fullmatch(rf"megaflow: rank 1 on {HOST} hangs in step 5 since (\d+) s \(.*\); the stack of rank 1: (.*)", sentence(told))
     assert LIMIT <= int(found[1]) < 3 * LIMIT and re.match(r"faulty\.py:\d+ sleep < faulty\.py:\d+ accumulate < loop\.py", found[2])
 
 
 @pytest.mark.long
 def test_a_rank_that_stands_still_with_all_its_threads(fails):
-    told = fails("freeze", 1, 5, f"train.hang_timeout={LIMIT}")
+    torchrun = 30.0  # seconds until it kills what does not react to SIGTERM
+    told = fails("freeze", 1, 5, f"train.hang_timeout={LIMIT}", noticed=LIMIT + 2 * watches.PERIOD + torchrun)
     found = re.fullmatch(rf"megaflow: rank 1 on {HOST} gave no sign of life for (\d+) s in step 5: .*", sentence(told))
     assert LIMIT <= int(found[1]) < 3 * LIMIT
 

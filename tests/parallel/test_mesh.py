@@ -82,3 +82,19 @@ work()
     done = process("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "work.py")
     assert done.returncode == 0, done.stderr
     assert {(tmp_path / f"answers-{rank}").read_text() for rank in (0, 1)} == {"([3.0, 20.0], ['of', 0])"}
+
+
+class TestGpus:
+    def test_a_process_takes_the_one_at_its_place(self, monkeypatch):
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        assert [meshes._gpu(place, 4) for place in range(4)] == [0, 1, 2, 3]
+
+    def test_a_launcher_may_show_each_process_its_own_alone(self, monkeypatch):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")
+        assert meshes._gpu(5, 1) == 0
+
+    @pytest.mark.parametrize("there", [1, 4])
+    def test_more_processes_than_gpus_are_refused(self, monkeypatch, there):
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        with pytest.raises(UserError, match=f"process {there + 1} of .* has no GPU, there are {there}"):
+            meshes._gpu(there, there)

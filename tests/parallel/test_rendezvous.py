@@ -1,12 +1,14 @@
 """Attempts of one job that meet in one store: each has a word of its own, whatever the one before has left there."""
 
+import socket
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
 
 from megaflow.errors import UserError
-from megaflow.parallel.rendezvous import word_of
+from megaflow.parallel.rendezvous import meet, word_of
 
 
 def attempt(store: dist.Store, size: int) -> list[str]:
@@ -27,6 +29,32 @@ def test_an_attempt_that_was_cut_short_is_in_nobody_s_way():
         with pytest.raises(UserError, match="the first process has not come within 0 s"):
             word_of(store, rank, 4, 0.1)
     assert len(set(attempt(store, 4))) == 1 and len(set(attempt(store, 2))) == 1
+
+
+def test_a_process_that_ended_before_it_asked_is_in_nobody_s_way():
+    """It had its number, and no more."""
+    store = dist.HashStore()
+    store.add("megaflow/asked", 1)
+    assert len(set(attempt(store, 3))) == 1
+
+
+@pytest.mark.parametrize(
+    "given, why",
+    [
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "Timed out after .* seconds waiting for clients. 1/2 clients joined"),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, "timed out"),
+        ({"RANK": "1"}, "environment variable WORLD_SIZE expected, but not set"),
+    ],
+)
+def test_a_launcher_that_starts_too_few_is_told(monkeypatch, given, why):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    for name, value in (given | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"cannot meet at 127.0.0.1:{port} .*{why}.*; start all processes of the job"):
+        meet(timedelta(seconds=1))
 
 
 def test_who_does_not_come_is_counted():

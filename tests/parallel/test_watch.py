@@ -47,7 +47,7 @@ class TestHangs:
                 assert (watch._hang() is None) == (still < allowed)
 
     def test_torch_waits_longer_than_the_watch(self):
-        assert watches.patience(60.0) > watches.first_step(60.0) and watches.patience(0.0) is None
+        assert watches.patience(60.0) > watches.first_step(60.0) and watches.patience(0.0) > 1e7
 
 
 def test_an_error_that_another_s_end_makes_is_told_from_one_s_own():

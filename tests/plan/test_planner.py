@@ -57,8 +57,8 @@ class TestPlan:
         assert all(one["zero"] > 0 and one["predicted"]["memory_bytes"]["host"] > 0 for one in found if one["offload"] == "optimizer")
         told = cli("plan", CONFIGS / "model/145m.yaml", "--gpus", 1, "--memory", 3, *BATCH)
         assert "all with parallel.offload=optimizer (without it nothing fits): " in told.out
-        given = cli("plan", CONFIGS / "model/145m.yaml", "--gpus", 2, "--json", "parallel.offload=optimizer", "parallel.zero=1", *BATCH)
-        assert {(one["zero"] > 0, one["offload"]) for one in json.loads(given.out)["layouts"]} == {(True, "optimizer"), (False, "none")}
+        given = layouts(cli, "--gpus", 2, "parallel.offload=optimizer", "parallel.zero=1")
+        assert {one["zero"] for one in given} == {1, 2, 3} and {one["offload"] for one in given} == {"optimizer"}
 
     @pytest.mark.parametrize("memory", ["nan", "inf", "0", "-1"])
     def test_memory_that_is_none(self, cli, memory):
@@ -88,6 +88,19 @@ class TestPlan:
 
 
 class TestOfLayout:
+    def test_muon_is_done_by_whoever_holds_some_of_a_matrix(self):
+        """Whole matrices: under ZeRO 3 every process does all of them, without ZeRO too; slices of whole matrices share them out."""
+        taken = {
+            zero: self.plan(8, **{"parallel.zero": zero, "optim.name": "muon"}).seconds["step"]
+            - self.plan(8, **{"parallel.zero": zero, "optim.name": "adamw"}).seconds["step"]
+            for zero in (0, 1, 3)
+        }
+        d, layers, peak = 1024, 8, of("h100")[0].bf16 * planner.EFFICIENCY
+        square = 4 * d**2 * d + 2 * d**3
+        block = 5 * (square + 4 * d**2 * 3 * d + 2 * d**3 + 2 * (4 * d**2 * 4 * d + 2 * d**3))
+        assert [taken[0], taken[3]] == pytest.approx([layers * block / peak] * 2, rel=1e-9)
+        assert taken[1] == pytest.approx(block / peak, rel=1e-9)  # eight blocks, eight processes
+
     def plan(self, gpus: int, **values: Any) -> planner.Plan:
         values = {
             "data.length": 1024,

@@ -50,6 +50,21 @@ def test_zero_3_cuts_weights_before_deepspeed_takes_them_all_to_the_device(monke
     assert seen and set(seen) == {"NOT_AVAILABLE"}
 
 
+@pytest.mark.parametrize("zero", [0, 1, 3])
+def test_what_is_allocated_around_the_weights_may_be_anything(zero):
+    """Under ZeRO 3 each weight's slice is a multiple long, and its end is memory as it was found."""
+    with meshes.join() as joined:
+        session = Session(small("adamw", zero, "fp32"), joined, seed=1)
+        held = session.engine.held[0]
+        assert engine.finite(session.engine)
+        around = torch.cat([held.flat.detach().flatten(), torch.tensor([math.nan])])
+        session.engine.held[0] = replace(held, flat=around)
+        assert engine.finite(session.engine)
+        held.of(held.flat.detach())[-1] = math.inf
+        session.engine.held[0] = held
+        assert not engine.finite(session.engine)
+
+
 class TestLearningRate:
     def rates(self, steps: int, **settings: object) -> list[float]:
         optim = OptimConfig(learning_rate=2.0, **settings)

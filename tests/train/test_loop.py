@@ -54,6 +54,13 @@ class TestARun:
         steps = [line for line in written if "loss" in line]
         assert [line["step"] for line in steps] == list(range(1, 41))
         assert all({"step", "tokens", "loss", "learning_rate", "grad_norm", *SPEED} <= line.keys() for line in steps)
+        summary, flops = json.loads((directory / "summary.json").read_text()), steps[0]["model_flops_per_token"]
+        assert all(line["model_flops_per_token"] == flops and 0.0 <= line["data_wait"] < 1.0 for line in steps)
+        assert all(line["memory_bytes"] > 5e7 and 0.0 < line["mfu"] < 1.5 for line in steps)
+        peaks = [line["tokens_per_second"] * flops / line["mfu"] for line in steps]
+        assert peaks == pytest.approx([peaks[0]] * 40) and summary["model_flops_per_token"] == flops
+        assert summary["mfu"] == pytest.approx(summary["tokens_per_second"] * flops / peaks[0])
+        assert 0.0 < summary["checkpoint_wait_seconds"] < summary["seconds"]
         checks = [line for line in written if "loss" not in line]
         assert [line["step"] for line in checks] == [10, 20, 30, 40] and all("validation_loss" in line for line in checks)
         assert all(math.isfinite(value) for line in written for value in line.values())
@@ -342,6 +349,26 @@ class TestWhatIsNotFinite:
         skipped = [line for line in runs.lines(directory / "metrics.jsonl") if "skipped" in line]
         assert skipped == [{"step": 4, "tokens": 4 * 8 * 16, "skipped": 1, "first_sample": 24, "last_sample": 31}]
         assert [line["passes"] for line in runs.lines(directory / "spikes.jsonl")] == [[[24, 31, None]]]
+
+    def test_a_run_that_goes_on_after_one_has_the_losses_of_one_that_never_stopped(self, train, planted):
+        """The moments' own count, by which AdamW corrects them, is of steps that were taken."""
+        planted(math.nan, 2)
+        overrides = (
+            "train.skip_nonfinite=1",
+            "train.steps=8",
+            "train.checkpoint_every=4",
+            "optim.schedule=constant",
+            "optim.warmup_steps=0",
+        )
+        directory = train("coded", "flow", *overrides)
+        undisturbed, before = losses(directory), checkpoints.newest(directory)
+        (directory / "summary.json").unlink()
+        shutil.rmtree(checkpoints.folder(directory, 8))
+        train("coded", "flow", *overrides)
+        after = checkpoints.newest(directory)
+        assert losses(directory) == undisturbed and list(undisturbed) == [1, 3, 4, 5, 6, 7, 8]
+        assert before.state["taken"] == after.state["taken"] == 7
+        assert all(torch.equal(before.read(name), after.read(name)) for name in before.names())
 
     def test_no_checkpoint_takes_the_place_of_a_good_one_meanwhile(self, cli, config, planted, tmp_path):
         """A run that diverges keeps what it had before, however many steps it may pass over."""

@@ -22,7 +22,6 @@ from tests.plan.steps import Run, resolved
 
 pytestmark = pytest.mark.cuda
 OLD = tuple(map(int, torch.__version__.split(".")[:2])) < COMPILES_ZERO_3
-SIZES = [(50257, {}), (50257, {"parallel.recompute": "full"}), (2000, {"parallel.recompute": "selective"})]
 FAMILIES = [("coded", "flow"), ("char", "flow"), ("coded", "autoregressive"), ("coded", "flow_map"), ("char", "flow_map")]
 
 

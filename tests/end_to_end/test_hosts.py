@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from megaflow.train import checkpoint as checkpoints
 from megaflow.train import run as runs
 from megaflow.train import stages
 
@@ -44,9 +45,12 @@ class Host:
     def pull_the_cable(self) -> None:
         ip("-n", self.name, "link", "set", self.cable, "down")
 
-    def start(self, processes: int, *arguments: object, launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:
-        """torchrun of this host; the first host is where all meet."""
-        here = f'mount --bind {self.place / "hosts"} /etc/hosts && hostname {self.name} && exec "$@"'
+    def start(
+        self, processes: int, *arguments: object, launcher: tuple[str, ...] = (), private: Path | None = None
+    ) -> subprocess.Popen[str]:
+        """torchrun of this host; the first host is where all meet. private: a folder that only this host sees, empty."""
+        own = f"mount -t tmpfs none {private} && " if private is not None else ""
+        here = f'{own}mount --bind {self.place / "hosts"} /etc/hosts && hostname {self.name} && exec "$@"'
         command = ["ip", "netns", "exec", self.name, "unshare", "--uts", "--mount", "sh", "-c", here, "sh", sys.executable]
         command += ["-m", "torch.distributed.run", "--nnodes=2", f"--nproc-per-node={processes}", "--rdzv-backend=c10d"]
         command += [f"--rdzv-endpoint={ADDRESS.format(1)}:29400", "--rdzv-id=job", f"--local-addr={ADDRESS.format(self.number)}", *launcher]
@@ -99,17 +103,61 @@ def words(config, tmp_path) -> Callable[..., list[str]]:
     return make
 
 
+@pytest.fixture
+def same(config, trained, tmp_path) -> Callable[..., list[str]]:
+    """The words after `megaflow` for ten steps below tmp_path."""
+
+    def make(kind: str, family: str, name: str, *overrides: str) -> list[str]:
+        command = "distill" if family == "flow_map" else "pretrain"
+        own = [f"distill.teacher={four_heads(kind)}"] if family == "flow_map" else ["model.heads=4"]
+        return [command, str(config(kind, family)), f"run.dir={tmp_path / name}", "train.steps=10", *own, *LENGTH, *overrides]
+
+    def four_heads(kind: str) -> Path:
+        path = tmp_path / "teacher"
+        if not path.exists():
+            assert stages.pretrain(str(config(kind, "flow")), [f"run.dir={path}", "model.heads=4", "train.steps=10", *LENGTH]) == 0
+        return path
+
+    return make
+
+
 def losses(directory: Path) -> list[float]:
     return [line["loss"] for line in runs.lines(directory / "metrics.jsonl") if "loss" in line]
 
 
-def test_two_hosts_have_the_losses_of_one_process(hosts, words, tmp_path):
-    """Four processes, sharded; they are told apart by their hosts' names."""
-    both = [host.start(2, "-m", "megaflow", *words("two", 10, "parallel.zero=1")) for host in hosts]
+@pytest.mark.parametrize(
+    "kind, family, tensor, zero",
+    [
+        ("coded", "flow", 1, 1),
+        ("char", "flow", 4, 0),  # a network over both hosts
+        ("coded", "autoregressive", 2, 3),
+        ("coded", "flow_map", 4, 1),
+        ("char", "flow_map", 2, 2),
+    ],
+)
+def test_two_hosts_have_the_losses_of_one_process(hosts, same, tmp_path, kind, family, tensor, zero):
+    """Four processes; they are told apart by their hosts' names. Then the run moves to one process of one host, and goes on."""
+    layout = f"parallel.tensor={tensor}", f"parallel.zero={zero}"
+    both = [host.start(2, "-m", "megaflow", *same(kind, family, "two", *layout)) for host in hosts]
     assert [each.wait(timeout=250) for each in both] == [0, 0], [host.said() for host in hosts]
-    command, config, *overrides = words("one", 10)
-    assert getattr(stages, command)(config, overrides) == 0
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=2e-6) and len(losses(tmp_path / "two")) == 10
+    (tmp_path / "two" / "summary.json").unlink()
+    shutil.rmtree(checkpoints.folder(tmp_path / "two", 10))
+    for name in ("one", "two"):
+        command, config, *overrides = same(kind, family, name)
+        assert getattr(stages, command)(config, overrides) == 0
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5) and len(losses(tmp_path / "two")) == 10
+    starts = [(start["step"], start["processes"]) for start in runs.read_json(tmp_path / "two" / "run.json")["starts"]]
+    assert starts == [(0, 4), (5, 1)]
+
+
+def test_hosts_that_do_not_share_the_folder_of_the_run_are_refused(hosts, words, tmp_path):
+    first, second = hosts
+    (tmp_path / "run").mkdir()
+    command = words("run", 10)
+    both = [first.start(1, "-m", "megaflow", *command), second.start(1, "-m", "megaflow", *command, private=tmp_path / "run")]
+    assert [each.wait(timeout=250) for each in both] == [1, 1], [host.said() for host in hosts]
+    said = first.sentences() + second.sentences()
+    assert len(said) == 1 and "do not see the same folder; all hosts of a job need run.dir on a file system that they share" in said[0]
 
 
 def sides(hosts: list[Host]) -> tuple[Host, Host]:

@@ -1,8 +1,10 @@
 """The same run on any layout: tensor x data processes and what ZeRO shards change no loss, and a run moves from any to any other.
 
-One process is the oracle. `make test` runs a set in which every layout, every ZeRO stage and every kind of training comes up.
+One process is the oracle. `make test` runs a set in which every layout, every ZeRO stage and every kind of training comes up; `make
+test-all` every layout under every ZeRO stage for every kind of training.
 """
 
+import itertools
 import shutil
 
 import pytest
@@ -14,14 +16,23 @@ from tests.layout_job import layout, same_curve, train
 COVER = [
     ("coded", "flow", 2, 1, 0),
     ("coded", "flow", 1, 2, 3),
-    pytest.param("coded", "flow", 2, 2, 2, marks=pytest.mark.long),
     ("coded", "autoregressive", 4, 1, 1),
     pytest.param("documents", "autoregressive", 2, 2, 3, marks=pytest.mark.long),
     ("coded", "flow_map", 2, 2, 3),
     ("char", "flow", 1, 4, 1),
-    pytest.param("char", "flow_map", 2, 1, 0, marks=pytest.mark.long),
     ("char", "flow_map", 1, 2, 2),
 ]
+SHAPES = [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1), (1, 4)]
+KINDS = [
+    ("coded", "flow"),
+    ("char", "flow"),
+    ("coded", "autoregressive"),
+    ("char", "autoregressive"),
+    ("coded", "flow_map"),
+    ("char", "flow_map"),
+]
+ALL = [(*kind, *shape, zero) for kind, shape, zero in itertools.product(KINDS, SHAPES, range(4))]
+REST = [pytest.param(*each, marks=pytest.mark.long) for each in ALL if each not in COVER]
 MOVES = [
     # from tensor x data, ZeRO, to tensor x data, ZeRO
     pytest.param("coded", "flow", (2, 2, 1), (1, 1, 0), marks=pytest.mark.long),
@@ -33,7 +44,7 @@ MOVES = [
 ]
 
 
-@pytest.mark.parametrize("kind, family, tensor, data, zero", COVER)
+@pytest.mark.parametrize("kind, family, tensor, data, zero", COVER + REST)
 def test_any_layout_has_the_losses_of_one_process(ranks, words, alone, workspace, kind, family, tensor, data, zero):
     name = f"{kind}-{family}-{tensor}x{data}-zero{zero}"
     ranks(tensor * data, train, words(kind, family, name, *layout(20, tensor, data, zero)))
@@ -57,7 +68,10 @@ def test_a_run_moves_to_any_other_layout(ranks, words, alone, workspace, kind, f
 
 
 @pytest.mark.parametrize("options", [("parallel.recompute=selective",), ("parallel.recompute=full",), ("parallel.offload=optimizer",)])
-@pytest.mark.parametrize("tensor, data, zero", [(2, 1, 1), pytest.param(1, 2, 3, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "tensor, data, zero",
+    [(2, 1, 1), *(pytest.param(*each, marks=pytest.mark.long) for each in ((1, 2, 3), (2, 2, 1), (2, 2, 2), (2, 2, 3)))],
+)
 def test_options_change_no_loss(ranks, words, alone, workspace, options, tensor, data, zero):
     name = f"option-{tensor}{data}{zero}-" + "-".join(options)
     ranks(tensor * data, train, words("coded", "flow", name, *layout(8, tensor, data, zero), *options))
@@ -83,9 +97,29 @@ def test_bf16_in_parts(ranks, words, alone, workspace, family, tensor, zero):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("tensor, data, zero, recompute", [(1, 1, 0, "off"), (2, 1, 1, "selective"), (1, 2, 3, "full"), (2, 2, 2, "off")])
-def test_compiled_blocks_have_the_same_losses(ranks, words, alone, workspace, tensor, data, zero, recompute):
-    name = f"compiled-{tensor}{data}{zero}"
+@pytest.mark.parametrize(
+    "kind, family, tensor, data, zero, recompute",
+    [
+        ("coded", "flow", 1, 1, 0, "off"),
+        ("coded", "flow", 2, 1, 1, "selective"),
+        ("coded", "flow", 1, 2, 3, "full"),
+        ("coded", "flow", 2, 2, 2, "off"),
+        ("char", "flow", 2, 2, 3, "selective"),
+        ("coded", "autoregressive", 4, 1, 0, "off"),
+        ("coded", "flow_map", 2, 2, 1, "full"),
+    ],
+)
+def test_compiled_blocks_have_the_same_losses(ranks, words, alone, workspace, kind, family, tensor, data, zero, recompute):
+    name = f"compiled-{kind}-{family}-{tensor}{data}{zero}"
     options = "parallel.compile=true", f"parallel.recompute={recompute}"
-    ranks(tensor * data, train, words("coded", "flow", name, *layout(8, tensor, data, zero), *options))
-    same_curve(workspace / name, alone("coded", "flow", 8), 8)
+    ranks(tensor * data, train, words(kind, family, name, *layout(8, tensor, data, zero), *options))
+    same_curve(workspace / name, alone(kind, family, 8), 8)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind, family", [("coded", "flow"), ("coded", "flow_map")])
+def test_bf16_offloaded_over_both_axes(ranks, words, alone, workspace, kind, family):
+    name = f"bf16-offloaded-{family}"
+    options = "train.precision=bf16", "parallel.offload=optimizer"
+    ranks(4, train, words(kind, family, name, *layout(8, 2, 2, 2), *options))
+    same_curve(workspace / name, alone(kind, family, 8, "train.precision=bf16"), 8, tolerance=3e-2)

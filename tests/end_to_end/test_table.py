@@ -76,7 +76,11 @@ def words(config, workspace):
 
 def done_pairs(tree: str) -> dict[tuple[str, str, str], float]:
     lines = [json.loads(line) for line in LINES.read_text().splitlines()] if LINES.exists() else []
-    return {(line["kind"], line["source"], line["target"]): line["difference"] for line in lines if line["tree"] == tree}
+    return {
+        (line["kind"], line["source"], line["target"]): line["difference"]
+        for line in lines
+        if line["tree"] == tree and line["difference"] <= TOLERANCE
+    }
 
 
 @pytest.mark.parametrize("kind, family, source", [(*kind, layout) for kind, layout in itertools.product(KINDS, LAYOUTS)])

@@ -51,6 +51,8 @@ def cases() -> dict[str, tuple[int, str, int, dict[str, Any]]]:
         "ZeRO 1 with Muon": (4, "flow", 400, TWO | {"optim.name": "muon", "parallel.zero": 1}),
         "ZeRO 1 with Muon in half precision": (4, "flow", 400, TWO | HALF | {"optim.name": "muon"}),
         "ZeRO 3": (2, "flow", 2000, {"parallel.zero": 3, "model.hidden": 160, "model.layers": 2, "train.micro_batch": 2, "data.length": 8}),
+        "tensor x data, ZeRO 3": (4, "flow", 400, TWO | {"parallel.zero": 3, "data.length": 16}),
+        "tensor x data, ZeRO 3 in half precision": (4, "autoregressive", 400, TWO | HALF | {"parallel.zero": 3, "train.micro_batch": 2}),
         "ZeRO 3 with Muon": (2, "flow", 400, {"parallel.zero": 3, "optim.name": "muon", "data.length": 16}),
     }
 
@@ -82,7 +84,14 @@ def test_the_formula_is_what_is_recorded(ranks, case):
         assert most == pytest.approx(expected.get(key, 0.0), rel=1e-6, abs=AGREED), key
 
 
-@pytest.mark.parametrize("values", [{}, {"model.input": "linear", "flow.code_dim": "auto", "distill.weighting": "none"}])
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"model.input": "linear", "flow.code_dim": "auto", "distill.weighting": "none"},
+        *(pytest.param({"parallel.zero": zero}, marks=pytest.mark.long) for zero in (1, 2, 3)),
+    ],
+)
 def test_the_formula_of_a_flow_map_is_what_is_recorded(ranks, values):
     """Which rows have hot beliefs is drawn; on average it is what the formula says."""
     values, vocab = SMALL | {"parallel.tensor": 2, "train.global_batch": 16, "distill.boundary_fraction": 0.25} | values, 100
@@ -92,7 +101,7 @@ def test_the_formula_of_a_flow_map_is_what_is_recorded(ranks, values):
     for key, size in expected.items():
         mean = sum(one[key] for one in found) / len(found) / 2
         assert mean == pytest.approx(size, rel=0.02 if key == ("tensor", "all-reduce") else 0.002, abs=AGREED), key
-    assert len(expected) == 4
+    assert len(expected) >= 4
 
 
 def hot_share(vocab: int, values: dict[str, Any]) -> float:

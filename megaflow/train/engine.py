@@ -113,7 +113,10 @@ class Mpu:
 
 
 def start(network: nn.Module, config: Config, mesh: Mesh, micro: int, accumulation: int) -> Any:
-    """A DeepSpeed engine over a network, with optimizer, clipping, ZeRO, offload and precision as configured."""
+    """A DeepSpeed engine over a network, with optimizer, clipping, ZeRO, offload and precision as configured.
+
+    The weights may lie on the CPU: they come to the device in the precision of training, under ZeRO 3 one by one.
+    """
     deepspeed = quiet_deepspeed()
     half = config.train.precision == "bf16"
     trainee = Trainee(network)
@@ -161,11 +164,6 @@ def start(network: nn.Module, config: Config, mesh: Mesh, micro: int, accumulati
     if isinstance(optimizer, Together):
         optimizer.muon.matrices = _matrices(engine, optimizer.muon)
     return engine
-
-
-def home(config: Config) -> torch.device | None:
-    """Where the weights lie that `start` is given, if not on the device: under ZeRO 3, for a network that is larger than one, the CPU."""
-    return torch.device("cpu") if config.parallel.zero == 3 else None
 
 
 def _cut(trainee: Trainee, settings: dict[str, Any], mesh: Mesh, dtype: torch.dtype) -> None:

@@ -28,7 +28,7 @@ from megaflow.parallel import mesh as meshes
 from megaflow.parallel import watch as watches
 from megaflow.parallel.mesh import Mesh
 from megaflow.train import checkpoint as checkpoints
-from megaflow.train import ema, engine
+from megaflow.train import ema
 from megaflow.train.checkpoint import Checkpoint
 from megaflow.train.loop import NotFinite, finished, train
 from megaflow.train.run import LOCK_PATIENCE, load_distill, lock, open_run, read_json, source_digest, versions, write_atomically
@@ -37,6 +37,8 @@ from megaflow.train.stage_autoregressive import AutoregressiveStage
 from megaflow.train.stage_flow import FlowStage
 from megaflow.train.stage_map import MapStage
 
+HOME = torch.device("cpu")
+"""Where weights are drawn and read, until an engine takes them to the device: it need not hold all of them, nor in fp32."""
 SHARDS = "shards"
 """Folder of a run: what the shards that it is trained on say of themselves, their tokenizer and counts among it. Text needs no more."""
 TEACHER_FILE = "teacher.json"
@@ -162,7 +164,7 @@ def pretrain_stage(config: Config, fresh: Parts | None, mesh: Mesh) -> Stage:
     """The flow or the baseline, its weights drawn where the run begins, and the flow's fixed parts, those just made or those kept there."""
     if config.model.family == "autoregressive":
         law = parts.unigram(unigram_counts(config.data.path))
-        network = build.autoregressive_network(config, law, mesh.device, mesh.tensor, engine.home(config))
+        network = build.autoregressive_network(config, law, mesh.device, mesh.tensor, HOME)
         if begins(config, mesh):
             build.draw(network, config.run.seed)
         return AutoregressiveStage(config, network)
@@ -174,7 +176,7 @@ def pretrain_stage(config: Config, fresh: Parts | None, mesh: Mesh) -> Stage:
     meshes.barrier(mesh)
     fixed = parts.read(file)
     ours = parts.to(build.cut_parts(config, fixed, mesh.tensor), mesh.device)
-    flow = build.flow_network(config, ours, mesh.device, axis=mesh.tensor, home=engine.home(config))
+    flow = build.flow_network(config, ours, mesh.device, axis=mesh.tensor, home=HOME)
     if not begins(config, mesh):
         return FlowStage(config, flow, ours, None)
     build.draw(flow, config.run.seed)
@@ -206,7 +208,7 @@ def distill_stage(config: Config, mesh: Mesh) -> Stage:
     teacher = build.flow_network(config, ours, mesh.device, axis=mesh.tensor)
     averaged = found.by_name("averaged")
     ema.load(teacher, averaged)
-    network = build.flow_network(config, ours, mesh.device, True, mesh.tensor, engine.home(config))
+    network = build.flow_network(config, ours, mesh.device, True, mesh.tensor, HOME)
     if begins(config, mesh):
         build.draw(network, config.run.seed)  # zeros where only a map has weights; all others become the teacher's
         ema.load(network, averaged, partial=True)

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megaflow.config.schema import Config, OptimConfig
+from megaflow.model.trunk import Block
 from megaflow.parallel.boxes import Box
 from megaflow.parallel.cut import Cut, cut_of, logical_boxes
 from megaflow.parallel.mesh import Axis, Mesh
@@ -174,6 +175,9 @@ def _cut(trainee: Trainee, settings: dict[str, Any], mesh: Mesh, dtype: torch.dt
     for p in trainee.parameters():
         p.data = p.data.to(dtype)
     deepspeed.zero.Init(trainee, mesh.data.group, config_dict_or_path=settings, dtype=dtype, mpu=Mpu(mesh))
+    for block in trainee.modules():
+        if isinstance(block, Block):  # it reads this weight of its child's; DeepSpeed sees that by itself, but not in what is compiled
+            deepspeed.zero.register_external_parameter(block, block.down.bias)
 
 
 def close(engine: Any) -> None:

@@ -124,7 +124,7 @@ def test_a_rank_that_stands_still_with_all_its_threads(fails):
 @pytest.mark.parametrize(
     "fault, differs",
     [
-        ("config", "optim.learning_rate is 0.005 on rank 0 ({host}), 0.004 on rank 1 ({host})"),
+        pytest.param("config", "optim.learning_rate is 0.005 on rank 0 ({host}), 0.004 on rank 1 ({host})", marks=pytest.mark.long),
         ("packages", "the version of numpy is {numpy!r} on rank 0 ({host}), '0.0.1' on rank 1 ({host})"),
     ],
 )

@@ -105,6 +105,7 @@ def test_bf16_in_parts(ranks, words, alone, workspace, family, tensor, zero):
         ("coded", "flow", 1, 2, 3, "full"),
         ("coded", "flow", 2, 2, 2, "off"),
         ("char", "flow", 2, 2, 3, "selective"),
+        ("coded", "autoregressive", 2, 2, 3, "full"),
         ("coded", "autoregressive", 4, 1, 0, "off"),
         ("coded", "flow_map", 2, 2, 1, "full"),
     ],

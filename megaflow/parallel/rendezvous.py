@@ -39,15 +39,15 @@ def word_of(store: dist.Store, rank: int, size: int, limit: float) -> str:
     """The word of this attempt. Raises UserError where not all ask for it within `limit` seconds."""
     if rank == 0:
         word, asked = secrets.token_hex(8), 0
-        open_: set[int] = set()
+        waiting: set[int] = set()
 
         def all_have_it() -> bool:
             nonlocal asked
             known, asked = asked, store.add("megaflow/asked", 0)
-            open_.update(range(known + 1, asked + 1))
-            for number in [number for number in open_ if store.check([f"megaflow/ask/{number}"])]:  # one may have ended before it asked
+            waiting.update(range(known + 1, asked + 1))
+            for number in [number for number in waiting if store.check([f"megaflow/ask/{number}"])]:  # one may have ended before it asked
                 store.set(f"megaflow/answer/{store.get(f'megaflow/ask/{number}').decode()}", word)
-                open_.remove(number)
+                waiting.remove(number)
             return store.add(f"megaflow/{word}/met", 0) >= size - 1
 
         _until(all_have_it, limit, lambda: f"{store.add(f'megaflow/{word}/met', 0) + 1} of {size} processes have come")

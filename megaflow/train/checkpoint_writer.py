@@ -77,7 +77,6 @@ def save(run: Path, tensors: dict[str, Tensor], state: dict[str, Any], keep: int
 class Writer:
     """Saves a process's pieces in the background.
 
-    waited: seconds that `save` has taken so far, copies and waiting for an earlier save included: what training has lost by it.
     failure: what the thread has met, for processes that agree on stopping; `check` raises it.
     """
 
@@ -91,7 +90,6 @@ class Writer:
             raise ValueError("processes that write together need a common word for their job")
         self.run, self.keep, self.rank, self.size, self.limit = run, keep, rank, size, limit
         self.job = job if job is not None else secrets.token_hex(4)
-        self.waited = 0.0
         self.failure: BaseException | None = None
         self._thread: threading.Thread | None = None
         self._buffers: dict[str, Tensor] = {}
@@ -105,14 +103,10 @@ class Writer:
 
         Waits for the save before it. Raises UserError where that has failed.
         """
-        began = time.monotonic()
-        try:
-            self.finish()
-            held = copied(pieces, self._buffers)
-            self._thread = threading.Thread(target=self._work, args=(held, json.loads(json.dumps(state))), name="checkpoint")
-            self._thread.start()
-        finally:
-            self.waited += time.monotonic() - began
+        self.finish()
+        held = copied(pieces, self._buffers)
+        self._thread = threading.Thread(target=self._work, args=(held, json.loads(json.dumps(state))), name="checkpoint")
+        self._thread.start()
 
     def check(self) -> None:
         """Raise what writing has met since it was last asked; nothing where it goes on, or went, well. Raises UserError."""

@@ -70,7 +70,8 @@ def train(config: Config, stage: Stage, mesh: Mesh, began: float, watch: Watch) 
     rank, size, exchange = mesh.world.rank, mesh.world.size, partial(meshes.exchanged, mesh)
     saved = checkpoints.newest(directory, rank=rank, size=size, exchange=exchange)
     if saved is not None:
-        state |= {"taken": saved.state["step"]} | saved.state  # earlier versions knew no steps that are passed over
+        # earlier versions counted neither steps that are passed over nor processes
+        state |= {"taken": saved.state["step"], "process_seconds": saved.state["training_seconds"] * mesh.world.size} | saved.state
         engine.restore(deep, saved.read, state["taken"])
         stage.restore(saved.tensors("stage"))
     seconds_before = state["seconds"]
@@ -88,13 +89,13 @@ def train(config: Config, stage: Stage, mesh: Mesh, began: float, watch: Watch) 
     batches = read_ahead(stream, (torch.arange(first, first + own) for first in firsts))
 
     def save() -> None:
-        asked = time.monotonic()
+        start = time.monotonic()
         if not all(meshes.exchanged(mesh, engine.finite(deep))):  # a checkpoint is one that a run can go on from
             raise NotFinite(not_finite(directory, writer, f"after step {state['step']} not all weights are finite"))
         state["seconds"] = seconds_before + time.monotonic() - began
         pieces = [Piece(*piece) for piece in engine.pieces(deep)]
         writer.save(pieces + (checkpoint_writer.whole("stage", stage.state()) if mesh.first else []), state)
-        state["checkpoint_wait_seconds"] += time.monotonic() - asked
+        state["checkpoint_wait_seconds"] += time.monotonic() - start
 
     stopped = False
     try:

@@ -39,6 +39,8 @@ from megaflow.train.stage_map import MapStage
 
 HOME = torch.device("cpu")
 """Where weights are drawn and read, until an engine takes them to the device: it need not hold all of them, nor in fp32."""
+SHARED_WITHIN = 30.0
+"""Seconds in which a file server shows a file to another host at the latest."""
 SHARDS = "shards"
 """Folder of a run: what the shards that it is trained on say of themselves, their tokenizer and counts among it. Text needs no more."""
 TEACHER_FILE = "teacher.json"
@@ -143,10 +145,6 @@ def in_one_folder(directory: Path, mesh: Mesh) -> None:
             f"{directory}: {', '.join(blind[: meshes.NAMED])} and {seen[0][0]} do not see the same folder; all hosts of a job need run.dir "
             "on a file system that they share"
         )
-
-
-SHARED_WITHIN = 30.0
-"""Seconds in which a file server shows a file to another host at the latest."""
 
 
 def first_parts(loaded: Loaded) -> Parts | None:

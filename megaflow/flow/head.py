@@ -39,8 +39,9 @@ class Head:
         if self.part is None:
             object.__setattr__(self, "part", whole(len(self.bias)))
 
-    def detach(self) -> "Head":
-        return replace(self, weight=self.weight.detach(), bias=self.bias.detach())
+    def frozen(self) -> "Head":
+        """Without gradient, and with a round number of rows made once for all that read it."""
+        return replace(self, weight=rounded(self.weight.detach()), bias=self.bias.detach())
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def logits(head: Head, read: Read) -> Tensor:
 
 def probabilities(head: Head) -> Callable[[Read], Tensor]:
     """A function of Read -> psi (n, V), made once for many chunks, each written over the one before it. Without gradient."""
-    read_chunk = reader(head.detach(), Buffer())
+    read_chunk = reader(head.frozen(), Buffer())
 
     @torch.no_grad()
     def f(read: Read) -> Tensor:
@@ -108,6 +109,19 @@ def reduce(head: Head, read: Read, reduction: Callable[[Tensor, slice], tuple[Te
         return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 
+def expectation(head: Head, read: Read) -> Tensor:
+    """Mean of psi in the state's dimensions, (n, d_c); of a dense state the columns that are here. Without gradient."""
+    code = head.code
+    assert code is not None
+    return reduce(head, read, lambda z, part: (_mean(code, softmax_(head.part, z)),))[0]
+
+
+def _mean(code: Code, p: Tensor) -> Tensor:
+    """codes.mean, in memory of its own."""
+    mean = codes.mean(code, p)
+    return mean.clone() if mean is p else mean
+
+
 def posterior(head: Head, read: Read, temperature: float = 1.0, offset: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Mean of psi in the state's dimensions (n, d_c), most likely token (n,), its probability (n,).
 
@@ -119,8 +133,7 @@ def posterior(head: Head, read: Read, temperature: float = 1.0, offset: Tensor |
     def one(z: Tensor, part: slice) -> tuple[Tensor, ...]:
         token = largest(head.part, z, 1)[1][:, 0] if offset is None else balance.choose(*candidates(head, z), offset)
         p = softmax_(head.part, z if temperature == 1.0 else z.div_(temperature))
-        mean = codes.mean(code, p)
-        return mean.clone() if mean is p else mean, token, pick(head.part, p, token)
+        return _mean(code, p), token, pick(head.part, p, token)
 
     mean, token, confidence = reduce(head, read, one)
     return mean, token, confidence
@@ -188,9 +201,7 @@ class _Loss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, head: Head, read: Read, measure: Callable, whole: int
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, head: Head, read: Read, measure: Callable) -> tuple[Tensor, Tensor]:
         graded = any(ctx.needs_input_grad[:3])
         read = Read(hidden, read.y, read.s)
         buffer, round_weight = Buffer(), rounded(weight)
@@ -202,7 +213,7 @@ class _Loss(torch.autograd.Function):
             wide = torch.promote_types(weight.dtype, torch.float32)
             hidden_grad, weight_grad = torch.empty_like(hidden), torch.zeros_like(weight, dtype=wide)
             bias_grad = torch.zeros_like(bias, dtype=wide)
-        for part in chunks(len(hidden), head.part.widest, hidden.device, whole):
+        for part in chunks(len(hidden), head.part.widest, hidden.device):
             losses, values, factor, gradient = measure(read_chunk(read[part]), part)
             loss += losses.double().sum()
             logged.append(values)
@@ -224,7 +235,7 @@ class _Loss(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         scale = gradients[0]
         hidden_grad, weight_grad, bias_grad = ctx.saved_tensors
-        return *(g * scale.to(g.dtype) for g in (hidden_grad, weight_grad, bias_grad)), None, None, None, None
+        return *(g * scale.to(g.dtype) for g in (hidden_grad, weight_grad, bias_grad)), None, None, None
 
 
 def cross_entropy(head: Head, read: Read, ids: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -242,7 +253,7 @@ def cross_entropy(head: Head, read: Read, ids: Tensor, weight: Tensor) -> tuple[
         gradient.scatter_add_(1, token[:, None], -inside.to(z.dtype)[:, None])
         return losses * w, losses, w, gradient
 
-    return _Loss.apply(read.hidden, head.weight, head.bias, head, read, measure, 1)
+    return _Loss.apply(read.hidden, head.weight, head.bias, head, read, measure)
 
 
 def divergence(
@@ -251,13 +262,12 @@ def divergence(
     target: Callable[[slice], Tensor],
     weight: Tensor,
     reweight: Callable[[Tensor], Tensor] | None = None,
-    whole: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """sum_i w_i KL(target_i || psi_i), and the unweighted divergences (n,) for logging.
 
     The objective of stage 2 (FMLM and DFM, semigroup form); the target has no gradient, so that by the logits it is w (psi - target).
     w is `weight` (n,), times `reweight(|psi - target|^2)` if given (DFM, appendix B: detached and adaptive).
-    target: a chunk's place among the tokens -> its target (n, V), asked for once a chunk; chunks hold whole rows of `whole` tokens.
+    target: a chunk's place among the tokens -> its target (n, V), asked for once a chunk.
     """
 
     scratch = Buffer()
@@ -276,4 +286,4 @@ def divergence(
             w = w * reweight(distance)
         return losses * w, losses, w, gradient
 
-    return _Loss.apply(read.hidden, head.weight, head.bias, head, read, measure, whole)
+    return _Loss.apply(read.hidden, head.weight, head.bias, head, read, measure)

@@ -20,8 +20,9 @@ the multiplications of a token are (layers that read what nothing is learned in 
 
 A flow map has two time embeddings, reads W or S once more ahead, and has a frozen table. Of its targets, a diagonal row's takes a
 forward pass of the teacher; another's two of the map, on one set of beliefs more and with the product V d_c of a frame's mean between
-them. Hot beliefs, B + Q each, are of rows with s < t, at s and at u, where the channel is not as sharp itself: before the place h on the
-clock. Of the inner rows' draws (flow_map.draw_times) that is
+them (the posteriors at s, H + Q, are computed a second time rather than kept). Hot beliefs, B + Q each, are of rows with s < t, at s
+and at u, where the channel is not as sharp itself: before the place h on the clock. Of the inner rows' draws (flow_map.draw_times)
+that is
 
     P(s < h) = h (1 - log h)        P(u < h) = h + (1/2 - h) log |1 - 2 h|
 """
@@ -40,8 +41,8 @@ from megaflow.model.text_dit import CONDITION, FREQUENCIES, HOT_GAIN
 
 
 class Flops(NamedTuple):
-    """FLOPs per token. targets: of the passes without gradient that stage 2 takes its targets from; recomputed: what the backward pass
-    computes again, which is no part of `model`."""
+    """FLOPs per token. targets: of the passes without gradient that stage 2 takes its targets from; recomputed: what is computed again
+    rather than kept, which is no part of `model`."""
 
     forward: float
     backward: float
@@ -108,4 +109,4 @@ def of_step(config: Config, vocab: int, is_map: bool = False, hot: float = 1.0) 
     forward = of_map + see + at_s * see_hot
     backward = 2 * (trained + 2 * deep) + vocab + 2 * features + embedded + linear + ahead
     targets = diagonal * once + moving * (2 * of_map + see + (vocab * dim if framed else 0)) + at_u * see_hot
-    return Flops(2.0 * forward, 2.0 * backward, 2.0 * targets, 0.0)
+    return Flops(2.0 * forward, 2.0 * backward, 2.0 * targets, 2.0 * moving * (head + skip))

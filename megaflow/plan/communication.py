@@ -10,7 +10,8 @@ number of the precision of training, T tensor-parallel processes and the two dir
                 n' = n (1 + 2 neighbors T / L), since every process needs the neighbours of its positions
                 dense state: a reduce-scatter of n d p, backward an all-gather; of a frame, the state itself: an all-reduce of n d_c numbers
     head        log-sum-exp n T numbers, the token's own logit: an all-reduce of n
-    targets     of a flow map: forward passes, each with its log-sum-exp, and the mean of a frame, an all-reduce of n d_c numbers
+    targets     of a flow map: forward passes, each with its log-sum-exp, that at s twice, and the mean of a frame, an all-reduce of
+                n d_c numbers
 
 Over data-parallel processes go gradients, in fp32 as DeepSpeed is told to, and under ZeRO the weights that they have moved.
 Parts of a flow map's rows are those of the global batch, which a process has on average.
@@ -73,8 +74,7 @@ def of_step(
     on, some hundred bytes a step.
     """
     held = weights(config, vocab, layout.tensor, is_map) if held is None else held
-    targets = 2 * math.ceil(rows_of(config, layout, is_map, hot).moving / layout.accumulation) if is_map else 0
-    sends = _over_tensor(config, layout, is_map, hot) + _over_data(held, layout, targets)
+    sends = _over_tensor(config, layout, is_map, hot) + _over_data(held, layout, _targets(config, layout, is_map))
     if layout.muon:
         sends += _muon(held, layout)
     return [send for send in sends if send.processes > 1 and send.size > 0]
@@ -159,7 +159,7 @@ def _over_tensor(config: Config, layout: Layout, is_map: bool, hot: float) -> li
     send("targets", "all-gather", (2 * model.layers + 1) * through)
     send("targets", "reduce-scatter", 2 * model.layers * through)
     send("targets", "reduce-scatter", (int(dense and linear) * still * SINGLE + 2 * dense_readings * moving * p) * d)
-    log_sum("targets", still + 2 * moving)
+    log_sum("targets", still + 3 * moving)
     if not dense:
         send("targets", "all-reduce", moving * dim * SINGLE)
     if belief:
@@ -170,8 +170,13 @@ def _over_tensor(config: Config, layout: Layout, is_map: bool, hot: float) -> li
     return sends
 
 
+def _targets(config: Config, layout: Layout, is_map: bool) -> int:
+    """Passes without gradient beside one with: as many as a flow map's rows with s < t need, of this process or of another."""
+    return 2 if is_map and rows_of(config, layout, is_map, 0.0).moving > 0.0 else 0
+
+
 def _over_data(held: list[Weight], layout: Layout, targets: int) -> list[Send]:
-    """The data axis: gradients, and under ZeRO the weights. targets: passes of a flow map without gradient, in each of the others."""
+    """The data axis: gradients, and under ZeRO the weights. targets: passes of a flow map without gradient, before each of the others."""
     trained = sum(w.numel for w in held if w.trained)
 
     def send(what: str, kind: str, size: float) -> Send:
@@ -234,7 +239,8 @@ def megatron_minimum(config: Config, vocab: int, layout: Layout, is_map: bool = 
     by a vocabulary-parallel cross-entropy: maximum, sum and the token's own logit, an all-reduce of n each. Its forward passes without
     gradient, where a flow map has targets, are trunk and embedding alone. Over data-parallel processes it sums gradients in fp32 once a
     step; with a distributed optimizer (ZeRO 1 and 2) by a reduce-scatter, with weights gathered after; sharded (ZeRO 3) gradients and
-    weights go once a pass, weights twice. It gathers the inputs of layers a second time in its backward pass, to keep less: not counted.
+    weights go once a pass, weights twice, and once more in every pass without
+    gradient. It gathers the inputs of layers a second time in its backward pass, to keep less: not counted.
     """
     model, d, p = config.model, config.model.hidden, layout.width
     rows = rows_of(config, layout, is_map, 0.0)
@@ -252,7 +258,7 @@ def megatron_minimum(config: Config, vocab: int, layout: Layout, is_map: bool = 
     if layout.zero == 0:
         sends.append(Send("gradients", "data", "all-reduce", layout.data, trained * SINGLE))
     else:
-        gathers = 2 * passes if layout.zero == 3 else 1
+        gathers = (2 + _targets(config, layout, is_map)) * passes if layout.zero == 3 else 1
         sends.append(Send("gradients", "data", "reduce-scatter", layout.data, passes * trained * SINGLE))
         sends.append(Send("weights", "data", "all-gather", layout.data, gathers * trained * p))
     return [send for send in sends if send.processes > 1]

@@ -187,27 +187,26 @@ def _block_backward(config: Config, layout: Layout) -> float:
 
 def of_loss(config: Config, vocab: int, layout: Layout, is_map: bool = False, device: str = "cuda") -> float:
     """Bytes beside activations at the end of a forward pass: hidden states, a chunk of logits and what is made of it, the code beside its
-    leverage and bias, and fp32 gradients of the head; the state where autograd does not keep it. Of a map also what the state says, its
-    targets' posteriors, and a pass for them."""
+    leverage and bias, and fp32 gradients of the head; the state where autograd does not keep it. Of a map also what the state says, and of
+    its targets posteriors of a chunk, hidden states and the states midway. The passes for those come before anything else is kept."""
     model, d, p = config.model, config.model.hidden, layout.width
     n, part = layout.micro * config.data.length, math.ceil(vocab / layout.tensor)
     tokens = max(CHUNK_TOKENS, CHUNK_ELEMENTS[device] // part)
     flow = config.model.family == "flow" or is_map
     still = rows_of(config, layout, True, 0.0).diagonal / layout.accumulation * config.data.length if is_map else 0.0
-    if is_map:  # whole rows, and those with s = t apart
-        tokens = max(tokens // config.data.length, 1) * config.data.length
     chunk = min(tokens, max(still, n - still)) * part
     found = n * d * p + chunk * SINGLE + part * d * SINGLE
     if layout.tensor > 1:
         found += chunk * SINGLE  # the exponentials of a log-sum-exp
     if layout.half:
         found += (2 if is_map else 1) * chunk * p + part * d * p
-        found += part * d * p if part % ROUND else 0  # the head with a round number of rows
+        found += (2 if is_map else 1) * part * d * p if part % ROUND else 0  # the head with a round number of rows
     if flow and config.flow.code == "frame" and config.flow.skip == "on":
         found += part * (int(config.flow.code_dim) + 2) * SINGLE
     if flow and (is_map or model.input == "linear"):
         found += n * (part if config.flow.code == "identity" else int(config.flow.code_dim)) * SINGLE
     if is_map:
-        passing = max(still * SINGLE, min(tokens, n - still) * p)
-        found += 2 * n * model.belief_dim * p + 3 * chunk * SINGLE + passing * d * (4 + 2 * model.mlp_ratio) / layout.tensor
+        state = part if config.flow.code == "identity" else int(config.flow.code_dim)
+        found += 2 * n * model.belief_dim * p + 3 * chunk * SINGLE + (still * SINGLE + (n - still) * 2 * p) * d
+        found += (n - still) * state * SINGLE if config.flow.skip == "on" else 0
     return found

@@ -18,9 +18,8 @@ from torch import Tensor
 from megaflow.config.schema import Config
 from megaflow.flow import flow_map
 from megaflow.flow import head as heads
-from megaflow.flow.channel import chunks
 from megaflow.flow.clock import Clock
-from megaflow.flow.code import lookup, mean
+from megaflow.flow.code import lookup
 from megaflow.flow.interpolant import noisy_state, transport
 from megaflow.flow.likelihood import RangeTooShort
 from megaflow.model.parts import Parts
@@ -63,33 +62,34 @@ class MapStage:
         lengths = None if batch.lengths is None else batch.lengths[order]
         documents = None if batch.documents is None else batch.documents[order]
         seen = self.network.see(y, times.s, times.t)  # with nothing trained in it: the teacher and every target see the same
-        hidden = self.network(y, times.s, times.t, lengths, seen, documents)
-        losses, observed = [], torch.zeros(2, 2, dtype=torch.float64)
-        for index, part in enumerate((slice(0, split), slice(split, len(order)))):
+        parts = {0: slice(0, split), 1: slice(split, len(order))}
+        targets = {}  # before the pass that keeps what its gradient needs
+        for index, part in parts.items():
             if part.start == part.stop:
                 continue
             some, of = (None if x is None else x[part] for x in (lengths, documents))
-            at = y[part], flow_map.Times(*(x[part] for x in times)), some, seen[part], of
-            target = self.diagonal_target(*at) if index == 0 else self.semigroup_target(*at)
+            make = self.diagonal_target if index == 0 else self.semigroup_target
+            targets[index] = make(y[part], flow_map.Times(*(x[part] for x in times)), some, seen[part], of)
+        if 1 not in targets and batch.peers > 1:
+            self.keep_company(batch, y, times)
+        hidden = self.network(y, times.s, times.t, lengths, seen, documents)
+        losses, observed = [], torch.zeros(2, 2, dtype=torch.float64)
+        for index, target in targets.items():
+            part = parts[index]
             read = self.network.read(hidden[part], y[part], times.s[part])
             weight = batch.weight.view(batch.ids.shape)[order[part]].flatten()
-            whole = 1 if index == 0 else y.shape[1]
-            loss, divergences = heads.divergence(self.network.head(), read, target, weight, self.reweight(), whole)
+            loss, divergences = heads.divergence(self.network.head(), read, target, weight, self.reweight())
             losses.append(loss)
             observed[index, 0] = (divergences.double() * weight.double()).sum().item()
             observed[index, 1] = weight.double().sum().item()
-        if batch.peers > 1:
-            self.keep_company(batch, y, times)
         return torch.stack(losses).sum(), observed
 
     @torch.no_grad()
     def keep_company(self, batch: Batch, y: Tensor, times: flow_map.Times) -> None:
-        """As many passes of the network as the peer makes that has most rows with s < t, whose results nobody wants."""
-        length, part = y.shape[1], self.parts.code.part
-        rows = [int((self.kinds(batch, peer) != DIAGONAL).sum()) for peer in range(batch.peers)]
-        passes = [2 * len(chunks(count * length, part.widest, y.device, length)) for count in rows]
-        for _ in range(max(passes) - passes[0]):
-            self.network(y[:1], times.s[:1], times.t[:1])
+        """The two passes of a semigroup target, whose results nobody wants, where a peer has rows with s < t and makes them."""
+        if any(bool((self.kinds(batch, peer) != DIAGONAL).any()) for peer in range(1, batch.peers)):
+            for _ in range(2):
+                self.network(y[:1], times.s[:1], times.t[:1])
 
     def reweight(self) -> Any:
         distill = self.config.distill
@@ -106,26 +106,22 @@ class MapStage:
         read = self.teacher.read(hidden, y, times.s)
         return lambda tokens: psi(read[tokens])
 
+    @torch.no_grad()
     def semigroup_target(
         self, y: Tensor, times: flow_map.Times, lengths: Tensor | None, seen: Seen, documents: Tensor | None
     ) -> Callable[[slice], Tensor]:
-        """The identity's right side from the live network, by chunks of whole rows: psi_{s,u} at y is followed to the next state and
-        mixed with psi_{u,t} there while it is at hand, as it is too large to be kept for all rows. `seen` is what y says at s.
+        """The identity's right side from the live network, by chunks of tokens. `seen` is what y says at s.
+
+        Hidden states at s and at u are kept, posteriors are too large for that: those at s are taken twice, for the state at u that
+        they lead to, and for the mixture. So the network makes two passes, whatever the number of rows: under ZeRO 3 each gathers it.
         """
-        length, network = y.shape[1], self.network
-        first, second = heads.probabilities(network.head()), heads.probabilities(network.head())
-
-        @torch.no_grad()
-        def target(tokens: slice) -> Tensor:
-            rows = slice(tokens.start // length, tokens.stop // length)
-            (s, u, t), (some, of) = (x[rows] for x in times), (None if x is None else x[rows] for x in (lengths, documents))
-            from_s = first(network.read(network(y[rows], s, u, some, seen[rows], of), y[rows], s))
-            midway = transport(y[rows], s, u, mean(self.parts.code, from_s).view(y[rows].shape))
-            from_u = second(network.read(network(midway, u, t, some, documents=of), midway, u))
-            share = flow_map.semigroup_share(s, u, t).to(y.dtype).repeat_interleave(length)
-            return from_u.lerp_(from_s, share[:, None])
-
-        return target
+        (s, u, t), network, head = times, self.network, self.network.head().frozen()
+        at_s = network.read(network(y, s, u, lengths, seen, documents), y, s)
+        midway = transport(y, s, u, heads.expectation(head, at_s).view(y.shape))
+        at_u = network.read(network(midway, u, t, lengths, documents=documents), midway, u)
+        from_s, from_u = heads.probabilities(head), heads.probabilities(head)
+        share = flow_map.semigroup_share(s, u, t).to(y.dtype).repeat_interleave(y.shape[1])[:, None]
+        return lambda tokens: from_u(at_u[tokens]).lerp_(from_s(at_s[tokens]), share[tokens])
 
     def learn(self, observed: Tensor, step: int) -> dict[str, float]:
         """The step's divergences from its targets without weights, nats a token, of rows with s = t and of those with s < t."""

@@ -11,7 +11,7 @@ from megaflow.model.flops import hot_until
 from megaflow.parallel import mesh as meshes
 from megaflow.parallel.recorder import Sent, totals
 from megaflow.plan import communication
-from megaflow.plan.layout import layout_of
+from megaflow.plan.layout import layout_of, weights
 from tests.plan.steps import recorded, resolved
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -102,6 +102,22 @@ def test_the_formula_of_a_flow_map_is_what_is_recorded(ranks, values):
         mean = sum(one[key] for one in found) / len(found) / 2
         assert mean == pytest.approx(size, rel=0.02 if key == ("tensor", "all-reduce") else 0.002, abs=AGREED), key
     assert len(expected) >= 4
+
+
+@pytest.mark.parametrize("kind", ["flow", "autoregressive", "map"])
+def test_a_network_too_large_to_be_kept_is_gathered_once_for_each_pass(ranks, monkeypatch, kind):
+    """Under ZeRO 3, where the next use of a weight is far: forward, backward, and twice for the targets of a flow map."""
+    values = SMALL | {"parallel.zero": 3, "model.hidden": 192, "data.length": 16, "train.micro_batch": 4}
+    far = 1_500_000
+    monkeypatch.setattr(communication, "REUSED", far)
+    config = resolved(kind, 100, values).config
+    held = weights(config, 100, 1, kind == "map")
+    assert sum(w.numel for w in held) > far  # of 1.8M
+    expected = by_axis_and_kind(formula(kind, 100, values, 2))["data", "all-gather"]
+    for sent in ranks(2, recorded, kind, 100, values, 1, far):
+        assert totals(Sent(*one) for one in sent)["data", "all-gather"] == pytest.approx(expected, rel=1e-6, abs=AGREED)
+    minimum = communication.megatron_minimum(config, 100, layout_of(config, 2), kind == "map")
+    assert expected <= communication.total(minimum, "data", "all-gather")
 
 
 def hot_share(vocab: int, values: dict[str, Any]) -> float:

@@ -62,20 +62,18 @@ class MapStage:
         lengths = None if batch.lengths is None else batch.lengths[order]
         documents = None if batch.documents is None else batch.documents[order]
         seen = self.network.see(y, times.s, times.t)  # with nothing trained in it: the teacher and every target see the same
-        parts = {0: slice(0, split), 1: slice(split, len(order))}
-        targets = {}  # before the pass that keeps what its gradient needs
-        for index, part in parts.items():
-            if part.start == part.stop:
-                continue
-            some, of = (None if x is None else x[part] for x in (lengths, documents))
-            make = self.diagonal_target if index == 0 else self.semigroup_target
-            targets[index] = make(y[part], flow_map.Times(*(x[part] for x in times)), some, seen[part], of)
-        if 1 not in targets and batch.peers > 1:
+        targets = []  # before the pass that keeps what its gradient needs
+        for index, part in enumerate((slice(0, split), slice(split, len(order)))):
+            if part.start < part.stop:
+                some, of = (None if x is None else x[part] for x in (lengths, documents))
+                make = self.diagonal_target if index == 0 else self.semigroup_target
+                targets.append((index, part, make(y[part], flow_map.Times(*(x[part] for x in times)), some, seen[part], of)))
+        if split == len(order) and batch.peers > 1:
             self.keep_company(batch, y, times)
         hidden = self.network(y, times.s, times.t, lengths, seen, documents)
         losses, observed = [], torch.zeros(2, 2, dtype=torch.float64)
-        for index, target in targets.items():
-            part = parts[index]
+        while targets:
+            index, part, target = targets.pop(0)  # with its chunk, which is not kept beside the next one's
             read = self.network.read(hidden[part], y[part], times.s[part])
             weight = batch.weight.view(batch.ids.shape)[order[part]].flatten()
             loss, divergences = heads.divergence(self.network.head(), read, target, weight, self.reweight())

@@ -105,6 +105,18 @@ STEPS |= {
 }
 
 
+BOTH = {"parallel.tensor": 2, "model.hidden": 256, "model.layers": 2, "data.length": 16, "train.micro_batch": 4}
+for zero in (1, 2, 3):
+    for precision in ("fp32", "bf16"):
+        STEPS[f"tensor x data, ZeRO {zero} in {precision}"] = 4, "flow", 400, BOTH | {"parallel.zero": zero, "train.precision": precision}
+    STEPS[f"a map's, ZeRO {zero}"] = 4, "map", 400, BOTH | {"parallel.zero": zero}
+STEPS |= {
+    "a baseline's over both axes": (4, "autoregressive", 400, BOTH | {"parallel.zero": 1, "train.precision": "bf16"}),
+    "a dense map's over both axes": (4, "map", 100, BOTH | {"parallel.zero": 1, "model.input": "linear", "flow.code_dim": "auto"}),
+    "a map's of a large vocabulary": (2, "map", 6000, {"model.layers": 1, "parallel.tensor": 2}),
+}
+
+
 def buckets_of(elements: int) -> contextlib.AbstractContextManager:
     """A block in which gradients are sent in smaller buckets."""
     return mock.patch.multiple(reduction, BUCKET=elements, BUCKET_SHARE=0)

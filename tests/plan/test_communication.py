@@ -104,7 +104,7 @@ def test_the_formula_of_a_flow_map_is_what_is_recorded(ranks, values):
     assert len(expected) >= 4
 
 
-@pytest.mark.parametrize("kind", ["flow", "autoregressive", "map"])
+@pytest.mark.parametrize("kind", [*(pytest.param(kind, marks=pytest.mark.long) for kind in ("flow", "autoregressive")), "map"])
 def test_a_network_too_large_to_be_kept_is_gathered_once_for_each_pass(ranks, monkeypatch, kind):
     """Under ZeRO 3, where the next use of a weight is far: forward, backward, and twice for the targets of a flow map."""
     values = SMALL | {"parallel.zero": 3, "model.hidden": 192, "data.length": 16, "train.micro_batch": 4}

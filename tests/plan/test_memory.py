@@ -136,7 +136,11 @@ def most(kind: str, vocab: int, values: dict[str, Any], bucket: int = reduction.
     return stays, stays + peak.most
 
 
-@pytest.mark.parametrize("case", STEPS)
+QUICK = ("tensor x data, ZeRO 3 in bf16", "a map's of a large vocabulary")
+LONG = [case for case in STEPS if ("axes" in case or "tensor x" in case or "a map's" in case) and case not in QUICK]
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, marks=pytest.mark.long) if case in LONG else case for case in STEPS])
 def test_the_largest_moment_of_a_step(ranks, case):
     size, kind, vocab, values = STEPS[case]
     values = SMALL | {"train.micro_batch": 64} | values

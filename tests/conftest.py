@@ -185,7 +185,7 @@ def ranks() -> Iterator[Callable[..., list]]:
     groups: dict[int, Ranks] = {}
 
     def run(size: int, function: Callable, *arguments: object) -> list:
-        if size in groups and not groups[size].alive:
+        if size in groups and not groups[size].usable():
             groups.pop(size).close()
         if size not in groups:
             groups[size] = Ranks(size)

@@ -15,6 +15,9 @@ from typing import Any
 
 GRACE = 15.0
 """Seconds that the others have to answer once one has failed."""
+THREADS = 100
+"""A group is replaced once a process of it has more. Engines under ZeRO 3 leave their process groups for as long as a process lives, whose
+threads wake up a hundred times a second: a thousand of them, and nothing else gets on."""
 
 
 class Ranks:
@@ -22,7 +25,7 @@ class Ranks:
 
     def __init__(self, size: int) -> None:
         spawn = multiprocessing.get_context("spawn")
-        self.alive, self.folder = True, tempfile.TemporaryDirectory()
+        self.answers, self.folder = True, tempfile.TemporaryDirectory()
         self.pipes: list[Connection] = []
         self.processes = []
         for rank in range(size):
@@ -36,7 +39,7 @@ class Ranks:
     def call(self, function: Callable, *arguments: Any) -> list[Any]:
         """What the function returns on each rank, in their order; what it raises on any is raised here.
 
-        A group of which some wait for one that has raised is not `alive` any more.
+        A group of which some wait for one that has raised is of no more use.
         """
         for pipe in self.pipes:
             pipe.send((function.__module__, function.__qualname__, arguments))
@@ -45,7 +48,7 @@ class Ranks:
             failing = any(not good for good, _ in answers.values())
             ready = wait(waiting, GRACE if failing else None)
             if not ready:
-                self.alive = False  # they wait in a collective for one that has failed
+                self.answers = False  # they wait in a collective for one that has failed
                 break
             answers |= {pipe: pipe.recv() for pipe in ready}
         failed = [text for good, text in answers.values() if not good]
@@ -53,10 +56,14 @@ class Ranks:
             raise AssertionError("\n".join(failed))
         return [answers[pipe][1] for pipe in self.pipes]
 
+    def usable(self) -> bool:
+        """Whether another function can be called, and will find processes that have not collected too much."""
+        return self.answers and all(len(os.listdir(f"/proc/{process.pid}/task")) <= THREADS for process in self.processes)
+
     def close(self) -> None:
         for pipe, process in zip(self.pipes, self.processes, strict=True):
             pipe.close()
-            process.join(5 if self.alive else 0)
+            process.join(5 if self.answers else 0)
             process.kill()
         self.folder.cleanup()
 

@@ -3,7 +3,9 @@
 import contextlib
 import io
 import math
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch import Tensor
@@ -21,6 +23,30 @@ def train(words: list[str]) -> str:
         code = getattr(stages, words[0])(words[1], words[2:])
     assert code == 0, told.getvalue()
     return told.getvalue()
+
+
+@contextlib.contextmanager
+def sharded(**settings: int) -> Iterator[None]:
+    """DeepSpeed with other settings of ZeRO, by their names without "stage3_", while the block runs: so that a network of a few thousand
+    weights goes the way of one of billions."""
+    from unittest import mock
+
+    from megaflow.train import engine
+
+    deepspeed = engine.quiet_deepspeed()
+    initialize, own = deepspeed.initialize, {f"stage3_{name}": value for name, value in settings.items()}
+
+    def with_own(config: dict[str, Any], **others: Any) -> Any:
+        return initialize(config=config | {"zero_optimization": config["zero_optimization"] | own}, **others)
+
+    with mock.patch.object(deepspeed, "initialize", with_own):
+        yield
+
+
+def train_sharded(words: list[str], settings: dict[str, int]) -> str:
+    """`train` with these settings of ZeRO."""
+    with sharded(**settings):
+        return train(words)
 
 
 def train_poisoned(words: list[str], what: str, rank: int, step: int) -> str:

@@ -52,27 +52,31 @@ def quiet_deepspeed() -> Any:
 class Trainee(nn.Module):
     """The network as DeepSpeed sees it. Whatever reads its weights runs inside its forward pass, where ZeRO 3 has them at hand.
 
-    The network's own parameters, its tables, are used between passes of the network and in several of them, and stay whole all along.
+    The network's own parameters, its tables, are used between passes of the network and in several of them, and stay whole all along:
+    from before DeepSpeed's hooks of this module, which would begin to gather them and wait only where the network itself is called.
     """
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
 
-    def forward(self, function: Callable, *arguments: Any) -> Any:
+    def __call__(self, function: Callable, *arguments: Any) -> Any:
         tables: list[Any] = [p for p in self.network.parameters(recurse=False) if hasattr(p, "ds_id")]
         for p in tables:
             if p.ds_status.name == "NOT_AVAILABLE":
                 p.all_gather()
             p.ds_active_sub_modules.add(HELD)
         try:
-            return function(*arguments)
+            return super().__call__(function, *arguments)
         finally:
             for p in tables:
                 p.ds_active_sub_modules.discard(HELD)
                 # where a backward pass follows it adds to a whole gradient, and DeepSpeed scatters the weights after it
                 if not p.ds_persist and not torch.is_grad_enabled():
                     p.partition()
+
+    def forward(self, function: Callable, *arguments: Any) -> Any:
+        return function(*arguments)
 
 
 class Mpu:

@@ -11,7 +11,7 @@ import pytest
 
 from megaflow.train import checkpoint as checkpoints
 from megaflow.train import run as runs
-from tests.layout_job import layout, same_curve, train
+from tests.layout_job import layout, same_curve, train, train_sharded
 
 COVER = [
     ("coded", "flow", 2, 1, 0),
@@ -51,6 +51,32 @@ def test_any_layout_has_the_losses_of_one_process(ranks, words, alone, workspace
     same_curve(workspace / name, alone(kind, family, 20), 20)
     start = runs.read_json(workspace / name / "run.json")["starts"][0]
     assert start["processes"] == tensor * data and start["parallel"]["tensor"] == tensor
+
+
+WAYS = {
+    "gathered ahead": {"param_persistence_threshold": 0},
+    "gathered anew for each use": {"param_persistence_threshold": 0, "max_reuse_distance": 0, "prefetch_bucket_size": 0},
+    "some of it ahead": {"param_persistence_threshold": 500, "max_reuse_distance": 5000, "prefetch_bucket_size": 2000},
+}
+
+
+@pytest.mark.parametrize(
+    "kind, family, tensor, data",
+    [
+        ("coded", "flow_map", 1, 2),
+        *(
+            pytest.param(*kind, *shape, marks=pytest.mark.long)
+            for kind, shape in itertools.product(KINDS, [(1, 2), (2, 2), (1, 4)])
+            if (*kind, *shape) != ("coded", "flow_map", 1, 2)
+        ),
+    ],
+)
+@pytest.mark.parametrize("way", WAYS)
+def test_a_network_of_which_no_weight_stays_whole(ranks, words, alone, workspace, way, kind, family, tensor, data):
+    """Under ZeRO 3 DeepSpeed leaves weights of less than 100,000 elements on every process, which here are all."""
+    name = f"{kind}-{family}-{tensor}x{data}-{way.replace(' ', '-')}"
+    ranks(tensor * data, train_sharded, words(kind, family, name, *layout(8, tensor, data, 3)), WAYS[way])
+    same_curve(workspace / name, alone(kind, family, 8), 8)
 
 
 @pytest.mark.parametrize("kind, family, source, target", MOVES)

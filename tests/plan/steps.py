@@ -1,7 +1,6 @@
 """Real training steps of every kind of stage on any layout: random tokens through the loop's own passes and DeepSpeed."""
 
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from megaflow.train import ema, engine, loop
 from megaflow.train.stage_autoregressive import AutoregressiveStage
 from megaflow.train.stage_flow import FlowStage
 from megaflow.train.stage_map import MapStage
+from tests.layout_job import sharded
 
 KINDS = ("flow", "map", "autoregressive")
 
@@ -89,21 +89,14 @@ class Run:
         return told[0], norm
 
 
-def recorded(kind: str, vocab: int, values: dict[str, Any], steps: int = 1, far: int | None = None) -> list[tuple[Any, ...]]:
+def recorded(kind: str, vocab: int, values: dict[str, Any], steps: int = 1, zero: dict[str, int] | None = None) -> list[tuple[Any, ...]]:
     """Every collective of `steps` steps on this process, after two in which DeepSpeed gets to know the network: the fields of a Sent.
 
-    far: how many elements away the next use of a weight may be for ZeRO 3 to keep it; then it fetches none ahead either, as it would all
-    of so small a network.
+    zero: other settings of ZeRO, as of layout_job.sharded.
     """
     from megaflow.parallel.recorder import Recorder
 
-    deepspeed = engine.quiet_deepspeed()
-    initialize, own = deepspeed.initialize, {"stage3_max_reuse_distance": far, "stage3_prefetch_bucket_size": 0} if far is not None else {}
-
-    def with_own(config: dict[str, Any], **others: Any) -> Any:
-        return initialize(config=config | {"zero_optimization": config["zero_optimization"] | own}, **others)
-
-    with mock.patch.object(deepspeed, "initialize", with_own), meshes.join(int(values.get("parallel.tensor", 1))) as mesh:
+    with sharded(**zero or {}), meshes.join(int(values.get("parallel.tensor", 1))) as mesh:
         run = Run(kind, vocab, values, mesh)
         for index in range(2):
             run.step(index)

@@ -106,15 +106,13 @@ def test_the_formula_of_a_flow_map_is_what_is_recorded(ranks, values):
 
 @pytest.mark.parametrize("kind", [*(pytest.param(kind, marks=pytest.mark.long) for kind in ("flow", "autoregressive")), "map"])
 def test_a_network_too_large_to_be_kept_is_gathered_once_for_each_pass(ranks, monkeypatch, kind):
-    """Under ZeRO 3, where the next use of a weight is far: forward, backward, and twice for the targets of a flow map."""
+    """Under ZeRO 3, where the next use of each weight is far: forward, backward, and twice for the targets of a flow map."""
     values = SMALL | {"parallel.zero": 3, "model.hidden": 192, "data.length": 16, "train.micro_batch": 4}
-    far = 1_500_000
+    config, far = resolved(kind, 100, values).config, 1_500_000
+    assert sum(w.numel for w in weights(config, 100, 1, kind == "map")) > far  # of 1.8M
     monkeypatch.setattr(communication, "REUSED", far)
-    config = resolved(kind, 100, values).config
-    held = weights(config, 100, 1, kind == "map")
-    assert sum(w.numel for w in held) > far  # of 1.8M
     expected = by_axis_and_kind(formula(kind, 100, values, 2))["data", "all-gather"]
-    for sent in ranks(2, recorded, kind, 100, values, 1, far):
+    for sent in ranks(2, recorded, kind, 100, values, 1, {"max_reuse_distance": far, "prefetch_bucket_size": 0}):
         assert totals(Sent(*one) for one in sent)["data", "all-gather"] == pytest.approx(expected, rel=1e-6, abs=AGREED)
     minimum = communication.megatron_minimum(config, 100, layout_of(config, 2), kind == "map")
     assert expected <= communication.total(minimum, "data", "all-gather")

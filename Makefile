@@ -18,7 +18,7 @@ char: install  ## the same on characters, larger
 test: install  ## the tests, without those that take minutes
 	@.venv/bin/python -m pytest -m "not long" -n 2 --dist loadfile
 
-test-all: install  ## all tests
+test-all: install  ## all tests: hours, most of them the table of layouts, which goes on where it was
 	@.venv/bin/python -m pytest
 
 lint: install  ## ruff and mypy

@@ -10,7 +10,7 @@ from megaflow import __version__, process
 from megaflow.errors import UserError
 
 EPILOG = """a.b=c overrides any key of a config; `megaflow config --keys` lists all keys.
-exit codes: 0 done; 1 failed; 2 bad input, one sentence says what;
+exit codes: 0 done; 1 failed; 2 bad input, or a disk that refuses: one sentence says what;
 75 stopped by SIGTERM or SIGUSR1 after saving, the same command continues"""
 
 
@@ -170,6 +170,8 @@ def run(arguments: argparse.Namespace, began: float) -> int:
         from megaflow.plan.table import plan
 
         loaded, vocab = show.known(arguments.config, arguments.overrides, sizes=True)
+        if arguments.vocab is not None and vocab is not None and arguments.vocab != vocab:
+            raise UserError(f"--vocab={arguments.vocab}: {loaded.config.data.path} is prepared and has {vocab}; leave --vocab out")
         vocab = arguments.vocab if vocab is None else vocab
         print(plan(loaded, vocab, arguments.gpus, arguments.memory, arguments.gpu, arguments.json))
         return 0

@@ -195,7 +195,7 @@ def batch_split(config: Config, processes: int) -> tuple[int, int]:
     if remainder or rows == 0:
         raise ConfigError(
             f"train.global_batch={config.train.global_batch} does not divide over {processes} data-parallel processes; "
-            f"use a multiple of {processes}"
+            f"use a multiple of {processes}, or another number of processes"
         )
     micro = max(size for size in range(1, min(rows, config.train.micro_batch) + 1) if rows % size == 0)
     return micro, rows // micro

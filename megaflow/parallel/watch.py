@@ -320,7 +320,7 @@ class Watch:
 
 
 ENDED = "ended without a word (killed, or a crash of compiled code)"
-GONE = "killed, or its host or the network to it is down"
+GONE = "killed or frozen, or its host or the network to it is down"
 
 
 @contextlib.contextmanager

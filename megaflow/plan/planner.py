@@ -38,6 +38,8 @@ SELECTIVE = 0.04
 """What computing elementwise functions again adds to compute: an assumption."""
 USABLE = 0.92
 """Share of a GPU's memory that tensors may fill; the rest is CUDA's context, NCCL's buffers and gaps between tensors: an assumption."""
+ALIKE = 0.02
+"""Times that differ by less are not told apart: what is left out of them weighs more."""
 STEP_BYTES = 44
 """Bytes that a step reads and writes for each of its numbers: gradient, two moments, weight and average in fp32, read and written."""
 
@@ -63,7 +65,8 @@ class Plan:
 
 
 def plans(loaded: Loaded, vocab: int, gpus: int, capacity: float, device: Device, links: Links) -> list[Plan]:
-    """All layouts, those that fit first, the fastest first. capacity: bytes of a GPU. Of passes of different size the fastest that fits.
+    """All layouts, those that fit first, the fastest first; of those ALIKE the fastest the one that needs least memory. capacity: bytes of
+    a GPU. Of passes of different size the fastest that fits.
 
     Where none fits, those with parallel.offload=optimizer too: how long the host's processors take is not predicted, so that they are not
     ranked among those that do without. Raises ConfigError where there is no layout at all.
@@ -74,7 +77,9 @@ def plans(loaded: Loaded, vocab: int, gpus: int, capacity: float, device: Device
         offloaded = copy.deepcopy(loaded)
         offloaded.config.parallel.offload = "optimizer"
         found += _layouts(offloaded, vocab, gpus, (1, 2, 3), capacity, device, links)
-    return sorted(found, key=lambda plan: (not plan.fits, plan.time if plan.fits else plan.memory.largest))
+    found.sort(key=lambda plan: (not plan.fits, plan.time if plan.fits else plan.memory.largest))
+    alike = [plan for plan in found if plan.fits and plan.time <= (1.0 + ALIKE) * found[0].time]
+    return sorted(alike, key=lambda plan: plan.memory.largest) + found[len(alike) :]
 
 
 def _layouts(loaded: Loaded, vocab: int, gpus: int, stages: tuple[int, ...], capacity: float, device: Device, links: Links) -> list[Plan]:

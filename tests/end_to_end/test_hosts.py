@@ -172,7 +172,7 @@ def test_the_only_process_of_a_host_is_killed_and_the_job_goes_on(hosts, words, 
     assert [each.wait(timeout=280) for each in both] == [0, 0], [host.said() for host in hosts]
     survivor, killed = sides(hosts)
     (said,) = survivor.sentences() + killed.sentences()
-    assert re.fullmatch(rf"megaflow: rank 1 on {killed.name} gave no sign of life for \d+ s in step 28: killed, or its host .*", said)
+    assert re.fullmatch(rf"megaflow: rank 1 on {killed.name} gave no sign of life for \d+ s in step 28: killed or frozen, .*", said)
     starts = [start["step"] for start in runs.read_json(tmp_path / "run" / "run.json")["starts"]]
     assert starts[0] == 0 and starts[-1] in (20, 25) and len(losses(tmp_path / "run")) == 34
 
@@ -191,6 +191,6 @@ def test_the_cable_of_a_host_is_pulled(hosts, words, tmp_path):
         assert time.monotonic() < deadline + 60, [host.said() for host in hosts]
         time.sleep(0.1)
     (gone,), (alone,) = near.sentences(), far.sentences()
-    assert re.fullmatch(rf"megaflow: rank 1 on {far.name} gave no sign of life for \d+ s in step \d+: killed, or its host .*", gone)
+    assert re.fullmatch(rf"megaflow: rank 1 on {far.name} gave no sign of life for \d+ s in step \d+: killed or frozen, .*", gone)
     where = re.escape(f"{ADDRESS.format(near.number)}:")
     assert re.match(rf"megaflow: rank 1 on {far.name} cannot reach the rendezvous at {where}\d+ .* in step \d+: rank 0 or", alone)

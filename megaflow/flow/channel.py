@@ -31,9 +31,13 @@ ROUND = 64
 """What sizes of matrices are multiples of in half precision, for a GPU to multiply them fast."""
 
 
-def chunks(tokens: int, vocab: int, device: torch.device) -> list[slice]:
-    """Slices over tokens such that a chunk of logits has about CHUNK_ELEMENTS elements and at least CHUNK_TOKENS tokens."""
+def chunks(tokens: int, vocab: int, device: torch.device, whole: int = 1) -> list[slice]:
+    """Slices over tokens such that a chunk of logits has about CHUNK_ELEMENTS elements and at least CHUNK_TOKENS tokens.
+
+    whole: chunks do not cut rows of so many tokens; one row is then a chunk at least.
+    """
     size = max(CHUNK_TOKENS, CHUNK_ELEMENTS[device.type] // vocab)
+    size = max(size // whole, 1) * whole
     return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 
 

@@ -201,7 +201,9 @@ class _Loss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, head: Head, read: Read, measure: Callable) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, head: Head, read: Read, measure: Callable, whole: int
+    ) -> tuple[Tensor, Tensor]:
         graded = any(ctx.needs_input_grad[:3])
         read = Read(hidden, read.y, read.s)
         buffer, round_weight = Buffer(), rounded(weight)
@@ -213,7 +215,7 @@ class _Loss(torch.autograd.Function):
             wide = torch.promote_types(weight.dtype, torch.float32)
             hidden_grad, weight_grad = torch.empty_like(hidden), torch.zeros_like(weight, dtype=wide)
             bias_grad = torch.zeros_like(bias, dtype=wide)
-        for part in chunks(len(hidden), head.part.widest, hidden.device):
+        for part in chunks(len(hidden), head.part.widest, hidden.device, whole):
             losses, values, factor, gradient = measure(read_chunk(read[part]), part)
             loss += losses.double().sum()
             logged.append(values)
@@ -235,7 +237,7 @@ class _Loss(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         scale = gradients[0]
         hidden_grad, weight_grad, bias_grad = ctx.saved_tensors
-        return *(g * scale.to(g.dtype) for g in (hidden_grad, weight_grad, bias_grad)), None, None, None
+        return *(g * scale.to(g.dtype) for g in (hidden_grad, weight_grad, bias_grad)), None, None, None, None
 
 
 def cross_entropy(head: Head, read: Read, ids: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -253,7 +255,7 @@ def cross_entropy(head: Head, read: Read, ids: Tensor, weight: Tensor) -> tuple[
         gradient.scatter_add_(1, token[:, None], -inside.to(z.dtype)[:, None])
         return losses * w, losses, w, gradient
 
-    return _Loss.apply(read.hidden, head.weight, head.bias, head, read, measure)
+    return _Loss.apply(read.hidden, head.weight, head.bias, head, read, measure, 1)
 
 
 def divergence(
@@ -262,12 +264,13 @@ def divergence(
     target: Callable[[slice], Tensor],
     weight: Tensor,
     reweight: Callable[[Tensor], Tensor] | None = None,
+    whole: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """sum_i w_i KL(target_i || psi_i), and the unweighted divergences (n,) for logging.
 
     The objective of stage 2 (FMLM and DFM, semigroup form); the target has no gradient, so that by the logits it is w (psi - target).
     w is `weight` (n,), times `reweight(|psi - target|^2)` if given (DFM, appendix B: detached and adaptive).
-    target: a chunk's place among the tokens -> its target (n, V), asked for once a chunk.
+    target: a chunk's place among the tokens -> its target (n, V), asked for once a chunk; chunks hold whole rows of `whole` tokens.
     """
 
     scratch = Buffer()
@@ -286,4 +289,4 @@ def divergence(
             w = w * reweight(distance)
         return losses * w, losses, w, gradient
 
-    return _Loss.apply(read.hidden, head.weight, head.bias, head, read, measure)
+    return _Loss.apply(read.hidden, head.weight, head.bias, head, read, measure, whole)

@@ -20,7 +20,7 @@ the multiplications of a token are (layers that read what nothing is learned in 
 
 A flow map has two time embeddings, reads W or S once more ahead, and has a frozen table. Of its targets, a diagonal row's takes a
 forward pass of the teacher; another's two of the map, on one set of beliefs more and with the product V d_c of a frame's mean between
-them (the posteriors at s, H + Q, are computed a second time rather than kept). Hot beliefs, B + Q each, are of rows with s < t, at s
+them (under ZeRO 3 the posteriors at s, H + Q, are computed a second time). Hot beliefs, B + Q each, are of rows with s < t, at s
 and at u, where the channel is not as sharp itself: before the place h on the clock. Of the inner rows' draws (flow_map.draw_times)
 that is
 
@@ -109,4 +109,4 @@ def of_step(config: Config, vocab: int, is_map: bool = False, hot: float = 1.0) 
     forward = of_map + see + at_s * see_hot
     backward = 2 * (trained + 2 * deep) + vocab + 2 * features + embedded + linear + ahead
     targets = diagonal * once + moving * (2 * of_map + see + (vocab * dim if framed else 0)) + at_u * see_hot
-    return Flops(2.0 * forward, 2.0 * backward, 2.0 * targets, 2.0 * moving * (head + skip))
+    return Flops(2.0 * forward, 2.0 * backward, 2.0 * targets, 2.0 * moving * (head + skip) if config.parallel.zero == 3 else 0.0)

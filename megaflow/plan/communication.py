@@ -10,8 +10,8 @@ number of the precision of training, T tensor-parallel processes and the two dir
                 n' = n (1 + 2 neighbors T / L), since every process needs the neighbours of its positions
                 dense state: a reduce-scatter of n d p, backward an all-gather; of a frame, the state itself: an all-reduce of n d_c numbers
     head        log-sum-exp n T numbers, the token's own logit: an all-reduce of n
-    targets     of a flow map: forward passes, each with its log-sum-exp, that at s twice, and the mean of a frame, an all-reduce of
-                n d_c numbers
+    targets     of a flow map: forward passes, each with its log-sum-exp, under ZeRO 3 that at s twice, and the mean of a frame, an
+                all-reduce of n d_c numbers
 
 Over data-parallel processes go gradients, in fp32 as DeepSpeed is told to, and under ZeRO the weights that they have moved.
 Parts of a flow map's rows are those of the global batch, which a process has on average.
@@ -159,7 +159,7 @@ def _over_tensor(config: Config, layout: Layout, is_map: bool, hot: float) -> li
     send("targets", "all-gather", (2 * model.layers + 1) * through)
     send("targets", "reduce-scatter", 2 * model.layers * through)
     send("targets", "reduce-scatter", (int(dense and linear) * still * SINGLE + 2 * dense_readings * moving * p) * d)
-    log_sum("targets", still + 3 * moving)
+    log_sum("targets", still + (3 if layout.zero == 3 else 2) * moving)
     if not dense:
         send("targets", "all-reduce", moving * dim * SINGLE)
     if belief:
@@ -171,7 +171,7 @@ def _over_tensor(config: Config, layout: Layout, is_map: bool, hot: float) -> li
 
 
 def _targets(config: Config, layout: Layout, is_map: bool) -> int:
-    """Passes without gradient beside one with: as many as a flow map's rows with s < t need, of this process or of another."""
+    """Passes without gradient beside one with, under ZeRO 3: as many as a flow map's rows with s < t need, of this process or another."""
     return 2 if is_map and rows_of(config, layout, is_map, 0.0).moving > 0.0 else 0
 
 

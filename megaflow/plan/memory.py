@@ -187,13 +187,16 @@ def _block_backward(config: Config, layout: Layout) -> float:
 
 def of_loss(config: Config, vocab: int, layout: Layout, is_map: bool = False, device: str = "cuda") -> float:
     """Bytes beside activations at the end of a forward pass: hidden states, a chunk of logits and what is made of it, the code beside its
-    leverage and bias, and fp32 gradients of the head; the state where autograd does not keep it. Of a map also what the state says, and of
-    its targets posteriors of a chunk, hidden states and the states midway. The passes for those come before anything else is kept."""
+    leverage and bias, and fp32 gradients of the head; the state where autograd does not keep it. Of a map also what the state says, its
+    targets' posteriors, and a pass for them; under ZeRO 3, where the passes come first, the hidden states and states that they leave."""
     model, d, p = config.model, config.model.hidden, layout.width
     n, part = layout.micro * config.data.length, math.ceil(vocab / layout.tensor)
     tokens = max(CHUNK_TOKENS, CHUNK_ELEMENTS[device] // part)
     flow = config.model.family == "flow" or is_map
     still = rows_of(config, layout, True, 0.0).diagonal / layout.accumulation * config.data.length if is_map else 0.0
+    at_once = layout.zero == 3
+    if is_map and not at_once:  # whole rows, and those with s = t apart
+        tokens = max(tokens // config.data.length, 1) * config.data.length
     chunk = min(tokens, max(still, n - still)) * part
     found = n * d * p + chunk * SINGLE + part * d * SINGLE
     if layout.tensor > 1:
@@ -206,7 +209,12 @@ def of_loss(config: Config, vocab: int, layout: Layout, is_map: bool = False, de
     if flow and (is_map or model.input == "linear"):
         found += n * (part if config.flow.code == "identity" else int(config.flow.code_dim)) * SINGLE
     if is_map:
-        state = part if config.flow.code == "identity" else int(config.flow.code_dim)
-        found += 2 * n * model.belief_dim * p + 3 * chunk * SINGLE + (still * SINGLE + (n - still) * 2 * p) * d
-        found += (n - still) * state * SINGLE if config.flow.skip == "on" else 0
+        found += 2 * n * model.belief_dim * p + 3 * chunk * SINGLE
+        if at_once:
+            state = part if config.flow.code == "identity" else int(config.flow.code_dim)
+            found += (still * SINGLE + (n - still) * 2 * p) * d
+            found += (n - still) * state * SINGLE if config.flow.skip == "on" else 0
+        else:
+            passing = max(still * SINGLE, min(tokens, n - still) * p)
+            found += passing * d * (4 + 2 * model.mlp_ratio) / layout.tensor
     return found

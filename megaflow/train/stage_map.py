@@ -19,7 +19,7 @@ from megaflow.config.schema import Config
 from megaflow.flow import flow_map
 from megaflow.flow import head as heads
 from megaflow.flow.clock import Clock
-from megaflow.flow.code import lookup
+from megaflow.flow.code import lookup, mean
 from megaflow.flow.interpolant import noisy_state, transport
 from megaflow.flow.likelihood import RangeTooShort
 from megaflow.model.parts import Parts
@@ -36,6 +36,7 @@ class MapStage:
     def __init__(self, config: Config, network: TextDiT, teacher: TextDiT, parts: Parts, clock: Clock) -> None:
         self.config, self.network, self.parts, self.clock = config, network, parts, clock
         self.teacher = teacher.requires_grad_(False)
+        self.at_once = config.parallel.zero == 3  # where each pass gathers the network anew
 
     def kinds(self, batch: Batch, peer: int = 0) -> Tensor:
         """(B,) kind of each row, of this process or of the `peer`-th after it. The kinds of a global batch are dealt by a permutation of
@@ -62,11 +63,11 @@ class MapStage:
         lengths = None if batch.lengths is None else batch.lengths[order]
         documents = None if batch.documents is None else batch.documents[order]
         seen = self.network.see(y, times.s, times.t)  # with nothing trained in it: the teacher and every target see the same
-        targets = []  # before the pass that keeps what its gradient needs
+        targets = []
         for index, part in enumerate((slice(0, split), slice(split, len(order)))):
             if part.start < part.stop:
                 some, of = (None if x is None else x[part] for x in (lengths, documents))
-                make = self.diagonal_target if index == 0 else self.semigroup_target
+                make = self.diagonal_target if index == 0 else self.semigroup_target if self.at_once else self.semigroup_target_by_rows
                 targets.append((index, part, make(y[part], flow_map.Times(*(x[part] for x in times)), some, seen[part], of)))
         if split == len(order) and batch.peers > 1:
             self.keep_company(batch, y, times)
@@ -76,7 +77,8 @@ class MapStage:
             index, part, target = targets.pop(0)  # with its chunk, which is not kept beside the next one's
             read = self.network.read(hidden[part], y[part], times.s[part])
             weight = batch.weight.view(batch.ids.shape)[order[part]].flatten()
-            loss, divergences = heads.divergence(self.network.head(), read, target, weight, self.reweight())
+            whole = 1 if index == 0 or self.at_once else y.shape[1]
+            loss, divergences = heads.divergence(self.network.head(), read, target, weight, self.reweight(), whole)
             losses.append(loss)
             observed[index, 0] = (divergences.double() * weight.double()).sum().item()
             observed[index, 1] = weight.double().sum().item()
@@ -110,8 +112,8 @@ class MapStage:
     ) -> Callable[[slice], Tensor]:
         """The identity's right side from the live network, by chunks of tokens. `seen` is what y says at s.
 
-        Hidden states at s and at u are kept, posteriors are too large for that: those at s are taken twice, for the state at u that
-        they lead to, and for the mixture. So the network makes two passes, whatever the number of rows: under ZeRO 3 each gathers it.
+        Two passes of the network, whatever the number of rows. Hidden states at s and at u are kept, posteriors are too large for that:
+        those at s are taken twice, for the state at u that they lead to, and for the mixture.
         """
         (s, u, t), network, head = times, self.network, self.network.head().frozen()
         at_s = network.read(network(y, s, u, lengths, seen, documents), y, s)
@@ -120,6 +122,26 @@ class MapStage:
         from_s, from_u = heads.probabilities(head), heads.probabilities(head)
         share = flow_map.semigroup_share(s, u, t).to(y.dtype).repeat_interleave(y.shape[1])[:, None]
         return lambda tokens: from_u(at_u[tokens]).lerp_(from_s(at_s[tokens]), share[tokens])
+
+    def semigroup_target_by_rows(
+        self, y: Tensor, times: flow_map.Times, lengths: Tensor | None, seen: Seen, documents: Tensor | None
+    ) -> Callable[[slice], Tensor]:
+        """The same by chunks of whole rows, and two passes for each: psi_{s,u} is followed to the next state and mixed with psi_{u,t} there
+        while it is at hand, and nothing is computed twice."""
+        length, network = y.shape[1], self.network
+        first, second = heads.probabilities(network.head()), heads.probabilities(network.head())
+
+        @torch.no_grad()
+        def target(tokens: slice) -> Tensor:
+            rows = slice(tokens.start // length, tokens.stop // length)
+            (s, u, t), (some, of) = (x[rows] for x in times), (None if x is None else x[rows] for x in (lengths, documents))
+            from_s = first(network.read(network(y[rows], s, u, some, seen[rows], of), y[rows], s))
+            midway = transport(y[rows], s, u, mean(self.parts.code, from_s).view(y[rows].shape))
+            from_u = second(network.read(network(midway, u, t, some, documents=of), midway, u))
+            share = flow_map.semigroup_share(s, u, t).to(y.dtype).repeat_interleave(length)
+            return from_u.lerp_(from_s, share[:, None])
+
+        return target
 
     def learn(self, observed: Tensor, step: int) -> dict[str, float]:
         """The step's divergences from its targets without weights, nats a token, of rows with s = t and of those with s < t."""

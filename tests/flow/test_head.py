@@ -161,12 +161,15 @@ def test_probabilities_are_the_posterior_without_gradient(kind):
     assert psi(read[slice(0, 64)]).data_ptr() == whole.data_ptr()
 
 
-def test_a_target_is_asked_for_once_a_chunk(kind):
+@pytest.mark.parametrize("whole", [1, 10, 50, 64, 100])
+def test_a_target_is_asked_for_whole_rows_once(kind, whole):
     head, read = make(kind, 200)
     target, _ = mixed_target(kind, 200)
     asked = []
-    heads.divergence(head, read, lambda part: asked.append(part) or target(part), torch.ones(200).double())
-    assert [i for part in asked for i in range(part.start, part.stop)] == list(range(200)) and len(asked) == 4
+    loss, _ = heads.divergence(head, read, lambda part: asked.append(part) or target(part), torch.ones(200).double(), whole=whole)
+    assert [i for part in asked for i in range(part.start, part.stop)] == list(range(200))
+    assert all(part.start % whole == 0 for part in asked) and len(asked) == {1: 4, 10: 4, 50: 4, 64: 4, 100: 2}[whole]
+    torch.testing.assert_close(loss, heads.divergence(head, read, target, torch.ones(200).double())[0])
 
 
 @pytest.mark.parametrize("kind", ["identity", "frame", "no channel"])

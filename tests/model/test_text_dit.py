@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megaflow.config.schema import Config, FlowConfig
+from megaflow.config.schema import Config, FlowConfig, ParallelConfig
 from megaflow.flow import channel
 from megaflow.flow import clock as clocks
 from megaflow.flow import code as codes
@@ -289,12 +289,39 @@ def test_no_tensor_of_tokens_times_vocabulary_exists_in_stage_1():
     assert recorded(dense) >= ROWS * WIDTH * MANY  # the recorder would have seen one
 
 
-@pytest.mark.parametrize("map_reads", ["linear", "hot_belief"])
-def test_no_tensor_of_tokens_times_vocabulary_exists_in_stage_2(map_reads):
+def large_stage_2(map_reads: str, zero: int) -> MapStage:
     network, teacher = large(map_reads), large(None)
     parts = Parts(network.code, network.log_prior, network.span)
-    stage = MapStage(Config(), network, teacher, parts, clocks.uniform())
+    return MapStage(Config(parallel=ParallelConfig(zero=zero)), network, teacher, parts, clocks.uniform())
+
+
+@pytest.mark.parametrize("zero", [0, 3])
+@pytest.mark.parametrize("map_reads", ["linear", "hot_belief"])
+def test_no_tensor_of_tokens_times_vocabulary_exists_in_stage_2(map_reads, zero):
+    stage = large_stage_2(map_reads, zero)
     assert recorded(lambda: stage.loss(large_batch())[0]) == channel.CHUNK_ELEMENTS["cpu"] < ROWS * WIDTH * MANY
+
+
+@pytest.mark.parametrize("map_reads", ["linear", "hot_belief"])
+def test_targets_of_all_rows_at_once_are_those_of_each(map_reads, monkeypatch):
+    """Under ZeRO 3 the network makes two passes for them, else two for each chunk of rows."""
+    monkeypatch.setattr(channel, "CHUNK_ELEMENTS", {"cpu": 1})
+    monkeypatch.setattr(channel, "CHUNK_TOKENS", WIDTH)
+    found, passes = [], []
+    for zero in (0, 3):
+        torch.manual_seed(0)
+        stage = large_stage_2(map_reads, zero)
+        with torch.no_grad():
+            for p in stage.network.parameters():
+                p.add_(0.02 * torch.randn_like(p))
+        passes.append(0)
+        stage.network.register_forward_hook(lambda *_: passes.append(passes.pop() + 1))
+        loss, observed = stage.loss(large_batch())
+        loss.backward()
+        found.append([loss.detach(), observed, *(p.grad for p in stage.network.parameters() if p.requires_grad)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+    assert passes[1] == 3 < passes[0]
 
 
 @pytest.mark.parametrize(

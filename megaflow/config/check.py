@@ -34,7 +34,8 @@ def resolve(loaded: Loaded, vocab: int) -> Loaded:
     settle(model, "heads", "model.heads", heads(model.hidden))
     settle(model, "input", "model.input", "belief")
     settle(flow, "skip", "flow.skip", "off" if model.input == "linear" and flow.code == "identity" else "on")
-    settle(config.distill, "state_input", "distill.state_input", "linear" if model.input == "linear" else "hot_belief")
+    if config.distill.teacher:
+        settle(config.distill, "state_input", "distill.state_input", "linear" if model.input == "linear" else "hot_belief")
     settle(optim, "name", "optim.name", "muon")
     settle(optim, "warmup_steps", "optim.warmup_steps", min(2500, train.steps // 10))
     settle(train, "validate_every", "train.validate_every", max(50, train.steps // 20))

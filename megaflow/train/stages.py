@@ -63,7 +63,8 @@ def distill(path: str, overrides: list[str], began: float | None = None) -> int:
 
 
 def _train(loaded: Loaded, kind: str, began: float) -> int:
-    distilling = [name for name, origin in loaded.origin.items() if name.startswith("distill.") and origin != "default"]
+    values, defaults = flatten(loaded.config), flatten(Config())  # a run's own config.yaml says the defaults too
+    distilling = [name for name, value in values.items() if name.startswith("distill.") and value != defaults[name]]
     if kind == "pretrain" and distilling:
         raise ConfigError(f"{loaded.origin[distilling[0]]}: {distilling[0]} is set; this is a config for megaflow distill")
     contradictions(loaded)

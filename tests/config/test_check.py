@@ -70,8 +70,10 @@ class TestAuto:
         assert given == loaded()
 
     def test_nothing_that_training_reads_stays_auto(self):
-        left = {name for name, value in flatten(resolved(SMALL)).items() if value == "auto"}
-        assert left == {"data.source_format", "data.workers", "model.attention"}  # prepare's own, and a choice of the machine
+        never = {"data.source_format", "data.workers", "model.attention"}  # prepare's own, and a choice of the machine
+        for teacher, left in (("", {*never, "distill.state_input"}), ("x", never)):
+            given = resolved(SMALL, distill__teacher=teacher)
+            assert {name for name, value in flatten(given).items() if value == "auto"} == left
 
 
 @pytest.mark.parametrize(

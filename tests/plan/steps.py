@@ -36,8 +36,11 @@ class Tokens:
 
 def resolved(kind: str, vocab: int, values: dict[str, Any]) -> Loaded:
     """A config of a kind of stage with these values, resolved for a vocabulary."""
-    family = "autoregressive" if kind == "autoregressive" else "flow"
-    return resolve(assemble([("test", {"model.attention": "sdpa"} | values | {"model.family": family})]), vocab)
+    ours = {
+        "model.family": "autoregressive" if kind == "autoregressive" else "flow",
+        "distill.teacher": "runs/flow" if kind == "map" else "",
+    }
+    return resolve(assemble([("test", {"model.attention": "sdpa"} | values | ours)]), vocab)
 
 
 def stage_of(kind: str, vocab: int, values: dict[str, Any], mesh: Mesh) -> Any:

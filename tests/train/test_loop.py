@@ -526,6 +526,22 @@ class TestRefusals:
         told = cli("pretrain", config("coded", family), f"run.dir={tmp_path / 'run'}", "distill.weighting=none")
         self.refused(told, "command line: distill.weighting is set; this is a config for megaflow distill")
 
+    def test_the_config_that_a_run_has_written_starts_it_again(self, cli, config, trained, tmp_path):
+        """Its config.yaml says every value, defaults among them; another run.dir repeats the run, its own one finds it finished."""
+        directories = {"pretrain": tmp_path / "flow", "distill": tmp_path / "map"}
+        assert cli("pretrain", config("coded"), f"run.dir={directories['pretrain']}", "train.steps=3").code == 0
+        teacher = f"distill.teacher={directories['pretrain']}"
+        assert cli("distill", config("coded", "flow_map"), f"run.dir={directories['distill']}", teacher, "train.steps=3").code == 0
+        for command, directory in directories.items():
+            told = cli(command, directory / "config.yaml")
+            assert told.code == 0 and "finished at step 3; nothing to do" in told.err, told.err
+            assert cli(command, directory / "config.yaml", f"run.dir={tmp_path / 'again'}/{command}").code == 0
+            curves = [
+                [line["loss"] for line in runs.lines(run / "metrics.jsonl") if "loss" in line]
+                for run in (directory, tmp_path / "again" / command)
+            ]
+            assert curves[0] == curves[1] and len(curves[0]) == 3
+
     def test_what_is_refused_at_the_start_is_no_run_yet(self, cli, config, tmp_path):
         command = ("pretrain", config("coded"), f"run.dir={tmp_path / 'run'}", "train.steps=2")
         self.refused(cli(*command, "model.attention=flash"), "model.attention=flash needs")

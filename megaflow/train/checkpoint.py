@@ -149,7 +149,8 @@ class Checkpoint:
                 raise ValueError(f"{name} is another tensor there")
             return tensor_file.read(path, entry, at)
         except (OSError, ValueError, KeyError) as error:
-            raise Damaged(f"{path}: cannot be read ({error}); {DELETE}") from None
+            reason = getattr(error, "strerror", None) or str(error).removeprefix(f"{path}: ")
+            raise Damaged(f"{path}: cannot be read ({reason}); {DELETE}") from None
 
 
 class ByName(Mapping[str, Tensor]):

@@ -65,17 +65,10 @@ def train(config: Config, stage: Stage, mesh: Mesh, began: float, watch: Watch) 
     end = end_of_documents(config, stream.manifest)
     validation = validation_rows(config, mesh, end)
     deep = engine.start(stage.network, config, mesh, micro, accumulation)
-    state: dict[str, Any] = {"step": 0, "taken": 0, "tokens": 0, "seconds": 0.0, "skipped": 0}
-    state |= {"training_seconds": 0.0, "process_seconds": 0.0, "checkpoint_wait_seconds": 0.0}
-    rank, size, exchange = mesh.world.rank, mesh.world.size, partial(meshes.exchanged, mesh)
-    saved = checkpoints.newest(directory, rank=rank, size=size, exchange=exchange)
-    if saved is not None:
-        # earlier versions counted neither steps that are passed over nor processes
-        state |= {"taken": saved.state["step"], "process_seconds": saved.state["training_seconds"] * mesh.world.size} | saved.state
-        engine.restore(deep, saved.read, state["taken"])
-        stage.restore(saved.tensors("stage"))
+    state = resume(directory, deep, stage, mesh)
     seconds_before = state["seconds"]
-    writer = Writer(directory, config.train.keep_checkpoints, rank, size, meshes.shared(mesh, secrets.token_hex(4)))
+    job = meshes.shared(mesh, secrets.token_hex(4))
+    writer = Writer(directory, config.train.keep_checkpoints, mesh.world.rank, mesh.world.size, job)
     watch.last = writer.settle
     metrics = spikes = None
     if mesh.first:
@@ -163,6 +156,23 @@ def train(config: Config, stage: Stage, mesh: Mesh, began: float, watch: Watch) 
             print(f"stopped by a signal after step {state['step']}; saved, the same command continues", file=sys.stderr)
         return STOPPED
     return 0
+
+
+def resume(directory: Path, deep: Any, stage: Stage, mesh: Mesh) -> dict[str, Any]:
+    """Put the run's newest intact checkpoint, if it has one, into the engine and the stage. Returns the run's counters.
+
+    `taken` are the steps that moved the weights, `skipped` those in a row that were passed over; seconds are the command's, those of steps,
+    those of steps times processes, and those in which steps waited for checkpoints.
+    """
+    state: dict[str, Any] = {"step": 0, "taken": 0, "tokens": 0, "seconds": 0.0, "skipped": 0}
+    state |= {"training_seconds": 0.0, "process_seconds": 0.0, "checkpoint_wait_seconds": 0.0}
+    saved = checkpoints.newest(directory, rank=mesh.world.rank, size=mesh.world.size, exchange=partial(meshes.exchanged, mesh))
+    if saved is not None:
+        # earlier versions counted neither steps that are passed over nor processes
+        state |= {"taken": saved.state["step"], "process_seconds": saved.state["training_seconds"] * mesh.world.size} | saved.state
+        engine.restore(deep, saved.read, state["taken"])
+        stage.restore(saved.tensors("stage"))
+    return state
 
 
 def accumulate(

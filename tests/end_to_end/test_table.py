@@ -132,7 +132,8 @@ def page(lines: list[dict]) -> str:
     text += "Four steps in the layout of the row, two in that of the column, against six on one process: the largest relative\n"
     text += "difference of losses, gradient norms and validations over all six steps, as -log10 (7 is 1e-7), 16 where there is none.\n"
     text += "Layouts are tensor x data, z the ZeRO stage.\n"
-    text += f"Made by `pytest -m long tests/end_to_end/test_table.py` on {dates[0]} to {dates[-1]}, commits {', '.join(commits)}.\n"
+    when = " to ".join(sorted({dates[0], dates[-1]}))
+    text += f"Made by `pytest -m long tests/end_to_end/test_table.py` on {when}, commits {', '.join(commits)}.\n"
     names = [name_of(layout) for layout in LAYOUTS]
     for kind in dict.fromkeys(line["kind"] for line in lines):
         found = {(line["source"], line["target"]): line["difference"] for line in lines if line["kind"] == kind}

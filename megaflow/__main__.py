@@ -11,7 +11,9 @@ from megaflow.errors import UserError
 
 EPILOG = """a.b=c overrides any key of a config; `megaflow config --keys` lists all keys.
 exit codes: 0 done; 1 failed; 2 bad input, or a disk that refuses: one sentence says what;
-75 stopped by SIGTERM or SIGUSR1 after saving, the same command continues"""
+75 stopped by SIGTERM or SIGUSR1 after saving, the same command continues; 130 interrupted by Ctrl-C"""
+SAVED = "interrupted; the same command goes on from the last checkpoint, if there is one (SIGTERM and SIGUSR1 save before they stop)"
+INTERRUPTED = {"pretrain": SAVED, "distill": SAVED}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -41,7 +43,9 @@ def parser() -> argparse.ArgumentParser:
     layouts.add_argument("--gpus", type=int, required=True, help="how many GPUs")
     layouts.add_argument("--memory", type=float, default=None, metavar="GB", help="of a GPU, in 1e9 bytes (default: what its vendor says)")
     layouts.add_argument("--gpu", default="h100", help="a100, b200, h100 or h200, in nodes of eight (default h100)")
-    layouts.add_argument("--vocab", type=int, help="entries of the vocabulary where data.path is not prepared (default 50257)")
+    layouts.add_argument(
+        "--vocab", type=int, help="entries of the vocabulary, without shards (default: what data.tokenizer says, else 50257)"
+    )
     layouts.add_argument("--json", action="store_true", help="JSON of all layouts instead of a table of the fastest")
 
     inspect = commands.add_parser(
@@ -131,7 +135,10 @@ def main() -> None:
         print(f"megaflow: {error}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt as error:
-        print(f"megaflow: {str(error) or 'interrupted; the same command goes on from what is finished'}", file=sys.stderr)
+        print(
+            f"megaflow: {str(error) or INTERRUPTED.get(arguments.command, 'interrupted; the same command goes on from what is finished')}",
+            file=sys.stderr,
+        )
         code = 130
     except OSError as error:
         if isinstance(error, BrokenPipeError):  # the reader of our output, the last thing a command does, has seen enough
@@ -172,7 +179,7 @@ def run(arguments: argparse.Namespace, began: float) -> int:
         loaded, vocab = show.known(arguments.config, arguments.overrides, sizes=True)
         if arguments.vocab is not None and vocab is not None and arguments.vocab != vocab:
             raise UserError(f"--vocab={arguments.vocab}: {loaded.config.data.path} is prepared and has {vocab}; leave --vocab out")
-        vocab = arguments.vocab if vocab is None else vocab
+        vocab = next((known for known in (vocab, arguments.vocab, show.foreseen(loaded)) if known is not None), None)
         print(plan(loaded, vocab, arguments.gpus, arguments.memory, arguments.gpu, arguments.json))
         return 0
     if arguments.command == "inspect":

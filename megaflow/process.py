@@ -1,11 +1,13 @@
 """What a process asks of the system before anything heavy is imported: the C runtime, the console and signals."""
 
+import contextlib
 import ctypes
 import os
 import signal
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, TextIO
 
 STOPPED = 75
@@ -111,3 +113,16 @@ def let_the_first_speak(code: int) -> None:
     for number in STOP_SIGNALS:
         signal.signal(number, lambda number, frame: os._exit(code))
     time.sleep(FIRST_SPEAKS)
+
+
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM raises KeyboardInterrupt for the time of the block, where signals may be set: it cleans up as behind Ctrl-C."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -6,6 +6,7 @@ from typing import Any
 from megaflow.config.check import contradictions, of_shards, resolve
 from megaflow.config.load import ConfigError, Loaded, describe, flatten, load
 from megaflow.config.schema import keys
+from megaflow.errors import UserError
 from megaflow.train.run import load_distill
 
 
@@ -29,6 +30,24 @@ def known(path: str, overrides: list[str], sizes: bool = False) -> tuple[Loaded,
 
     manifest = read_manifest(loaded.config.data.path)
     return of_shards(loaded, manifest), manifest["tokenizer"]["vocab_size"]
+
+
+def foreseen(loaded: Loaded) -> int | None:
+    """The entries of the vocabulary that prepare will find or make, None where only the text knows, or a file that is not here.
+
+    A BPE has as many as it is asked for; with very little text fewer, which prepare says.
+    """
+    from megaflow.data.tokenizer import given_tokenizer, vocabulary_size
+
+    data = loaded.config.data
+    if data.tokenizer == "bpe":
+        said = any(loaded.origin[name] != "default" for name in ("data.tokenizer", "data.vocab_size"))
+        return data.vocab_size if said else None
+    try:
+        tokenizer = given_tokenizer(data)
+    except UserError:
+        return None
+    return None if tokenizer is None else vocabulary_size(tokenizer)
 
 
 def resolved(path: str | None, overrides: list[str]) -> str:

@@ -9,14 +9,14 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 out=${1:-gpu_check}
 python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
-mkdir -p "$out"
-"$python" -c '
+device=$("$python" -c '
 try:
     import torch
 except ImportError:
     raise SystemExit("no torch for this python: run make first, or set PYTHON")
-import sys; sys.exit("no GPU that torch can use is here; run this where there is one") if not torch.cuda.is_available() else print(torch.cuda.device_count(), "x", torch.cuda.get_device_name(), "torch", torch.__version__, "CUDA", torch.version.cuda)' | tee "$out/device.txt"
-[ "${PIPESTATUS[0]}" = 0 ] || exit 2
+import sys; sys.exit("no GPU that torch can use is here; run this where there is one") if not torch.cuda.is_available() else print(torch.cuda.device_count(), "x", torch.cuda.get_device_name(), "torch", torch.__version__, "CUDA", torch.version.cuda)') || exit 2
+mkdir -p "$out"
+echo "$device" | tee "$out/device.txt"
 failed=()
 part() {
     local name=$1

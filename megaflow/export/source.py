@@ -4,8 +4,6 @@ import contextlib
 import fcntl
 import os
 import shutil
-import signal
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 
 import torch
 
+from megaflow import process
 from megaflow.config.load import Loaded
 from megaflow.data.shards import read_description
 from megaflow.errors import UserError
@@ -125,7 +124,7 @@ def made(out: Path) -> Iterator[Path]:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(f"{partial}: another process is writing this folder; wait for it, or give another one") from None
-        with _terminated():
+        with process.terminable():
             try:
                 _empty(partial)
                 yield partial
@@ -159,16 +158,3 @@ def _empty(folder: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
-
-
-@contextlib.contextmanager
-def _terminated() -> Iterator[None]:
-    """SIGTERM raises KeyboardInterrupt for the time of the block, where signals may be set."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

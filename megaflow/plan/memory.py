@@ -35,7 +35,8 @@ WORKSPACES = 2**26
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a process by kind. largest: at the largest moment of a step; host: of what is offloaded, beside it."""
+    """Bytes of a process by kind. workspaces: of the GPU's libraries; largest: at the largest moment of a step; host: of what is offloaded,
+    beside it."""
 
     weights: float
     optimizer: float
@@ -44,6 +45,7 @@ class Memory:
     activations: float
     loss: float
     step: float
+    workspaces: float
     largest: float
     host: float
 
@@ -93,6 +95,7 @@ def of_step(
         activations=activations,
         loss=loss,
         step=0.0 if away else step,
+        workspaces=workspaces,
         largest=stays + max(moments) + workspaces,
         host=host,
     )

@@ -12,7 +12,7 @@ from megaflow.plan.planner import EFFICIENCY, LINK_EFFICIENCY, USABLE, Plan, as_
 ROWS = 16
 """Layouts of a table; JSON has all."""
 ASSUMED = ("EFFICIENCY", "LINK_EFFICIENCY", "HIDDEN", "BLOCK_SECONDS", "SELECTIVE", "USABLE")
-KINDS = ("weights", "optimizer", "average", "gradients", "activations", "loss", "step")
+KINDS = ("weights", "optimizer", "average", "gradients", "activations", "loss", "step", "workspaces")
 MEASURED = "10% at 144M and 27% at 1.7B is what one H100 has reached here, docs/scaling.md"
 GPT2_VOCAB = 50_257
 """Entries of GPT-2's vocabulary, which is assumed where nothing says another."""
@@ -39,16 +39,27 @@ def plan(loaded: Loaded, vocab: int | None, gpus: int, gigabytes: float | None, 
         head = {"gpu": gpu, "gpus": gpus, "memory_bytes": capacity, "vocabulary": vocab, "vocabulary_assumed": guessed}
         assumed = {name.lower(): getattr(planner, name) for name in ASSUMED}
         return json.dumps(head | {"assumed": assumed, "layouts": [as_json(one) for one in found]}, indent=1)
-    return _text(found, loaded, f"{vocab:,}" + " (assumed, data.path is not prepared; --vocab says another)" * guessed, gpus, gpu, capacity)
+    return _text(
+        found,
+        loaded,
+        f"{vocab:,}" + " (assumed, neither shards nor data.tokenizer tell; --vocab says another)" * guessed,
+        gpus,
+        gpu,
+        capacity,
+    )
+
+
+def _gigabytes(size: float) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e9:.2g} GB"
 
 
 def _nothing(least: Plan, gpus: int, capacity: float) -> str:
     sizes = {kind: getattr(least.memory, kind) for kind in KINDS}
     largest = sorted(sizes, key=lambda kind: -sizes[kind])[:2]
-    why = " and ".join(f"{kind} {sizes[kind] / 1e9:.1f} GB" for kind in largest)
+    why = " and ".join(f"{kind} {_gigabytes(sizes[kind])}" for kind in largest)
     return (
         f"no layout of {gpus} GPUs of {capacity / 1e9:g} GB fits, of which tensors may fill {USABLE:.0%}: the least is predicted to need "
-        f"{least.memory.largest / 1e9:.1f} GB a GPU ({_name(least)}; {why}); "
+        f"{_gigabytes(least.memory.largest)} a GPU ({_name(least)}; {why}); "
         "use more GPUs or a smaller model"
     )
 

@@ -255,9 +255,10 @@ def validation_rows(config: Config, mesh: Mesh, end: int | None) -> tuple[Batch,
 def announce(config: Config, stage: Stage, step: int, mesh: Mesh) -> None:
     """What is about to run, on the console."""
     model, half = config.model, config.train.precision == "bf16"
+    kernel = choose(model.attention, mesh.device, half, model.hidden // model.heads)
     facts = stage.describe() | {
         "parameters": f"{parameters(stage.network):,}",
-        "attention": choose(model.attention, mesh.device, half, model.hidden // model.heads),
+        "attention": "written out in chunks, since scores are capped" if kernel == "sdpa" and model.softcap else kernel,
         "processes": f"{mesh.world.size} on {mesh.device.type}: {layout(config, mesh.world.size)}, {config.train.precision}",
         "optimizer": f"{config.optim.name}, learning rate up to {config.optim.learning_rate:g}",
         "batch": f"{config.train.global_batch} rows",

@@ -37,8 +37,11 @@ MAY_CHANGE = (
     "run.dir",
     "data.path",
     "data.format",
+    "data.source",
+    "data.workers",
+    "model.attention",
 )
-"""Keys that a continued run may change; train.steps may grow."""
+"""Keys that a continued run may change: of the machine, or of prepare alone (of shards it compares the rows). train.steps may grow."""
 
 TEACHER_DATA = tuple(f"data.{name}" for name in ("path", "normalize", "tokenizer", "vocab_size", "length", "packing"))
 """Keys of the data that a flow map takes over; those that only prepare reads may differ, if it is distilled on other text."""

@@ -1,7 +1,9 @@
 """Converting changes the bytes of the shards and nothing that a run sees."""
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -101,3 +103,15 @@ def test_what_is_refused(folders, tmp_path):
     with pytest.raises(UserError, match="out exists: choose another --out"):
         convert(source, "webdataset", tmp_path / "out")
     assert (tmp_path / "out" / "thesis.tex").read_text() == "x"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_one_leaves_nothing(cli, folders, tmp_path, monkeypatch, number):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a terminal; a worker that runs tests ignores it
+    try:
+        monkeypatch.setattr(formats.ShardWriter, "write", lambda *_: os.kill(os.getpid(), number))
+        told = cli("inspect", folders("wrap", "mds"), "--to", "webdataset", "--out", tmp_path / "tar")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert told.code == 130 and told.err.endswith(f"megaflow: interrupted; {tmp_path / 'tar'} is not made, and nothing of it is left\n")
+    assert not list(tmp_path.iterdir())

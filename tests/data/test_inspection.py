@@ -54,6 +54,9 @@ def test_damage_is_named(cli, folders, tmp_path, format):
     told = cli("inspect", data)
     names = ", ".join(f"train/{path.name}" for path in (first, second, third))
     assert told.code == 2 and f"3 files are missing or not what prepare wrote ({names})" in told.err and not told.out
+    (data / "unigram.npy").unlink()
+    told = cli("inspect", data)
+    assert told.code == 2 and "4 files are missing" in told.err and "unigram.npy" in told.err and names in told.err
 
 
 def test_a_folder_that_is_not_there_or_something_else(cli, tmp_path):

@@ -62,6 +62,12 @@ def test_a_missing_shard(folder):
         shards.open_prepared(folder)
 
 
+def test_a_small_file_that_is_missing(folder):
+    (folder / "unigram.npy").unlink()
+    with pytest.raises(UserError, match="lacks unigram.npy, which prepare wrote: restore it"):
+        shards.open_prepared(folder)
+
+
 def test_a_shard_cut_short(folder):
     path = folder / "validation" / "shard.00000.mds"
     size = path.stat().st_size

@@ -53,6 +53,10 @@ class TestPlan:
         )
         assert "ZeRO" in told.err and "optimizer" in told.err
 
+    def test_where_next_to_nothing_is_given_what_takes_it_is_named(self, cli):
+        told = cli("plan", CONFIGS / "quickstart/flow.yaml", "--gpus", 8, "--memory", 0.001)
+        assert told.code == 2 and "workspaces 0.067 GB" in told.err
+
     def test_where_nothing_fits_without_it_the_optimizer_is_offloaded(self, cli):
         """And only there: what its step takes on a CPU nobody predicts."""
         assert {one["offload"] for one in layouts(cli, "--gpus", 1, "--memory", 5)} == {"none"}
@@ -97,7 +101,25 @@ class TestPlan:
         told = cli("plan", CONFIGS / "model/145m.yaml", "--gpus", 1, "--vocab", 32000, "--json", *BATCH)
         assert json.loads(told.out)["vocabulary"] == 32000 and "assumed, data" not in told.out
         told = cli("plan", CONFIGS / "model/145m.yaml", "--gpus", 1, *BATCH)
-        assert "vocabulary 50,257 (assumed, data.path is not prepared; --vocab says another)" in told.out
+        assert "vocabulary 50,257 (assumed, neither shards nor data.tokenizer tell; --vocab says another)" in told.out
+
+    @pytest.mark.parametrize(
+        "words, vocab",
+        [
+            (("data.vocab_size=4096",), 4096),
+            (("data.tokenizer=bpe",), 4096),
+            (("data.tokenizer=characters", "data.normalize=letters"), 27),
+            (("data.tokenizer=bytes",), 257),
+            (("data.tokenizer=characters",), None),
+            (("data.tokenizer=gpt2",), None),
+            (("data.tokenizer=some/tokenizer.json",), None),
+            ((), None),
+        ],
+        ids=str,
+    )
+    def test_without_shards_it_is_what_the_tokenizer_says(self, cli, words, vocab):
+        found = json.loads(cli("plan", CONFIGS / "model/145m.yaml", "--gpus", 1, "--json", *BATCH, *words).out)
+        assert (found["vocabulary"], found["vocabulary_assumed"]) == ((50257, True) if vocab is None else (vocab, False))
 
 
 class TestOfLayout:

@@ -526,6 +526,18 @@ class TestRefusals:
         told = cli("pretrain", config("coded", family), f"run.dir={tmp_path / 'run'}", "distill.weighting=none")
         self.refused(told, "command line: distill.weighting is set; this is a config for megaflow distill")
 
+    def test_the_start_says_which_attention(self, cli, config, tmp_path):
+        command = ("pretrain", config("coded"), "train.steps=1", "model.attention=sdpa")
+        told = cli(*command, f"run.dir={tmp_path / 'one'}")
+        assert re.search(r"attention +sdpa\n", told.err)
+        told = cli(*command, f"run.dir={tmp_path / 'capped'}", "model.softcap=20")
+        assert re.search(r"attention +written out in chunks, since scores are capped\n", told.err)
+
+    def test_ctrl_c_says_what_is_kept(self, cli, config, tmp_path, monkeypatch):
+        monkeypatch.setattr(loop, "accumulate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        told = cli("pretrain", config("coded"), f"run.dir={tmp_path / 'run'}", "train.steps=2")
+        assert told.code == 130 and "goes on from the last checkpoint, if there is one (SIGTERM and SIGUSR1 save" in told.err
+
     def test_the_config_that_a_run_has_written_starts_it_again(self, cli, config, trained, tmp_path):
         """Its config.yaml says every value, defaults among them; another run.dir repeats the run, its own one finds it finished."""
         directories = {"pretrain": tmp_path / "flow", "distill": tmp_path / "map"}

@@ -71,6 +71,11 @@ class TestOpenRun:
         assert f"{name} (was {flatten(given(directory).config)[name]!r}, now {other_value(name)!r})" in str(error.value)
         assert (directory / "config.yaml").read_text() == before
 
+    def test_what_is_the_machines_or_only_prepares_may_change(self, directory):
+        open_run(given(directory), "pretrain")
+        moved = flatten(given(directory).config) | {"data.workers": 3, "data.source": ["elsewhere"], "model.attention": "plain"}
+        assert open_run(assemble([("command line", moved)]), "pretrain").config.model.attention == "plain"
+
     def test_all_changed_keys_are_listed(self, directory):
         open_run(given(directory), "pretrain")
         with pytest.raises(ConfigError, match="run.seed .was 0, now 1., model.layers .was 4, now 5."):

@@ -12,8 +12,6 @@ from megaflow.errors import UserError
 EPILOG = """a.b=c overrides any key of a config; `megaflow config --keys` lists all keys.
 exit codes: 0 done; 1 failed; 2 bad input, or a disk that refuses: one sentence says what;
 75 stopped by SIGTERM or SIGUSR1 after saving, the same command continues; 130 interrupted by Ctrl-C"""
-SAVED = "interrupted; the same command goes on from the last checkpoint, if there is one (SIGTERM and SIGUSR1 save before they stop)"
-INTERRUPTED = {"pretrain": SAVED, "distill": SAVED}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -135,10 +133,10 @@ def main() -> None:
         print(f"megaflow: {error}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt as error:
-        print(
-            f"megaflow: {str(error) or INTERRUPTED.get(arguments.command, 'interrupted; the same command goes on from what is finished')}",
-            file=sys.stderr,
-        )
+        kept = "what is finished"
+        if arguments.command in ("pretrain", "distill"):
+            kept = "the last checkpoint, if there is one (SIGTERM and SIGUSR1 save before they stop)"
+        print(f"megaflow: {str(error) or f'interrupted; the same command goes on from {kept}'}", file=sys.stderr)
         code = 130
     except OSError as error:
         if isinstance(error, BrokenPipeError):  # the reader of our output, the last thing a command does, has seen enough
@@ -179,7 +177,8 @@ def run(arguments: argparse.Namespace, began: float) -> int:
         loaded, vocab = show.known(arguments.config, arguments.overrides, sizes=True)
         if arguments.vocab is not None and vocab is not None and arguments.vocab != vocab:
             raise UserError(f"--vocab={arguments.vocab}: {loaded.config.data.path} is prepared and has {vocab}; leave --vocab out")
-        vocab = next((known for known in (vocab, arguments.vocab, show.foreseen(loaded)) if known is not None), None)
+        vocab = arguments.vocab if vocab is None else vocab
+        vocab = show.foreseen(loaded) if vocab is None else vocab
         print(plan(loaded, vocab, arguments.gpus, arguments.memory, arguments.gpu, arguments.json))
         return 0
     if arguments.command == "inspect":

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 STOPPED = 75
@@ -116,13 +117,17 @@ def let_the_first_speak(code: int) -> None:
 
 
 @contextlib.contextmanager
-def terminable() -> Iterator[None]:
-    """SIGTERM raises KeyboardInterrupt for the time of the block, where signals may be set: it cleans up as behind Ctrl-C."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+def making(out: Path) -> Iterator[None]:
+    """A block that makes `out` whole, or removes what it has of it when an exception ends it: Ctrl-C, and SIGTERM like it.
+
+    Raises KeyboardInterrupt that says so. Where signals may not be set, in another thread, SIGTERM stays what it is.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler) if main else None
     try:
         yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"interrupted; {out} is not made, and nothing of it is left") from None
     finally:
-        signal.signal(signal.SIGTERM, before)
+        if main:
+            signal.signal(signal.SIGTERM, before)

@@ -1,8 +1,6 @@
 """One format of shards into the other: `megaflow inspect PATH --to FORMAT --out DIR`."""
 
-import contextlib
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +33,7 @@ def convert(folder: str | Path, format: str, out: str | Path) -> dict[str, Any]:
     if out.resolve().is_relative_to(folder.resolve()):
         raise UserError(f"{out} lies within {folder}, which is not written to: choose another --out.")
     remove_stale(out)
-    with _cleared(out), folder_in_one_step(out) as partial:
+    with process.making(out), folder_in_one_step(out) as partial:
         for name in COPIED:
             if (folder / name).exists():
                 shutil.copyfile(folder / name, partial / name)
@@ -50,16 +48,6 @@ def convert(folder: str | Path, format: str, out: str | Path) -> dict[str, Any]:
         if (folder / shards.SECONDS_FILE).exists():  # not in the manifest, in either folder
             shutil.copyfile(folder / shards.SECONDS_FILE, partial / shards.SECONDS_FILE)
     return made
-
-
-@contextlib.contextmanager
-def _cleared(out: Path) -> Iterator[None]:
-    """Ctrl-C and SIGTERM, for the time of the block, are said to have left nothing."""
-    with process.terminable():
-        try:
-            yield
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"interrupted; {out} is not made, and nothing of it is left") from None
 
 
 def _convert_split(folder: Path, split: str, format: str, out: Path) -> str:

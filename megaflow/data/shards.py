@@ -166,20 +166,20 @@ def identity(manifest: dict[str, Any]) -> str:
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
     """The manifest of a prepared folder; raises UserError if there is no such folder, or it is not one, or is damaged."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"there is no folder {folder}: run megaflow prepare, or set data.path to a prepared folder.")
-    needed = [MANIFEST_FILE, TOKENIZER_FILE, UNIGRAM_FILE, *(f"{split}/index.json" for split in SPLITS)]
-    if missing := [name for name in needed if not (folder / name).is_file()]:
-        if MANIFEST_FILE not in missing:
-            raise UserError(f"{folder} lacks {', '.join(missing)}, which prepare wrote: {ADVICE}.")
-        raise UserError(f"{folder} is not a prepared folder, it lacks {', '.join(missing)}: run megaflow prepare.")
-    return _manifest(folder)
+    manifest = _manifest(Path(folder))
+    needed = [TOKENIZER_FILE, UNIGRAM_FILE, *(f"{split}/index.json" for split in SPLITS)]
+    if missing := [name for name in needed if not (Path(folder) / name).is_file()]:
+        raise UserError(f"{folder} lacks {', '.join(missing)}, which prepare wrote: {ADVICE}.")
+    return manifest
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
     """What prepared.json says, whatever else of the folder is there."""
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}: run megaflow prepare, or set data.path to a prepared folder.")
     path = folder / MANIFEST_FILE
+    if not path.is_file():
+        raise UserError(f"{folder} is not a prepared folder, it lacks {MANIFEST_FILE}: run megaflow prepare.")
     try:
         manifest = json.loads(path.read_text("utf-8"))
         version = manifest["version"]
@@ -258,8 +258,7 @@ def open_prepared(folder: str | Path) -> dict[str, Any]:
 
 def verify(folder: str | Path) -> dict[str, Any]:
     """The manifest after reading every file and checking its sha256; raises UserError that names all that are missing or differ."""
-    alone = (Path(folder) / MANIFEST_FILE).is_file()  # then what is missing is named with what differs
-    manifest, damaged = _manifest(Path(folder)) if alone else read_manifest(folder), []
+    manifest, damaged = _manifest(Path(folder)), []
     files: dict[str, Any] = manifest["files"]
     progress, done = Progress("verify shards", sum(file["bytes"] for file in files.values()) / 1e6, "MB"), 0
     for name, expected in files.items():

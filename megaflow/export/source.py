@@ -124,7 +124,7 @@ def made(out: Path) -> Iterator[Path]:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(f"{partial}: another process is writing this folder; wait for it, or give another one") from None
-        with process.terminable():
+        with process.making(out):
             try:
                 _empty(partial)
                 yield partial
@@ -138,8 +138,6 @@ def made(out: Path) -> Iterator[Path]:
                 if isinstance(error, OSError):
                     where = f"{error.filename}: " if error.filename else ""
                     raise UserError(f"{out}: cannot be written ({where}{error.strerror or error}); nothing of it is left") from None
-                if isinstance(error, KeyboardInterrupt):
-                    raise KeyboardInterrupt(f"interrupted; {out} is not made, and nothing of it is left") from None
                 raise
     finally:
         os.close(held)

@@ -114,7 +114,8 @@ def open_run(loaded: Loaded, stage: str) -> Loaded:
     for name, value in new.items():
         if loaded.origin[name] == "auto":
             new[name] = old[name] if recorded.origin.get(name) == "auto" else value
-        if new[name] != old[name] and not name.startswith(MAY_CHANGE):
+        unread = stage == "pretrain" and name.startswith("distill.")
+        if new[name] != old[name] and not unread and not name.startswith(MAY_CHANGE):
             changed.append(name)
     if "train.steps" in changed:
         if new["train.steps"] < old["train.steps"]:

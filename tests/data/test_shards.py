@@ -51,8 +51,7 @@ def test_no_folder(tmp_path):
 
 def test_not_prepared_says_what_is_missing(folder):
     (folder / "prepared.json").unlink()
-    (folder / "train" / "index.json").unlink()
-    with pytest.raises(UserError, match=r"lacks prepared.json, train/index.json: run megaflow prepare"):
+    with pytest.raises(UserError, match=r"is not a prepared folder, it lacks prepared.json: run megaflow prepare"):
         shards.open_prepared(folder)
 
 
@@ -62,9 +61,10 @@ def test_a_missing_shard(folder):
         shards.open_prepared(folder)
 
 
-def test_a_small_file_that_is_missing(folder):
+def test_small_files_that_are_missing(folder):
     (folder / "unigram.npy").unlink()
-    with pytest.raises(UserError, match="lacks unigram.npy, which prepare wrote: restore it"):
+    (folder / "train" / "index.json").unlink()
+    with pytest.raises(UserError, match="lacks unigram.npy, train/index.json, which prepare wrote: restore it"):
         shards.open_prepared(folder)
 
 

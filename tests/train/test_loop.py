@@ -534,11 +534,14 @@ class TestRefusals:
         assert re.search(r"attention +written out in chunks, since scores are capped\n", told.err)
 
     def test_ctrl_c_says_what_is_kept(self, cli, config, tmp_path, monkeypatch):
-        monkeypatch.setattr(loop, "accumulate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        def interrupted(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(loop, "accumulate", interrupted)
         told = cli("pretrain", config("coded"), f"run.dir={tmp_path / 'run'}", "train.steps=2")
         assert told.code == 130 and "goes on from the last checkpoint, if there is one (SIGTERM and SIGUSR1 save" in told.err
 
-    def test_the_config_that_a_run_has_written_starts_it_again(self, cli, config, trained, tmp_path):
+    def test_the_config_that_a_run_has_written_starts_it_again(self, cli, config, tmp_path):
         """Its config.yaml says every value, defaults among them; another run.dir repeats the run, its own one finds it finished."""
         directories = {"pretrain": tmp_path / "flow", "distill": tmp_path / "map"}
         assert cli("pretrain", config("coded"), f"run.dir={directories['pretrain']}", "train.steps=3").code == 0

@@ -63,11 +63,12 @@ class TestOpenRun:
 
     @pytest.mark.parametrize("name", FIXED)
     def test_any_other_key_is_refused_by_name(self, directory, name):
-        open_run(given(directory), "pretrain")
+        stage = "distill" if name.startswith("distill.") else "pretrain"
+        open_run(given(directory), stage)
         before = (directory / "config.yaml").read_text()
         changed = assemble([("command line", flatten(given(directory).config) | {name: other_value(name)})])
         with pytest.raises(ConfigError) as error:
-            open_run(changed, "pretrain")
+            open_run(changed, stage)
         assert f"{name} (was {flatten(given(directory).config)[name]!r}, now {other_value(name)!r})" in str(error.value)
         assert (directory / "config.yaml").read_text() == before
 
@@ -75,6 +76,14 @@ class TestOpenRun:
         open_run(given(directory), "pretrain")
         moved = flatten(given(directory).config) | {"data.workers": 3, "data.source": ["elsewhere"], "model.attention": "plain"}
         assert open_run(assemble([("command line", moved)]), "pretrain").config.model.attention == "plain"
+
+    def test_what_only_stage_2_reads_stops_no_flow(self, directory):
+        """Earlier versions resolved it for every run, and wrote it down."""
+        open_run(given(directory), "pretrain")
+        file = directory / "config.yaml"
+        file.write_text(file.read_text().replace("state_input: auto", "state_input: hot_belief"))
+        assert read_config(directory).config.distill.state_input == "hot_belief"
+        assert open_run(given(directory), "pretrain").config.distill.state_input == "auto"
 
     def test_all_changed_keys_are_listed(self, directory):
         open_run(given(directory), "pretrain")

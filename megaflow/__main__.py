@@ -40,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
     layouts = with_config("plan", "memory, communication and time of every layout of a config, predicted")
     layouts.add_argument("--gpus", type=int, required=True, help="how many GPUs")
     layouts.add_argument("--memory", type=float, default=None, metavar="GB", help="of a GPU, in 1e9 bytes (default: what its vendor says)")
-    layouts.add_argument("--gpu", default="h100", help="a100, b200, h100 or h200, in nodes of eight (default h100)")
+    layouts.add_argument("--gpu", type=str.lower, default="h100", help="a100, b200, h100 or h200, in nodes of eight (default h100)")
     layouts.add_argument(
         "--vocab", type=int, help="entries of the vocabulary, without shards (default: what data.tokenizer says, else 50257)"
     )

@@ -84,6 +84,12 @@ def contradictions(loaded: Loaded, vocab: int | None = None) -> None:
             "model.hidden",
             "model.heads",
         )
+    if model.neighbors >= config.data.length:
+        refuse(
+            f"model.neighbors={model.neighbors} reads beyond both ends of every row of data.length={config.data.length}; give less",
+            "model.neighbors",
+            "data.length",
+        )
     parallel = config.parallel
     for name, size in (("model.heads", count), ("data.length", config.data.length)):
         if size % parallel.tensor:
@@ -167,6 +173,18 @@ def contradictions(loaded: Loaded, vocab: int | None = None) -> None:
         refuse(
             f"train.global_batch={train.global_batch} cannot hold diagonal, inner and boundary rows; use 4 or more", "train.global_batch"
         )
+
+
+def doubts(loaded: Loaded) -> list[str]:
+    """What a resolved config says that is allowed and seldom meant, a sentence each."""
+    config, found = loaded.config, []
+    if int(config.optim.warmup_steps) > config.train.steps:
+        reached = f"optim.warmup_steps={config.optim.warmup_steps} of train.steps={config.train.steps}"
+        found.append(f"{reached}: the run ends before it comes to optim.learning_rate")
+    if config.model.family == "autoregressive":
+        idle = [name for name, origin in loaded.origin.items() if name.startswith(("flow.", "model.input")) and origin == "command line"]
+        found += [f"{name} changes nothing of an autoregressive baseline" for name in idle]
+    return found
 
 
 def of_shards(loaded: Loaded, manifest: dict[str, Any]) -> Loaded:

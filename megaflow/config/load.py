@@ -153,6 +153,8 @@ def _file_layers(path: Path, above: tuple[Path, ...]) -> list[tuple[str, dict[st
         raise ConfigError(f"{path}: base files lead back to this file ({' -> '.join(p.name for p in above)})")
     if not path.is_file():
         where = f", named as base by {above[-1]}" if above else ""
+        resolved = path / "config.yaml"
+        where += f"; this is a folder, its config is {resolved}" if resolved.is_file() else ""
         raise ConfigError(f"{path}: no such config file{where}")
     try:
         content: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=True)

@@ -10,6 +10,9 @@ from megaflow.data import shards
 from megaflow.data.stream import TokenStream
 from megaflow.data.tokenizer import decode, load_tokenizer
 
+UNNAMED = 3
+"""Files beside those of the manifest that a person is told of; JSON has all."""
+
 
 def inspect(folder: str | Path, rows: int) -> dict[str, Any]:
     """Everything the manifest says, and of each split its shards, the lengths of its rows and the first `rows` rows decoded.
@@ -21,6 +24,8 @@ def inspect(folder: str | Path, rows: int) -> dict[str, Any]:
     found = {name: value for name, value in manifest.items() if name not in ("files", "splits")}
     found |= {"path": str(folder), "format": shards.format_of(manifest), "identity": shards.identity(manifest)}
     found |= {"verified_files": len(manifest["files"]), "bytes": sum(file["bytes"] for file in manifest["files"].values())}
+    here = {str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file()}
+    found["unnamed_files"] = sorted(here - manifest["files"].keys() - {shards.MANIFEST_FILE, shards.SECONDS_FILE})
     found["splits"] = {}
     for split, counts in manifest["splits"].items():
         stream = TokenStream(folder, split, seed=0, shuffle=False)
@@ -57,6 +62,8 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
     yield f"  rows       of {found['length']} tokens, packing {found['packing']}"
     yield f"  tokenizer  {tokenizer.get('kind', '?')}, {tokenizer.get('vocab_size', 0):,} tokens, sha256 {tokenizer['hash'][:12]}"
     yield f"  identity   {found['identity'][:12]}"
+    if others := found["unnamed_files"]:
+        yield f"  besides    {', '.join(others[:UNNAMED])}{', …' * (len(others) > UNNAMED)}: not prepare's, and nothing reads it"
     for source in found["sources"]:
         yield f"  source     {source['name']} ({source['format']}, {source['bytes']:,} bytes, sha256 {source['sha256'][:12]})"
     for split, counts in found["splits"].items():

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from megaflow import process
-from megaflow.config.check import batch_split, contradictions, of_shards, resolve
+from megaflow.config.check import batch_split, contradictions, doubts, of_shards, resolve
 from megaflow.config.load import ConfigError, Loaded, flatten, load
 from megaflow.config.schema import Config
 from megaflow.data import shards
@@ -94,9 +94,8 @@ def _train(loaded: Loaded, kind: str, began: float) -> int:
             if mesh.first:
                 loaded = open_run(loaded, kind)
                 contradictions(loaded)  # recorded values may not hold with a changed layout
-                if int(loaded.config.optim.warmup_steps) > loaded.config.train.steps:
-                    reached = f"optim.warmup_steps={loaded.config.optim.warmup_steps} of train.steps={loaded.config.train.steps}"
-                    print(f"warning: {reached}: the run ends before it comes to optim.learning_rate", file=sys.stderr)
+                for sentence in doubts(loaded):
+                    print(f"warning: {sentence}", file=sys.stderr)
             loaded = meshes.shared(mesh, loaded)
             config = loaded.config
             if meshes.shared(mesh, mesh.first and finished(directory, config.train.steps)):

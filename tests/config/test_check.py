@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from megaflow.config.check import batch_split, contradictions, heads, of_shards, resolve
+from megaflow.config.check import batch_split, contradictions, doubts, heads, of_shards, resolve
 from megaflow.config.load import ConfigError, Loaded, assemble, flatten, load
 from megaflow.config.schema import Config, keys
 
@@ -185,6 +185,7 @@ class TestContradictions:
                 ["distill.state_input=hot_belief", "model.input", "distill.state_input=linear"],
             ),
             ({"run.dir": " "}, ["run.dir is empty"]),
+            ({"model.neighbors": 16, "data.length": 16}, ["model.neighbors=16", "data.length=16", "give less"]),
             ({"distill.teacher": "x", "train.global_batch": 3}, ["train.global_batch=3", "4"]),
         ],
     )
@@ -202,6 +203,23 @@ class TestContradictions:
         contradictions(resolve(loaded(("model.family", "autoregressive")), LARGE), LARGE)
         kept = resolve(loaded(("model.family", "autoregressive"), ("flow.code", "frame"), ("flow.skip", "off")), LARGE).config
         assert (kept.flow.code, kept.flow.skip) == ("frame", "off")
+
+
+class TestDoubts:
+    def test_a_config_of_defaults_has_none(self):
+        assert doubts(resolve(loaded(), LARGE)) == doubts(resolve(loaded(("model.family", "autoregressive")), LARGE)) == []
+
+    def test_a_warm_up_longer_than_the_run(self):
+        assert "optim.warmup_steps=5 of train.steps=4" in doubts(resolve(loaded(("optim.warmup_steps", 5), ("train.steps", 4)), LARGE))[0]
+        assert not doubts(resolve(loaded(("optim.warmup_steps", 4), ("train.steps", 4)), LARGE))  # its last step has the whole rate
+
+    def test_what_a_baseline_does_not_read(self):
+        """A file may share its values with a flow's; on the command line they are meant for this run."""
+        given = {"flow.code_dim": 32, "model.input": "both", "model.belief_dim": 32}
+        for family, said in (("flow", []), ("autoregressive", ["model.input", "flow.code_dim"])):
+            layers = [("file", {"model.family": family, "flow.skip": "on"}), ("command line", given)]
+            found = doubts(resolve(assemble(layers), LARGE))
+            assert found == [f"{name} changes nothing of an autoregressive baseline" for name in said]
 
 
 class TestBatchSplit:

@@ -131,6 +131,10 @@ class TestRefusals:
         assert refusal(tmp_path / "no.yaml") == f"{tmp_path / 'no.yaml'}: no such config file"
         assert refusal(tmp_path) == f"{tmp_path}: no such config file"
 
+    def test_a_run_instead_of_its_config(self, tmp_path):
+        (tmp_path / "config.yaml").touch()
+        assert refusal(tmp_path) == f"{tmp_path}: no such config file; this is a folder, its config is {tmp_path / 'config.yaml'}"
+
     @pytest.mark.parametrize("override", ["train.steps", "=3", "", "--steps 3"])
     def test_not_an_override(self, write, override):
         assert "is not an override; write key=value" in refusal(write(""), override)

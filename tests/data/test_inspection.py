@@ -59,6 +59,16 @@ def test_damage_is_named(cli, folders, tmp_path, format):
     assert told.code == 2 and "4 files are missing" in told.err and "unigram.npy" in told.err and names in told.err
 
 
+def test_what_prepare_has_not_written_is_named(cli, folders, tmp_path):
+    data = Path(shutil.copytree(folders("wrap", "mds"), tmp_path / "data"))
+    assert json.loads(cli("inspect", data, "--json").out)["unnamed_files"] == [] and "besides" not in cli("inspect", data).out
+    for number in range(4):
+        (data / f"train/shard.9{number}.mds").write_bytes(b"more")
+    told = cli("inspect", data)
+    assert told.code == 0 and "besides    train/shard.90.mds, train/shard.91.mds, train/shard.92.mds, …: not prepare's" in told.out
+    assert json.loads(cli("inspect", data, "--json").out)["unnamed_files"] == [f"train/shard.9{number}.mds" for number in range(4)]
+
+
 def test_a_folder_that_is_not_there_or_something_else(cli, tmp_path):
     told = cli("inspect", tmp_path / "nowhere")
     assert told.code == 2 and f"there is no folder {tmp_path / 'nowhere'}" in told.err

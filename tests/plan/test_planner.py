@@ -86,6 +86,9 @@ class TestPlan:
         told = cli("plan", config("coded"), "--gpus", 1, "--vocab", 77)
         assert told.code == 2 and "is prepared and has 300; leave --vocab out" in told.err
 
+    def test_a_gpu_may_be_written_as_its_vendor_does(self, cli):
+        assert layouts(cli, "--gpus", 8, "--gpu", "H100") == layouts(cli, "--gpus", 8)
+
     def test_a_gpu_that_is_not_known(self, cli):
         told = cli("plan", CONFIGS / "model/145m.yaml", "--gpus", 8, "--gpu", "abacus")
         assert told.code == 2 and told.err == "megaflow: --gpu=abacus is not known here; use h100, h200, b200, a100\n"

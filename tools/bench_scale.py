@@ -42,7 +42,7 @@ from megaflow.model.parts import Parts, initial_profile  # noqa: E402
 from megaflow.parallel import mesh as meshes  # noqa: E402
 from megaflow.parallel import random  # noqa: E402
 from megaflow.progress import Progress  # noqa: E402
-from megaflow.train import checkpoint_writer, engine  # noqa: E402
+from megaflow.train import checkpoint_writer, engine, engine_state  # noqa: E402
 from megaflow.train.checkpoint_writer import Piece, Writer  # noqa: E402
 from megaflow.train.stage import Batch  # noqa: E402
 from megaflow.train.stage_flow import FlowStage  # noqa: E402
@@ -75,7 +75,7 @@ class Trainer:
         loss, _ = self.engine(self.stage.loss, Batch(ids.to(device), None, places, number, self.rows, weight.to(device)))
         self.engine.backward(loss * float(self.mesh.data.size))
         engine.step(self.engine)
-        engine.update_average(self.engine, 0.9)
+        engine_state.update_average(self.engine, 0.9)
         if device.type == "cuda":
             torch.cuda.synchronize()
 
@@ -173,8 +173,9 @@ def stall(path: str, vocab: int, saves: int) -> dict[str, Any]:
         for number in range(saves):
             trainer.step(number)
             began = time.perf_counter()
-            assert engine.finite(trainer.engine)
-            kept = [Piece(*piece) for piece in engine.pieces(trainer.engine)] + checkpoint_writer.whole("stage", trainer.stage.state())
+            assert engine_state.finite(trainer.engine)
+            kept = [Piece(*piece) for piece in engine_state.pieces(trainer.engine)]
+            kept += checkpoint_writer.whole("stage", trainer.stage.state())
             writer.save(kept, {"step": number + 1})
             waits.append(time.perf_counter() - began)
             writer.finish()

@@ -26,7 +26,7 @@ from megaflow.parallel.watch import Watch
 from megaflow.process import STOP_SIGNALS, STOPPED
 from megaflow.progress import Progress
 from megaflow.train import checkpoint as checkpoints
-from megaflow.train import checkpoint_writer, ema, engine
+from megaflow.train import checkpoint_writer, ema, engine, engine_state
 from megaflow.train.checkpoint_writer import Piece, Writer
 from megaflow.train.meter import Meter, meter_of
 from megaflow.train.run import Metrics, read_json, record_start, write_atomically
@@ -83,10 +83,10 @@ def train(config: Config, stage: Stage, mesh: Mesh, began: float, watch: Watch) 
 
     def save() -> None:
         start = time.monotonic()
-        if not all(meshes.exchanged(mesh, engine.finite(deep))):  # a checkpoint is one that a run can go on from
+        if not all(meshes.exchanged(mesh, engine_state.finite(deep))):  # a checkpoint is one that a run can go on from
             raise NotFinite(not_finite(directory, writer, f"after step {state['step']} not all weights are finite"))
         state["seconds"] = seconds_before + time.monotonic() - began
-        pieces = [Piece(*piece) for piece in engine.pieces(deep)]
+        pieces = [Piece(*piece) for piece in engine_state.pieces(deep)]
         writer.save(pieces + (checkpoint_writer.whole("stage", stage.state()) if mesh.first else []), state)
         state["checkpoint_wait_seconds"] += time.monotonic() - start
 
@@ -113,7 +113,7 @@ def train(config: Config, stage: Stage, mesh: Mesh, began: float, watch: Watch) 
                 raise NotFinite(not_finite(directory, writer, f"the {what} of step {step + 1} is {value}", state["skipped"] - 1))
             if taken:
                 learned = stage.learn(observed, step)
-                engine.update_average(deep, ema.decay(config.optim.ema_decay, step))
+                engine_state.update_average(deep, ema.decay(config.optim.ema_decay, step))
             elapsed = time.monotonic() - start
             state["step"], state["taken"], state["tokens"] = step + 1, state["taken"] + taken, state["tokens"] + counted
             state["training_seconds"] += elapsed
@@ -130,7 +130,7 @@ def train(config: Config, stage: Stage, mesh: Mesh, began: float, watch: Watch) 
             if mesh.first:
                 progress.update(step + 1, f"loss {loss:.4f}  norm {norm:.3g}  rate {rate:.2e}  {counted / elapsed:,.0f} tokens/s")
             if (step + 1) % int(config.train.validate_every) == 0 or last:
-                with engine.averaged(deep), torch.no_grad():
+                with engine_state.averaged(deep), torch.no_grad():
                     found = meshes.shared(mesh, deep.module(stage.validate, *validation))
                 for name, value in found.items():
                     if not math.isfinite(value):  # one step too steep: the loss before it does not show it
@@ -170,7 +170,7 @@ def resume(directory: Path, deep: Any, stage: Stage, mesh: Mesh) -> dict[str, An
     if saved is not None:
         # earlier versions counted neither steps that are passed over nor processes
         state |= {"taken": saved.state["step"], "process_seconds": saved.state["training_seconds"] * mesh.world.size} | saved.state
-        engine.restore(deep, saved.read, state["taken"])
+        engine_state.restore(deep, saved.read, state["taken"])
         stage.restore(saved.tensors("stage"))
     return state
 

@@ -14,7 +14,7 @@ from megaflow.model.parts import Parts, fit_clock, initial_profile
 from megaflow.parallel import mesh as meshes
 from megaflow.parallel import random
 from megaflow.parallel.mesh import Mesh
-from megaflow.train import ema, engine, loop
+from megaflow.train import ema, engine, engine_state, loop
 from megaflow.train.stage_autoregressive import AutoregressiveStage
 from megaflow.train.stage_flow import FlowStage
 from megaflow.train.stage_map import MapStage
@@ -88,7 +88,7 @@ class Run:
         told = loop.accumulate(self.deep, self.stage, rows, self.config, self.mesh, index, micro, [0.0, 0.0], None)
         norm = engine.step(self.deep)
         self.stage.learn(told[1], index)
-        engine.update_average(self.deep, ema.decay(self.config.optim.ema_decay, index))
+        engine_state.update_average(self.deep, ema.decay(self.config.optim.ema_decay, index))
         return told[0], norm
 
 

@@ -1,24 +1,22 @@
-"""The schedule in closed form, and logical weights and moments out of DeepSpeed and into it again, under every layout."""
+"""The schedule in closed form, and the steps of DeepSpeed's engine under every ZeRO stage."""
 
 import gc
 import math
 import weakref
-from dataclasses import replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 
-from megaflow.config.schema import Config, OptimConfig
-from megaflow.model.build import autoregressive_network
+from megaflow.config.schema import OptimConfig
 from megaflow.parallel import mesh as meshes
 from megaflow.parallel import random, reduction
-from megaflow.train import ema, engine
+from megaflow.train import engine
 from megaflow.train.stage import Batch
-from megaflow.train.stage_autoregressive import AutoregressiveStage
 from tests.plan.steps import Run
+from tests.train.session import COVERED, Session, group, small
 
 
 def test_a_closed_engine_holds_nothing():
@@ -46,21 +44,6 @@ def test_zero_3_cuts_weights_before_deepspeed_takes_them_all_to_the_device(monke
     with meshes.join() as joined:
         Session(small("adamw", 3, precision), joined, seed=1)
     assert seen and set(seen) == {"NOT_AVAILABLE"}
-
-
-@pytest.mark.parametrize("zero", [0, 1, 3])
-def test_what_is_allocated_around_the_weights_may_be_anything(zero):
-    """Under ZeRO 3 each weight's slice is a multiple long, and its end is memory as it was found."""
-    with meshes.join() as joined:
-        session = Session(small("adamw", zero, "fp32"), joined, seed=1)
-        held = session.engine.held[0]
-        assert engine.finite(session.engine)
-        around = torch.cat([held.flat.detach().flatten(), torch.tensor([math.nan])])
-        session.engine.held[0] = replace(held, flat=around)
-        assert engine.finite(session.engine)
-        held.of(held.flat.detach())[-1] = math.inf
-        session.engine.held[0] = held
-        assert not engine.finite(session.engine)
 
 
 class TestLearningRate:
@@ -95,76 +78,6 @@ class TestLearningRate:
         assert engine.learning_rate(OptimConfig(learning_rate=2.0, warmup_steps=0, final_fraction=0.0), 50, 20) == 0.0
 
 
-def small(name: str, zero: int, precision: str) -> Config:
-    config = Config()
-    config.model = replace(config.model, family="autoregressive", layers=2, hidden=16, heads=2, belief_dim=8)
-    config.optim = replace(config.optim, name=name, learning_rate=0.01, weight_decay=0.1, warmup_steps=0)
-    config.parallel.zero, config.train.precision = zero, precision
-    return config
-
-
-class Session:
-    """A DeepSpeed engine over a real network on fixed batches of 4 rows of 8 tokens out of 11. open: those that nobody has closed."""
-
-    open: ClassVar[list[Any]] = []
-
-    def __init__(self, config: Config, mesh: meshes.Mesh, seed: int, accumulation: int = 1, frozen: str = "") -> None:
-        torch.manual_seed(seed)
-        network = autoregressive_network(config, torch.full((11,), 1 / 11).log(), mesh.device)
-        network.initialize()
-        self.drawn = {name: p.detach().clone() for name, p in network.named_parameters()}
-        for name, p in network.named_parameters():
-            p.requires_grad_(name != frozen)
-        self.accumulation = accumulation
-        self.stage = AutoregressiveStage(config, network)
-        self.engine = engine.start(network, config, mesh, 4 // accumulation, accumulation)
-        Session.open.append(self.engine)
-
-    def step(self, number: int) -> tuple[float, float]:
-        ids = torch.randint(11, (4, 8), generator=random.generator(0, "ids", number))
-        rows, loss = 4 // self.accumulation, 0.0
-        for index in range(self.accumulation):
-            part = ids[index * rows : (index + 1) * rows]
-            batch = Batch(part, None, torch.arange(rows), number, 4, torch.full((rows * 8,), 1 / 32))
-            value, _ = self.engine(self.stage.loss, batch)
-            self.engine.backward(value * self.accumulation)
-            loss += value.item()
-            if index + 1 < self.accumulation:
-                self.engine.step()
-        return loss, engine.step(self.engine)
-
-    def state(self) -> dict[str, torch.Tensor]:
-        """Every logical tensor, put together from the pieces."""
-        found: dict[str, torch.Tensor] = {}
-        for name, shape, box, value in engine.pieces(self.engine):
-            found.setdefault(name, torch.full(shape, torch.nan))[tuple(slice(*side) for side in box)] = value
-        assert not any(value.isnan().any() for value in found.values())
-        return found
-
-    def restore(self, state: dict[str, torch.Tensor], steps: int) -> None:
-        engine.restore(self.engine, lambda name, box: state[name][tuple(slice(*side) for side in box)], steps)
-
-
-def group(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-
-
-@pytest.fixture
-def mesh():
-    with meshes.join() as joined:
-        yield joined
-        while Session.open:
-            engine.close(Session.open.pop())
-
-
-LAYOUTS = [(name, zero, precision) for name in ("adamw", "muon") for precision in ("fp32", "bf16") for zero in (0, 1, 2, 3)]
-
-
-COVER = [("adamw", 0, "fp32"), ("muon", 1, "fp32"), ("muon", 3, "bf16"), ("adamw", 2, "bf16"), ("muon", 0, "bf16")]
-COVERED = [layout if layout in COVER else pytest.param(*layout, marks=pytest.mark.long) for layout in LAYOUTS]
-"""Every layout, of which `make test` runs some."""
-
-
 @pytest.mark.parametrize("name, zero, precision", COVERED)
 class TestAGradientThatIsDropped:
     @pytest.mark.parametrize("accumulation, why", [(1, "not finite"), (2, "not taken")])
@@ -184,91 +97,6 @@ class TestAGradientThatIsDropped:
         assert session.step(2) == undisturbed.step(2)
         expected = undisturbed.state()
         assert all(torch.equal(value, expected[key]) for key, value in session.state().items())
-
-
-@pytest.mark.parametrize("name, zero, precision", COVERED)
-class TestRoundTrip:
-    def test_a_restored_engine_goes_on_exactly_as_the_first_would(self, mesh, name, zero, precision):
-        """Weights, averages, moments and losses are equal to the last bit; the restored engine started from other weights."""
-        first = Session(small(name, zero, precision), mesh, seed=1)
-        for number in range(3):
-            first.step(number)
-            engine.update_average(first.engine, 0.5)
-        kept = first.state()
-        expected = [first.step(number) for number in (3, 4)]
-        second = Session(small(name, zero, precision), mesh, seed=2)
-        second.restore(kept, steps=3)
-        assert all(torch.equal(value, kept[key]) for key, value in second.state().items())
-        assert [second.step(number) for number in (3, 4)] == expected
-        one, other = first.state(), second.state()
-        assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
-
-    def test_what_is_kept_is_full_and_fp32(self, mesh, name, zero, precision):
-        session = Session(small(name, zero, precision), mesh, seed=1)
-        shapes = {key: value.shape for key, value in session.drawn.items()}
-        session.step(0)
-        state = session.state()
-        weights, moments = group(state, "weights/"), group(state, "moments/")
-        assert {key: value.shape for key, value in weights.items()} == shapes == {k: v.shape for k, v in group(state, "averaged/").items()}
-        assert all(value.dtype == torch.float32 and value.shape == shapes[key.partition(".")[2]] for key, value in moments.items())
-        kinds = {key.partition(".")[0] for key in moments}
-        assert kinds == ({"exp_avg", "exp_avg_sq", "momentum_buffer"} if name == "muon" else {"exp_avg", "exp_avg_sq"})
-        if precision == "bf16":  # the masters hold what bf16 cannot
-            assert any((value != value.bfloat16().float()).any() for value in weights.values())
-            assert all(p.dtype == torch.bfloat16 for p in session.engine.module.parameters())
-
-
-def lerp(average: dict[str, torch.Tensor], weights: dict[str, torch.Tensor], rate: float) -> dict[str, torch.Tensor]:
-    return {name: rate * average[name] + (1.0 - rate) * value for name, value in weights.items()}
-
-
-@pytest.mark.parametrize("name, zero, precision", COVERED)
-class TestAverage:
-    def test_it_is_that_of_the_whole_weights(self, mesh, name, zero, precision):
-        """And goes on from a restored one of another layout; frozen parameters keep their value."""
-        session, other = (Session(small(name, z, precision), mesh, seed=1, frozen="table") for z in (zero, (zero + 1) % 4))
-        expected = group(session.state(), "weights/")
-        for number, rate in enumerate((0.1, 0.5, 0.9)):
-            session.step(number)
-            engine.update_average(session.engine, rate)
-            expected = lerp(expected, group(session.state(), "weights/"), rate)
-        self.equal(group(session.state(), "averaged/"), expected)
-        other.restore(session.state(), steps=3)
-        other.step(3)
-        engine.update_average(other.engine, 0.75)
-        expected = lerp(expected, group(other.state(), "weights/"), 0.75)
-        self.equal(group(other.state(), "averaged/"), expected)
-        for found in (session.state(), other.state()):
-            for kind in ("weights/table", "averaged/table"):  # in bf16 too, whose masters hold only what is trained
-                assert torch.equal(found[kind], session.drawn["table"])
-
-    def equal(self, found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-        assert found.keys() == expected.keys()
-        for key, value in expected.items():
-            torch.testing.assert_close(found[key], value, rtol=1e-6, atol=1e-8)
-
-    def test_a_block_sees_it_and_after_it_all_is_as_before(self, mesh, name, zero, precision):
-        """Also if the block fails. The network is asked through the engine's module, as ZeRO 3 needs it."""
-        session = Session(small(name, zero, precision), mesh, seed=1)
-        for number in range(3):
-            session.step(number)
-        before, network = session.state(), session.stage.network
-        ids = torch.randint(11, (2, 8), generator=random.generator(0, "look", 0))
-
-        def look() -> torch.Tensor:
-            with torch.no_grad():
-                return session.engine.module(network, ids).float()
-
-        own = look()
-        plain = autoregressive_network(session.stage.config, torch.full((11,), 1 / 11).log(), mesh.device)
-        ema.load(plain.to(torch.bfloat16 if precision == "bf16" else torch.float32), group(before, "averaged/"))
-        with engine.averaged(session.engine):
-            seen = look()
-        with pytest.raises(RuntimeError), engine.averaged(session.engine):
-            raise RuntimeError
-        assert torch.equal(seen, plain(ids).detach().float()) and not torch.equal(seen, own) and torch.equal(look(), own)
-        after = session.state()
-        assert all(torch.equal(after[key], before[key]) for key in before)
 
 
 class TestLayouts:

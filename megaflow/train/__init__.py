@@ -1,7 +1,8 @@
 """Training: DeepSpeed's engine, one loop, and the stages that it runs.
 
 stage_*        what differs between flow, autoregressive baseline and flow map: draws, loss, validation
-engine         DeepSpeed from a config; logical weights and moments out of it and into it again
+engine         DeepSpeed from a config, and its steps
+engine_state   logical weights, averages and moments out of it and into it again
 checkpoint     verified checkpoints of logical tensors, read by any layout; boxes and tensor_file are their arithmetic and their bytes
 checkpoint_writer  writing them from many processes, beside training
 run            the run directory: config, lock, metrics, resume

@@ -13,7 +13,8 @@ else 1.
     step          what the optimizer's step needs besides: gradients in fp32, and a denominator as long as what it moves
 
 Weights, optimizer and average stay. Of the others the largest moment counts: the end of the forward pass (activations, loss), the
-beginning of the backward pass (activations, buffers), its end (gradients), or the step. What allocators lose between tensors, CUDA's
+backward pass at the last block (activations, buffers) and at the first (its activations, gradients), from one of which to the other memory
+goes in a straight line, the end of that pass (gradients and what sends them), or the step. What allocators lose between tensors, CUDA's
 context and NCCL's buffers is no tensor and not counted.
 """
 
@@ -71,7 +72,7 @@ def of_step(
         small = sum(w.numel for w in held if w.numel <= PERSISTENT)
         gathered = p * (min(trained, REUSED) - min(small, trained))
         of_weights = of_weights / layout.data + p * small
-    accumulated, buffers, copied = _gradients(layout, trained, device)
+    accumulated, buffers, grown, copied = _gradients(layout, trained, device)
     kept = of_activations(config, vocab, layout, is_map, device, again=False)
     activations, loss = of_activations(config, vocab, layout, is_map, device), of_loss(config, vocab, layout, is_map, device)
     step: float = SINGLE * (3 * shared if zero else max(w.numel for w in held) + (trained if layout.half else 0))
@@ -80,18 +81,24 @@ def of_step(
     away = layout.offload
     stays = of_weights + fixed + (0.0 if away else optimizer + SINGLE * shared)
     beyond = trained > bucket_elements(layout.data)  # gradients are sent while others are still to come
+    last = accumulated + buffers + activations + _block_backward(config, layout) + (copied if beyond and zero in (0, 3) else 0.0)
+    layers = config.model.layers
+    others = 1.0 - 1.0 / layers  # blocks whose backward pass is over at the first: gradients have taken the place of activations
+    a_block = sum(w.numel for w in held if w.trained and ".blocks." in w.name) / layers / trained
+    first = last + grown * (1.0 - a_block) - others * _kept_of_blocks(config, layout, device, is_map)
     moments = (
         gathered + accumulated + kept + loss,
-        gathered + accumulated + activations + buffers + _block_backward(config, layout),
-        gathered + accumulated + buffers + copied + (activations if zero == 3 and beyond else 0.0),
-        0.0 if away else step,
+        gathered + last,
+        gathered + first,
+        gathered + accumulated + buffers + grown + copied,
+        0.0 if away else step + (accumulated if zero == 3 else 0.0),  # under ZeRO 3 buffers stay from step to step
     )
     host = optimizer + SINGLE * shared + step if away else 0.0
     return Memory(
         weights=of_weights + fixed + gathered,
         optimizer=0.0 if away else optimizer,
         average=0.0 if away else SINGLE * shared,
-        gradients=accumulated + buffers + copied,
+        gradients=accumulated + buffers + grown + copied,
         activations=activations,
         loss=loss,
         step=0.0 if away else step,
@@ -111,23 +118,27 @@ def _fixed(config: Config, vocab: int, layout: Layout, held: list[Weight], is_ma
     return SINGLE * (code + teacher)
 
 
-def _gradients(layout: Layout, trained: float, device: str) -> tuple[float, float, float]:
-    """Bytes of what earlier passes have left, of buffers, and of what a reduction needs besides."""
+def _gradients(layout: Layout, trained: float, device: str) -> tuple[float, float, float, float]:
+    """Bytes of what earlier passes have left, of buffers, of what comes in the course of a pass, and of what a reduction needs besides."""
     p, data, several = layout.width, layout.data, layout.accumulation > 1
     bucket = min(trained, bucket_elements(layout.data))
     wide = SINGLE if layout.half else 0  # DeepSpeed sends in fp32
     if layout.zero == 0:
         sent = SINGLE * min(FLYING * bucket, trained) if data > 1 else 0.0
-        return (p * trained if several else 0.0), (0.0 if several else p * trained), sent
+        return (p * trained if several else 0.0), 0.0, (0.0 if several else p * trained), sent
     double = 2 if device == "cuda" else 1  # one is filled while the other is sent
     if layout.zero == 1:  # what is longer than a buffer stays where it was until the step
         kept, beyond = p * trained, trained > bucket
         copied = SINGLE * (bucket + trained) / data * (0.2 if several and not beyond else 1.0)
-        return (kept if several else 0.0), double * p * bucket, copied + (kept if beyond and not several else 0.0)
+        if several:
+            return kept, double * p * bucket, 0.0, copied
+        if device == "cpu" and not beyond:  # all are sent when the pass is over, from the buffer, and have taken their places in it by then
+            return 0.0, double * p * bucket, kept, max(copied - kept, 0.0)
+        return 0.0, double * p * bucket, kept if beyond else 0.0, copied
     if layout.zero == 2:  # whether a slice that is sent is gone when the next one is made is chance: half of it
-        return (SINGLE * trained / data if several else 0.0), double * p * bucket, SINGLE * (bucket + 0.5 * trained) / data
+        return (SINGLE * trained / data if several else 0.0), double * p * bucket, 0.5 * SINGLE * trained / data, SINGLE * bucket / data
     copied = 4 * p * bucket if trained > bucket else (p + wide) * bucket
-    return p * trained / data + SINGLE * bucket, 0.0, copied
+    return p * trained / data + SINGLE * bucket, 0.0, 0.0, copied
 
 
 def of_activations(config: Config, vocab: int, layout: Layout, is_map: bool = False, device: str = "cuda", again: bool = True) -> float:
@@ -142,12 +153,9 @@ def of_activations(config: Config, vocab: int, layout: Layout, is_map: bool = Fa
     n = layout.micro * config.data.length
     gated = config.model.family != "autoregressive" or is_map
     own = n / tensor * d * p
-    block = _block(config, layout, device, gated)
-    if layout.recompute == "full":
-        trunk = model.layers * own + (block if again else 0.0)
-    else:
-        trunk = model.layers * block
-    trunk += (2 if gated else 1) * own
+    trunk = _kept_of_blocks(config, layout, device, is_map) + (2 if gated else 1) * own
+    if layout.recompute == "full" and again:
+        trunk += _block(config, layout, device, gated)
     part, width = math.ceil(vocab / tensor), (2 * model.neighbors + 1) * model.belief_dim
     parts = 2 if is_map and 0.0 < config.distill.diagonal_fraction < 1.0 else 1
     head = n * d * p + parts * part * (d + 1) * p
@@ -164,6 +172,13 @@ def of_activations(config: Config, vocab: int, layout: Layout, is_map: bool = Fa
     if is_map and config.distill.state_input == "linear":
         entering += (n if dense else n / tensor) * here * (2 * model.neighbors + 1) * p
     return trunk + head + entering
+
+
+def _kept_of_blocks(config: Config, layout: Layout, device: str, is_map: bool) -> float:
+    gated = config.model.family != "autoregressive" or is_map
+    if layout.recompute == "full":
+        return config.model.layers * layout.micro * config.data.length / layout.tensor * config.model.hidden * layout.width
+    return config.model.layers * _block(config, layout, device, gated)
 
 
 def _block(config: Config, layout: Layout, device: str, gated: bool) -> float:

@@ -105,6 +105,25 @@ STEPS |= {
 }
 
 
+BETWEEN = {"model.hidden": 256, "data.length": 64, "train.global_batch": 16}
+"""Networks whose activations take about as much as their weights, where neither hides what is said of the other."""
+LIKE: dict[str, Any] = {
+    f"as many, {kind}, {recompute}": (1, kind, 512, BETWEEN | {"parallel.recompute": recompute})
+    for kind in ("flow", "map", "autoregressive")
+    for recompute in ("off", "selective", "full")
+}
+LIKE["as many, Muon"] = 1, "flow", 512, BETWEEN | {"optim.name": "muon"}
+LIKE["as many, accumulated"] = 1, "flow", 512, BETWEEN | {"train.micro_batch": 4}
+LIKE["as many, dense"] = 1, "flow", 100, BETWEEN | {"model.input": "linear", "flow.code_dim": "auto"}
+for zero in (0, 1, 2, 3):
+    for recompute in ("off", "full"):
+        for precision in ("fp32", "bf16"):
+            values = BETWEEN | {"parallel.zero": zero, "parallel.recompute": recompute, "train.precision": precision}
+            LIKE[f"as many, ZeRO {zero} in {precision}, {recompute}"] = 2, "flow", 512, values
+            if zero or precision == "fp32":
+                LIKE[f"as many, tensor, ZeRO {zero} in {precision}, {recompute}"] = 2, "flow", 512, values | {"parallel.tensor": 2}
+STEPS |= LIKE
+
 BOTH = {"parallel.tensor": 2, "model.hidden": 256, "model.layers": 2, "data.length": 16, "train.micro_batch": 4}
 for zero in (1, 2, 3):
     for precision in ("fp32", "bf16"):
@@ -137,7 +156,8 @@ def most(kind: str, vocab: int, values: dict[str, Any], bucket: int = reduction.
 
 
 QUICK = ("tensor x data, ZeRO 3 in bf16", "a map's of a large vocabulary")
-LONG = [case for case in STEPS if ("axes" in case or "tensor x" in case or "a map's" in case) and case not in QUICK]
+QUICK += ("as many, flow, off", "as many, map, full", "as many, ZeRO 0 in fp32, full", "as many, ZeRO 1 in fp32, full")
+LONG = [case for case in STEPS if any(word in case for word in ("axes", "tensor x", "a map's", "as many")) and case not in QUICK]
 
 
 @pytest.mark.parametrize("case", [pytest.param(case, marks=pytest.mark.long) if case in LONG else case for case in STEPS])

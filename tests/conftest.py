@@ -9,6 +9,7 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; the same number here and in the processes that tests start
 
+import contextlib
 import gc
 import importlib.util
 import shutil
@@ -113,6 +114,26 @@ def config(workspace: Path, shards: Callable[[str], Path]) -> Callable[..., Path
         return path
 
     return file
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A megabyte of a file system of its own; where the tests may not mount one, what depends on it is skipped."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)], capture_output=True).returncode:
+        pytest.skip("mounting a small disk needs root")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+@pytest.fixture
+def full(disk: Path) -> Path:
+    """A disk with room for the names of files and for no byte of them."""
+    with contextlib.suppress(OSError), (disk / "all of it").open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    return disk
 
 
 @pytest.fixture(scope="session")

@@ -150,7 +150,7 @@ def _finished(tokenizer: Tokenizer, end_token: str | None) -> Tokenizer:
 
 def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
     """Write `folder`/tokenizer.json."""
-    tokenizer.save(str(Path(folder) / TOKENIZER_FILE))
+    (Path(folder) / TOKENIZER_FILE).write_text(tokenizer.to_str(pretty=True), "utf-8")  # its own save knows no OSError
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:

@@ -115,7 +115,7 @@ def made(out: Path) -> Iterator[Path]:
         raise UserError(f"{out}: this is there already, and nothing is written over; give a new folder, or remove it")
     partial = out.with_name(out.name + ".partial")
     try:
-        partial.mkdir(exist_ok=True)
+        partial.mkdir(parents=True, exist_ok=True)
         held = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:
         raise UserError(f"{out}: cannot be made ({error.strerror}); give another folder") from None

@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as as_safetensors
 from torch import Tensor
 
 from megaflow.config.schema import ClockConfig, FlowConfig
-from megaflow.errors import UserError
+from megaflow.errors import UserError, naming
 from megaflow.flow import clock as clocks
 from megaflow.flow import code as codes
 from megaflow.flow.channel import channel_cross_entropy
@@ -93,13 +93,9 @@ def save(parts: Parts, path: Path) -> None:
     tensors = {"log_prior": parts.log_prior, "leverage": parts.code.leverage}
     if parts.code.matrix is not None:
         tensors["code"] = parts.code.matrix
-    save_file(tensors, path, {"low": repr(parts.span.low), "high": repr(parts.span.high), "dim": str(parts.code.dim)})
-    readable(path)
-
-
-def readable(path: Path) -> None:
-    """safetensors makes files that only their owner reads; a run is read by whoever may read its folder."""
-    path.chmod(path.parent.stat().st_mode & 0o666)
+    meta = {"low": repr(parts.span.low), "high": repr(parts.span.high), "dim": str(parts.code.dim)}
+    with naming(path):  # the library's own file is one that only its owner reads, and its errors are no OSError
+        path.write_bytes(as_safetensors(tensors, meta))
 
 
 def read(path: Path) -> Parts:

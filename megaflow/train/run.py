@@ -24,7 +24,7 @@ from typing import Any, TextIO
 
 from megaflow.config.load import ConfigError, Loaded, assemble, flatten, load, to_yaml
 from megaflow.config.schema import Config, keys
-from megaflow.errors import UserError
+from megaflow.errors import UserError, naming
 
 MAY_CHANGE = (
     "parallel.",
@@ -87,10 +87,11 @@ def lock(directory: Path, patience: float = 0.0) -> TextIO:
             holder = file.read().strip() or "unknown"
             told = f"{directory}: process {holder} is already working on this run; wait for it, or choose another run.dir"
             raise UserError(told) from None
-    file.seek(0)
-    file.truncate()
-    file.write(f"{os.getpid()} on {os.uname().nodename}")
-    file.flush()
+    with naming(directory / ".lock"):
+        file.seek(0)
+        file.truncate()
+        file.write(f"{os.getpid()} on {os.uname().nodename}")
+        file.flush()
     return file
 
 
@@ -106,7 +107,7 @@ def open_run(loaded: Loaded, stage: str) -> Loaded:
         write_atomically(directory / "origin.json", json.dumps(loaded.origin, indent=1))
         write_atomically(directory / "config.yaml", to_yaml(loaded.config))
         return loaded
-    recorded, kind = read_config(directory), read_json(directory / "run.json", "stage", "starts")["stage"]
+    recorded, kind = read_config(directory), stage_of(directory)
     if kind != stage:
         raise ConfigError(f"{directory}: this run was started by megaflow {kind}, not by megaflow {stage}; choose another run.dir")
     old, new = flatten(recorded.config), flatten(loaded.config)
@@ -158,7 +159,7 @@ def load_distill(path: str, overrides: list[str]) -> Loaded:
     loaded = load(path, overrides, inherited, f"teacher {name}")
     new = flatten(loaded.config)
     for k in inherited:
-        if new[k] != inherited[k] and k != "data.path":
+        if new[k] != inherited[k] and k != "data.path" and not k.startswith(MAY_CHANGE):
             raise ConfigError(
                 f"{loaded.origin[k]}: {k}={new[k]!r} contradicts the teacher's {inherited[k]!r}; network, flow and data are the teacher's"
             )
@@ -167,8 +168,14 @@ def load_distill(path: str, overrides: list[str]) -> Loaded:
 
 
 def stage_of(directory: str | Path) -> str:
-    """'pretrain' or 'distill'."""
-    return read_json(Path(directory) / "run.json", "stage")["stage"]
+    """'pretrain' or 'distill'. Raises UserError."""
+    file = Path(directory) / "run.json"
+    if not file.exists():
+        raise UserError(
+            f"{directory}: it has a config.yaml and no run.json, as a converted model has, which cannot be trained on or distilled from; "
+            "give a run, or restore its run.json"
+        )
+    return read_json(file, "stage", "starts")["stage"]
 
 
 def record_start(directory: Path, config: Config, processes: int, step: int) -> None:
@@ -228,12 +235,13 @@ class Metrics:
         path = directory / "metrics.jsonl"
         kept = [line for line in lines(path) if line.get("step", 0) <= step]
         write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self.file = path.open("a", encoding="utf-8")
+        self.path, self.file = path, path.open("a", encoding="utf-8")
         self.wandb = None if config.log.wandb == "off" else _wandb(config, directory)
 
     def write(self, line: dict[str, Any]) -> None:
-        self.file.write(json.dumps(line) + "\n")
-        self.file.flush()
+        with naming(self.path):
+            self.file.write(json.dumps(line) + "\n")
+            self.file.flush()
         self._tell("log", {k: v for k, v in line.items() if k != "step"}, step=line["step"])
 
     def close(self) -> None:
@@ -325,8 +333,9 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     partial = path.with_name(f"{path.name}.{os.uname().nodename}-{os.getpid()}.partial")
     try:
-        yield partial
-        partial.replace(path)
+        with naming(path):
+            yield partial
+            partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from megaflow.errors import naming
 from megaflow.train.run import lines, write_atomically
 
 FILE = "spikes.jsonl"
@@ -51,7 +52,7 @@ class Spikes:
         line |= {"first_sample": first, "last_sample": first + micro * len(passes) - 1}
         starts = range(first, first + micro * len(passes), micro)
         line["passes"] = [[start, start + micro - 1, _number(value)] for start, value in zip(starts, passes.tolist(), strict=True)]
-        with self.path.open("a", encoding="utf-8") as file:
+        with naming(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         samples = f"samples {line['first_sample']} to {line['last_sample']} ({FILE})"
         if not finite:

@@ -42,6 +42,16 @@ class TestRoundTrip:
                 assert tok.encode(loaded, text) == tok.encode(tokenizer, text)
         assert len({tok.tokenizer_hash(tokenizer) for tokenizer in tokenizers.values()}) == len(tokenizers)
 
+    def test_saved_it_is_the_library_s_own_file(self, tokenizers, tmp_path):
+        for tokenizer in tokenizers.values():
+            tok.save_tokenizer(tokenizer, tmp_path)
+            tokenizer.save(str(tmp_path / "own.json"))
+            assert (tmp_path / tok.TOKENIZER_FILE).read_bytes() == (tmp_path / "own.json").read_bytes()
+
+    def test_a_full_disk_is_an_error_of_the_system(self, tokenizers, full):
+        with pytest.raises(OSError, match="No space left on device"):
+            tok.save_tokenizer(tokenizers["bpe"], full)
+
 
 class TestKinds:
     def test_letters_are_27_symbols_without_an_end(self):

@@ -235,7 +235,7 @@ class TestRefused:
     def test_where_nothing_can_be_made(self, cli, trained, tmp_path):
         (tmp_path / "file").touch()
         self.refused(cli, f"{tmp_path / 'file' / 'out'}: cannot be made", trained("coded"), tmp_path / "file" / "out")
-        self.refused(cli, f"{tmp_path / 'none' / 'out'}: cannot be made (No such file", trained("coded"), tmp_path / "none" / "out")
+        assert cli("convert", trained("coded"), tmp_path / "new" / "out").code == 0  # the folders that it lies in are made
 
     def test_a_folder_that_another_process_writes(self, cli, trained, out):
         partial = out.with_name("out.partial")

@@ -44,17 +44,6 @@ def start():
         each.join()
 
 
-@pytest.fixture
-def disk(tmp_path):
-    """A megabyte of a file system of its own; where the tests may not mount one, what depends on it is skipped."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)], capture_output=True).returncode:
-        pytest.skip("mounting a small disk needs root")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
-
-
 def left(run: Path) -> list[str]:
     """What is in the folder of checkpoints."""
     return sorted(path.name for path in (run / "checkpoints").iterdir())

@@ -633,6 +633,27 @@ class TestRefusals:
         )
         self.refused(told, "model.layers=3 contradicts the teacher's 2")
 
+    def test_attention_is_the_machines_and_not_the_teachers(self, cli, config, copied, tmp_path):
+        """One that was trained where flash-attn is can be distilled where it is not."""
+        teacher, words = copied("coded"), ["distill", config("coded", "flow_map"), f"run.dir={tmp_path / 'run'}", "train.steps=2"]
+        file = teacher / "config.yaml"
+        file.write_text(file.read_text().replace("attention: auto", "attention: flash"))
+        if not torch.cuda.is_available():
+            self.refused(cli(*words, f"distill.teacher={teacher}"), "model.attention=flash needs", "use auto or sdpa")
+        for kernel in ("sdpa", "plain"):
+            assert cli(*words, f"distill.teacher={teacher}", f"model.attention={kernel}").code == 0
+
+    def test_a_converted_model_is_no_teacher_and_no_run(self, cli, config, trained, tmp_path):
+        assert cli("convert", trained("coded"), tmp_path / "new" / "model").code == 0
+        model = tmp_path / "new" / "model"
+        words = f"{model}: it has a config.yaml and no run.json, as a converted model has"
+        self.refused(cli("distill", config("coded", "flow_map"), f"run.dir={tmp_path / 'run'}", f"distill.teacher={model}"), words)
+        self.refused(cli("pretrain", config("coded"), f"run.dir={model}"), words)
+
+    def test_a_full_disk_is_named_from_the_first_file_on(self, cli, config, full):
+        told = cli("pretrain", config("coded"), f"run.dir={full / 'run'}", "train.steps=2")
+        assert told.code == 1 and told.err == f"megaflow: {full / 'run' / '.lock'}: No space left on device; nothing finished is lost\n"
+
 
 def validation_part(path: str, rows: int, tensor: int) -> tuple[list[int], int, float]:
     """(places that this process reads, of how many, the sum of all weights over the processes)."""

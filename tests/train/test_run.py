@@ -1,6 +1,7 @@
 """The run directory: what may continue it, what its curve holds after a restart, and who is writing to it."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 
 from megaflow.config.check import resolve
 from megaflow.config.load import ConfigError, Loaded, assemble, flatten
@@ -15,6 +17,7 @@ from megaflow.config.schema import Config, keys
 from megaflow.errors import UserError
 from megaflow.train import run
 from megaflow.train.run import MAY_CHANGE, Metrics, open_run, read_config
+from megaflow.train.spikes import Spikes
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -204,6 +207,18 @@ class TestMetrics:
 
 
 class TestRecord:
+    def test_a_full_disk_is_named(self, full):
+        config = Config()
+        config.run.dir, config.log.wandb = str(full), "off"
+        (full / "metrics.jsonl").touch()
+        for write in (
+            lambda: run.write_atomically(full / "summary.json", "{}"),
+            lambda: run.Metrics(config, 0).write({"step": 1}),
+            lambda: Spikes(full, 4.0, 0).see(1, math.nan, 1.0, torch.ones(1), 0, 1),
+        ):
+            with pytest.raises(OSError, match="No space left on device: '.*/(summary.json|metrics.jsonl|spikes.jsonl)'"):
+                write()
+
     def test_every_start_is_recorded_with_code_and_versions(self, directory, monkeypatch):
         open_run(given(directory), "pretrain")
         monkeypatch.setattr(sys, "argv", ["megaflow", "pretrain", "x.yaml"])

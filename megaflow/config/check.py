@@ -78,8 +78,9 @@ def contradictions(loaded: Loaded, vocab: int | None = None) -> None:
             "model.heads",
         )
     if model.hidden // count % 2:
+        chosen = " (auto)" if loaded.origin["model.heads"] in ("default", "auto") else ""
         refuse(
-            f"model.hidden={model.hidden} over model.heads={count} gives heads of {model.hidden // count} dimensions; "
+            f"model.hidden={model.hidden} over model.heads={count}{chosen} gives heads of {model.hidden // count} dimensions; "
             "rotary positions need an even number",
             "model.hidden",
             "model.heads",

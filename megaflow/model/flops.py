@@ -1,7 +1,8 @@
 """Model FLOPs of a training step, per token: a closed formula of the config.
 
 As in PaLM (Chowdhery et al. 2022, appendix B): products of matrices alone, a multiplication and an addition each, forward and backward,
-every position seen by every other, causal or not; what is computed twice to save memory counts once. With
+every position seen by every other, causal or not; what is computed twice to save memory counts once, and is told apart as `recomputed`.
+Both together are what PyTorch's FlopCounterMode counts of model.attention=plain, once it is told what addmm_ is. With
 
     N = layers (4 + 2 mlp_ratio) d^2        weights of the blocks
     A = 2 layers L d                        scores and values of attention

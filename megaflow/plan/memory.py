@@ -20,6 +20,7 @@ context and NCCL's buffers is no tensor and not counted.
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from megaflow.config.schema import Config
 from megaflow.flow.channel import CHUNK_ELEMENTS, CHUNK_TOKENS, ROUND
@@ -72,7 +73,7 @@ def of_step(
         small = sum(w.numel for w in held if w.numel <= PERSISTENT)
         gathered = p * (min(trained, REUSED) - min(small, trained))
         of_weights = of_weights / layout.data + p * small
-    accumulated, buffers, grown, copied = _gradients(layout, trained, device)
+    gradients = _gradients(layout, trained, device)
     kept = of_activations(config, vocab, layout, is_map, device, again=False)
     activations, loss = of_activations(config, vocab, layout, is_map, device), of_loss(config, vocab, layout, is_map, device)
     step: float = SINGLE * (3 * shared if zero else max(w.numel for w in held) + (trained if layout.half else 0))
@@ -80,25 +81,18 @@ def of_step(
         step += p * trained
     away = layout.offload
     stays = of_weights + fixed + (0.0 if away else optimizer + SINGLE * shared)
-    beyond = trained > bucket_elements(layout.data)  # gradients are sent while others are still to come
-    last = accumulated + buffers + activations + _block_backward(config, layout) + (copied if beyond and zero in (0, 3) else 0.0)
-    layers = config.model.layers
-    others = 1.0 - 1.0 / layers  # blocks whose backward pass is over at the first: gradients have taken the place of activations
-    a_block = sum(w.numel for w in held if w.trained and ".blocks." in w.name) / layers / trained
-    first = last + grown * (1.0 - a_block) - others * _kept_of_blocks(config, layout, device, is_map)
     moments = (
-        gathered + accumulated + kept + loss,
-        gathered + last,
-        gathered + first,
-        gathered + accumulated + buffers + grown + copied,
-        0.0 if away else step + (accumulated if zero == 3 else 0.0),  # under ZeRO 3 buffers stay from step to step
+        gathered + gradients.earlier + kept + loss,
+        gathered + activations + max(_backward(config, layout, held, gradients, device, is_map)),
+        gathered + sum(gradients),
+        0.0 if away else step + (gradients.earlier if zero == 3 else 0.0),  # under ZeRO 3 buffers stay from step to step
     )
     host = optimizer + SINGLE * shared + step if away else 0.0
     return Memory(
         weights=of_weights + fixed + gathered,
         optimizer=0.0 if away else optimizer,
         average=0.0 if away else SINGLE * shared,
-        gradients=accumulated + buffers + grown + copied,
+        gradients=sum(gradients),
         activations=activations,
         loss=loss,
         step=0.0 if away else step,
@@ -118,27 +112,48 @@ def _fixed(config: Config, vocab: int, layout: Layout, held: list[Weight], is_ma
     return SINGLE * (code + teacher)
 
 
-def _gradients(layout: Layout, trained: float, device: str) -> tuple[float, float, float, float]:
-    """Bytes of what earlier passes have left, of buffers, of what comes in the course of a pass, and of what a reduction needs besides."""
+class Gradients(NamedTuple):
+    """Bytes of what is there before a backward pass begins, of buffers, of what comes in its course, and of what sending needs besides."""
+
+    earlier: float
+    buffers: float
+    coming: float
+    sending: float
+
+
+def _gradients(layout: Layout, trained: float, device: str) -> Gradients:
     p, data, several = layout.width, layout.data, layout.accumulation > 1
     bucket = min(trained, bucket_elements(layout.data))
     wide = SINGLE if layout.half else 0  # DeepSpeed sends in fp32
     if layout.zero == 0:
         sent = SINGLE * min(FLYING * bucket, trained) if data > 1 else 0.0
-        return (p * trained if several else 0.0), 0.0, (0.0 if several else p * trained), sent
+        return Gradients(p * trained if several else 0.0, 0.0, 0.0 if several else p * trained, sent)
     double = 2 if device == "cuda" else 1  # one is filled while the other is sent
     if layout.zero == 1:  # what is longer than a buffer stays where it was until the step
         kept, beyond = p * trained, trained > bucket
         copied = SINGLE * (bucket + trained) / data * (0.2 if several and not beyond else 1.0)
         if several:
-            return kept, double * p * bucket, 0.0, copied
+            return Gradients(kept, double * p * bucket, 0.0, copied)
         if device == "cpu" and not beyond:  # all are sent when the pass is over, from the buffer, and have taken their places in it by then
-            return 0.0, double * p * bucket, kept, max(copied - kept, 0.0)
-        return 0.0, double * p * bucket, kept if beyond else 0.0, copied
+            return Gradients(0.0, double * p * bucket, kept, max(copied - kept, 0.0))
+        return Gradients(0.0, double * p * bucket, kept if beyond else 0.0, copied)
     if layout.zero == 2:  # whether a slice that is sent is gone when the next one is made is chance: half of it
-        return (SINGLE * trained / data if several else 0.0), double * p * bucket, 0.5 * SINGLE * trained / data, SINGLE * bucket / data
+        earlier = SINGLE * trained / data if several else 0.0
+        return Gradients(earlier, double * p * bucket, 0.5 * SINGLE * trained / data, SINGLE * bucket / data)
     copied = 4 * p * bucket if trained > bucket else (p + wide) * bucket
-    return p * trained / data + SINGLE * bucket, 0.0, 0.0, copied
+    return Gradients(p * trained / data + SINGLE * bucket, 0.0, 0.0, copied)
+
+
+def _backward(config: Config, layout: Layout, held: list[Weight], gradients: Gradients, device: str, is_map: bool) -> tuple[float, float]:
+    """Bytes beside all activations where the backward pass is at the last block, and at the first, where gradients have taken the place of
+    the others' activations. From one to the other memory goes in a straight line."""
+    trained, layers = sum(w.numel for w in held if w.trained), config.model.layers
+    last = gradients.earlier + gradients.buffers + _block_backward(config, layout)
+    if layout.zero in (0, 3) and trained > bucket_elements(layout.data):  # they are sent while others are still to come
+        last += gradients.sending
+    a_block = sum(w.numel for w in held if w.trained and ".blocks." in w.name) / layers / trained
+    over = _kept_of_blocks(config, layout, device, is_map) * (1.0 - 1.0 / layers)
+    return last, last + gradients.coming * (1.0 - a_block) - over
 
 
 def of_activations(config: Config, vocab: int, layout: Layout, is_map: bool = False, device: str = "cuda", again: bool = True) -> float:

@@ -13,7 +13,8 @@ number of the precision of training, T tensor-parallel processes and the two dir
     targets     of a flow map: forward passes, each with its log-sum-exp, under ZeRO 3 that at s twice, and the mean of a frame, an
                 all-reduce of n d_c numbers
 
-Over data-parallel processes go gradients, in fp32 as DeepSpeed is told to, and under ZeRO the weights that they have moved.
+Over data-parallel processes go gradients, in fp32 as DeepSpeed is told to, and under ZeRO the weights that they have moved; over all of
+them what has been observed: flags, losses of passes, and a flow's losses by its clock's bins, in fp64.
 Parts of a flow map's rows are those of the global batch, which a process has on average.
 """
 
@@ -29,6 +30,7 @@ from megaflow.plan.layout import Layout, Weight, weights
 
 SINGLE = 4
 """Bytes of a number in fp32: of the channel, of log-sum-exps, and of gradients on their way."""
+DOUBLE = 8
 PERSISTENT = 100_000
 """ZeRO 3 leaves parameters of so few elements whole on every process (DeepSpeed's stage3_param_persistence_threshold)."""
 REUSED = 1_000_000_000
@@ -36,8 +38,8 @@ REUSED = 1_000_000_000
 
 
 class Send(NamedTuple):
-    """Collectives of a step, one kind on one axis. what: trunk, input, head, targets, gradients, weights or muon; size: bytes of the whole
-    tensors, summed."""
+    """Collectives of a step, one kind on one axis. what: trunk, input, head, targets, gradients, weights, muon or observed; size: bytes of
+    the whole tensors, summed."""
 
     what: str
     axis: str
@@ -70,14 +72,21 @@ def of_step(
 ) -> list[Send]:
     """What a process sends in a training step of a resolved config; of a flow map if `is_map`.
 
-    hot: as for flops.of_step. held: `weights`, where the caller has them. Left out are the few numbers that the loop and DeepSpeed agree
-    on, some hundred bytes a step.
+    hot: as for flops.of_step. held: `weights`, where the caller has them. Left out are the few numbers of padding and of gradients' norms,
+    under a hundred bytes a step.
     """
     held = weights(config, vocab, layout.tensor, is_map) if held is None else held
     sends = _over_tensor(config, layout, is_map, hot) + _over_data(held, layout, _targets(config, layout, is_map))
+    sends.append(_observed(config, layout, is_map))
     if layout.muon:
         sends += _muon(held, layout)
     return [send for send in sends if send.processes > 1 and send.size > 0]
+
+
+def _observed(config: Config, layout: Layout, is_map: bool) -> Send:
+    axis = "tensor" if layout.data == 1 else "data" if layout.tensor == 1 else "world"
+    of_stage = 4 if is_map else 0 if config.model.family == "autoregressive" else 2 * config.flow.clock.bins
+    return Send("observed", axis, "all-reduce", layout.processes, DOUBLE * (3 + of_stage + layout.data * layout.accumulation))
 
 
 def total(sends: list[Send], axis: str | None = None, kind: str | None = None) -> float:

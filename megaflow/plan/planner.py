@@ -157,7 +157,7 @@ def of_layout(
     time = sum(seconds.values())
     found = mfu(counted.model, tokens / time, peak, layout.processes)
     assert found is not None
-    crossing = total(sends, "data") if several else 0.0
+    crossing = total(sends, "data") + total(sends, "world") if several else 0.0
     return Plan(
         layout=layout,
         memory=needed,

@@ -245,7 +245,8 @@ class Metrics:
         self._tell("log", {k: v for k, v in line.items() if k != "step"}, step=line["step"])
 
     def close(self) -> None:
-        self.file.close()
+        with naming(self.path):  # a line that has not found room is tried once more
+            self.file.close()
         self._tell("finish")
 
     def _tell(self, what: str, *arguments: Any, **named: Any) -> None:

@@ -210,10 +210,11 @@ class TestRecord:
     def test_a_full_disk_is_named(self, full):
         config = Config()
         config.run.dir, config.log.wandb = str(full), "off"
-        (full / "metrics.jsonl").touch()
+        metrics = Metrics(config, 0)
         for write in (
             lambda: run.write_atomically(full / "summary.json", "{}"),
-            lambda: run.Metrics(config, 0).write({"step": 1}),
+            lambda: metrics.write({"step": 1}),
+            metrics.close,
             lambda: Spikes(full, 4.0, 0).see(1, math.nan, 1.0, torch.ones(1), 0, 1),
         ):
             with pytest.raises(OSError, match="No space left on device: '.*/(summary.json|metrics.jsonl|spikes.jsonl)'"):

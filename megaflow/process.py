@@ -118,9 +118,9 @@ def let_the_first_speak(code: int) -> None:
 
 @contextlib.contextmanager
 def making(out: Path) -> Iterator[None]:
-    """A block that makes `out` whole, or removes what it has of it when an exception ends it: Ctrl-C, and SIGTERM like it.
+    """Around a block that makes `out` whole or, ended by an exception, removes what it has of it: SIGTERM is one, as Ctrl-C is.
 
-    Raises KeyboardInterrupt that says so. Where signals may not be set, in another thread, SIGTERM stays what it is.
+    Raises KeyboardInterrupt that says what has become of `out`. Where signals may not be set, in another thread, SIGTERM stays what it is.
     """
     main = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, signal.default_int_handler) if main else None

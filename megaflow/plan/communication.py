@@ -31,6 +31,7 @@ from megaflow.plan.layout import Layout, Weight, weights
 SINGLE = 4
 """Bytes of a number in fp32: of the channel, of log-sum-exps, and of gradients on their way."""
 DOUBLE = 8
+"""Bytes of a number in fp64: of what is observed."""
 PERSISTENT = 100_000
 """ZeRO 3 leaves parameters of so few elements whole on every process (DeepSpeed's stage3_param_persistence_threshold)."""
 REUSED = 1_000_000_000

@@ -14,7 +14,7 @@ MAY_IMPORT = {
     "plan": {"model", "flow", "parallel", "config", "errors"},
     "model": {"flow", "parallel"} | SMALL,
     "data": SMALL,
-    "config": {"errors"},
+    "config": {"errors", "flow"},
     "flow": set(),
     "parallel": {"errors"},
 }

@@ -14,8 +14,9 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from megaflow.config.schema import Config, keys
+from megaflow.config.schema import Config, entries, keys
 from megaflow.errors import UserError
+from megaflow.flow import choice
 
 
 class ConfigError(UserError):
@@ -92,6 +93,11 @@ def checked(source: str, name: str, value: Any) -> Any:
     if rule["choices"] is not None and value not in rule["choices"]:
         near = difflib.get_close_matches(str(value), [str(c) for c in rule["choices"]], n=1)
         raise ConfigError(f"{wrong}" + (f"; did you mean {near[0]}?" if near else ""))
+    if rule["table"]:
+        try:
+            choice.split(entries(item), str(value))
+        except choice.ChoiceError as error:
+            raise ConfigError(f"{source}: {name} must be {error}") from None
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         low, high, above = rule["low"], rule["high"], rule["above"]
         bounded = (low is None or value >= low) and (high is None or value <= high) and (above is None or value > above)
@@ -103,7 +109,9 @@ def checked(source: str, name: str, value: Any) -> Any:
 def describe(item: dataclasses.Field) -> str:
     """What a key accepts, in words: 'an integer of at least 1, or auto'."""
     rule = item.metadata
-    if rule["choices"] is not None:
+    if rule["table"]:
+        words = "one of " + ", ".join(choice.described(entries(item)))
+    elif rule["choices"] is not None:
         words = str(rule["choices"][0]) if len(rule["choices"]) == 1 else "one of " + ", ".join(map(str, rule["choices"]))
     else:
         kinds: dict[object, str] = {int: "an integer", Any: "an integer", float: "a number", str: "a string", bool: "true or false"}

@@ -5,6 +5,8 @@ refuse a wrong value with one sentence (see load.py) and `megaflow config --keys
 """
 
 import dataclasses
+import importlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,9 +20,14 @@ def key(
     high: float | None = None,
     above: float | None = None,
     auto: bool = False,
+    table: str = "",
 ) -> Any:
-    """A config field: its default, its meaning and the values it accepts (`above` is an open lower end)."""
-    metadata = {"help": help, "choices": choices, "low": low, "high": high, "above": above, "auto": auto}
+    """A config field: its default, its meaning and the values it accepts (`above` is an open lower end).
+
+    table: 'module:NAME' of the functions that a value names, with options if they take any (flow/choice.py); read when it is needed,
+    since what computes imports torch.
+    """
+    metadata = {"help": help, "choices": choices, "low": low, "high": high, "above": above, "auto": auto, "table": table}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -89,7 +96,7 @@ class FlowConfig:
         "auto", "identity: the one-hot state; frame: a fixed tight frame of code_dim dimensions", choices=("auto", "identity", "frame")
     )
     code_dim: Any = key("auto", "dimensions of the state", low=2, auto=True)
-    interpolant: str = key("linear", "path from noise to data", choices=("linear",))
+    interpolant: str = key("linear", "path from noise to data", table="megaflow.flow.interpolant:PATHS")
     prior: str = key("gaussian", "law of the noise", choices=("gaussian",))
     objective: str = key("cross_entropy", "loss of stage 1", choices=("cross_entropy",))
     weighting: str = key("none", "weight of a token's loss", choices=("none",))
@@ -180,6 +187,12 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     log: LogConfig = field(default_factory=LogConfig)
+
+
+def entries(item: dataclasses.Field) -> Mapping[str, Callable[..., Any]]:
+    """The functions that a key with a table chooses from."""
+    module, _, name = item.metadata["table"].partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def keys(node: type = Config, prefix: str = "") -> dict[str, dataclasses.Field]:

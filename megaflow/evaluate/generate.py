@@ -212,17 +212,18 @@ def write_by_flow(
         return random.normal(places, shape, seed, "sampler noise", step).to(device)
 
     denoise = denoiser(run, places, counted, temperature, seed, draws=method == "ancestral", offset=offset, tick=tick)
-    y = random.normal(places, shape, seed, "initial noise").to(device)
+    path = parts.path
+    y = path.scale * random.normal(places, shape, seed, "initial noise").to(device)
     times = clocks.grid(clock, steps, last).tolist()
     if method == "ode":
-        return sampler.ode(denoise, y, times, see)
+        return sampler.ode(denoise, path, y, times, see)
     if method == "flow_map":
-        return sampler.flow_map(denoise, y, times, see)
+        return sampler.flow_map(denoise, path, y, times, see)
     if method == "stochastic":
         assert gamma is not None
         towards = denoise if run.is_map else (lambda y, s, t: denoise(y, s, s))
-        return sampler.stochastic(towards, y, times, gamma, fresh, see)
-    return sampler.ancestral(denoise, lambda ids: lookup(parts.code, ids), y, times, fresh, see)
+        return sampler.stochastic(towards, path, y, times, gamma, fresh, see)
+    return sampler.ancestral(denoise, path, lambda ids: lookup(parts.code, ids), y, times, fresh, see)
 
 
 def denoiser(
@@ -267,7 +268,7 @@ def one_step_offsets(run: Run) -> Tensor:
         places = list(range(start, min(start + BATCH, total)))
         lengths = row_lengths(run, places, 0)
         counted = None if lengths is None else torch.tensor(lengths, device=law.device)
-        y = random.normal(places, (width, parts.code.dim), 0, "balance noise").to(law.device)
+        y = parts.path.scale * random.normal(places, (width, parts.code.dim), 0, "balance noise").to(law.device)
         zero = torch.zeros(len(y), dtype=torch.float64, device=law.device)
         read = network.read(network(y, zero, zero + 1.0, counted), y, zero)
         logits, ids = heads.likeliest(network.head(), read)

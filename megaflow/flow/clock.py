@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megaflow.flow.interpolant import log_snr, time_of
+from megaflow.flow.interpolant import Interpolant, log_snr, time_of
 
 
 @dataclass(frozen=True)
@@ -57,26 +57,26 @@ def uniform() -> Clock:
     return Clock(ends, ends.clone())  # two tensors: a checkpoint keeps both
 
 
-def uniform_log_snr(low: float, high: float, bins: int = 200) -> Clock:
+def uniform_log_snr(path: Interpolant, low: float, high: float, bins: int = 200) -> Clock:
     """Log-SNR uniform in [low, high]; no time is drawn outside, where the clock stands still."""
-    edges = time_of(torch.linspace(low, high, bins + 1, dtype=torch.float64))
+    edges = time_of(path, torch.linspace(low, high, bins + 1, dtype=torch.float64))
     return _closed(edges, torch.linspace(0.0, 1.0, bins + 1, dtype=torch.float64))
 
 
-def argmax(vocab: int, nodes: int = 2000) -> Clock:
+def argmax(path: Interpolant, vocab: int, nodes: int = 2000) -> Clock:
     """tau(t) = 1 - V/(V-1) P(argmax of the noisy one-hot state is not the token)  (FLM, DFM appendix B).
 
-    P(right) = E_z[ Phi(z + t / (1 - t))^(V - 1) ], z standard normal, by Gauss-Hermite quadrature.
+    P(right) = E_z[ Phi(z + beta / alpha)^(V - 1) ], z standard normal, by Gauss-Hermite quadrature.
     """
     z, weights = (torch.from_numpy(a) for a in np.polynomial.hermite_e.hermegauss(200))
     times = torch.linspace(0.0, 1.0, nodes + 1, dtype=torch.float64)[:-1]
-    shifted = z + (times / (1.0 - times))[:, None]
+    shifted = z + (path.beta(times) / path.alpha(times))[:, None]
     right = (torch.exp((vocab - 1) * torch.special.log_ndtr(shifted)) * weights).sum(1) / math.sqrt(2.0 * math.pi)
     tau = ((right - 1.0 / vocab) * vocab / (vocab - 1)).clamp(0.0, 1.0)
     return _closed(times[1:], torch.cummax(tau, 0).values[1:])
 
 
-def ce_linear(edges: Tensor, cross_entropy: Tensor) -> Clock:
+def ce_linear(path: Interpolant, edges: Tensor, cross_entropy: Tensor) -> Clock:
     """The clock along which a measured cross-entropy falls linearly.
 
     edges: (K + 1,) log-SNRs; cross_entropy: (K,) means of the model's cross-entropy within each bin. A decreasing fit
@@ -84,7 +84,7 @@ def ce_linear(edges: Tensor, cross_entropy: Tensor) -> Clock:
     """
     fitted = -isotonic(-cross_entropy.double())
     tau = (fitted[0] - fitted) / (fitted[0] - fitted[-1]).clamp(min=1e-12)
-    centres = time_of((edges[1:] + edges[:-1]).double() / 2.0)
+    centres = time_of(path, (edges[1:] + edges[:-1]).double() / 2.0)
     return _closed(centres, tau)
 
 
@@ -97,9 +97,9 @@ def mixture(clocks: list[Clock], shares: list[float]) -> Clock:
     return Clock(times, sum(parts, torch.zeros_like(times)))
 
 
-def within(clock: Clock, low: float, high: float) -> Clock:
+def within(path: Interpolant, clock: Clock, low: float, high: float) -> Clock:
     """The clock's law given that the log-SNR lies in [low, high]; the bound draws its times from this."""
-    ends = time_of(torch.tensor([low, high], dtype=torch.float64))
+    ends = time_of(path, torch.tensor([low, high], dtype=torch.float64))
     inner = clock.times[(clock.times > ends[0]) & (clock.times < ends[1])]
     times = torch.cat([ends[:1], inner, ends[1:]])
     tau = forward(clock, times)
@@ -124,9 +124,9 @@ def grid(clock: Clock, steps: int, last: float | None = None) -> Tensor:
     return times
 
 
-def bin_of(edges: Tensor, t: Tensor) -> Tensor:
+def bin_of(path: Interpolant, edges: Tensor, t: Tensor) -> Tensor:
     """Index of the bin of log-SNR that a time falls in; times outside count into the first or last. edges: (K + 1,)."""
-    return (torch.searchsorted(edges, log_snr(t.double()).contiguous(), right=True) - 1).clamp(0, len(edges) - 2)
+    return (torch.searchsorted(edges, log_snr(path, t.double()).contiguous(), right=True) - 1).clamp(0, len(edges) - 2)
 
 
 def isotonic(values: Tensor) -> Tensor:

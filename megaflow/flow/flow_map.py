@@ -1,9 +1,10 @@
 """The flow map by its semigroup identity (FMM; FMLM and DFM in KL form on the mean denoiser).
 
-    psi_{s,t}(x) = a psi_{s,u}(x) + (1 - a) psi_{u,t}( X_{s,u}(x) ),     a = (u - s)(1 - t) / ((t - s)(1 - u))
+    psi_{s,t}(x) = a psi_{s,u}(x) + (1 - a) psi_{u,t}( X_{s,u}(x) ),     a = Gamma_{u,t} Xi_{s,u} / Xi_{s,t}
 
-holds exactly for the true flow map, for real times s < u < t. Stage 2 trains the left side towards the right one, whose two terms
-come from the live network without gradient. At t = 1 the first share is zero and the target is psi_{u,1} alone.
+holds exactly for the true flow map, for real times s < u < t; on the linear path a = (u - s)(1 - t) / ((t - s)(1 - u)). Stage 2 trains
+the left side towards the right one, whose two terms come from the live network without gradient. At t = 1 the first share is zero and the
+target is psi_{u,1} alone.
 """
 
 from typing import NamedTuple
@@ -13,11 +14,13 @@ from torch import Tensor
 
 from megaflow.flow import clock as clocks
 from megaflow.flow.clock import Clock
+from megaflow.flow.interpolant import Interpolant, move
 
 
-def semigroup_share(s: Tensor, u: Tensor, t: Tensor) -> Tensor:
-    """a in [0, 1], the share of psi_{s,u} in psi_{s,t}; real times s < u < t, any shape."""
-    return (((u - s) * (1.0 - t)) / ((t - s) * (1.0 - u))).clamp(0.0, 1.0)
+def semigroup_share(path: Interpolant, s: Tensor, u: Tensor, t: Tensor) -> Tensor:
+    """a in [0, 1], the share of psi_{s,u} in psi_{s,t}; real times s < u < t, any shape (DFM, appendix A)."""
+    (kept, _), (_, first), (_, both) = move(path, u, t), move(path, s, u), move(path, s, t)
+    return (kept * first / both).clamp(0.0, 1.0)
 
 
 class Times(NamedTuple):

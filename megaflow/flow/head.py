@@ -1,6 +1,6 @@
 """The head: from hidden states to everything a flow needs of the vocabulary, never as a (B, L, V) tensor.
 
-    logits_k = h . E_k + bias_k + [ c C_k . y - (c s / 2) leverage_k ]           the bracket where the skip is on
+    logits_k = h . E_k + bias_k + [ c C_k . y - (c beta / 2) leverage_k ]        the bracket where the skip is on
 
 a product of experts: the network learns what context adds to what the channel already says. In psi_{s,t} the channel is read at
 the time s of the state it sees, never at t. Every function takes flat tokens, goes through them in chunks and returns per-token
@@ -46,14 +46,14 @@ class Head:
 
 @dataclass(frozen=True)
 class Read:
-    """What the logits are made of, per token: hidden (n, d) and, with the skip, the state y (n, d_c) and its time s (n,)."""
+    """What the logits are made of, per token: hidden (n, d) and, with the skip, the state y (n, d_c) and its level (n, 2)."""
 
     hidden: Tensor
     y: Tensor | None = None
-    s: Tensor | None = None
+    level: Tensor | None = None
 
     def __getitem__(self, part: slice) -> "Read":
-        return Read(self.hidden[part], None if self.y is None else self.y[part], None if self.s is None else self.s[part])
+        return Read(*(None if x is None else x[part] for x in (self.hidden, self.y, self.level)))  # type: ignore[arg-type]
 
 
 def reader(head: Head, buffer: Buffer | None = None) -> Callable[[Read], Tensor]:
@@ -71,7 +71,7 @@ def reader(head: Head, buffer: Buffer | None = None) -> Callable[[Read], Tensor]
     def f(read: Read) -> Tensor:
         hidden = read.hidden
         if seen is not None:
-            said = seen(read.y, read.s)
+            said = seen(read.y, read.level)
             if said.dtype != hidden.dtype:
                 return said.add_(product(hidden))
             return torch.addmm(said, hidden, weight.T, out=None if buffer is None else said)
@@ -205,7 +205,7 @@ class _Loss(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, head: Head, read: Read, measure: Callable, whole: int
     ) -> tuple[Tensor, Tensor]:
         graded = any(ctx.needs_input_grad[:3])
-        read = Read(hidden, read.y, read.s)
+        read = replace(read, hidden=hidden)
         buffer, round_weight = Buffer(), rounded(weight)
         read_chunk = reader(replace(head, weight=round_weight, bias=bias), buffer)
         logged = []

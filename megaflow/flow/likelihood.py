@@ -18,7 +18,7 @@ from torch import Tensor
 from megaflow.flow import clock as clocks
 from megaflow.flow.clock import Clock
 from megaflow.flow.code import Code
-from megaflow.flow.interpolant import snr_slope
+from megaflow.flow.interpolant import Interpolant, snr_slope
 from megaflow.flow.vocabulary import look_up
 
 LARGEST_LAST_CE = 0.05
@@ -46,14 +46,14 @@ def information_range(code: Code, resolved: float) -> Range:
     return Range(math.log(2e-3 / float(code.leverage.max())), resolved)
 
 
-def integration_times(clock: Clock, span: Range, places: Tensor, total: int, offset: float) -> tuple[Tensor, Tensor]:
+def integration_times(path: Interpolant, clock: Clock, span: Range, places: Tensor, total: int, offset: float) -> tuple[Tensor, Tensor]:
     """Stratified times within the range, drawn by the clock, and what one draw of |C_x - psi C|^2 weighs in the bound.
 
     places: (n,) cells of `total`. Returns times (n,) and SNR'(t) / (2 q(t)) (n,), both fp64.
     """
-    law = clocks.within(clock, span.low, span.high)
+    law = clocks.within(path, clock, span.low, span.high)
     times = clocks.inverse(law, clocks.stratified(places, total, offset))
-    return times, snr_slope(times) / (2.0 * clocks.density(law, times))
+    return times, snr_slope(path, times) / (2.0 * clocks.density(law, times))
 
 
 def prior_term(code: Code, ids: Tensor, span: Range) -> Tensor:

@@ -14,7 +14,7 @@ from megaflow.flow import likelihood
 from megaflow.flow.clock import Clock
 from megaflow.flow.code import lookup
 from megaflow.flow.head import Head, Read
-from megaflow.flow.interpolant import noisy_state, time_of
+from megaflow.flow.interpolant import level, noisy_state, time_of
 from megaflow.flow.likelihood import Estimate
 from megaflow.flow.vocabulary import look_up
 from megaflow.model.parts import Parts
@@ -62,7 +62,7 @@ def bound_of_rows(
     last, last_channel = torch.zeros(2, own, dtype=torch.float64)
     order, offset = random.permutation(rows * draws, seed, "bound cells"), random.uniform(seed, "bound offset")
     # rare tokens that resolve late make the integrand heavy where the clock is thin
-    law = clocks.mixture([clock, clocks.uniform_log_snr(parts.span.low, parts.span.high)], [0.5, 0.5])
+    law = clocks.mixture([clock, clocks.uniform_log_snr(parts.path, parts.span.low, parts.span.high)], [0.5, 0.5])
     for start in range(0, own, batch):
         part = slice(start, min(start + batch, own))
         at = places[part]
@@ -72,10 +72,10 @@ def bound_of_rows(
             return (per_token.view(-1, width) * counted[part]).sum(1).cpu().double()
 
         for draw in range(draws):
-            times, weight = likelihood.integration_times(law, parts.span, order[at * draws + draw], rows * draws, offset)
+            times, weight = likelihood.integration_times(parts.path, law, parts.span, order[at * draws + draw], rows * draws, offset)
             (_, error), (_, channel_error) = _integrands(network, parts, ids[part], some, of, at, times, seed, draw, double)
             ours[draw, part], channel[draw, part] = sums(error) * weight, sums(channel_error) * weight
-        end = time_of(torch.full((len(at),), parts.span.high, dtype=torch.float64))
+        end = time_of(parts.path, torch.full((len(at),), parts.span.high, dtype=torch.float64))
         (nll, _), (channel_nll, _) = _integrands(network, parts, ids[part], some, of, at, end, seed, draws, double)
         last[part], last_channel[part] = sums(nll), sums(channel_nll)
         if progress is not None:
@@ -120,12 +120,12 @@ def _integrands(
     shape, columns = (ids.shape[1], code.dim), codes.columns(code)
     noise = random.normal(places.tolist(), shape, seed, "bound noise", draw, columns=columns).to(ids.device)
     times = times.to(ids.device)
-    y = noisy_state(lookup(parts.code, ids), noise, times)
+    y = noisy_state(parts.path, lookup(parts.code, ids), noise, times)
     hidden = network(y, times, lengths=lengths, documents=documents)
     wide = torch.float64 if double else y.dtype
-    flat, s = y.to(wide).flatten(0, 1), times.to(wide)[:, None].expand(ids.shape).flatten()
+    flat, seen = y.to(wide).flatten(0, 1), level(parts.path, times).to(wide)[:, None].expand(*ids.shape, 2).flatten(0, 1)
     ours = replace(network.head(), code=code)
     channel = Head(network.weight.new_zeros(code.part.here, 1), parts.log_prior, code, True, code.part)
-    read = Read(hidden.flatten(0, 1), flat, s)
-    without = Read(hidden.new_zeros(len(flat), 1), flat, s)
+    read = Read(hidden.flatten(0, 1), flat, seen)
+    without = Read(hidden.new_zeros(len(flat), 1), flat, seen)
     return heads.denoising_error(ours, read, ids.flatten()), heads.denoising_error(channel, without, ids.flatten())

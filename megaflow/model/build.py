@@ -37,7 +37,8 @@ def flow_network(
     shape = shape_of(config, parts.code.vocab)
     map_reads = config.distill.state_input if is_map else None
     skip, kernel = config.flow.skip == "on", config.model.attention
-    network = TextDiT(shape, parts.code.to(device), parts.log_prior.to(device), parts.span, skip, reads, map_reads, kernel, axis)
+    fixed = parts.code.to(device), parts.log_prior.to(device), parts.span, parts.path
+    network = TextDiT(shape, *fixed, skip, reads, map_reads, kernel, axis)
     network.trunk.softcap = config.model.softcap
     return network.to(home or device)
 

@@ -38,6 +38,7 @@ from megaflow.flow import clock as clocks
 from megaflow.flow import flow_map
 from megaflow.flow.clock import Clock
 from megaflow.flow.code import Code
+from megaflow.flow.interpolant import Interpolant, time_of_strength
 from megaflow.model.text_dit import CONDITION, FREQUENCIES, HOT_GAIN
 
 
@@ -55,10 +56,9 @@ class Flops(NamedTuple):
         return self.forward + self.backward + self.targets
 
 
-def hot_until(clock: Clock, code: Code) -> float:
-    """The place h on the clock where a channel c = t / (1 - t)^2 is as sharp as the one that hot beliefs are read with."""
-    gain = HOT_GAIN / math.sqrt(code.mean_leverage)
-    time = (2.0 * gain + 1.0 - math.sqrt(4.0 * gain + 1.0)) / (2.0 * gain)
+def hot_until(path: Interpolant, clock: Clock, code: Code) -> float:
+    """The place h on the clock where the channel is as sharp as the one that hot beliefs are read with."""
+    time = time_of_strength(path, HOT_GAIN / math.sqrt(code.mean_leverage))
     return clocks.forward(clock, torch.tensor(time, dtype=torch.float64)).item()
 
 

@@ -5,7 +5,7 @@ teacher's bit for bit.
 """
 
 from bisect import bisect_left
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 
@@ -19,10 +19,11 @@ from megaflow.config.schema import ClockConfig, FlowConfig
 from megaflow.errors import UserError, naming
 from megaflow.flow import clock as clocks
 from megaflow.flow import code as codes
+from megaflow.flow import interpolant
 from megaflow.flow.channel import channel_cross_entropy
 from megaflow.flow.clock import Clock
-from megaflow.flow.code import Code
-from megaflow.flow.interpolant import time_of
+from megaflow.flow.code import Code, lookup
+from megaflow.flow.interpolant import LINEAR, Interpolant, noisy_state, time_of
 from megaflow.flow.likelihood import Range, information_range
 from megaflow.flow.vocabulary import Vocabulary
 from megaflow.parallel import random
@@ -39,11 +40,13 @@ RESOLVED = 1e-3
 
 @dataclass(frozen=True)
 class Parts:
-    """code: C; log_prior: (V,) fp32 logarithms of the smoothed unigram law; span: range of log-SNR of training and bound."""
+    """code: C; log_prior: (V,) fp32 logarithms of the smoothed unigram law; span: range of log-SNR of training and bound; path: from
+    noise to data."""
 
     code: Code
     log_prior: Tensor
     span: Range
+    path: Interpolant = LINEAR
 
 
 def unigram(counts: np.ndarray) -> Tensor:
@@ -73,7 +76,8 @@ def make(flow: FlowConfig, counts: np.ndarray, seed: int) -> Parts:
         raise UserError(
             f"flow.code_dim={code.dim} is too few dimensions for {vocab} tokens: no amount of signal tells all of them apart; give more"
         )
-    return Parts(code, log_prior, information_range(code, levels[first].item() + 0.5))
+    path = interpolant.make(flow.interpolant)
+    return Parts(code, log_prior, information_range(code, levels[first].item() + 0.5), path)
 
 
 def channel_profile(code: Code, log_prior: Tensor, log_snrs: Tensor, draws: int, seed: int, progress: Progress | None = None) -> Tensor:
@@ -82,10 +86,13 @@ def channel_profile(code: Code, log_prior: Tensor, log_snrs: Tensor, draws: int,
     ids = torch.multinomial(log_prior.exp(), draws, replacement=True, generator=source)
     noise = torch.randn(draws, code.dim, generator=source)
     found = torch.zeros(len(log_snrs), dtype=torch.float64)
-    for level, t in enumerate(time_of(log_snrs.double())):
-        found[level] = channel_cross_entropy(code, log_prior, ids, noise, t.expand(draws)).double().mean()
+    clean = lookup(code, ids)
+    for index, t in enumerate(time_of(LINEAR, log_snrs.double())):  # of equal log-SNR, every path says the same
+        t = t.expand(draws)
+        y, level = noisy_state(LINEAR, clean, noise, t), interpolant.level(LINEAR, t).to(noise.dtype)
+        found[index] = channel_cross_entropy(code, log_prior, ids, y, level).double().mean()
         if progress is not None:
-            progress.update(level + 1)
+            progress.update(index + 1)
     return found
 
 
@@ -94,6 +101,7 @@ def save(parts: Parts, path: Path) -> None:
     if parts.code.matrix is not None:
         tensors["code"] = parts.code.matrix
     meta = {"low": repr(parts.span.low), "high": repr(parts.span.high), "dim": str(parts.code.dim)}
+    meta |= {"interpolant": parts.path.name, "noise_scale": repr(parts.path.scale)}
     with naming(path):  # the library's own file is one that only its owner reads, and its errors are no OSError
         path.write_bytes(as_safetensors(tensors, meta))
 
@@ -104,28 +112,29 @@ def read(path: Path) -> Parts:
         with safe_open(path, "pt") as file:
             meta, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         code = codes.make(len(tensors["leverage"]), int(meta["dim"]), tensors.get("code"), tensors["leverage"])
-        return Parts(code, tensors["log_prior"], Range(float(meta["low"]), float(meta["high"])))
+        from_noise = interpolant.make(meta.get("interpolant", "linear"), float(meta.get("noise_scale", 1.0)))
+        return Parts(code, tensors["log_prior"], Range(float(meta["low"]), float(meta["high"])), from_noise)
     except Exception as error:  # safetensors raises several unrelated classes
         raise UserError(f"{path}: cannot read the flow's code and prior ({error}); restore the file or start the run afresh") from None
 
 
 def to(parts: Parts, device: torch.device) -> Parts:
-    return Parts(parts.code.to(device), parts.log_prior.to(device), parts.span)
+    return replace(parts, code=parts.code.to(device), log_prior=parts.log_prior.to(device))
 
 
 def cut(parts: Parts, part: Vocabulary) -> Parts:
     """Of whole parts, what belongs to a part of the vocabulary."""
-    return Parts(codes.cut(parts.code, part), parts.log_prior[part.start : part.stop], parts.span)
+    return replace(parts, code=codes.cut(parts.code, part), log_prior=parts.log_prior[part.start : part.stop])
 
 
 def same(a: Parts, b: Parts) -> bool:
-    """Bit-equal code, prior and range."""
+    """Bit-equal code, prior and range, and the same path."""
     pairs = [(a.log_prior, b.log_prior), (a.code.leverage, b.code.leverage)]
     if (a.code.matrix is None) != (b.code.matrix is None):
         return False
     if a.code.matrix is not None and b.code.matrix is not None:
         pairs.append((a.code.matrix, b.code.matrix))
-    return a.span == b.span and all(torch.equal(x, y) for x, y in pairs)
+    return (a.span, a.path) == (b.span, b.path) and all(torch.equal(x, y) for x, y in pairs)
 
 
 @dataclass
@@ -164,6 +173,9 @@ def fit_clock(config: ClockConfig, parts: Parts, profile: Profile) -> Clock:
     """The clock that a config names, fitted to the profile where it is a measured one."""
     if config.name == "uniform":
         return clocks.uniform()
-    fitted = clocks.argmax(parts.code.vocab) if config.name == "argmax" else clocks.ce_linear(profile.edges, profile.cross_entropy)
-    flat = clocks.uniform_log_snr(parts.span.low, parts.span.high, config.bins)
+    path = parts.path
+    fitted = (
+        clocks.argmax(path, parts.code.vocab) if config.name == "argmax" else clocks.ce_linear(path, profile.edges, profile.cross_entropy)
+    )
+    flat = clocks.uniform_log_snr(path, parts.span.low, parts.span.high, config.bins)
     return clocks.mixture([fitted, flat], [1.0 - config.uniform_share, config.uniform_share])

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from megaflow.flow import interpolant
 from megaflow.flow.channel import belief_embedding
 from megaflow.flow.code import Code
 from megaflow.flow.head import Head, Read
-from megaflow.flow.interpolant import LAST_TIME, channel_strength, log_snr
+from megaflow.flow.interpolant import Interpolant, along, log_snr
 from megaflow.flow.likelihood import Range
 from megaflow.flow.vocabulary import Vocabulary
 from megaflow.model.trunk import Trunk
@@ -70,9 +71,9 @@ class Seen:
 class TimeEmbedding(nn.Module):
     """(B,) times in [0, 1] to (B, CONDITION): Fourier features of the scaled log-SNR and a small MLP."""
 
-    def __init__(self, span: Range) -> None:
+    def __init__(self, path: Interpolant, span: Range) -> None:
         super().__init__()
-        self.span = span
+        self.path, self.span = path, span
         self.first = nn.Linear(2 * FREQUENCIES, CONDITION)
         self.second = nn.Linear(CONDITION, CONDITION)
 
@@ -83,7 +84,7 @@ class TimeEmbedding(nn.Module):
         nn.init.zeros_(self.second.bias)
 
     def forward(self, t: Tensor) -> Tensor:
-        scaled = ((log_snr(t.double()) - self.span.low) / (self.span.high - self.span.low)).clamp(0.0, 1.0)
+        scaled = ((log_snr(self.path, t.double()) - self.span.low) / (self.span.high - self.span.low)).clamp(0.0, 1.0)
         frequency = 0.5 * torch.logspace(0, 5, FREQUENCIES, base=2.0, dtype=torch.float64, device=t.device)
         angle = math.pi * scaled[:, None] * frequency
         features = torch.cat([angle.cos(), angle.sin()], 1).to(self.first.weight.dtype)
@@ -91,10 +92,10 @@ class TimeEmbedding(nn.Module):
 
 
 class TextDiT(nn.Module):
-    """code, log_prior (V,) and span are fixed parts of the flow, kept in fp32 beside the weights; of a cut vocabulary, its part.
+    """code, log_prior (V,), span and path are fixed parts of the flow, kept in fp32 beside the weights; of a cut vocabulary, its part.
 
-    reads: which of 'belief' and 'linear' (a linear reading of y) enter the trunk; map_reads: None for a plain flow, else what a
-    flow map reads besides, times (t - s) / (1 - s) and therefore silent on the diagonal: 'linear', 'hot_belief' (where beliefs are
+    reads: which of 'belief' and 'linear' (a linear reading of y) enter the trunk; map_reads: None for a plain flow, else what a flow map
+    reads besides, times the share of psi in its step and therefore silent on the diagonal: 'linear', 'hot_belief' (where beliefs are
     read) or 'none'. A flow map's table gets no gradient.
     """
 
@@ -104,6 +105,7 @@ class TextDiT(nn.Module):
         code: Code,
         log_prior: Tensor,
         span: Range,
+        path: Interpolant,
         skip: bool,
         reads: tuple[str, ...],
         map_reads: str | None,
@@ -111,7 +113,7 @@ class TextDiT(nn.Module):
         axis: Axis = ALONE,
     ) -> None:
         super().__init__()
-        self.code, self.log_prior, self.span, self.skip = code, log_prior, span, skip
+        self.code, self.log_prior, self.span, self.path, self.skip = code, log_prior, span, path, skip
         self.reads, self.map_reads, self.neighbors, self.axis = reads, map_reads, shape.neighbors, axis
         rows = padded(0, shape.vocab, axis, shape.vocab_multiple)
         dense = code.matrix is None
@@ -123,8 +125,8 @@ class TextDiT(nn.Module):
         self.state = Reading(1, code.dim, shape.hidden, axis, multiple) if "linear" in reads else None
         self.map_state = Reading(shape.window, code.dim, shape.hidden, axis, multiple) if map_reads == "linear" else None
         self.map_widen = Reading(shape.window, shape.belief_dim, shape.hidden, axis, None) if map_reads == "hot_belief" else None
-        self.time = TimeEmbedding(span)
-        self.map_time = TimeEmbedding(span) if map_reads is not None else None
+        self.time = TimeEmbedding(path, span)
+        self.map_time = TimeEmbedding(path, span) if map_reads is not None else None
         self.trunk = Trunk(shape.layers, shape.hidden, shape.heads, shape.mlp_ratio, CONDITION, kernel, axis)
         self.weight = parameter((shape.vocab, shape.hidden), rows)
         self.bias = parameter((shape.vocab,), rows)
@@ -160,7 +162,11 @@ class TextDiT(nn.Module):
 
     def read(self, hidden: Tensor, y: Tensor, s: Tensor) -> Read:
         """Flat tokens for the head: hidden (B, L, d), state y (B, L, d_c) and the time s (B,) of the state."""
-        return Read(hidden.flatten(0, 1), y.flatten(0, 1), _per_token(s, y))
+        return Read(hidden.flatten(0, 1), y.flatten(0, 1), self.level(s, y))
+
+    def level(self, s: Tensor, y: Tensor) -> Tensor:
+        """What the channel is read by at times of rows (B,): (B L, 2) of tokens, in the state's precision."""
+        return interpolant.level(self.path, s).to(y.dtype)[:, None].expand(*y.shape[:2], 2).flatten(0, 1)
 
     def forward(
         self,
@@ -191,7 +197,8 @@ class TextDiT(nn.Module):
             else:
                 assert self.map_widen is not None
                 ahead = self.map_widen(self.beside(seen.hot, self.map_widen, lengths, documents))
-            entering.append(((t - s) / (1.0 - s))[:, None, None].to(ahead.dtype) * ahead)
+            _, share = interpolant.move(self.path, s, t)
+            entering.append(along(share, ahead) * ahead)
         return self.trunk(sum(entering[1:], entering[0]), F.silu(condition), lengths=lengths, documents=documents)
 
     def see(self, y: Tensor, s: Tensor, t: Tensor | None = None) -> Seen:
@@ -202,22 +209,20 @@ class TextDiT(nn.Module):
         """
         if self.table is None:
             return Seen(None, None)
-        belief = self.embed_belief(y, s)
+        belief = self.embed_belief(y, self.level(s, y))
         if t is None or self.map_widen is None:
             return Seen(belief, None)
-        gain = torch.tensor(HOT_GAIN / math.sqrt(self.code.mean_leverage), dtype=y.dtype, device=y.device)
-        moving = (t > s) & (channel_strength(s) < gain)
-        hot = belief.clone()
-        hot[moving] = self.embed_belief(y[moving], s[moving], gain)
+        gain = HOT_GAIN / math.sqrt(self.code.mean_leverage)
+        moving = (t > s) & (interpolant.level(self.path, s)[:, 0] < gain)
+        hot, some = belief.clone(), y[moving]
+        sharper = torch.stack([torch.full_like(s, gain), gain * self.path.beta(s)], -1)[moving]
+        hot[moving] = self.embed_belief(some, sharper.to(y.dtype)[:, None].expand(*some.shape[:2], 2).flatten(0, 1))
         return Seen(belief, hot)
 
-    def embed_belief(self, y: Tensor, s: Tensor, gain: Tensor | None = None) -> Tensor:
-        """belief @ table, (B, L/T + 2 neighbors, d_e), of a channel of strength `gain` instead of its own if given."""
+    def embed_belief(self, y: Tensor, level: Tensor) -> Tensor:
+        """belief @ table, (B, L/T + 2 neighbors, d_e), of a channel of this level (B L, 2)."""
         assert self.table is not None
-        times = _per_token(s, y)
-        gain = None if gain is None else gain.expand(len(times))
-        table = real(self.table, self.code.part)
-        share = belief_embedding(self.code, self.log_prior, y.flatten(0, 1), times, table, gain)
+        share = belief_embedding(self.code, self.log_prior, y.flatten(0, 1), level, real(self.table, self.code.part))
         return scattered_with_neighbors(share.view(*y.shape[:2], share.shape[-1]), self.axis, self.neighbors, self.neighbors)
 
     def beside(self, x: Tensor | None, layer: "Reading", lengths: Tensor | None, documents: Tensor | None) -> Tensor:
@@ -235,10 +240,9 @@ class TextDiT(nn.Module):
         return beside if layer.cut is not None else own(beside, self.axis, 1)
 
     def state_scale(self, s: Tensor) -> Tensor:
-        """One over the known rms of y at time s, (B, 1, 1): sqrt((s^2 mean leverage + (1 - s)^2 d_c) / d_c), a frame's Gram being I."""
-        s = s.double()[:, None, None]
-        mean_square = s**2 * self.code.mean_leverage / self.code.dim + (1.0 - s) ** 2
-        return mean_square.rsqrt().to(self.code.leverage.dtype)
+        """One over the known rms of y at time s, (B, 1, 1): sqrt(beta^2 mean leverage / d_c + alpha^2), a frame's Gram being I."""
+        mean_square = self.path.beta(s) ** 2 * self.code.mean_leverage / self.code.dim + self.path.alpha(s) ** 2
+        return mean_square.rsqrt()[:, None, None].to(self.code.leverage.dtype)
 
 
 class Reading(nn.Module):
@@ -287,8 +291,3 @@ def windows(x: Tensor, before: int, after: int, first: int, lengths: Tensor | No
         of, ours = F.pad(documents, (before, after), value=-1)[:, first:], documents[:, first : first + count]
         shifted = [part * (of[:, i : i + count] == ours)[..., None] for i, part in enumerate(shifted)]
     return torch.cat(shifted, -1)
-
-
-def _per_token(s: Tensor, y: Tensor) -> Tensor:
-    """(B,) times of rows to (B L,) times of tokens, in the state's precision; 1 - LAST_TIME resolves in fp32."""
-    return s.clamp(max=LAST_TIME).to(y.dtype)[:, None].expand(y.shape[:2]).flatten()

@@ -36,7 +36,7 @@ def meter_of(config: Config, stage: Any, mesh: Mesh) -> Meter:
     """A meter for a stage. On a CPU it measures a matrix product first, half a second long, which MFU is then against."""
     is_map = hasattr(stage, "teacher")
     vocab = stage.network.code.vocab if hasattr(stage.network, "code") else stage.network.part.size
-    hot = flops.hot_until(stage.clock, stage.network.code) if is_map else 1.0
+    hot = flops.hot_until(stage.parts.path, stage.clock, stage.network.code) if is_map else 1.0
     peak = devices.peak(mesh.device, config.train.precision)
     return Meter(mesh, flops.of_step(config, vocab, is_map, hot).model, peak)
 

@@ -34,7 +34,7 @@ class FlowStage:
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         seed, device = self.config.run.seed, batch.ids.device
         t = clocks.inverse(self.clock, cells(seed, batch, "time")).to(device)
-        y = noisy_state(lookup(self.parts.code, batch.ids), noise(seed, batch, self.parts.code, device), t)
+        y = noisy_state(self.parts.path, lookup(self.parts.code, batch.ids), noise(seed, batch, self.parts.code, device), t)
         hidden = self.network(y, t, lengths=batch.lengths, documents=batch.documents)
         loss, nll = heads.cross_entropy(self.network.head(), self.network.read(hidden, y, t), batch.ids.flatten(), batch.weight)
         return loss, self.observe(t, nll, batch)
@@ -42,7 +42,7 @@ class FlowStage:
     def observe(self, t: Tensor, nll: Tensor, batch: Batch) -> Tensor:
         """(2, K) fp64: cross-entropy and token share of each bin of log-SNR, as shares of the global batch."""
         bins = len(self.profile.total)
-        row = clocks.bin_of(self.profile.edges, t.cpu())
+        row = clocks.bin_of(self.parts.path, self.profile.edges, t.cpu())
         weight = batch.weight.view(batch.ids.shape).double().cpu()
         observed = torch.zeros(2, bins, dtype=torch.float64)
         observed[0].index_add_(0, row, (nll.view(batch.ids.shape).double().cpu() * weight).sum(1))
@@ -66,10 +66,10 @@ class FlowStage:
     @torch.no_grad()
     def plain_cross_entropy(self, batch: Batch, total: Total) -> float:
         """Cross-entropy at times uniform in log-SNR: what is shown for networks that have no bound."""
-        ids, counted = batch.ids, (batch.weight > 0.0).double()
-        flat = clocks.uniform_log_snr(self.parts.span.low, self.parts.span.high)
+        ids, path, counted = batch.ids, self.parts.path, (batch.weight > 0.0).double()
+        flat = clocks.uniform_log_snr(path, self.parts.span.low, self.parts.span.high)
         t = clocks.inverse(flat, clocks.stratified(batch.places, batch.rows, 0.5)).to(ids.device)
-        y = noisy_state(lookup(self.parts.code, ids), noise(self.config.run.seed, batch, self.parts.code, ids.device), t)
+        y = noisy_state(path, lookup(self.parts.code, ids), noise(self.config.run.seed, batch, self.parts.code, ids.device), t)
         hidden = self.network(y, t, lengths=batch.lengths, documents=batch.documents)
         nll, _ = heads.denoising_error(self.network.head(), self.network.read(hidden, y, t), ids.flatten())
         sums = total(torch.stack([(nll.double() * counted).sum(), counted.sum()]))

@@ -55,7 +55,7 @@ class MapStage:
         kinds = self.kinds(batch)
         times = flow_map.draw_times(self.clock, kinds, cells(seed, batch, "gap"), cells(seed, batch, "start"))
         times = flow_map.Times(*(x.to(device) for x in times))
-        y = noisy_state(lookup(self.parts.code, batch.ids), noise(seed, batch, self.parts.code, device), times.s)
+        y = noisy_state(self.parts.path, lookup(self.parts.code, batch.ids), noise(seed, batch, self.parts.code, device), times.s)
         # rows of one kind go together, so that each kind pays only for the passes it needs
         order = torch.argsort(kinds, stable=True).to(device)
         split = int((kinds == DIAGONAL).sum())
@@ -115,12 +115,12 @@ class MapStage:
         Two passes of the network, whatever the number of rows. Hidden states at s and at u are kept, posteriors are too large for that:
         those at s are taken twice, for the state at u that they lead to, and for the mixture.
         """
-        (s, u, t), network, head = times, self.network, self.network.head().frozen()
+        (s, u, t), path, network, head = times, self.parts.path, self.network, self.network.head().frozen()
         at_s = network.read(network(y, s, u, lengths, seen, documents), y, s)
-        midway = transport(y, s, u, heads.expectation(head, at_s).view(y.shape))
+        midway = transport(path, y, s, u, heads.expectation(head, at_s).view(y.shape))
         at_u = network.read(network(midway, u, t, lengths, documents=documents), midway, u)
         from_s, from_u = heads.probabilities(head), heads.probabilities(head)
-        share = flow_map.semigroup_share(s, u, t).to(y.dtype).repeat_interleave(y.shape[1])[:, None]
+        share = flow_map.semigroup_share(path, s, u, t).to(y.dtype).repeat_interleave(y.shape[1])[:, None]
         return lambda tokens: from_u(at_u[tokens]).lerp_(from_s(at_s[tokens]), share[tokens])
 
     def semigroup_target_by_rows(
@@ -128,7 +128,7 @@ class MapStage:
     ) -> Callable[[slice], Tensor]:
         """The same by chunks of whole rows, and two passes for each: psi_{s,u} is followed to the next state and mixed with psi_{u,t} there
         while it is at hand, and nothing is computed twice."""
-        length, network = y.shape[1], self.network
+        length, path, network = y.shape[1], self.parts.path, self.network
         first, second = heads.probabilities(network.head()), heads.probabilities(network.head())
 
         @torch.no_grad()
@@ -136,9 +136,9 @@ class MapStage:
             rows = slice(tokens.start // length, tokens.stop // length)
             (s, u, t), (some, of) = (x[rows] for x in times), (None if x is None else x[rows] for x in (lengths, documents))
             from_s = first(network.read(network(y[rows], s, u, some, seen[rows], of), y[rows], s))
-            midway = transport(y[rows], s, u, mean(self.parts.code, from_s).view(y[rows].shape))
+            midway = transport(path, y[rows], s, u, mean(self.parts.code, from_s).view(y[rows].shape))
             from_u = second(network.read(network(midway, u, t, some, documents=of), midway, u))
-            share = flow_map.semigroup_share(s, u, t).to(y.dtype).repeat_interleave(length)
+            share = flow_map.semigroup_share(path, s, u, t).to(y.dtype).repeat_interleave(length)
             return from_u.lerp_(from_s, share[:, None])
 
         return target

@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from megaflow.config.load import ConfigError, assemble, flatten, load, to_yaml
-from megaflow.config.schema import Config, keys
+from megaflow.config.schema import Config, entries, keys
+from megaflow.flow import choice
 
 ROOT = Path(__file__).resolve().parents[2]
 REPOSITORY = sorted(ROOT.glob("configs/**/*.yaml"))
@@ -257,9 +258,10 @@ class TestRoundTrip:
         changed = {}
         for name, item in keys().items():
             default = item.default_factory() if item.default is dataclasses.MISSING else item.default
-            others = [choice for choice in item.metadata["choices"] or () if choice != default]
+            offered = choice.described(entries(item)) if item.metadata["table"] else item.metadata["choices"] or ()
+            others = [value for value in offered if value != default and "NAME" not in str(value)]
             if others:
-                changed[name] = others[0]
+                changed[name] = others[-1]
             elif item.metadata["choices"] is None:
                 number = item.metadata["high"] if item.metadata["high"] is not None else 300
                 changed[name] = {str: "other", list[str]: ["other"], float: float(number), bool: not default}.get(item.type, number)

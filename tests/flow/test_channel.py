@@ -5,6 +5,7 @@ import torch
 
 from megaflow.flow import channel, interpolant
 from megaflow.flow import code as codes
+from megaflow.flow.interpolant import LINEAR
 
 VOCAB, DIM = 13, 5
 CPU = torch.device("cpu")
@@ -27,46 +28,59 @@ def log_prior(generator):
 
 
 def seen(code, tokens, generator):
-    """(y, t): states of random tokens at times from 0 to where nothing is left to guess."""
+    """(y, level, t): states of random tokens at times from 0 to where nothing is left to guess."""
     t = torch.linspace(0.0, 0.995, tokens, dtype=torch.float64)
     ids = torch.randint(VOCAB, (tokens,), generator=generator)
     noise = torch.randn(tokens, code.dim, generator=generator, dtype=torch.float64)
-    return t[:, None] * codes.lookup(code, ids) + (1.0 - t[:, None]) * noise, t
+    return t[:, None] * codes.lookup(code, ids) + (1.0 - t[:, None]) * noise, interpolant.level(LINEAR, t), t
 
 
 def test_belief_is_the_posterior_under_the_gaussian_likelihood(code, log_prior, generator):
-    y, t = seen(code, 200, generator)
+    y, level, t = seen(code, 200, generator)
     rows = codes.lookup(code, torch.arange(VOCAB))
     log_likelihood = torch.distributions.Normal(t[:, None, None] * rows, (1.0 - t)[:, None, None]).log_prob(y[:, None]).sum(-1)
     exact = torch.softmax(log_prior + log_likelihood, -1)
-    torch.testing.assert_close(channel.belief(code, log_prior, y, t), exact, rtol=0, atol=1e-10)
+    torch.testing.assert_close(channel.belief(code, log_prior, y, level), exact, rtol=0, atol=1e-10)
     assert exact[0].max() < 0.9 and exact[-1].max() > 0.999
 
 
 def test_belief_at_time_zero_is_the_prior_and_at_the_end_the_token(code, log_prior):
     y = codes.lookup(code, torch.arange(VOCAB))
-    start, end = torch.zeros(VOCAB, dtype=torch.float64), torch.ones(VOCAB, dtype=torch.float64)
+    start, end = (interpolant.level(LINEAR, torch.full((VOCAB,), t)) for t in (0.0, 1.0))
     torch.testing.assert_close(channel.belief(code, log_prior, 3.0 * y, start), log_prior.exp().expand(VOCAB, -1))
     torch.testing.assert_close(channel.belief(code, log_prior, y, end), torch.eye(VOCAB, dtype=torch.float64))
 
 
 def test_belief_in_single_precision_holds_to_the_end_of_the_bound(code, log_prior, generator):
     """Its errors are those of fp32 logits of size c = 1e4, not more."""
-    y, t = seen(code, 200, generator)
+    y, level, _ = seen(code, 200, generator)
     single = codes.make(VOCAB, code.dim, None if code.matrix is None else code.matrix.float(), code.leverage.float())
-    ours = channel.belief(single, log_prior.float(), y.float(), t.float())
-    torch.testing.assert_close(ours.double(), channel.belief(code, log_prior, y, t), rtol=0, atol=0.02)
-    torch.testing.assert_close(ours[:150].double(), channel.belief(code, log_prior, y, t)[:150], rtol=0, atol=1e-4)
+    ours = channel.belief(single, log_prior.float(), y.float(), level.float())
+    torch.testing.assert_close(ours.double(), channel.belief(code, log_prior, y, level), rtol=0, atol=0.02)
+    torch.testing.assert_close(ours[:150].double(), channel.belief(code, log_prior, y, level)[:150], rtol=0, atol=1e-4)
 
 
-def test_gain_reads_the_channel_as_if_it_were_sharper(code, log_prior, generator):
-    """A gain g stands for c in both terms; where g = c it changes nothing."""
-    y, t = seen(code, 20, generator)
+def test_a_hot_channel_is_read_as_if_it_were_sharper(code, log_prior, generator):
+    """A gain g stands for c in both terms of the evidence: (g, g beta) is a level like any other."""
+    y, _, t = seen(code, 20, generator)
     rows, gain = codes.lookup(code, torch.arange(VOCAB)), torch.linspace(0.0, 30.0, 20, dtype=torch.float64)
     by_hand = log_prior + gain[:, None] * (y @ rows.T) - 0.5 * (gain * t)[:, None] * rows.square().sum(1)
-    torch.testing.assert_close(channel.belief(code, log_prior, y, t, gain), torch.softmax(by_hand, -1))
-    same = channel.belief(code, log_prior, y, t, interpolant.channel_strength(t))
-    torch.testing.assert_close(same, channel.belief(code, log_prior, y, t))
+    torch.testing.assert_close(channel.belief(code, log_prior, y, torch.stack([gain, gain * t], 1)), torch.softmax(by_hand, -1))
+
+
+@pytest.mark.parametrize("path", [*interpolant.PATHS, "power:exponent=0.5"])
+def test_beliefs_know_a_path_by_its_log_snr_alone(code, log_prior, generator, path):
+    """At the same log-SNR, from the same token and noise, every path's state says the same."""
+    path = interpolant.make(path, 1.7)
+    ids, noise = torch.arange(VOCAB), torch.randn(VOCAB, code.dim, generator=generator, dtype=torch.float64)
+    log_snr = torch.linspace(-6.0, 12.0, VOCAB, dtype=torch.float64)
+    found = []
+    for one in (LINEAR, path):
+        t = interpolant.time_of(one, log_snr)
+        y = interpolant.noisy_state(one, codes.lookup(code, ids)[:, None], noise[:, None], t)[:, 0]
+        found.append(channel.belief(code, log_prior, y, interpolant.level(one, t)))
+    assert not torch.allclose(interpolant.time_of(LINEAR, log_snr), interpolant.time_of(path, log_snr), atol=1e-3)
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("hot", [False, True])
@@ -76,12 +90,12 @@ def test_belief_embedding_is_belief_times_table(code, log_prior, generator, monk
     monkeypatch.setattr(channel, "CHUNK_ELEMENTS", {"cpu": 1})
     monkeypatch.setattr(channel, "CHUNK_TOKENS", 64)
     assert len(channel.chunks(tokens, VOCAB, CPU)) == {1: 1, 64: 1, 150: 3}[tokens]
-    y, t = seen(code, tokens, generator)
-    gain = torch.full((tokens,), 2.0, dtype=torch.float64) if hot else None
+    y, level, t = seen(code, tokens, generator)
+    level = torch.stack([torch.full_like(t, 2.0), 2.0 * t], 1) if hot else level
     table = torch.randn(VOCAB, 4, generator=generator, dtype=torch.float64, requires_grad=True)
     toward = torch.randn(tokens, 4, generator=generator, dtype=torch.float64)
-    ours = channel.belief_embedding(code, log_prior, y, t, table, gain)
-    dense = channel.belief(code, log_prior, y, t, gain) @ table
+    ours = channel.belief_embedding(code, log_prior, y, level, table)
+    dense = channel.belief(code, log_prior, y, level) @ table
     torch.testing.assert_close(ours, dense)
     (grad,), (dense_grad,) = torch.autograd.grad(ours, table, toward), torch.autograd.grad(dense, table, toward)
     torch.testing.assert_close(grad, dense_grad, rtol=0, atol=1e-12)
@@ -89,14 +103,14 @@ def test_belief_embedding_is_belief_times_table(code, log_prior, generator, monk
 
 
 def test_belief_embedding_passes_gradcheck(code, log_prior, generator):
-    y, t = seen(code, 10, generator)
+    y, level, _ = seen(code, 10, generator)
     table = torch.randn(VOCAB, 3, generator=generator, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: channel.belief_embedding(code, log_prior, y, t, x), table)
+    assert torch.autograd.gradcheck(lambda x: channel.belief_embedding(code, log_prior, y, level, x), table)
 
 
-def test_belief_embedding_gives_no_gradient_to_state_prior_or_time(code, log_prior, generator):
-    y, t = seen(code, 10, generator)
-    leaves = [x.clone().requires_grad_() for x in (y, t, log_prior)]
+def test_belief_embedding_gives_no_gradient_to_state_prior_or_level(code, log_prior, generator):
+    y, level, _ = seen(code, 10, generator)
+    leaves = [x.clone().requires_grad_() for x in (y, level, log_prior)]
     table = torch.randn(VOCAB, 3, generator=generator, dtype=torch.float64, requires_grad=True)
     channel.belief_embedding(code, leaves[2], leaves[0], leaves[1], table).sum().backward()
     assert table.grad is not None and all(leaf.grad is None for leaf in leaves)
@@ -107,14 +121,14 @@ def test_belief_embedding_with_a_half_precision_table(log_prior, generator, monk
     monkeypatch.setattr(channel, "CHUNK_ELEMENTS", {"cpu": 1})
     monkeypatch.setattr(channel, "CHUNK_TOKENS", 64)
     code = codes.frame(VOCAB, DIM, torch.Generator().manual_seed(1))
-    y, t = (x.float() for x in seen(code.double(), 2000, generator))
+    y, level = (x.float() for x in seen(code.double(), 2000, generator)[:2])
     table = torch.randn(VOCAB, 4, generator=generator).bfloat16().requires_grad_()
-    out = channel.belief_embedding(code, log_prior.float(), y, t, table)
-    dense = channel.belief(code, log_prior.float(), y, t) @ table.detach().float()
+    out = channel.belief_embedding(code, log_prior.float(), y, level, table)
+    dense = channel.belief(code, log_prior.float(), y, level) @ table.detach().float()
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out.float(), dense, rtol=0.02, atol=0.02)
     out.sum().backward()
-    expected = channel.belief(code, log_prior.float(), y, t).sum(0)[:, None].expand(-1, 4)
+    expected = channel.belief(code, log_prior.float(), y, level).sum(0)[:, None].expand(-1, 4)
     torch.testing.assert_close(table.grad.float(), expected, rtol=0.01, atol=0.2)
 
 
@@ -125,8 +139,9 @@ def test_channel_cross_entropy_scores_the_belief(code, log_prior, generator, mon
     ids = torch.randint(VOCAB, (150,), generator=generator)
     noise = torch.randn(150, code.dim, generator=generator, dtype=torch.float64)
     y = t[:, None] * codes.lookup(code, ids) + (1.0 - t[:, None]) * noise
-    expected = -channel.belief(code, log_prior, y, t).gather(1, ids[:, None]).log()[:, 0]
-    torch.testing.assert_close(channel.channel_cross_entropy(code, log_prior, ids, noise, t), expected, rtol=1e-9, atol=1e-9)
+    level = interpolant.level(LINEAR, t)
+    expected = -channel.belief(code, log_prior, y, level).gather(1, ids[:, None]).log()[:, 0]
+    torch.testing.assert_close(channel.channel_cross_entropy(code, log_prior, ids, y, level), expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("vocab", [2, 27, 50_257, 10_000_000])

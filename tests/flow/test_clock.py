@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megaflow.flow import clock as clocks
-from megaflow.flow.interpolant import log_snr, time_of
+from megaflow.flow.interpolant import LINEAR, log_snr, time_of
 
 
 def falling(edges: torch.Tensor) -> torch.Tensor:
@@ -19,14 +19,14 @@ def falling(edges: torch.Tensor) -> torch.Tensor:
 
 
 EDGES = torch.linspace(-8.0, 12.0, 201, dtype=torch.float64)
-MIXED = [clocks.argmax(27), clocks.uniform_log_snr(-8.0, 12.0)]
+MIXED = [clocks.argmax(LINEAR, 27), clocks.uniform_log_snr(LINEAR, -8.0, 12.0)]
 CLOCKS = {
     "uniform": clocks.uniform(),
-    "uniform in log-SNR": clocks.uniform_log_snr(-5.0, 10.0),
-    "argmax": clocks.argmax(27),
-    "ce_linear": clocks.ce_linear(EDGES, falling(EDGES)),
+    "uniform in log-SNR": clocks.uniform_log_snr(LINEAR, -5.0, 10.0),
+    "argmax": clocks.argmax(LINEAR, 27),
+    "ce_linear": clocks.ce_linear(LINEAR, EDGES, falling(EDGES)),
     "mixture": clocks.mixture(MIXED, [0.9, 0.1]),
-    "within": clocks.within(clocks.uniform(), -3.0, 8.0),
+    "within": clocks.within(LINEAR, clocks.uniform(), -3.0, 8.0),
 }
 each = pytest.mark.parametrize("clock", CLOCKS.values(), ids=CLOCKS)
 shares = st.lists(st.floats(0.0, 1.0), min_size=1, max_size=20).map(lambda values: torch.tensor(values, dtype=torch.float64))
@@ -106,10 +106,10 @@ def test_uniform():
 
 
 def test_uniform_in_log_snr():
-    clock = clocks.uniform_log_snr(-5.0, 10.0, bins=100)
-    drawn = log_snr(clocks.inverse(clock, torch.linspace(0.0, 0.999, 1000, dtype=torch.float64)))
+    clock = clocks.uniform_log_snr(LINEAR, -5.0, 10.0, bins=100)
+    drawn = log_snr(LINEAR, clocks.inverse(clock, torch.linspace(0.0, 0.999, 1000, dtype=torch.float64)))
     torch.testing.assert_close(drawn, -5.0 + 15.0 * torch.linspace(0.0, 0.999, 1000, dtype=torch.float64), rtol=0, atol=2e-3)
-    outside = time_of(torch.tensor([-6.0, 11.0], dtype=torch.float64))
+    outside = time_of(LINEAR, torch.tensor([-6.0, 11.0], dtype=torch.float64))
     assert clocks.forward(clock, outside).tolist() == [0.0, 1.0] and clocks.density(clock, outside).tolist() == [0.0, 0.0]
 
 
@@ -123,7 +123,7 @@ def argmax_tau_by_quadrature(vocab: int, t: float) -> float:
 
 @pytest.mark.parametrize("vocab", [5, 27, 50_257])
 def test_argmax_clock_against_quadrature(vocab):
-    clock = clocks.argmax(vocab)
+    clock = clocks.argmax(LINEAR, vocab)
     for t in (0.1, 0.4, 0.6, 0.75, 0.8, 0.85):
         shown = clocks.forward(clock, torch.tensor(t, dtype=torch.float64)).item()
         assert shown == pytest.approx(argmax_tau_by_quadrature(vocab, t), abs=2e-5)
@@ -137,7 +137,7 @@ def test_argmax_clock_against_noisy_one_hot_states(vocab):
         state[:, 0] += t
         wrong = (state.argmax(1) != 0).double().mean().item()
         error = vocab / (vocab - 1) * math.sqrt(wrong * (1.0 - wrong) / n)
-        shown = clocks.forward(clocks.argmax(vocab), torch.tensor(t, dtype=torch.float64)).item()
+        shown = clocks.forward(clocks.argmax(LINEAR, vocab), torch.tensor(t, dtype=torch.float64)).item()
         assert abs(shown - (1.0 - vocab / (vocab - 1) * wrong)) < 4.0 * error < 0.01
 
 
@@ -151,29 +151,29 @@ def test_argmax_clock_against_noisy_one_hot_states(vocab):
 def test_argmax_clock_has_the_known_quantiles(vocab, quantiles):
     """Times at which the clock shows 1, 10, 25, 50, 75, 90 and 99 %."""
     tau = torch.tensor([0.01, 0.10, 0.25, 0.50, 0.75, 0.90, 0.99], dtype=torch.float64)
-    assert clocks.inverse(clocks.argmax(vocab), tau).tolist() == pytest.approx(quantiles, abs=2e-3)
+    assert clocks.inverse(clocks.argmax(LINEAR, vocab), tau).tolist() == pytest.approx(quantiles, abs=2e-3)
 
 
 def test_along_the_ce_linear_clock_the_cross_entropy_falls_linearly():
     centres = (EDGES[1:] + EDGES[:-1]) / 2.0
     first, last = (3.0 * torch.sigmoid(2.0 - centres[i]) for i in (0, -1))
     tau = torch.linspace(0.001, 0.999, 500, dtype=torch.float64)
-    measured = 3.0 * torch.sigmoid(2.0 - log_snr(clocks.inverse(CLOCKS["ce_linear"], tau)))
+    measured = 3.0 * torch.sigmoid(2.0 - log_snr(LINEAR, clocks.inverse(CLOCKS["ce_linear"], tau)))
     torch.testing.assert_close(measured, first + tau * (last - first), rtol=0, atol=2e-3)
-    uniform = 3.0 * torch.sigmoid(2.0 - log_snr(clocks.inverse(clocks.uniform(), tau)))
+    uniform = 3.0 * torch.sigmoid(2.0 - log_snr(LINEAR, clocks.inverse(clocks.uniform(), tau)))
     assert (uniform - (first + tau * (last - first))).abs().max() > 0.5  # another clock is far from it
 
 
 def test_the_ce_linear_clock_smooths_a_noisy_profile():
     noise = 0.05 * torch.randn(200, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    noisy, clean = clocks.ce_linear(EDGES, falling(EDGES) + noise), CLOCKS["ce_linear"]
-    t = time_of(torch.linspace(-8.0, 12.0, 100, dtype=torch.float64))
+    noisy, clean = clocks.ce_linear(LINEAR, EDGES, falling(EDGES) + noise), CLOCKS["ce_linear"]
+    t = time_of(LINEAR, torch.linspace(-8.0, 12.0, 100, dtype=torch.float64))
     assert (noisy.tau.diff() >= 0.0).all()
     torch.testing.assert_close(clocks.forward(noisy, t), clocks.forward(clean, t), rtol=0, atol=0.06)
 
 
 def test_a_profile_that_does_not_fall_still_makes_a_clock():
-    flat = clocks.ce_linear(EDGES, torch.full((200,), 2.0))
+    flat = clocks.ce_linear(LINEAR, EDGES, torch.full((200,), 2.0))
     assert flat.tau[0] == 0.0 and flat.tau[-1] == 1.0 and flat.tau.isfinite().all()
 
 
@@ -211,8 +211,8 @@ def test_a_mixture_is_exact_everywhere():
 
 @pytest.mark.parametrize("name", ["uniform", "argmax", "ce_linear", "mixture"])
 def test_within_is_the_law_given_a_range_of_log_snr(name):
-    clock, inner = CLOCKS[name], clocks.within(CLOCKS[name], -2.0, 6.0)
-    low, high = time_of(torch.tensor([-2.0, 6.0], dtype=torch.float64))
+    clock, inner = CLOCKS[name], clocks.within(LINEAR, CLOCKS[name], -2.0, 6.0)
+    low, high = time_of(LINEAR, torch.tensor([-2.0, 6.0], dtype=torch.float64))
     t = torch.linspace(0.0, 1.0, 500, dtype=torch.float64)
     a, b = clocks.forward(clock, low), clocks.forward(clock, high)
     expected = ((clocks.forward(clock, t) - a) / (b - a)).clamp(0.0, 1.0)
@@ -232,9 +232,9 @@ def test_stratified_draws_fall_once_into_each_cell(offset):
 
 def test_bin_of():
     edges = torch.linspace(-4.0, 6.0, 11, dtype=torch.float64)
-    t = time_of(torch.tensor([-4.0, -3.999, 0.5, 5.999, -9.0, 9.0], dtype=torch.float64) + 1e-9)
-    assert clocks.bin_of(edges, t).tolist() == [0, 0, 4, 9, 0, 9]
-    assert clocks.bin_of(edges, torch.tensor([0.0, 1.0])).tolist() == [0, 9]
+    t = time_of(LINEAR, torch.tensor([-4.0, -3.999, 0.5, 5.999, -9.0, 9.0], dtype=torch.float64) + 1e-9)
+    assert clocks.bin_of(LINEAR, edges, t).tolist() == [0, 0, 4, 9, 0, 9]
+    assert clocks.bin_of(LINEAR, edges, torch.tensor([0.0, 1.0])).tolist() == [0, 9]
     random = torch.rand(500, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    expected = np.clip(np.digitize(log_snr(random).numpy(), edges.numpy()) - 1, 0, 9)
-    assert np.array_equal(clocks.bin_of(edges, random).numpy(), expected)
+    expected = np.clip(np.digitize(log_snr(LINEAR, random).numpy(), edges.numpy()) - 1, 0, 9)
+    assert np.array_equal(clocks.bin_of(LINEAR, edges, random).numpy(), expected)

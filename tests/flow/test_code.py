@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megaflow.flow import channel, head
+from megaflow.flow import channel, head, interpolant
 from megaflow.flow import code as codes
 from megaflow.flow.code import Code, make
 
@@ -71,13 +71,14 @@ def test_the_identity_is_what_an_eye_matrix_would_be():
     vocab, generator = 7, torch.Generator().manual_seed(0)
     identity, eye = codes.identity(vocab).double(), make(vocab, vocab, torch.eye(vocab).double(), torch.ones(vocab).double())
     y, t = torch.randn(9, vocab, generator=generator).double(), torch.linspace(0.0, 0.95, 9).double()
+    level = interpolant.level(interpolant.LINEAR, t)
     prior = torch.log_softmax(torch.randn(vocab, generator=generator).double(), 0)
-    with_identity, with_eye = (channel.evidence(code, torch.zeros(vocab).double())(y, t) for code in (identity, eye))
+    with_identity, with_eye = (channel.evidence(code, torch.zeros(vocab).double())(y, level) for code in (identity, eye))
     shift = with_identity - with_eye
     torch.testing.assert_close(shift, (t**2 / (1.0 - t) ** 2 / 2.0)[:, None].expand_as(shift))
-    torch.testing.assert_close(channel.belief(identity, prior, y, t), channel.belief(eye, prior, y, t))
+    torch.testing.assert_close(channel.belief(identity, prior, y, level), channel.belief(eye, prior, y, level))
     hidden, weight = torch.randn(9, 3, generator=generator).double(), torch.randn(vocab, 3, generator=generator).double()
-    read, ids = head.Read(hidden, y, t), torch.arange(9) % vocab
+    read, ids = head.Read(hidden, y, level), torch.arange(9) % vocab
     one, two = (head.Head(weight, prior, code, True) for code in (identity, eye))
     for ours, theirs in zip(head.posterior(one, read), head.posterior(two, read), strict=True):
         torch.testing.assert_close(ours, theirs)

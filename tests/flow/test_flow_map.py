@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from megaflow.flow import clock as clocks
 from megaflow.flow import code as codes
-from megaflow.flow import flow_map
+from megaflow.flow import flow_map, interpolant
 from megaflow.flow import head as heads
 from megaflow.flow.head import Head, Read
-from megaflow.flow.interpolant import transport
+from megaflow.flow.interpolant import LINEAR, transport
 from tests.flow import toy as toys
 
 
@@ -26,9 +26,9 @@ def test_the_exact_flow_map_obeys_the_semigroup_identity(code, s, u, t):
     steps = 1000 if t == 1.0 else 400
     first = toys.mean_denoiser(toy, y, s, u)
     times = [torch.full((16,), x, dtype=torch.float64) for x in (s, u, t)]
-    midway = transport(y, times[0], times[1], first @ toy.matrix)
+    midway = transport(LINEAR, y, times[0], times[1], first @ toy.matrix)
     second = toys.mean_denoiser(toy, midway, u, t, steps)
-    a = flow_map.semigroup_share(*times)[:, None, None]
+    a = flow_map.semigroup_share(LINEAR, *times)[:, None, None]
     whole = toys.mean_denoiser(toy, y, s, t, steps)
     torch.testing.assert_close(a * first + (1.0 - a) * second, whole, rtol=0, atol=1e-6)
     assert (first - second).abs().max() > 0.01  # the two terms do differ
@@ -37,19 +37,22 @@ def test_the_exact_flow_map_obeys_the_semigroup_identity(code, s, u, t):
 @settings(derandomize=True, deadline=None)
 @given(st.tuples(*[st.floats(0.0, 1.0)] * 3).filter(lambda x: len(set(x)) == 3))
 def test_the_share_is_what_makes_two_transports_one(times):
-    """X_{s,t} with psi = a p + (1 - a) q is X_{u,t} with q after X_{s,u} with p, for any p and q."""
+    """X_{s,t} with psi = a p + (1 - a) q is X_{u,t} with q after X_{s,u} with p, for any p and q, on every path."""
     s, u, t = (torch.tensor([x], dtype=torch.float64) for x in sorted(times))
-    a = flow_map.semigroup_share(s, u, t)
-    assert 0.0 <= a.item() <= 1.0
-    if min(u - s, t - u, 1.0 - u) > 1e-6:
-        y, p, q = (torch.tensor([[[x]]], dtype=torch.float64) for x in (0.3, 0.9, -0.2))
-        direct, by_way = transport(y, s, t, a * p + (1.0 - a) * q), transport(transport(y, s, u, p), u, t, q)
-        torch.testing.assert_close(direct, by_way, rtol=0, atol=1e-8)
+    for path in map(interpolant.make, interpolant.PATHS):
+        a = flow_map.semigroup_share(path, s, u, t)
+        if min(u - s, t - u, 1.0 - u) > 1e-6:
+            assert 0.0 <= a.item() <= 1.0
+            y, p, q = (torch.tensor([[[x]]], dtype=torch.float64) for x in (0.3, 0.9, -0.2))
+            direct, by_way = transport(path, y, s, t, a * p + (1.0 - a) * q), transport(path, transport(path, y, s, u, p), u, t, q)
+            torch.testing.assert_close(direct, by_way, rtol=0, atol=1e-8)
+    a = flow_map.semigroup_share(LINEAR, s, u, t)
+    torch.testing.assert_close(a, (u - s) * (1.0 - t) / ((t - s) * (1.0 - u)), rtol=1e-6, atol=1e-9)
 
 
 def test_a_map_to_the_end_takes_the_second_term_alone():
     one = torch.ones(1, dtype=torch.float64)
-    assert flow_map.semigroup_share(0.0 * one, 0.3 * one, one).item() == 0.0
+    assert flow_map.semigroup_share(LINEAR, 0.0 * one, 0.3 * one, one).item() == 0.0
 
 
 @pytest.mark.parametrize(
@@ -68,7 +71,7 @@ def test_counts_of_rows(total, diagonal, boundary, expected):
 
 
 @pytest.mark.parametrize(
-    "clock", [clocks.uniform(), clocks.argmax(27), clocks.uniform_log_snr(-4.0, 9.0)], ids=["uniform", "argmax", "log-SNR"]
+    "clock", [clocks.uniform(), clocks.argmax(LINEAR, 27), clocks.uniform_log_snr(LINEAR, -4.0, 9.0)], ids=["uniform", "argmax", "log-SNR"]
 )
 def test_times_of_rows(clock):
     generator = torch.Generator().manual_seed(0)
@@ -125,7 +128,7 @@ def drawn(toy: toys.Toy, rows: int, seed: int) -> tuple[Tensor, flow_map.Times]:
     generator = torch.Generator().manual_seed(seed)
     kind = torch.tensor([0, 0, 0, 0, 1, 1, 1, 2]).repeat(rows // 8)
     first, second = torch.rand(2, rows, generator=generator, dtype=torch.float64)
-    times = flow_map.draw_times(clocks.argmax(VOCAB), kind, 0.98 * first, second)
+    times = flow_map.draw_times(clocks.argmax(LINEAR, VOCAB), kind, 0.98 * first, second)
     return toys.states(toy, toys.draw(toy, rows, generator), times.s, generator), times
 
 
@@ -140,8 +143,8 @@ def semigroup_loss(net: Net, toy: toys.Toy, y: Tensor, times: flow_map.Times) ->
     y, (s, u, t) = y[~on], (x[~on] for x in times)
     with torch.no_grad():
         first = net.psi(y, s, u)
-        second = net.psi(transport(y, s, u, first), u, t)
-    share = flow_map.semigroup_share(s, u, t).float()[:, None].expand(-1, LENGTH).flatten()
+        second = net.psi(transport(LINEAR, y, s, u, first), u, t)
+    share = flow_map.semigroup_share(LINEAR, s, u, t).float()[:, None].expand(-1, LENGTH).flatten()
     target = torch.lerp(second.view(-1, VOCAB), first.view(-1, VOCAB), share[:, None])
     loss, _ = heads.divergence(net.head(), net(y, s, t), lambda tokens: target[tokens], torch.full_like(share, share_of_row))
     return anchor + loss
@@ -150,7 +153,7 @@ def semigroup_loss(net: Net, toy: toys.Toy, y: Tensor, times: flow_map.Times) ->
 def sum_derivative_loss(net: Net, toy: toys.Toy, y: Tensor, times: flow_map.Times) -> Tensor:
     """The Lagrangian loss as often printed: the slope of X_{s,t} by autograd.grad(X.sum(), t), against the velocity where it leads."""
     s, t = times.s, times.t.clone().requires_grad_()
-    moved = transport(y, s, t, net.psi(y, s, t))
+    moved = transport(LINEAR, y, s, t, net.psi(y, s, t))
     (slope,) = torch.autograd.grad(moved.sum(), t, create_graph=True)
     return (slope[:, None, None] - toys.velocity(toy, moved.detach(), times.t)).square().sum((1, 2)).mean()
 

@@ -11,6 +11,7 @@ from megaflow.flow import balance, channel, flow_map
 from megaflow.flow import code as codes
 from megaflow.flow import head as heads
 from megaflow.flow.head import Head, Read
+from megaflow.flow.interpolant import LINEAR, level
 
 VOCAB, WIDTH = 11, 6
 CODES = {
@@ -44,7 +45,8 @@ def make(kind: str, tokens: int, seed: int = 0) -> tuple[Head, Read]:
     hidden = normal(tokens, WIDTH).requires_grad_()
     if code is None:
         return head, Read(hidden)
-    return head, Read(hidden, 0.5 * normal(tokens, code.dim), torch.rand(tokens, generator=generator, dtype=torch.float64) * 0.8)
+    y, s = 0.5 * normal(tokens, code.dim), torch.rand(tokens, generator=generator, dtype=torch.float64) * 0.8
+    return head, Read(hidden, y, level(LINEAR, s))
 
 
 def dense_logits(head: Head, read: Read) -> torch.Tensor:
@@ -52,8 +54,8 @@ def dense_logits(head: Head, read: Read) -> torch.Tensor:
     z = read.hidden @ head.weight.T + head.bias
     if head.code is None or not head.skip:
         return z
-    rows, (y, s) = codes.lookup(head.code, torch.arange(VOCAB)), (read.y, read.s[:, None])
-    return z + s / (1 - s) ** 2 * (y @ rows.T) - s**2 / (2 * (1 - s) ** 2) * rows.square().sum(1)
+    rows, (strength, signal) = codes.lookup(head.code, torch.arange(VOCAB)), read.level.chunk(2, 1)
+    return z + strength * (read.y @ rows.T) - signal / 2 * rows.square().sum(1)
 
 
 def ids_and_weights(tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -94,7 +96,7 @@ def test_cross_entropy_passes_gradcheck(kind):
     ids, weight = ids_and_weights(70)
 
     def loss(hidden, table, bias):
-        return heads.cross_entropy(Head(table, bias, head.code, head.skip), Read(hidden, read.y, read.s), ids, weight)[0]
+        return heads.cross_entropy(Head(table, bias, head.code, head.skip), Read(hidden, read.y, read.level), ids, weight)[0]
 
     assert torch.autograd.gradcheck(loss, (read.hidden, head.weight, head.bias), fast_mode=True)
 
@@ -146,7 +148,7 @@ def test_divergence_passes_gradcheck(kind):
     target, _ = mixed_target(kind, 70)
 
     def loss(hidden, table, bias):
-        return heads.divergence(Head(table, bias, head.code, head.skip), Read(hidden, read.y, read.s), target, weight)[0]
+        return heads.divergence(Head(table, bias, head.code, head.skip), Read(hidden, read.y, read.level), target, weight)[0]
 
     assert torch.autograd.gradcheck(loss, (read.hidden, head.weight, head.bias), fast_mode=True)
 
@@ -241,7 +243,7 @@ def test_draws_have_the_law_of_the_posterior(kind, temperature):
     """One token seen n times with evenly spaced uniforms: counts are n times the probabilities, to one."""
     head, read = make(kind, 1)
     n = 5000
-    many = Read(*(None if x is None else x.expand(n, *x.shape[1:]) for x in (read.hidden, read.y, read.s)))
+    many = Read(*(None if x is None else x.expand(n, *x.shape[1:]) for x in (read.hidden, read.y, read.level)))
     uniform = (torch.arange(n, dtype=torch.float64) + 0.5) / n
     token, probability = heads.draw(head, many, uniform, temperature)
     p = torch.softmax(dense_logits(head, read) / temperature, -1)[0].detach()
@@ -280,14 +282,14 @@ def test_half_precision_keeps_the_channel_in_single():
     """A bf16 trunk: the channel's logits, in the thousands, are those of fp32, and the loss's gradients come back in bf16."""
     head, read = make("frame", 130)
     code = codes.frame(VOCAB, 4, torch.Generator().manual_seed(5))
-    y, s = read.y.float(), torch.full((130,), 0.99)
+    y, sharp = read.y.float(), level(LINEAR, torch.full((130,), 0.99)).float()
     hidden, weight, bias = (x.detach().bfloat16().requires_grad_() for x in (read.hidden, head.weight, head.bias))
     half = Head(weight, bias, code, skip=True)
-    z = heads.logits(half, Read(hidden, y, s))
-    without = heads.logits(Head(weight, bias, code, skip=False), Read(hidden, y, s))
-    channel_alone = channel.evidence(code, torch.zeros(VOCAB))(y, s)
+    z = heads.logits(half, Read(hidden, y, sharp))
+    without = heads.logits(Head(weight, bias, code, skip=False), Read(hidden, y, sharp))
+    channel_alone = channel.evidence(code, torch.zeros(VOCAB))(y, sharp)
     assert z.dtype == torch.float32 and channel_alone.abs().max() > 1000.0
     torch.testing.assert_close(z - without, channel_alone, rtol=1e-6, atol=1e-2)
-    loss, _ = heads.cross_entropy(half, Read(hidden, y, s), torch.zeros(130, dtype=torch.int64), torch.ones(130))
+    loss, _ = heads.cross_entropy(half, Read(hidden, y, sharp), torch.zeros(130, dtype=torch.int64), torch.ones(130))
     assert loss.dtype == torch.float32
     assert {grad.dtype for grad in torch.autograd.grad(loss, (hidden, weight, bias))} == {torch.bfloat16}

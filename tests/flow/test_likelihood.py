@@ -11,15 +11,15 @@ from megaflow.flow import code as codes
 from megaflow.flow import head as heads
 from megaflow.flow import likelihood
 from megaflow.flow.head import Head, Read
-from megaflow.flow.interpolant import time_of
+from megaflow.flow.interpolant import LINEAR, level, time_of
 from megaflow.flow.likelihood import Range
 from tests.flow import toy as toys
 
 SPAN = Range(-9.0, 9.0)
 CLOCKS = {
     "uniform": clocks.uniform(),
-    "argmax": clocks.mixture([clocks.argmax(27), clocks.uniform_log_snr(-9.0, 9.0)], [0.9, 0.1]),
-    "log-SNR": clocks.uniform_log_snr(-12.0, 14.0),
+    "argmax": clocks.mixture([clocks.argmax(LINEAR, 27), clocks.uniform_log_snr(LINEAR, -9.0, 9.0)], [0.9, 0.1]),
+    "log-SNR": clocks.uniform_log_snr(LINEAR, -12.0, 14.0),
 }
 
 
@@ -30,7 +30,7 @@ def frame(vocab: int, dim: int) -> codes.Code:
 @pytest.mark.parametrize("clock", CLOCKS.values(), ids=CLOCKS)
 def test_the_integral_does_not_depend_on_the_clock(clock):
     """1/2 int SNR' exp(-SNR) dt = 1/2 (exp(-SNR_low) - exp(-SNR_high)), by few stratified draws."""
-    times, weight = likelihood.integration_times(clock, SPAN, torch.arange(20_000), 20_000, 0.5)
+    times, weight = likelihood.integration_times(LINEAR, clock, SPAN, torch.arange(20_000), 20_000, 0.5)
     snr = times**2 / (1.0 - times) ** 2
     assert (weight * torch.exp(-snr)).mean().item() == pytest.approx(0.5 * (math.exp(-math.exp(-9.0)) - math.exp(-math.exp(9.0))), abs=5e-4)
 
@@ -40,7 +40,7 @@ def test_the_integral_is_unbiased():
     offsets = torch.rand(4000, generator=torch.Generator().manual_seed(0)).tolist()
     found = []
     for offset in offsets:
-        times, weight = likelihood.integration_times(CLOCKS["argmax"], SPAN, torch.arange(4), 4, offset)
+        times, weight = likelihood.integration_times(LINEAR, CLOCKS["argmax"], SPAN, torch.arange(4), 4, offset)
         found.append((weight * torch.exp(-(times**2) / (1.0 - times) ** 2)).mean().item())
     error = np.std(found) / math.sqrt(len(found))
     assert abs(np.mean(found) - 0.5) < 4.0 * error < 0.05
@@ -49,8 +49,8 @@ def test_the_integral_is_unbiased():
 
 def test_times_stay_in_the_range_and_fall_into_their_cells():
     places = torch.tensor([3, 0, 9])
-    times, weight = likelihood.integration_times(clocks.uniform(), SPAN, places, 10, 0.25)
-    low, high = time_of(torch.tensor([SPAN.low, SPAN.high], dtype=torch.float64))
+    times, weight = likelihood.integration_times(LINEAR, clocks.uniform(), SPAN, places, 10, 0.25)
+    low, high = time_of(LINEAR, torch.tensor([SPAN.low, SPAN.high], dtype=torch.float64))
     assert ((low <= times) & (times <= high)).all() and times.dtype == weight.dtype == torch.float64
     torch.testing.assert_close((times - low) / (high - low), (places + 0.25).double() / 10, rtol=0, atol=1e-9)
 
@@ -83,16 +83,16 @@ def whole_bound(code: codes.Code, span: Range, ids: torch.Tensor, posterior, dra
     # times where single draws are largest, as a pilot finds them, so that few suffice
     edges = torch.linspace(span.low, span.high, 51, dtype=torch.float64)
     pilot = (edges[1:] + edges[:-1]) / 2.0
-    _, seen = errors(ids[:20_000], time_of(pilot).repeat_interleave(400))
+    _, seen = errors(ids[:20_000], time_of(LINEAR, pilot).repeat_interleave(400))
     size = pilot.exp() * seen.view(50, 400).square().mean(1).sqrt()
     tau = torch.cat([torch.zeros(1).double(), (size / size.sum()).cumsum(0)])
     ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
-    own = clocks.Clock(torch.cat([ends[:1], time_of(edges), ends[1:]]), torch.cat([ends[:1], tau, ends[1:]]))
-    clock = clocks.mixture([own, clocks.uniform_log_snr(span.low, span.high)], [0.8, 0.2])
+    own = clocks.Clock(torch.cat([ends[:1], time_of(LINEAR, edges), ends[1:]]), torch.cat([ends[:1], tau, ends[1:]]))
+    clock = clocks.mixture([own, clocks.uniform_log_snr(LINEAR, span.low, span.high)], [0.8, 0.2])
     places = torch.randperm(count, generator=generator)
-    times, weight = likelihood.integration_times(clock, span, places, count, 0.5)
+    times, weight = likelihood.integration_times(LINEAR, clock, span, places, count, 0.5)
     prior = likelihood.prior_term(code, ids, span).sum(1)
-    last, _ = errors(ids, time_of(torch.full((count,), span.high, dtype=torch.float64)))
+    last, _ = errors(ids, time_of(LINEAR, torch.full((count,), span.high, dtype=torch.float64)))
     _, squared = errors(ids, times)
     terms = prior + weight * squared + last
     assert last.mean() < 1e-2
@@ -122,7 +122,7 @@ def test_knowing_unigrams_only_the_bound_is_the_unigram_entropy_for_every_code(c
     ids = torch.multinomial(law, 100_000, replacement=True, generator=torch.Generator().manual_seed(1))[:, None]
 
     def posterior(y, t):
-        return torch.softmax(heads.logits(head, Read(torch.zeros(len(y), 1).double(), y[:, 0], t)), -1)[:, None]
+        return torch.softmax(heads.logits(head, Read(torch.zeros(len(y), 1).double(), y[:, 0], level(LINEAR, t))), -1)[:, None]
 
     smallest = torch.pdist(codes.lookup(code, torch.arange(12))).min().item()
     span = Range(likelihood.information_range(code, 0.0).low, 2.0 * math.log(8.0 / smallest))
@@ -138,7 +138,7 @@ def test_a_wrong_prior_costs_its_divergence():
     ids = torch.multinomial(law, 100_000, replacement=True, generator=torch.Generator().manual_seed(1))[:, None]
 
     def posterior(y, t):
-        return torch.softmax(heads.logits(head, Read(torch.zeros(len(y), 1).double(), y[:, 0], t)), -1)[:, None]
+        return torch.softmax(heads.logits(head, Read(torch.zeros(len(y), 1).double(), y[:, 0], level(LINEAR, t))), -1)[:, None]
 
     found, error = whole_bound(code, Range(likelihood.information_range(code, 0.0).low, 7.0), ids, posterior, 2)
     assert abs(found - math.log(6.0)) < 4.0 * error + 2e-3 < 0.05

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from megaflow.flow import code as codes
-from megaflow.flow import sampler
+from megaflow.flow import interpolant, sampler
+from megaflow.flow.interpolant import LINEAR, Interpolant
 from megaflow.flow.sampler import Posterior
 from tests.flow import toy as toys
 
@@ -80,14 +81,34 @@ def law_off(tokens: Tensor, law: Tensor) -> float:
     return ((counts - expected) ** 2 / expected).sum().item() / (len(law) - 1)
 
 
-@pytest.mark.parametrize("gamma", [0.0, 0.5, 0.75, 1.0])
-def test_the_stochastic_sampler_keeps_the_marginal_at_every_grid_time(gamma):
-    seen: dict[float, Tensor] = {}
+def on_line(path: Interpolant, t: float) -> tuple[float, float]:
+    """(size, time) of a path's state at t on the linear path: y / size is the linear state of that time."""
+    alpha, beta = (f(torch.tensor(t, dtype=torch.float64)).item() for f in (path.alpha, path.beta))
+    return alpha + beta, beta / (alpha + beta)
+
+
+def along(path: Interpolant, denoise):
+    """A model of the linear path as one of another."""
+
+    def ask(y: Tensor, s: float, t: float) -> Posterior:
+        size, start = on_line(path, s)
+        return denoise(y / size, start, on_line(path, t)[1])
+
+    return ask
+
+
+PATHS = [("linear", 0.0), ("linear", 0.5), ("linear", 0.75), ("linear", 1.0), ("trigonometric", 0.75), ("power", 0.5)]
+
+
+@pytest.mark.parametrize(("name", "gamma"), PATHS)
+def test_the_stochastic_sampler_keeps_the_marginal_at_every_grid_time(name, gamma):
+    path, seen = interpolant.make(name), {}
     noise, y = noise_of(1, (COUNT, 1, 3))
-    tokens = sampler.stochastic(watched(exact_map(TOY), seen), y, FINE, gamma, noise)
+    tokens = sampler.stochastic(watched(along(path, exact_map(TOY)), seen), path, y, FINE, gamma, noise)
     assert list(seen) == FINE[:-1]
     for t, state in seen.items():
-        assert ks(state, t) < 1.95 and moments_off(state, t) < 4.0
+        size, time = on_line(path, t)
+        assert ks(state / size, time) < 1.95 and moments_off(state / size, time) < 4.0
     assert law_off(tokens, torch.tensor(LAW)) < 6.9  # once in a thousand
 
 
@@ -110,15 +131,16 @@ def test_the_published_stochastic_form_is_seen_to_be_off():
 def test_without_noise_the_stochastic_sampler_is_the_flow_map():
     noise, y = noise_of(2, (50, 1, 3))
     seen, plain = {}, {}
-    tokens = sampler.stochastic(watched(exact_map(TOY), seen), y, TIMES, 0.0, noise)
-    assert torch.equal(tokens, sampler.flow_map(watched(exact_map(TOY), plain), y, TIMES))
+    tokens = sampler.stochastic(watched(exact_map(TOY), seen), LINEAR, y, TIMES, 0.0, noise)
+    assert torch.equal(tokens, sampler.flow_map(watched(exact_map(TOY), plain), LINEAR, y, TIMES))
     for t in plain:
         torch.testing.assert_close(seen[t], plain[t])
 
 
 @pytest.mark.parametrize("times", [TIMES, [0.0, 0.6, 1.0], [0.0, 1.0]], ids=["four steps", "two steps", "one step"])
-def test_the_ancestral_sampler_is_exact_on_any_grid_at_one_position(times):
-    seen: dict[float, Tensor] = {}
+@pytest.mark.parametrize("name", ["linear", "variance_preserving"])
+def test_the_ancestral_sampler_is_exact_on_any_grid_at_one_position(times, name):
+    path, seen = interpolant.make(name, 1.5), {}
     noise, y = noise_of(3, (COUNT, 1, 3))
     source = torch.Generator().manual_seed(7)
 
@@ -127,9 +149,10 @@ def test_the_ancestral_sampler_is_exact_on_any_grid_at_one_position(times):
         tokens = torch.multinomial(psi[:, 0], 1, generator=source)
         return Posterior(psi, tokens, psi.gather(2, tokens[..., None])[..., 0])
 
-    tokens = sampler.ancestral(watched(drawing, seen), lambda ids: TOY.matrix[ids], y, times, noise)
+    tokens = sampler.ancestral(watched(along(path, drawing), seen), path, lambda ids: TOY.matrix[ids], y, times, noise)
     for t, state in seen.items():
-        assert t == 0.0 or (ks(state, t) < 1.95 and moments_off(state, t) < 4.0)
+        size, time = on_line(path, t)
+        assert t == 0.0 or (ks(state / size, time) < 1.95 and moments_off(state / size, time) < 4.0)
     assert law_off(tokens, torch.tensor(LAW)) < 6.9
 
 
@@ -138,7 +161,7 @@ def test_the_exact_map_writes_the_same_text_in_any_number_of_steps(code):
     """One step, two or four: the same tokens from the same noise, but where two are all but equally likely."""
     toy = toys.make(code, length=2, seed=2)
     _, y = noise_of(4, (500, 2, toy.matrix.shape[1]))
-    one, two, four = (sampler.flow_map(exact_map(toy, 200), y, times) for times in ([0.0, 1.0], [0.0, 0.5, 1.0], TIMES))
+    one, two, four = (sampler.flow_map(exact_map(toy, 200), LINEAR, y, times) for times in ([0.0, 1.0], [0.0, 0.5, 1.0], TIMES))
     assert (one == two).double().mean() > 0.998 and (one == four).double().mean() > 0.998
     for position in range(2):
         assert law_off(one[:, position], toy.marginal[position]) < 4.7  # three or four degrees of freedom, once in a thousand
@@ -149,17 +172,17 @@ def test_the_flow_map_writes_the_joint_law_of_texts():
     law = torch.tensor([0.45, 0.05, 0.05, 0.45], dtype=torch.float64)
     toy = toys.Toy(torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]]), law, torch.eye(2, dtype=torch.float64))
     noise, y = noise_of(5, (4000, 2, 2))
-    tokens = sampler.flow_map(exact_map(toy, 200), y, [0.0, 1.0])
+    tokens = sampler.flow_map(exact_map(toy, 200), LINEAR, y, [0.0, 1.0])
     assert law_off(2 * tokens[:, 0] + tokens[:, 1], law) < 5.4
-    one_step_of_the_flow = sampler.ode(exact_denoiser(toy), y, [0.0, 1.0])
+    one_step_of_the_flow = sampler.ode(exact_denoiser(toy), LINEAR, y, [0.0, 1.0])
     assert len(one_step_of_the_flow.unique(dim=0)) == 1  # the denoiser at time zero has seen nothing: the same text always
 
 
 def test_the_ode_with_many_steps_is_the_flow_map():
     toy = toys.make(codes.identity(4), length=2, seed=2)
     _, y = noise_of(6, (500, 2, 4))
-    exact = sampler.flow_map(exact_map(toy, 300), y, [0.0, 1.0])
-    many, few = (sampler.ode(exact_denoiser(toy), y, torch.linspace(0.0, 1.0, n + 1).tolist()) for n in (400, 4))
+    exact = sampler.flow_map(exact_map(toy, 300), LINEAR, y, [0.0, 1.0])
+    many, few = (sampler.ode(exact_denoiser(toy), LINEAR, y, torch.linspace(0.0, 1.0, n + 1).tolist()) for n in (400, 4))
     assert (many == exact).double().mean() > 0.99 > (few == exact).double().mean()
 
 
@@ -171,7 +194,7 @@ def test_the_ode_asks_for_the_diagonal_and_moves_by_eulers_method():
         asked.append((s, t, y))
         return exact_denoiser(TOY)(y, s, t)
 
-    sampler.ode(denoise, y, TIMES)
+    sampler.ode(denoise, LINEAR, y, TIMES)
     assert [(s, t) for s, t, _ in asked] == [(s, s) for s in TIMES[:-1]]
     for (s, _, before), (t, _, after) in zip(asked[:-1], asked[1:], strict=True):
         torch.testing.assert_close(after, before + (t - s) * toys.velocity(TOY, before, s))
@@ -180,8 +203,8 @@ def test_the_ode_asks_for_the_diagonal_and_moves_by_eulers_method():
 def test_one_step_is_an_argmax_all_of_whose_randomness_is_in_the_noise():
     _, y = noise_of(8, (200, 1, 3))
     for method in (sampler.ode, sampler.flow_map):
-        assert torch.equal(method(exact_map(TOY), y, [0.0, 1.0]), method(exact_map(TOY), y, [0.0, 1.0]))
-    tokens = sampler.flow_map(exact_map(TOY), y, [0.0, 1.0])
+        assert torch.equal(*(method(exact_map(TOY), LINEAR, y, [0.0, 1.0]) for _ in range(2)))
+    tokens = sampler.flow_map(exact_map(TOY), LINEAR, y, [0.0, 1.0])
     assert torch.equal(tokens, toys.mean_denoiser(TOY, y, 0.0, 1.0, 16).argmax(-1)) and len(tokens.unique()) == 3
 
 
@@ -196,10 +219,10 @@ def test_the_callback_sees_each_step(method):
 
     model = exact_map(TOY)
     tokens = {
-        "ode": lambda: sampler.ode(model, y, TIMES, callback),
-        "flow_map": lambda: sampler.flow_map(model, y, TIMES, callback),
-        "stochastic": lambda: sampler.stochastic(model, y, TIMES, 0.75, noise, callback),
-        "ancestral": lambda: sampler.ancestral(model, lambda ids: TOY.matrix[ids], y, TIMES, noise, callback),
+        "ode": lambda: sampler.ode(model, LINEAR, y, TIMES, callback),
+        "flow_map": lambda: sampler.flow_map(model, LINEAR, y, TIMES, callback),
+        "stochastic": lambda: sampler.stochastic(model, LINEAR, y, TIMES, 0.75, noise, callback),
+        "ancestral": lambda: sampler.ancestral(model, LINEAR, lambda ids: TOY.matrix[ids], y, TIMES, noise, callback),
     }[method]()
     assert [(step, time) for step, time, _ in steps] == list(enumerate(TIMES[:-1]))
     assert torch.equal(steps[-1][2], tokens)  # what is returned is what the last step was most sure of
@@ -209,4 +232,4 @@ def test_tokens_that_are_drawn_follow_the_posterior_and_not_its_largest_entry():
     """The ancestral sampler returns the tokens that its model drew, in its last step too."""
     noise, y = noise_of(10, (4, 1, 3))
     always = Posterior(torch.zeros_like(y), torch.full((4, 1), 2), torch.full((4, 1), 0.2))
-    assert (sampler.ancestral(lambda y, s, t: always, lambda ids: TOY.matrix[ids], y, TIMES, noise) == 2).all()
+    assert (sampler.ancestral(lambda y, s, t: always, LINEAR, lambda ids: TOY.matrix[ids], y, TIMES, noise) == 2).all()

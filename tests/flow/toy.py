@@ -1,10 +1,12 @@
 """A categorical flow that is solved exactly: what a network is trained towards, by enumeration of all texts, in fp64.
 
 Nothing here calls the formulas under test: likelihoods are Gaussian densities of the state, the flow is integrated numerically.
-States are (n, L, d_c); a time is a number, or one for each row.
+States are (n, L, d_c); a time is a number, or one for each row. A path is a pair of functions (alpha, beta) of tensors; the linear one
+unless another is given.
 """
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +18,9 @@ from megaflow.flow.head import Head, Read
 
 END = 16.0
 """Odds v = t / (1 - t) at which the flow to t = 1 is stopped: by then the posterior is one-hot but on a set of no weight."""
+
+Path = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
+LINE: Path = (lambda t: 1.0 - t, lambda t: t)
 
 
 @dataclass(frozen=True)
@@ -60,30 +65,33 @@ def draw(toy: Toy, count: int, generator: torch.Generator) -> Tensor:
     return toy.texts[torch.multinomial(toy.law, count, replacement=True, generator=generator)]
 
 
-def states(toy: Toy, ids: Tensor, t: float | Tensor, generator: torch.Generator) -> Tensor:
+def states(toy: Toy, ids: Tensor, t: float | Tensor, generator: torch.Generator, path: Path = LINE) -> Tensor:
     """Draws of y_t given texts (n, L)."""
-    t = _times(t, len(ids))
+    alpha, beta = (f(_times(t, len(ids))) for f in path)
     noise = torch.randn(*ids.shape, toy.matrix.shape[1], generator=generator, dtype=torch.float64)
-    return t * toy.matrix[ids] + (1.0 - t) * noise
+    return beta * toy.matrix[ids] + alpha * noise
 
 
-def text_posterior(toy: Toy, y: Tensor, t: float | Tensor) -> Tensor:
-    """(n, N): p(text | all noisy states), from the density of N(t C[token], (1 - t)^2) at every position."""
-    t = _times(t, len(y))
-    distance = (y[:, :, None] - t[..., None] * toy.matrix).square().sum(-1)  # (n, L, V)
-    log_density = -distance / (2.0 * (1.0 - t) ** 2)
+def text_posterior(toy: Toy, y: Tensor, t: float | Tensor, path: Path = LINE) -> Tensor:
+    """(n, N): p(text | all noisy states), from the density of N(beta C[token], alpha^2) at every position."""
+    alpha, beta = (f(_times(t, len(y))) for f in path)
+    distance = (y[:, :, None] - beta[..., None] * toy.matrix).square().sum(-1)  # (n, L, V)
+    log_density = -distance / (2.0 * alpha**2)
     by_text = sum(log_density[:, position, toy.texts[:, position]] for position in range(y.shape[1]))
     return torch.softmax(toy.law.log() + by_text, -1)
 
 
-def denoiser(toy: Toy, y: Tensor, t: float | Tensor) -> Tensor:
+def denoiser(toy: Toy, y: Tensor, t: float | Tensor, path: Path = LINE) -> Tensor:
     """psi_{t,t}: (n, L, V), the posterior of the token at each position given the whole noisy text."""
-    return _marginals(toy, text_posterior(toy, y, t))
+    return _marginals(toy, text_posterior(toy, y, t, path))
 
 
-def velocity(toy: Toy, y: Tensor, t: float | Tensor) -> Tensor:
-    """The probability flow's dy/dt = (psi C - y) / (1 - t)."""
-    return (denoiser(toy, y, t) @ toy.matrix - y) / (1.0 - _times(t, len(y)))
+def velocity(toy: Toy, y: Tensor, t: float | Tensor, path: Path = LINE) -> Tensor:
+    """The probability flow's dy/dt: alpha' E[noise | y] + beta' E[x | y], the slopes by central differences."""
+    time, step = _times(t, len(y)), 1e-6
+    slopes = [(f(time + step) - f(time - step)) / (2.0 * step) for f in path]
+    clean = denoiser(toy, y, t, path) @ toy.matrix
+    return slopes[0] * (y - path[1](time) * clean) / path[0](time) + slopes[1] * clean
 
 
 def mean_denoiser(toy: Toy, y: Tensor, s: float, t: float, steps: int = 400) -> Tensor:
@@ -112,15 +120,15 @@ def mean_denoiser(toy: Toy, y: Tensor, s: float, t: float, steps: int = 400) -> 
     return slope(z, end) if t == 1.0 else total / (end - start)
 
 
-def flow(toy: Toy, y: Tensor, s: float, t: float, steps: int = 400) -> Tensor:
+def flow(toy: Toy, y: Tensor, s: float, t: float, steps: int = 400, path: Path = LINE) -> Tensor:
     """X_{s,t}(y) by Runge-Kutta on the velocity itself, in real time, t < 1: the slow way, to check the other by."""
     step = (t - s) / steps
     for index in range(steps):
         u = s + index * step
-        k1 = velocity(toy, y, u)
-        k2 = velocity(toy, y + step / 2.0 * k1, u + step / 2.0)
-        k3 = velocity(toy, y + step / 2.0 * k2, u + step / 2.0)
-        k4 = velocity(toy, y + step * k3, u + step)
+        k1 = velocity(toy, y, u, path)
+        k2 = velocity(toy, y + step / 2.0 * k1, u + step / 2.0, path)
+        k3 = velocity(toy, y + step / 2.0 * k2, u + step / 2.0, path)
+        k4 = velocity(toy, y + step * k3, u + step, path)
         y = y + step / 6.0 * (k1 + 2.0 * k2 + 2.0 * k3 + k4)
     return y
 
@@ -148,7 +156,7 @@ class Exact(nn.Module):
         return Head(self.weight, self.bias, self.code, self.skip)
 
     def read(self, hidden: Tensor, y: Tensor, s: Tensor) -> Read:
-        return Read(hidden.flatten(0, 1), y.flatten(0, 1), s.to(y.dtype)[:, None].expand(y.shape[:2]).flatten())
+        return Read(hidden.flatten(0, 1))
 
 
 def _times(t: float | Tensor, rows: int) -> Tensor:

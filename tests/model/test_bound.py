@@ -7,6 +7,7 @@ import torch
 from megaflow.config.schema import FlowConfig
 from megaflow.flow import clock as clocks
 from megaflow.flow import code as codes
+from megaflow.flow.interpolant import LINEAR
 from megaflow.flow.likelihood import Range, RangeTooShort, information_range
 from megaflow.model import parts as made
 from megaflow.model.bound import bound_of_rows
@@ -28,11 +29,11 @@ def setup(kind: str) -> tuple[TextDiT, Parts, clocks.Clock, torch.Tensor]:
     parts = made.make(FLOWS[kind], COUNTS, 0)
     torch.manual_seed(0)
     shape = Shape(7, layers=1, hidden=16, heads=2, mlp_ratio=2, belief_dim=8, neighbors=1)
-    network = TextDiT(shape, parts.code, parts.log_prior, parts.span, True, ("belief",), None, "sdpa")
+    network = TextDiT(shape, parts.code, parts.log_prior, parts.span, LINEAR, True, ("belief",), None, "sdpa")
     network.initialize()
     generator = torch.Generator().manual_seed(1)
     ids = torch.multinomial(parts.log_prior.exp(), 48, replacement=True, generator=generator).view(8, 6)
-    return network, parts, clocks.uniform_log_snr(parts.span.low, parts.span.high), ids
+    return network, parts, clocks.uniform_log_snr(LINEAR, parts.span.low, parts.span.high), ids
 
 
 @each
@@ -48,7 +49,7 @@ def test_an_untrained_network_has_the_unigram_entropy_for_every_code(kind):
 
 
 @pytest.mark.parametrize("code", [codes.identity(4), codes.frame(5, 3, torch.Generator().manual_seed(1))], ids=["identity", "frame"])
-@pytest.mark.parametrize("clock", [clocks.uniform_log_snr(-6.0, 10.0), clocks.argmax(5)], ids=["log-SNR", "argmax"])
+@pytest.mark.parametrize("clock", [clocks.uniform_log_snr(LINEAR, -6.0, 10.0), clocks.argmax(LINEAR, 5)], ids=["log-SNR", "argmax"])
 def test_of_the_exact_denoiser_it_is_the_likelihood(code, clock):
     toy = toys.make(code, length=2, seed=2, spread=1.5)
     ids = toys.draw(toy, 1500, torch.Generator().manual_seed(0))

@@ -10,7 +10,7 @@ from megaflow.config.check import resolve
 from megaflow.config.load import assemble
 from megaflow.flow import clock as clocks
 from megaflow.flow import code as codes
-from megaflow.flow.interpolant import channel_strength
+from megaflow.flow.interpolant import LINEAR, level
 from megaflow.flow.likelihood import Range
 from megaflow.model import build, devices
 from megaflow.model.flops import hot_until, of_step
@@ -106,7 +106,7 @@ def test_the_formula_of_a_flow_map_is_what_is_counted(size, fractions):
     vocab, values = SIZES[size]
     of_batch = {"train.global_batch": 32, "distill.diagonal_fraction": fractions[0], "distill.boundary_fraction": fractions[1]}
     stage = made("map", vocab, values | of_batch)
-    flops = of_step(stage.config, vocab, is_map=True, hot=hot_until(stage.clock, stage.parts.code))
+    flops = of_step(stage.config, vocab, is_map=True, hot=hot_until(LINEAR, stage.clock, stage.parts.code))
     assert flops.model + flops.recomputed == pytest.approx(counted(stage, vocab, steps=2), rel=0.02)
 
 
@@ -128,7 +128,7 @@ def test_posteriors_of_a_flow_map_that_are_computed_again_are_no_model_flops():
     """Those at s of the rows with s < t, by head and skip, under ZeRO 3."""
     assert of_step(made("map", 3000, {}).config, 3000, is_map=True).recomputed == 0.0
     stage = made("map", 3000, {"distill.diagonal_fraction": 0.25, "train.global_batch": 8, "parallel.zero": 3})
-    flops, dim = of_step(stage.config, 3000, is_map=True, hot=hot_until(stage.clock, stage.parts.code)), stage.config.flow.code_dim
+    flops, dim = of_step(stage.config, 3000, is_map=True, hot=hot_until(LINEAR, stage.clock, stage.parts.code)), stage.config.flow.code_dim
     assert flops.recomputed == 2 * 0.75 * (3000 * stage.config.model.hidden + 3000 * (dim + 2))
     found = counted(stage, 3000)
     assert flops.model < 0.99 * found and flops.model + flops.recomputed == pytest.approx(found, rel=0.02)
@@ -146,9 +146,9 @@ def test_six_flops_a_weight_and_twelve_of_attention():
 @pytest.mark.parametrize("vocab", [100, 400])
 def test_hot_beliefs_end_where_the_channel_is_as_sharp(vocab):
     stage = made("map", vocab, {})
-    time = clocks.inverse(stage.clock, torch.tensor(hot_until(stage.clock, stage.parts.code)))
+    time = clocks.inverse(stage.clock, torch.tensor(hot_until(LINEAR, stage.clock, stage.parts.code)))
     expected = HOT_GAIN / stage.parts.code.leverage.mean().sqrt().item()
-    assert channel_strength(time).item() == pytest.approx(expected, rel=1e-4)
+    assert level(LINEAR, time)[0].item() == pytest.approx(expected, rel=1e-4)
 
 
 def test_shares_of_hot_beliefs_are_those_of_the_draws():

@@ -11,7 +11,7 @@ from safetensors.torch import save
 from megaflow.config.schema import ClockConfig, FlowConfig
 from megaflow.errors import UserError
 from megaflow.flow import clock as clocks
-from megaflow.flow.interpolant import log_snr, time_of
+from megaflow.flow.interpolant import LINEAR, log_snr, time_of
 from megaflow.flow.likelihood import information_range
 from megaflow.model import parts as made
 from megaflow.model.parts import Parts, Profile
@@ -75,7 +75,7 @@ def test_a_code_that_cannot_tell_its_tokens_apart_is_refused():
 def test_the_channel_profile_is_the_mean_surprise_of_tokens_behind_the_channel(kind):
     """In the middle of the range, against the posterior written out, with other draws."""
     flow, level, n = parts(kind), 1.5 if kind == "identity" else 3.0, 20_000
-    code, t = flow.code.double(), time_of(torch.tensor(level, dtype=torch.float64)).item()
+    code, t = flow.code.double(), time_of(LINEAR, torch.tensor(level, dtype=torch.float64)).item()
     generator = torch.Generator().manual_seed(3)
     ids = torch.multinomial(flow.log_prior.exp(), n, replacement=True, generator=generator)
     matrix = torch.eye(9).double() if code.matrix is None else code.matrix
@@ -147,11 +147,12 @@ def test_the_clock_that_a_config_names(name):
     flow, config = parts("frame"), ClockConfig(name=name, uniform_share=0.2, bins=50)
     profile = made.initial_profile(flow, config, seed=0)
     clock, t = made.fit_clock(config, flow, profile), torch.linspace(0.0, 1.0, 200, dtype=torch.float64)
-    flat = clocks.uniform_log_snr(flow.span.low, flow.span.high)
+    flat = clocks.uniform_log_snr(LINEAR, flow.span.low, flow.span.high)
     expected = {
         "uniform": t,
-        "argmax": 0.8 * clocks.forward(clocks.argmax(9), t) + 0.2 * clocks.forward(flat, t),
-        "ce_linear": 0.8 * clocks.forward(clocks.ce_linear(profile.edges, profile.cross_entropy), t) + 0.2 * clocks.forward(flat, t),
+        "argmax": 0.8 * clocks.forward(clocks.argmax(LINEAR, 9), t) + 0.2 * clocks.forward(flat, t),
+        "ce_linear": 0.8 * clocks.forward(clocks.ce_linear(LINEAR, profile.edges, profile.cross_entropy), t)
+        + 0.2 * clocks.forward(flat, t),
     }[name]
     torch.testing.assert_close(clocks.forward(clock, t), expected, rtol=0, atol=2e-3)
 
@@ -161,10 +162,10 @@ def test_the_clock_follows_the_profile():
     flow, config = parts("frame"), ClockConfig(bins=50)
     profile = made.initial_profile(flow, config, seed=0)
     half = torch.tensor([0.5], dtype=torch.float64)
-    before = log_snr(clocks.inverse(made.fit_clock(config, flow, profile), half)).item()
+    before = log_snr(LINEAR, clocks.inverse(made.fit_clock(config, flow, profile), half)).item()
     centres = (profile.edges[1:] + profile.edges[:-1]) / 2.0
     earlier = Profile(profile.edges, 1.5 * torch.sigmoid(flow.span.low + 3.0 - centres), profile.weight)
-    after = log_snr(clocks.inverse(made.fit_clock(config, flow, earlier), half)).item()
+    after = log_snr(LINEAR, clocks.inverse(made.fit_clock(config, flow, earlier), half)).item()
     assert after < before - 1.0
 
 

@@ -16,7 +16,7 @@ from megaflow.config.schema import Config
 from megaflow.flow import code as codes
 from megaflow.flow import head as heads
 from megaflow.flow import vocabulary as vocabularies
-from megaflow.flow.interpolant import noisy_state
+from megaflow.flow.interpolant import LINEAR, noisy_state
 from megaflow.model import build
 from megaflow.model import parts as made
 from megaflow.model.parts import Parts
@@ -80,7 +80,7 @@ def states(code: codes.Code) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     ids = torch.randint(VOCAB, (ROWS, LENGTH), generator=generator)
     s = torch.tensor([0.0, 0.35, 0.6], dtype=torch.float64)
     noise = torch.randn(ROWS, LENGTH, code.dim, generator=generator, dtype=torch.float64)[..., codes.columns(code)]
-    return ids, noisy_state(codes.lookup(code, ids), noise, s), s, s + 0.5 * (1.0 - s)
+    return ids, noisy_state(LINEAR, codes.lookup(code, ids), noise, s), s, s + 0.5 * (1.0 - s)
 
 
 def logical(network: nn.Module, gradients: list[Tensor | None]) -> dict[str, Tensor | None]:

@@ -15,7 +15,7 @@ from megaflow.flow import channel
 from megaflow.flow import clock as clocks
 from megaflow.flow import code as codes
 from megaflow.flow import head as heads
-from megaflow.flow.interpolant import noisy_state, time_of
+from megaflow.flow.interpolant import LINEAR, noisy_state, time_of
 from megaflow.flow.likelihood import Range, information_range
 from megaflow.model import parts as made
 from megaflow.model.parts import Parts
@@ -38,7 +38,7 @@ def make(
     parts = made.make(flow, COUNTS, 0)
     torch.manual_seed(seed)
     shape = Shape(VOCAB, layers=2, hidden=16, heads=2, mlp_ratio=2, belief_dim=8, neighbors=neighbors)
-    network = TextDiT(shape, parts.code, parts.log_prior, parts.span, True, reads, map_reads, "sdpa")
+    network = TextDiT(shape, parts.code, parts.log_prior, parts.span, LINEAR, True, reads, map_reads, "sdpa")
     network.initialize()
     return network
 
@@ -57,7 +57,7 @@ def some_states(network: TextDiT, rows: int = 4) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(3)
     ids = torch.randint(VOCAB, (rows, LENGTH), generator=generator)
     s = torch.linspace(0.0, 0.8, rows, dtype=torch.float64)
-    return noisy_state(codes.lookup(network.code, ids), torch.randn(rows, LENGTH, network.code.dim, generator=generator), s), s
+    return noisy_state(LINEAR, codes.lookup(network.code, ids), torch.randn(rows, LENGTH, network.code.dim, generator=generator), s), s
 
 
 def psi(network: TextDiT, y: Tensor, s: Tensor, t: Tensor | None = None) -> Tensor:
@@ -72,8 +72,7 @@ def test_with_a_zero_head_it_says_what_the_channel_says(kind, reads):
     with torch.no_grad():
         network.weight.zero_()
     y, s = some_states(network)
-    times = s.float()[:, None].expand(4, LENGTH).flatten()
-    belief = channel.belief(network.code, network.log_prior, y.flatten(0, 1), times).view(4, LENGTH, VOCAB)
+    belief = channel.belief(network.code, network.log_prior, y.flatten(0, 1), network.level(s, y)).view(4, LENGTH, VOCAB)
     for t in (None, s, torch.ones_like(s)):
         assert torch.equal(psi(network, y, s, t), belief)  # at the time of the state, whatever the map's end
 
@@ -126,8 +125,8 @@ def test_the_hot_belief_is_that_of_a_sharper_channel_until_the_channel_is_as_sha
     s = torch.tensor([0.0, 0.2, reached - 1e-3, reached + 1e-3, 0.9], dtype=torch.float64)
     y = torch.randn(5, LENGTH, DIM, generator=torch.Generator().manual_seed(0))
     seen = network.see(y, s, torch.ones_like(s))
-    times = s.float()[:, None].expand(5, LENGTH).flatten()
-    sharp, own = (channel.belief(network.code, network.log_prior, y.flatten(0, 1), times, g) for g in (gain.expand(5 * LENGTH), None))
+    sharper = torch.stack([gain.expand(5), gain * s.float()], 1).repeat_interleave(LENGTH, 0)
+    sharp, own = (channel.belief(network.code, network.log_prior, y.flatten(0, 1), x) for x in (sharper, network.level(s, y)))
     inner = slice(network.neighbors, network.neighbors + LENGTH)  # neighbours beyond the ends of a row are zero
     torch.testing.assert_close(seen.belief[:, inner], (own @ network.table).view(5, LENGTH, -1))
     torch.testing.assert_close(seen.hot[:3, inner], (sharp @ network.table).view(5, LENGTH, -1)[:3])
@@ -181,14 +180,14 @@ def test_a_trained_map_depends_on_its_end():
 
 def test_time_embeddings_are_finite_at_the_ends_and_clipped_to_the_range():
     torch.manual_seed(0)
-    embedding = TimeEmbedding(Range(-5.0, 9.0))
+    embedding = TimeEmbedding(LINEAR, Range(-5.0, 9.0))
     embedding.initialize(zero=False)
-    low, high = time_of(torch.tensor([-5.0, 9.0], dtype=torch.float64))
+    low, high = time_of(LINEAR, torch.tensor([-5.0, 9.0], dtype=torch.float64))
     ends = embedding(torch.tensor([0.0, low / 2, low, high, (1 + high) / 2, 1.0], dtype=torch.float64))
     assert ends.isfinite().all() and ends.abs().max() < 20.0
     torch.testing.assert_close(ends[:2], ends[2:3].expand(2, -1), rtol=0, atol=1e-6)
     torch.testing.assert_close(ends[4:], ends[3:4].expand(2, -1), rtol=0, atol=1e-5)
-    inside = embedding(time_of(torch.linspace(-5.0, 9.0, 60, dtype=torch.float64)))
+    inside = embedding(time_of(LINEAR, torch.linspace(-5.0, 9.0, 60, dtype=torch.float64)))
     assert torch.pdist(inside).min() > 1e-2  # times within the range are told apart
     embedding.initialize(zero=True)
     assert (embedding(torch.tensor([0.0, 0.3, 1.0])) == 0.0).all()
@@ -202,7 +201,7 @@ def test_the_linear_reading_is_of_unit_size(kind):
     mean_square = (s**2 * network.code.leverage.double().mean() + (1.0 - s) ** 2 * dim) / dim
     torch.testing.assert_close(network.state_scale(s).flatten(), mean_square.rsqrt().float())
     ids = torch.randint(VOCAB, (5, 4000), generator=generator)
-    y = noisy_state(codes.lookup(network.code, ids), torch.randn(5, 4000, dim, generator=generator), s)
+    y = noisy_state(LINEAR, codes.lookup(network.code, ids), torch.randn(5, 4000, dim, generator=generator), s)
     rms = (y * network.state_scale(s)).square().mean((1, 2)).sqrt()
     torch.testing.assert_close(rms, torch.ones(5), rtol=0, atol=0.03)
 
@@ -263,7 +262,7 @@ def large(map_reads: str | None, reads: tuple[str, ...] = ("belief",)) -> TextDi
     code = codes.frame(MANY, 16, torch.Generator().manual_seed(0), rounds=2)
     torch.manual_seed(0)
     shape = Shape(MANY, layers=1, hidden=16, heads=2, mlp_ratio=2, belief_dim=8, neighbors=1)
-    network = TextDiT(shape, code, torch.full((MANY,), -math.log(MANY)), Range(-1.0, 12.0), True, reads, map_reads, "sdpa")
+    network = TextDiT(shape, code, torch.full((MANY,), -math.log(MANY)), Range(-1.0, 12.0), LINEAR, True, reads, map_reads, "sdpa")
     network.initialize()
     return network
 
@@ -340,9 +339,9 @@ def test_stage_2_finds_the_flow_map_of_a_solved_flow(kind, map_reads):
     parts = Parts(code, toy.marginal.mean(0).log().float(), Range(information_range(code, 0.0).low, 9.0))
     torch.manual_seed(0)
     shape = Shape(code.vocab, layers=2, hidden=48, heads=2, mlp_ratio=2, belief_dim=16, neighbors=1)
-    network = TextDiT(shape, code, parts.log_prior, parts.span, True, ("belief",), map_reads, "sdpa")
+    network = TextDiT(shape, code, parts.log_prior, parts.span, LINEAR, True, ("belief",), map_reads, "sdpa")
     network.initialize()
-    clock = clocks.uniform_log_snr(-4.0, 5.0)
+    clock = clocks.uniform_log_snr(LINEAR, -4.0, 5.0)
     stage = MapStage(Config(), network, toys.Exact(toy, code), parts, clock)
     optimizer = torch.optim.Adam(network.parameters(), lr=5e-3)
     before, steps, rows = map_error(network, toy), 300, 128

@@ -7,6 +7,7 @@ import pytest
 
 from megaflow.config.check import resolve
 from megaflow.config.load import load
+from megaflow.flow.interpolant import LINEAR
 from megaflow.model.flops import hot_until
 from megaflow.parallel import mesh as meshes
 from megaflow.parallel.recorder import Sent, totals
@@ -132,7 +133,7 @@ def hot_share(vocab: int, values: dict[str, Any]) -> float:
 
     with meshes.join(1) as mesh:
         stage = stage_of("map", vocab, values | {"parallel.tensor": 1}, mesh)
-    return hot_until(stage.clock, stage.parts.code)
+    return hot_until(LINEAR, stage.clock, stage.parts.code)
 
 
 class TestMegatron:

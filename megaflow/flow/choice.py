@@ -1,0 +1,65 @@
+"""Choices by name: 'linear', or with options 'power:exponent=3', as configs write them and tables of functions offer them.
+
+A table maps names to functions; what a function takes by keyword, with a number as default, are the options of its name. A function that
+takes any keyword (**) says in `names_of` which ones: the names of the table itself.
+"""
+
+import difflib
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+Table = Mapping[str, Callable[..., Any]]
+
+
+class ChoiceError(ValueError):
+    """A value that names no entry of a table, or an option that it does not take; the sentence says what there is."""
+
+
+def options(table: Table, name: str) -> dict[str, float] | None:
+    """Options of an entry and their defaults; None where it takes a number for every name of the table."""
+    parameters = inspect.signature(table[name]).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return None
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and isinstance(p.default, float)}
+
+
+def split(table: Table, value: str) -> tuple[str, dict[str, float]]:
+    """The entry's name, and the options that are given. Raises ChoiceError."""
+    name, colon, rest = value.partition(":")
+    if name not in table:
+        near = difflib.get_close_matches(name, table, n=1)
+        raise ChoiceError(f"one of {', '.join(table)}, not {value!r}" + (f"; did you mean {near[0]}?" if near else ""))
+    known = options(table, name)
+    names = [other for other in table if other != name] if known is None else list(known)
+    given: dict[str, float] = {}
+    for item in rest.split(",") if colon else []:
+        key, equals, number = item.partition("=")
+        if key not in names:
+            near = difflib.get_close_matches(key, names, n=1)
+            takes = f"takes {', '.join(names)}" if names else "takes no options"
+            raise ChoiceError(f"{name}, which {takes}, not {key!r}" + (f"; did you mean {near[0]}?" if near else ""))
+        try:
+            given[key] = float(number)
+        except ValueError:
+            given[key] = math.nan
+        if not equals or not math.isfinite(given[key]):
+            raise ChoiceError(f"{name}:{key}=NUMBER, not {item!r}")
+    return name, given
+
+
+def call(table: Table, value: str, *arguments: Any) -> Any:
+    """table[name](*arguments, **options) of a value. Raises ChoiceError, and what the function raises."""
+    name, given = split(table, value)
+    return table[name](*arguments, **given)
+
+
+def described(table: Table) -> list[str]:
+    """Every entry as it is written with its options' defaults: ['linear', 'power:exponent=2', …]."""
+    found = []
+    for name in table:
+        known = options(table, name)
+        words = ["NAME=SHARE,…"] if known is None else [f"{key}={default:g}" for key, default in known.items()]
+        found.append(name + (":" if words else "") + ",".join(words))
+    return found

@@ -1,0 +1,52 @@
+"""Choices by name, with options: what configs write."""
+
+import pytest
+
+from megaflow.flow import choice
+
+
+def plain() -> str:
+    return "plain"
+
+
+def shaped(size: int = 3, *, width: float = 2.0, height: float = 1.0) -> tuple[float, float]:
+    return width, height
+
+
+def mixed(**shares: float) -> dict[str, float]:
+    return shares
+
+
+TABLE = {"plain": plain, "shaped": shaped, "mixed": mixed}
+
+
+def test_a_name_with_and_without_options():
+    assert choice.call(TABLE, "plain") == "plain"
+    assert choice.call(TABLE, "shaped") == (2.0, 1.0)
+    assert choice.call(TABLE, "shaped:height=4") == (2.0, 4.0)
+    assert choice.call(TABLE, "shaped:height=4,width=-1e-3") == (-1e-3, 4.0)
+    assert choice.call(TABLE, "mixed:plain=.9,shaped=.1") == {"plain": 0.9, "shaped": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("value", "sentence"),
+    [
+        ("plane", "one of plain, shaped, mixed, not 'plane'; did you mean plain?"),
+        ("plain:size=1", "plain, which takes no options, not 'size'"),
+        ("shaped:hight=1", "shaped, which takes width, height, not 'hight'; did you mean height?"),
+        ("shaped:size=1", "shaped, which takes width, height, not 'size'"),  # no option: it counts, and is not given by keyword
+        ("shaped:", "shaped, which takes width, height, not ''"),
+        ("shaped:width", "shaped:width=NUMBER, not 'width'"),
+        ("shaped:width=wide", "shaped:width=NUMBER, not 'width=wide'"),
+        ("shaped:width=inf", "shaped:width=NUMBER, not 'width=inf'"),
+        ("mixed:mixed=1", "mixed, which takes plain, shaped, not 'mixed'"),
+    ],
+)
+def test_what_is_refused(value, sentence):
+    with pytest.raises(choice.ChoiceError) as error:
+        choice.split(TABLE, value)
+    assert str(error.value).startswith(sentence)
+
+
+def test_what_a_table_offers():
+    assert choice.described(TABLE) == ["plain", "shaped:width=2,height=1", "mixed:NAME=SHARE,…"]

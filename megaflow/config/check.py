@@ -31,6 +31,7 @@ def resolve(loaded: Loaded, vocab: int) -> Loaded:
     dense = flow.code_dim == vocab or flow.code_dim == "auto" and (vocab <= IDENTITY_UP_TO or flow.skip == "off")
     settle(flow, "code", "flow.code", "identity" if dense else "frame")
     settle(flow, "code_dim", "flow.code_dim", vocab if flow.code == "identity" else min(64, max(2, vocab // 2)))
+    settle(flow.clock, "name", "flow.clock.name", "variance" if flow.objective == "likelihood" else "ce_linear")
     settle(model, "heads", "model.heads", heads(model.hidden))
     settle(model, "input", "model.input", "belief")
     settle(flow, "skip", "flow.skip", "off" if model.input == "linear" and flow.code == "identity" else "on")
@@ -156,6 +157,13 @@ def contradictions(loaded: Loaded, vocab: int | None = None) -> None:
                 f"flow.code=frame needs flow.code_dim below the vocabulary of {vocab}, not {flow.code_dim}; or use flow.code=identity",
                 "flow.code",
                 "flow.code_dim",
+            )
+        if flow.objective == "likelihood" and flow.weighting != "none":
+            refuse(
+                f"flow.weighting={flow.weighting} contradicts flow.objective=likelihood: the bound has weights of its own, and with others "
+                "it is none; use none, or flow.objective=endpoint_mse",
+                "flow.weighting",
+                "flow.objective",
             )
         if flow.skip == "off" and flow.code == "frame":
             refuse(

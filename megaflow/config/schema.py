@@ -83,11 +83,16 @@ class ModelConfig:
 
 @dataclass
 class ClockConfig:
-    name: str = key("ce_linear", "law of training times and grid of samplers", choices=("uniform", "argmax", "ce_linear"))
-    uniform_share: float = key(0.1, "share of draws uniform in log-SNR, mixed into ce_linear and argmax", low=0.0, high=1.0)
-    bins: int = key(200, "bins of log-SNR that ce_linear measures the cross-entropy in", low=20)
-    refit_every: int = key(25, "steps between refits of ce_linear", low=1)
-    memory: float = key(0.98, "decay per step of ce_linear's running average", low=0.0, high=0.9999)
+    name: str = key(
+        "auto",
+        "law of training times and grid of samplers; auto: variance for flow.objective=likelihood, else ce_linear",
+        auto=True,
+        table="megaflow.flow.laws:LAWS",
+    )
+    uniform_share: float = key(0.1, "share of draws uniform in log-SNR, mixed into every law but uniform and mixture", low=0.0, high=1.0)
+    bins: int = key(200, "bins of log-SNR that a model's scores are measured in", low=20)
+    refit_every: int = key(25, "steps between refits of laws that are measured", low=1)
+    memory: float = key(0.98, "decay per step of the running average that laws are fitted to", low=0.0, high=0.9999)
 
 
 @dataclass
@@ -98,8 +103,8 @@ class FlowConfig:
     code_dim: Any = key("auto", "dimensions of the state", low=2, auto=True)
     interpolant: str = key("linear", "path from noise to data", table="megaflow.flow.interpolant:PATHS")
     prior: str = key("gaussian", "law of the noise", choices=("gaussian",))
-    objective: str = key("cross_entropy", "loss of stage 1", choices=("cross_entropy",))
-    weighting: str = key("none", "weight of a token's loss", choices=("none",))
+    objective: str = key("cross_entropy", "loss of stage 1", table="megaflow.flow.objective:OBJECTIVES")
+    weighting: str = key("none", "weight of a token's loss besides its objective's", table="megaflow.flow.weighting:WEIGHTINGS")
     skip: str = key("auto", "the exact channel term in the logits", choices=("auto", "on", "off"))
     clock: ClockConfig = field(default_factory=ClockConfig)
 

@@ -34,6 +34,7 @@ from megaflow.evaluate.generate import (
     text_of,
 )
 from megaflow.evaluate.judge import Judge
+from megaflow.flow.interpolant import time_of
 from megaflow.flow.likelihood import Estimate, RangeTooShort
 from megaflow.model.autoregressive import Autoregressive
 from megaflow.model.bound import bound_of_rows
@@ -342,12 +343,13 @@ def reference(run: Run, held_out: RealText, judge: Judge, samples: int, seed: in
 
 def profile(run: Run) -> dict[str, Any] | None:
     """Cross-entropy against time as measured in training, and the clock that was fitted to it."""
-    (_, _, clock), stage = run.flow, run.kept
+    (_, fixed, clock), stage = run.flow, run.kept
     found: dict[str, Any] = {"clock": run.config.flow.clock.name, "clock_t": clock.times.tolist(), "clock_cdf": clock.tau.tolist()}
     if "profile_edges" in stage:
         edges = stage["profile_edges"]
-        found["t"] = torch.sigmoid((edges[1:] + edges[:-1]) / 4.0).tolist()
-        found["cross_entropy"] = (stage["profile_total"] / stage["profile_weight"]).tolist()
+        found["t"] = time_of(fixed.path, (edges[1:] + edges[:-1]) / 2.0).tolist()
+        total = stage["profile_total"]
+        found["cross_entropy"] = ((total if total.ndim == 1 else total[0]) / stage["profile_weight"]).tolist()
     return found
 
 

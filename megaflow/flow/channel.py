@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megaflow.flow.code import Code
-from megaflow.flow.vocabulary import log_sum, pick, softmax_, total
+from megaflow.flow.vocabulary import softmax_, total
 
 CHUNK_ELEMENTS = {"cpu": 2**21, "cuda": 2**27}
 """Logits of one chunk, on each kind of device: what a CPU's caches hold; half a gigabyte of a GPU, which keeps it busy."""
@@ -206,16 +206,3 @@ def belief_embedding(code: Code, log_prior: Tensor, y: Tensor, level: Tensor, ta
     Of a cut vocabulary it is the share of the entries here, to be summed over the parts.
     """
     return _BeliefEmbedding.apply(code, log_prior, y, level, table)
-
-
-def channel_cross_entropy(code: Code, log_prior: Tensor, ids: Tensor, y: Tensor, level: Tensor) -> Tensor:
-    """-log belief[token] (n,) of tokens seen through the channel alone: what a network that knows no context yet would score.
-
-    ids: (n,); y: (n, d_c); level: (n, 2).
-    """
-    nll = torch.empty(len(ids), dtype=y.dtype, device=y.device)
-    seen = evidence(code, log_prior, Buffer())
-    for part in chunks(len(ids), code.part.widest, ids.device):
-        logits = seen(y[part], level[part])
-        nll[part] = log_sum(code.part, logits) - pick(code.part, logits, ids[part])
-    return nll

@@ -1,7 +1,8 @@
 """Choices by name: 'linear', or with options 'power:exponent=3', as configs write them and tables of functions offer them.
 
-A table maps names to functions; what a function takes by keyword, with a number as default, are the options of its name. A function that
-takes any keyword (**) says in `names_of` which ones: the names of the table itself.
+A table maps names to functions; what a function takes by keyword, with a number as default, are the options of its name. One whose
+default is above zero is a size, and takes numbers above zero only. A function that takes any keyword (**) takes shares, above zero, of the
+other names of its table, and one at least.
 """
 
 import difflib
@@ -44,8 +45,11 @@ def split(table: Table, value: str) -> tuple[str, dict[str, float]]:
             given[key] = float(number)
         except ValueError:
             given[key] = math.nan
-        if not equals or not math.isfinite(given[key]):
-            raise ChoiceError(f"{name}:{key}=NUMBER, not {item!r}")
+        size = known is None or known[key] > 0.0
+        if not equals or not math.isfinite(given[key]) or size and given[key] <= 0.0:
+            raise ChoiceError(f"{name}:{key}=NUMBER{' above 0' if size else ''}, not {item!r}")
+    if known is None and not given:
+        raise ChoiceError(f"{name}:NAME=SHARE,… with shares of {', '.join(names)}, not {value!r}")
     return name, given
 
 

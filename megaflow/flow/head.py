@@ -20,6 +20,9 @@ from megaflow.flow.channel import Buffer, chunks, evidence, rounded
 from megaflow.flow.code import Code
 from megaflow.flow.vocabulary import Vocabulary, largest, log_softmax_, log_sum, own_ids, pick, softmax_, total, whole
 
+Reweight = Callable[[Tensor], Tensor]
+"""Factors of tokens (n,) from their squared distance from the target, without gradient."""
+
 
 @dataclass(frozen=True)
 class Head:
@@ -240,22 +243,63 @@ class _Loss(torch.autograd.Function):
         return *(g * scale.to(g.dtype) for g in (hidden_grad, weight_grad, bias_grad)), None, None, None, None
 
 
-def cross_entropy(head: Head, read: Read, ids: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """sum_i weight_i (-log psi_i[token_i]), and the unweighted terms (n,) for logging.
+def cross_entropy(head: Head, read: Read, ids: Tensor, weight: Tensor, reweight: Reweight | None = None) -> tuple[Tensor, Tensor]:
+    """sum_i w_i (-log psi_i[token_i]), and the unweighted terms (n,) for logging.
 
     The objective of stage 1 (VFM; the minimiser is the posterior of each position). Differentiable in hidden, E and bias.
-    ids: (n,); weight: (n,), zero for tokens that do not count.
+    ids: (n,); w is `weight` (n,), zero for tokens that do not count, times `reweight(|psi - token|^2)` if given.
     """
 
     def measure(z: Tensor, part: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         log_p, w = log_softmax_(head.part, z), weight[part].to(z.dtype)
         losses = -pick(head.part, log_p, ids[part])
-        gradient = log_p.exp_()
-        token, inside = own_ids(head.part, ids[part])
-        gradient.scatter_add_(1, token[:, None], -inside.to(z.dtype)[:, None])
+        gradient = _from_token(head, log_p.exp_(), ids[part])
+        if reweight is not None:
+            w = w * reweight(_square(head, gradient))
         return losses * w, losses, w, gradient
 
     return _Loss.apply(read.hidden, head.weight, head.bias, head, read, measure, 1)
+
+
+def denoising_loss(
+    head: Head, read: Read, ids: Tensor, by_entropy: Tensor, by_error: Tensor, reweight: Reweight | None = None
+) -> tuple[Tensor, Tensor]:
+    """sum_i a_i (-log psi_i[token_i]) + b_i |C[token_i] - psi_i C|^2, and the two terms without weights (n, 2) for logging.
+
+    What the objectives of stage 1 are made of (objective.py). Differentiable in hidden, E and bias. ids: (n,); a is `by_entropy`, b is
+    `by_error`, (n,) both, times `reweight(|psi - token|^2)` if given. With r = psi C - C[token] the squared error's gradient by the
+    logits is 2 psi_k (C_k . r - psi C . r).
+    """
+    code = head.code
+    assert code is not None
+
+    def measure(z: Tensor, part: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        log_p, (a, b) = log_softmax_(head.part, z), (x[part].to(z.dtype) for x in (by_entropy, by_error))
+        nll = -pick(head.part, log_p, ids[part])
+        p = log_p.exp_()
+        mean = _mean(code, p)
+        off = mean - codes.lookup(code, ids[part]).to(z.dtype)
+        error, along = off.square().sum(-1), (mean * off).sum(-1)
+        if code.matrix is None:
+            error, along = total(head.part, torch.stack([error, along]))
+        slope = (off if code.matrix is None else off @ code.matrix.T.to(z.dtype)).sub(along[:, None]).mul_(p).mul_(2.0 * b[:, None])
+        gradient = _from_token(head, p, ids[part])
+        w = torch.ones_like(a) if reweight is None else reweight(_square(head, gradient))
+        gradient = gradient.mul_(a[:, None]).add_(slope)
+        return w * (a * nll + b * error), torch.stack([nll, error], 1), w, gradient
+
+    return _Loss.apply(read.hidden, head.weight, head.bias, head, read, measure, 1)
+
+
+def _from_token(head: Head, p: Tensor, ids: Tensor) -> Tensor:
+    """psi less the one-hot token, written over psi (n, V): the gradient of the cross-entropy by the logits."""
+    token, inside = own_ids(head.part, ids)
+    return p.scatter_add_(1, token[:, None], -inside.to(p.dtype)[:, None])
+
+
+def _square(head: Head, difference: Tensor) -> Tensor:
+    """|difference|^2 over the vocabulary, (n,)."""
+    return total(head.part, torch.linalg.vector_norm(difference, dim=-1).square())
 
 
 def divergence(
@@ -263,7 +307,7 @@ def divergence(
     read: Read,
     target: Callable[[slice], Tensor],
     weight: Tensor,
-    reweight: Callable[[Tensor], Tensor] | None = None,
+    reweight: Reweight | None = None,
     whole: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """sum_i w_i KL(target_i || psi_i), and the unweighted divergences (n,) for logging.

@@ -38,7 +38,8 @@ def flow_network(
     map_reads = config.distill.state_input if is_map else None
     skip, kernel = config.flow.skip == "on", config.model.attention
     fixed = parts.code.to(device), parts.log_prior.to(device), parts.span, parts.path
-    network = TextDiT(shape, *fixed, skip, reads, map_reads, kernel, axis)
+    uncertain = config.flow.weighting == "learned" and not is_map
+    network = TextDiT(shape, *fixed, skip, reads, map_reads, kernel, axis, uncertain)
     network.trunk.softcap = config.model.softcap
     return network.to(home or device)
 

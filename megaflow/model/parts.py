@@ -17,21 +17,21 @@ from torch import Tensor
 
 from megaflow.config.schema import ClockConfig, FlowConfig
 from megaflow.errors import UserError, naming
+from megaflow.flow import choice, interpolant, laws
 from megaflow.flow import clock as clocks
 from megaflow.flow import code as codes
-from megaflow.flow import interpolant
-from megaflow.flow.channel import channel_cross_entropy
+from megaflow.flow import head as heads
 from megaflow.flow.clock import Clock
 from megaflow.flow.code import Code, lookup
+from megaflow.flow.head import Head, Read
 from megaflow.flow.interpolant import LINEAR, Interpolant, noisy_state, time_of
 from megaflow.flow.likelihood import Range, information_range
-from megaflow.flow.vocabulary import Vocabulary
+from megaflow.flow.profile import Profile
+from megaflow.flow.vocabulary import Vocabulary, log_softmax_
 from megaflow.parallel import random
 from megaflow.progress import Progress
 
 FILE = "flow.safetensors"
-FADED = 1e-12
-"""Weight below which a bin of the profile fades no further: what has long not been seen keeps its value."""
 PATIENCE = 3.0
 """Seconds of work on a code of which nothing is said: of small vocabularies it takes less."""
 RESOLVED = 1e-3
@@ -64,7 +64,7 @@ def make(flow: FlowConfig, counts: np.ndarray, seed: int) -> Parts:
     tried, progress = count(1), Progress("range of log-SNR", len(levels).bit_length(), "levels", patience=PATIENCE)
 
     def resolved(level: int) -> bool:
-        ambiguity = channel_profile(code, log_prior, levels[level : level + 1], 2048, seed)[0].item()
+        ambiguity = channel_measures(code, log_prior, levels[level : level + 1], 2048, seed)[0, 0].item()
         progress.update(next(tried))
         return ambiguity < RESOLVED
 
@@ -80,17 +80,25 @@ def make(flow: FlowConfig, counts: np.ndarray, seed: int) -> Parts:
     return Parts(code, log_prior, information_range(code, levels[first].item() + 0.5), path)
 
 
-def channel_profile(code: Code, log_prior: Tensor, log_snrs: Tensor, draws: int, seed: int, progress: Progress | None = None) -> Tensor:
-    """Cross-entropy of the channel alone at each log-SNR (K,), nats a token, by Monte Carlo with common draws."""
+def channel_measures(code: Code, log_prior: Tensor, log_snrs: Tensor, draws: int, seed: int, progress: Progress | None = None) -> Tensor:
+    """What the channel alone scores at each log-SNR, by Monte Carlo with common draws: (3, K) of a token's cross-entropy in nats, its
+    squared error |C_x - psi C|^2, and whether it is the likeliest token under a uniform law."""
     source = random.generator(seed, "profile")
     ids = torch.multinomial(log_prior.exp(), draws, replacement=True, generator=source)
-    noise = torch.randn(draws, code.dim, generator=source)
-    found = torch.zeros(len(log_snrs), dtype=torch.float64)
-    clean = lookup(code, ids)
+    noise, clean = torch.randn(draws, code.dim, generator=source), lookup(code, ids)
+    alone = Head(noise.new_zeros(code.vocab, 1), log_prior, code, True)
+
+    def one(z: Tensor, part: slice) -> tuple[Tensor, ...]:
+        named = (z - log_prior).argmax(-1) == ids[part]
+        log_p = log_softmax_(code.part, z)
+        nll = -log_p.gather(1, ids[part, None])[:, 0]
+        return nll, (clean[part] - codes.mean(code, log_p.exp_())).square().sum(-1), named.to(nll.dtype)
+
+    found = torch.zeros(3, len(log_snrs), dtype=torch.float64)
     for index, t in enumerate(time_of(LINEAR, log_snrs.double())):  # of equal log-SNR, every path says the same
         t = t.expand(draws)
-        y, level = noisy_state(LINEAR, clean, noise, t), interpolant.level(LINEAR, t).to(noise.dtype)
-        found[index] = channel_cross_entropy(code, log_prior, ids, y, level).double().mean()
+        read = Read(noise.new_zeros(draws, 1), noisy_state(LINEAR, clean, noise, t), interpolant.level(LINEAR, t).to(noise.dtype))
+        found[:, index] = torch.stack([x.double().mean() for x in heads.reduce(alone, read, one)])
         if progress is not None:
             progress.update(index + 1)
     return found
@@ -137,45 +145,19 @@ def same(a: Parts, b: Parts) -> bool:
     return (a.span, a.path) == (b.span, b.path) and all(torch.equal(x, y) for x, y in pairs)
 
 
-@dataclass
-class Profile:
-    """Running average of a model's cross-entropy in bins of log-SNR. edges: (K + 1,); total, weight: (K,), all fp64.
-
-    Before the first step it holds the channel's own profile, which is what an untrained network scores: the clock is measured from
-    the start, and every bin has been seen.
-    """
-
-    edges: Tensor
-    total: Tensor
-    weight: Tensor
-
-    @property
-    def cross_entropy(self) -> Tensor:
-        return self.total / self.weight
-
-    def observe(self, total: Tensor, weight: Tensor, memory: float) -> None:
-        """Take in one step: sums of cross-entropy and of tokens per bin (K,), as shares of the step's tokens."""
-        bins = len(self.total)
-        new_total = memory * self.total + (1.0 - memory) * bins * total
-        new_weight = memory * self.weight + (1.0 - memory) * bins * weight
-        faded = new_weight < FADED
-        self.total, self.weight = torch.where(faded, self.total, new_total), torch.where(faded, self.weight, new_weight)
-
-
 def initial_profile(parts: Parts, config: ClockConfig, seed: int) -> Profile:
+    """The channel's own: what a network scores that knows no context yet."""
     edges = torch.linspace(parts.span.low, parts.span.high, config.bins + 1, dtype=torch.float64)
     progress = Progress("profile of the code", config.bins, "levels", patience=PATIENCE)
-    measured = channel_profile(parts.code, parts.log_prior, (edges[1:] + edges[:-1]) / 2.0, 512, seed, progress)
-    return Profile(edges, measured.double(), torch.ones(config.bins, dtype=torch.float64))
+    nll, error, named = channel_measures(parts.code, parts.log_prior, (edges[1:] + edges[:-1]) / 2.0, 512, seed, progress)
+    return Profile(edges, torch.stack([nll, error, error.square()]), torch.ones_like(nll), named)
 
 
 def fit_clock(config: ClockConfig, parts: Parts, profile: Profile) -> Clock:
-    """The clock that a config names, fitted to the profile where it is a measured one."""
-    if config.name == "uniform":
-        return clocks.uniform()
-    path = parts.path
-    fitted = (
-        clocks.argmax(path, parts.code.vocab) if config.name == "argmax" else clocks.ce_linear(path, profile.edges, profile.cross_entropy)
-    )
-    flat = clocks.uniform_log_snr(path, parts.span.low, parts.span.high, config.bins)
+    """The clock that a config names, fitted to the profile where it is a measured one, and `uniform_share` of it uniform in log-SNR: but
+    those that say their shares themselves."""
+    fitted = choice.call(laws.LAWS, config.name, laws.Measured(parts.path, parts.code.vocab, profile))
+    if config.name == "uniform" or config.name.startswith("mixture:"):
+        return fitted
+    flat = clocks.uniform_log_snr(parts.path, parts.span.low, parts.span.high, config.bins)
     return clocks.mixture([fitted, flat], [1.0 - config.uniform_share, config.uniform_share])

@@ -111,6 +111,7 @@ class TextDiT(nn.Module):
         map_reads: str | None,
         kernel: str,
         axis: Axis = ALONE,
+        uncertain: bool = False,
     ) -> None:
         super().__init__()
         self.code, self.log_prior, self.span, self.path, self.skip = code, log_prior, span, path, skip
@@ -127,6 +128,7 @@ class TextDiT(nn.Module):
         self.map_widen = Reading(shape.window, shape.belief_dim, shape.hidden, axis, None) if map_reads == "hot_belief" else None
         self.time = TimeEmbedding(path, span)
         self.map_time = TimeEmbedding(path, span) if map_reads is not None else None
+        self.uncertainty = nn.Linear(CONDITION, 1) if uncertain else None
         self.trunk = Trunk(shape.layers, shape.hidden, shape.heads, shape.mlp_ratio, CONDITION, kernel, axis)
         self.weight = parameter((shape.vocab, shape.hidden), rows)
         self.bias = parameter((shape.vocab,), rows)
@@ -148,7 +150,10 @@ class TextDiT(nn.Module):
                 real(self.bias, self.code.part).copy_(self.log_prior)
 
     def initialize_map(self) -> None:
-        """The parts that only a flow map has: zero, so that at first it is its teacher's denoiser at s."""
+        """The parts that only a flow map has: zero, so that at first it is its teacher's denoiser at s; and the weights of its losses."""
+        if self.uncertainty is not None:
+            nn.init.zeros_(self.uncertainty.weight)
+            nn.init.zeros_(self.uncertainty.bias)
         if self.map_time is not None:
             self.map_time.initialize(zero=True)
         if self.map_state is not None:
@@ -159,6 +164,12 @@ class TextDiT(nn.Module):
     def head(self) -> Head:
         part = self.code.part
         return Head(real(self.weight, part), real(self.bias, part), self.code, self.skip, part)
+
+    def uncertainty_at(self, s: Tensor) -> Tensor:
+        """w (B,) of the weight exp(-w) of a loss at times s (B,) (flow/weighting.py, learned); it says nothing of the network's own scores,
+        which have no gradient by it."""
+        assert self.uncertainty is not None
+        return self.uncertainty(F.silu(self.time(s).detach()))[:, 0]
 
     def read(self, hidden: Tensor, y: Tensor, s: Tensor) -> Read:
         """Flat tokens for the head: hidden (B, L, d), state y (B, L, d_c) and the time s (B,) of the state."""

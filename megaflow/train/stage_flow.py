@@ -1,18 +1,24 @@
-"""Stage 1: a denoiser by cross-entropy (VFM), its times drawn by a clock that follows its own cross-entropy."""
+"""Stage 1: a denoiser by one of the objectives of flow/objective.py, its times drawn by a clock that follows what it scores."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from megaflow.config.schema import Config
+from megaflow.flow import choice
 from megaflow.flow import clock as clocks
 from megaflow.flow import head as heads
 from megaflow.flow.clock import Clock
 from megaflow.flow.code import lookup
-from megaflow.flow.interpolant import noisy_state
+from megaflow.flow.head import Read
+from megaflow.flow.interpolant import log_snr, noisy_state
 from megaflow.flow.likelihood import RangeTooShort
-from megaflow.model.parts import Parts, Profile, fit_clock
+from megaflow.flow.objective import OBJECTIVES, Objective, Setting
+from megaflow.flow.profile import CROSS_ENTROPY, ERROR, Profile, bin_of
+from megaflow.flow.weighting import WEIGHTINGS, Known
+from megaflow.model.parts import Parts, fit_clock
 from megaflow.model.text_dit import TextDiT
 from megaflow.train.stage import Batch, Total, alone, cells, noise, validation_bound
 
@@ -28,33 +34,72 @@ class FlowStage:
 
     def __init__(self, config: Config, network: TextDiT, parts: Parts, profile: Profile | None) -> None:
         self.config, self.network, self.parts = config, network, parts
+        self.objective: Objective = choice.call(OBJECTIVES, config.flow.objective)
+        self.by_error = config.flow.objective != "cross_entropy"
+        self.measures_error = self.by_error or "variance" in config.flow.clock.name
         if profile is not None:
             self.profile, self.clock = profile, fit_clock(config.flow.clock, parts, profile)
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        seed, device = self.config.run.seed, batch.ids.device
-        t = clocks.inverse(self.clock, cells(seed, batch, "time")).to(device)
-        y = noisy_state(self.parts.path, lookup(self.parts.code, batch.ids), noise(seed, batch, self.parts.code, device), t)
-        hidden = self.network(y, t, lengths=batch.lengths, documents=batch.documents)
-        loss, nll = heads.cross_entropy(self.network.head(), self.network.read(hidden, y, t), batch.ids.flatten(), batch.weight)
-        return loss, self.observe(t, nll, batch)
+        seed, device, path = self.config.run.seed, batch.ids.device, self.parts.path
+        t = self.objective.times(self.setting, cells(seed, batch, "time"))
+        y = noisy_state(path, lookup(self.parts.code, batch.ids), noise(seed, batch, self.parts.code, device), t.to(device))
+        hidden = self.network(y, t.to(device), lengths=batch.lengths, documents=batch.documents)
+        loss, terms = self.scored(self.network.read(hidden, y, t.to(device)), t, batch)
+        return loss, self.observe(t, terms, batch)
 
-    def observe(self, t: Tensor, nll: Tensor, batch: Batch) -> Tensor:
-        """(2, K) fp64: cross-entropy and token share of each bin of log-SNR, as shares of the global batch."""
-        bins = len(self.profile.total)
-        row = clocks.bin_of(self.parts.path, self.profile.edges, t.cpu())
+    def scored(self, read: Read, t: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The objective's loss with its weights, and of every token its cross-entropy and, where it is measured, its squared error: (n, 1)
+        or (n, 2), without weights."""
+        head, ids, shape = self.network.head(), batch.ids.flatten(), batch.ids.shape
+        weighting = choice.call(WEIGHTINGS, self.config.flow.weighting, self.known(t))
+        worth = self.objective.weights(self.setting, t)
+        if self.measures_error and not self.by_error:
+            worth = F.pad(worth, (0, 1))
+        if weighting.time is not None:
+            worth = worth * weighting.time[:, None]
+        worth = worth.to(batch.weight)  # (B, 1 or 2)
+        uncertainty = self.network.uncertainty_at(t.to(ids.device)).float() if weighting.learned else torch.zeros_like(worth[:, 0])
+        factor = batch.weight.view(*shape, 1) * (torch.exp(-uncertainty.detach())[:, None] * worth)[:, None]
+        factors = [x.flatten() for x in factor.unbind(2)]
+        if len(factors) == 1:
+            loss, nll = heads.cross_entropy(head, read, ids, factors[0], weighting.distance)
+            terms = nll[:, None]
+        else:
+            loss, terms = heads.denoising_loss(head, read, ids, factors[0], factors[1], weighting.distance)
+        if weighting.learned:  # exp(-w) loss + w, of which the gradient by the network is there, and that by w is not
+            plain = (terms.view(*shape, -1) * worth[:, None]).sum(2)
+            eased = torch.exp(-uncertainty)[:, None]
+            loss = loss + (batch.weight.view(shape) * ((eased - eased.detach()) * plain + uncertainty[:, None])).sum()
+        return loss, terms
+
+    def known(self, t: Tensor) -> Known:
+        """What weights may depend on, of rows at these times: the profile of what the objective is made of."""
+        level = log_snr(self.parts.path, t)
+        scores = self.profile.mean(ERROR if self.by_error else CROSS_ENTROPY)
+        return Known(level, scores[bin_of(self.profile.edges, level)], scores.mean().item())
+
+    @property
+    def setting(self) -> Setting:
+        return Setting(self.parts.path, self.clock, self.parts.span.low, self.parts.span.high)
+
+    def observe(self, t: Tensor, terms: Tensor, batch: Batch) -> Tensor:
+        """(4, K) fp64: what the profile takes in of each bin of log-SNR, and its share of tokens, as shares of the global batch."""
+        row = bin_of(self.profile.edges, log_snr(self.parts.path, t))
         weight = batch.weight.view(batch.ids.shape).double().cpu()
-        observed = torch.zeros(2, bins, dtype=torch.float64)
-        observed[0].index_add_(0, row, (nll.view(batch.ids.shape).double().cpu() * weight).sum(1))
-        observed[1].index_add_(0, row, weight.sum(1))
-        return observed
+        sums, tokens = (terms.view(*weight.shape, -1).double().cpu() * weight[..., None]).sum(1), weight.sum(1)
+        error = sums[:, 1] if sums.shape[1] == 2 else torch.zeros_like(tokens)
+        values = torch.stack([sums[:, 0], error, error**2 / tokens.clamp(min=1e-300), tokens])
+        return torch.zeros(4, len(self.profile.weight), dtype=torch.float64).index_add_(1, row, values)
 
     def learn(self, observed: Tensor, step: int) -> dict[str, float]:
-        clock = self.config.flow.clock
-        self.profile.observe(observed[0], observed[1], clock.memory)
-        if clock.name == "ce_linear" and (step + 1) % clock.refit_every == 0:
-            self.clock = fit_clock(clock, self.parts, self.profile)
-        return {}
+        """Besides the clock: the step's cross-entropy, nats a token, where its loss is another."""
+        flow = self.config.flow
+        self.profile.observe(observed[:3], observed[3], flow.clock.memory)
+        if (step + 1) % flow.clock.refit_every == 0:
+            self.clock = fit_clock(flow.clock, self.parts, self.profile)
+        plain = flow.objective == "cross_entropy" and flow.weighting == "none"
+        return {} if plain else {"cross_entropy": observed[0].sum().item()}
 
     def validate(self, batch: Batch, total: Total = alone) -> dict[str, float]:
         try:
@@ -80,12 +125,17 @@ class FlowStage:
             "profile_total": self.profile.total,
             "profile_weight": self.profile.weight,
             "profile_edges": self.profile.edges,
+            "profile_named": self.profile.named,
             "clock_times": self.clock.times,
             "clock_tau": self.clock.tau,
         }
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        self.profile = Profile(state["profile_edges"], state["profile_total"], state["profile_weight"])
+        total = state["profile_total"]
+        if total.ndim == 1:  # as earlier versions kept it: the cross-entropy alone
+            total = torch.stack([total, torch.zeros_like(total), torch.zeros_like(total)])
+        named = state.get("profile_named", torch.zeros_like(total[0]))
+        self.profile = Profile(state["profile_edges"], total, state["profile_weight"], named)
         self.clock = Clock(state["clock_times"], state["clock_tau"])
 
     def describe(self) -> dict[str, Any]:

@@ -9,7 +9,8 @@ import pytest
 
 from megaflow.config.check import batch_split, contradictions, doubts, heads, of_shards, resolve
 from megaflow.config.load import ConfigError, Loaded, assemble, flatten, load
-from megaflow.config.schema import Config, keys
+from megaflow.config.schema import Config, entries, keys
+from megaflow.flow import choice
 
 SMALL, LARGE = 27, 4096
 
@@ -95,6 +96,8 @@ def sensible() -> list[tuple[str, object]]:
         rule = item.metadata
         if name == "parallel.offload":
             values = ("none",)
+        elif rule["table"]:
+            values = [value.replace("NAME=SHARE,…", "uniform=1") for value in choice.described(entries(item))]
         elif rule["choices"] is not None:
             values = rule["choices"]
         elif name in numbers:

@@ -132,18 +132,6 @@ def test_belief_embedding_with_a_half_precision_table(log_prior, generator, monk
     torch.testing.assert_close(table.grad.float(), expected, rtol=0.01, atol=0.2)
 
 
-def test_channel_cross_entropy_scores_the_belief(code, log_prior, generator, monkeypatch):
-    monkeypatch.setattr(channel, "CHUNK_ELEMENTS", {"cpu": 1})
-    monkeypatch.setattr(channel, "CHUNK_TOKENS", 64)
-    t = torch.linspace(0.0, 0.9, 150, dtype=torch.float64)
-    ids = torch.randint(VOCAB, (150,), generator=generator)
-    noise = torch.randn(150, code.dim, generator=generator, dtype=torch.float64)
-    y = t[:, None] * codes.lookup(code, ids) + (1.0 - t[:, None]) * noise
-    level = interpolant.level(LINEAR, t)
-    expected = -channel.belief(code, log_prior, y, level).gather(1, ids[:, None]).log()[:, 0]
-    torch.testing.assert_close(channel.channel_cross_entropy(code, log_prior, ids, y, level), expected, rtol=1e-9, atol=1e-9)
-
-
 @pytest.mark.parametrize("vocab", [2, 27, 50_257, 10_000_000])
 @pytest.mark.parametrize("tokens", [1, 127, 128, 129, 5000])
 def test_chunks_cover_all_tokens_once(tokens, vocab):

@@ -9,8 +9,8 @@ def plain() -> str:
     return "plain"
 
 
-def shaped(size: int = 3, *, width: float = 2.0, height: float = 1.0) -> tuple[float, float]:
-    return width, height
+def shaped(size: int = 3, *, width: float = 2.0, place: float = 0.0) -> tuple[float, float]:
+    return width, place
 
 
 def mixed(**shares: float) -> dict[str, float]:
@@ -22,9 +22,9 @@ TABLE = {"plain": plain, "shaped": shaped, "mixed": mixed}
 
 def test_a_name_with_and_without_options():
     assert choice.call(TABLE, "plain") == "plain"
-    assert choice.call(TABLE, "shaped") == (2.0, 1.0)
-    assert choice.call(TABLE, "shaped:height=4") == (2.0, 4.0)
-    assert choice.call(TABLE, "shaped:height=4,width=-1e-3") == (-1e-3, 4.0)
+    assert choice.call(TABLE, "shaped") == (2.0, 0.0)
+    assert choice.call(TABLE, "shaped:place=4") == (2.0, 4.0)
+    assert choice.call(TABLE, "shaped:place=-4,width=1e-3") == (1e-3, -4.0)
     assert choice.call(TABLE, "mixed:plain=.9,shaped=.1") == {"plain": 0.9, "shaped": 0.1}
 
 
@@ -33,12 +33,16 @@ def test_a_name_with_and_without_options():
     [
         ("plane", "one of plain, shaped, mixed, not 'plane'; did you mean plain?"),
         ("plain:size=1", "plain, which takes no options, not 'size'"),
-        ("shaped:hight=1", "shaped, which takes width, height, not 'hight'; did you mean height?"),
-        ("shaped:size=1", "shaped, which takes width, height, not 'size'"),  # no option: it counts, and is not given by keyword
-        ("shaped:", "shaped, which takes width, height, not ''"),
-        ("shaped:width", "shaped:width=NUMBER, not 'width'"),
-        ("shaped:width=wide", "shaped:width=NUMBER, not 'width=wide'"),
-        ("shaped:width=inf", "shaped:width=NUMBER, not 'width=inf'"),
+        ("shaped:palce=1", "shaped, which takes width, place, not 'palce'; did you mean place?"),
+        ("shaped:size=1", "shaped, which takes width, place, not 'size'"),  # no option: it counts, and is not given by keyword
+        ("shaped:", "shaped, which takes width, place, not ''"),
+        ("shaped:width", "shaped:width=NUMBER above 0, not 'width'"),
+        ("shaped:width=wide", "shaped:width=NUMBER above 0, not 'width=wide'"),
+        ("shaped:width=inf", "shaped:width=NUMBER above 0, not 'width=inf'"),
+        ("shaped:width=-1", "shaped:width=NUMBER above 0, not 'width=-1'"),
+        ("shaped:place=high", "shaped:place=NUMBER, not 'place=high'"),
+        ("mixed:plain=0", "mixed:plain=NUMBER above 0, not 'plain=0'"),
+        ("mixed", "mixed:NAME=SHARE,… with shares of plain, shaped, not 'mixed'"),
         ("mixed:mixed=1", "mixed, which takes plain, shaped, not 'mixed'"),
     ],
 )
@@ -49,4 +53,4 @@ def test_what_is_refused(value, sentence):
 
 
 def test_what_a_table_offers():
-    assert choice.described(TABLE) == ["plain", "shaped:width=2,height=1", "mixed:NAME=SHARE,…"]
+    assert choice.described(TABLE) == ["plain", "shaped:width=2,place=0", "mixed:NAME=SHARE,…"]

@@ -1,30 +1,21 @@
-"""Clocks against quadrature, Monte Carlo, published quantiles and brute force; inverses and densities of all of them."""
+"""Clocks: forward, inverse, density and grids of all kinds of them."""
 
-import itertools
-import math
-
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megaflow.flow import clock as clocks
+from megaflow.flow import laws
 from megaflow.flow.interpolant import LINEAR, log_snr, time_of
+from tests.flow.measured import argmax, measured
 
-
-def falling(edges: torch.Tensor) -> torch.Tensor:
-    """A cross-entropy that falls as a sigmoid of the log-SNR around 2, from 3 nats to nothing."""
-    return 3.0 * torch.sigmoid(2.0 - (edges[1:] + edges[:-1]) / 2.0)
-
-
-EDGES = torch.linspace(-8.0, 12.0, 201, dtype=torch.float64)
-MIXED = [clocks.argmax(LINEAR, 27), clocks.uniform_log_snr(LINEAR, -8.0, 12.0)]
+MIXED = [argmax(27), clocks.uniform_log_snr(LINEAR, -8.0, 12.0)]
 CLOCKS = {
     "uniform": clocks.uniform(),
     "uniform in log-SNR": clocks.uniform_log_snr(LINEAR, -5.0, 10.0),
-    "argmax": clocks.argmax(LINEAR, 27),
-    "ce_linear": clocks.ce_linear(LINEAR, EDGES, falling(EDGES)),
+    "argmax": argmax(27),
+    "ce_linear": laws.ce_linear(measured()),
     "mixture": clocks.mixture(MIXED, [0.9, 0.1]),
     "within": clocks.within(LINEAR, clocks.uniform(), -3.0, 8.0),
 }
@@ -113,94 +104,6 @@ def test_uniform_in_log_snr():
     assert clocks.forward(clock, outside).tolist() == [0.0, 1.0] and clocks.density(clock, outside).tolist() == [0.0, 0.0]
 
 
-def argmax_tau_by_quadrature(vocab: int, t: float) -> float:
-    """Share of the way from chance to certainty: P(right) = int phi(z) Phi(z + t/(1-t))^(V-1) dz by the trapezoid rule."""
-    z = np.linspace(-12.0, 12.0, 40_001)
-    cdf = np.array([0.5 * math.erfc(-x / math.sqrt(2.0)) for x in z + t / (1.0 - t)])
-    right = np.trapezoid(np.exp(-(z**2) / 2.0) / math.sqrt(2.0 * math.pi) * cdf ** (vocab - 1), z)
-    return (right - 1.0 / vocab) / (1.0 - 1.0 / vocab)
-
-
-@pytest.mark.parametrize("vocab", [5, 27, 50_257])
-def test_argmax_clock_against_quadrature(vocab):
-    clock = clocks.argmax(LINEAR, vocab)
-    for t in (0.1, 0.4, 0.6, 0.75, 0.8, 0.85):
-        shown = clocks.forward(clock, torch.tensor(t, dtype=torch.float64)).item()
-        assert shown == pytest.approx(argmax_tau_by_quadrature(vocab, t), abs=2e-5)
-
-
-@pytest.mark.parametrize("vocab", [5, 27])
-def test_argmax_clock_against_noisy_one_hot_states(vocab):
-    n, generator = 100_000, torch.Generator().manual_seed(0)
-    for t in (0.2, 0.5, 0.7):
-        state = (1.0 - t) * torch.randn(n, vocab, generator=generator)
-        state[:, 0] += t
-        wrong = (state.argmax(1) != 0).double().mean().item()
-        error = vocab / (vocab - 1) * math.sqrt(wrong * (1.0 - wrong) / n)
-        shown = clocks.forward(clocks.argmax(LINEAR, vocab), torch.tensor(t, dtype=torch.float64)).item()
-        assert abs(shown - (1.0 - vocab / (vocab - 1) * wrong)) < 4.0 * error < 0.01
-
-
-@pytest.mark.parametrize(
-    ("vocab", "quantiles"),
-    [
-        (27, [0.106, 0.426, 0.568, 0.669, 0.734, 0.775, 0.823]),
-        (50_257, [0.646, 0.744, 0.779, 0.809, 0.831, 0.848, 0.869]),
-    ],
-)
-def test_argmax_clock_has_the_known_quantiles(vocab, quantiles):
-    """Times at which the clock shows 1, 10, 25, 50, 75, 90 and 99 %."""
-    tau = torch.tensor([0.01, 0.10, 0.25, 0.50, 0.75, 0.90, 0.99], dtype=torch.float64)
-    assert clocks.inverse(clocks.argmax(LINEAR, vocab), tau).tolist() == pytest.approx(quantiles, abs=2e-3)
-
-
-def test_along_the_ce_linear_clock_the_cross_entropy_falls_linearly():
-    centres = (EDGES[1:] + EDGES[:-1]) / 2.0
-    first, last = (3.0 * torch.sigmoid(2.0 - centres[i]) for i in (0, -1))
-    tau = torch.linspace(0.001, 0.999, 500, dtype=torch.float64)
-    measured = 3.0 * torch.sigmoid(2.0 - log_snr(LINEAR, clocks.inverse(CLOCKS["ce_linear"], tau)))
-    torch.testing.assert_close(measured, first + tau * (last - first), rtol=0, atol=2e-3)
-    uniform = 3.0 * torch.sigmoid(2.0 - log_snr(LINEAR, clocks.inverse(clocks.uniform(), tau)))
-    assert (uniform - (first + tau * (last - first))).abs().max() > 0.5  # another clock is far from it
-
-
-def test_the_ce_linear_clock_smooths_a_noisy_profile():
-    noise = 0.05 * torch.randn(200, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    noisy, clean = clocks.ce_linear(LINEAR, EDGES, falling(EDGES) + noise), CLOCKS["ce_linear"]
-    t = time_of(LINEAR, torch.linspace(-8.0, 12.0, 100, dtype=torch.float64))
-    assert (noisy.tau.diff() >= 0.0).all()
-    torch.testing.assert_close(clocks.forward(noisy, t), clocks.forward(clean, t), rtol=0, atol=0.06)
-
-
-def test_a_profile_that_does_not_fall_still_makes_a_clock():
-    flat = clocks.ce_linear(LINEAR, EDGES, torch.full((200,), 2.0))
-    assert flat.tau[0] == 0.0 and flat.tau[-1] == 1.0 and flat.tau.isfinite().all()
-
-
-def isotonic_by_brute_force(values: list[float]) -> np.ndarray:
-    """The best of all ways to cut the sequence into blocks, each at its mean, whose means do not decrease."""
-    best, best_error = None, math.inf
-    for cuts in itertools.product([False, True], repeat=len(values) - 1):
-        blocks = np.split(np.array(values), [i + 1 for i, cut in enumerate(cuts) if cut])
-        fit = np.concatenate([np.full(len(block), block.mean()) for block in blocks])
-        error = ((fit - values) ** 2).sum()
-        if (np.diff(fit) >= 0.0).all() and error < best_error - 1e-15:
-            best, best_error = fit, error
-    return best
-
-
-@settings(derandomize=True, deadline=None, max_examples=60)
-@given(st.lists(st.integers(-5, 5).map(float), min_size=6, max_size=6))
-def test_isotonic_is_the_best_increasing_fit(values):
-    ours = clocks.isotonic(torch.tensor(values, dtype=torch.float64))
-    np.testing.assert_allclose(ours.numpy(), isotonic_by_brute_force(values), atol=1e-12)
-
-
-def test_isotonic_keeps_what_increases_and_pools_what_falls():
-    assert clocks.isotonic(torch.tensor([1.0, 2.0, 5.0])).tolist() == [1.0, 2.0, 5.0]
-    assert clocks.isotonic(torch.tensor([3.0, 2.0, 1.0])).tolist() == [2.0, 2.0, 2.0]
-
-
 def test_a_mixture_is_exact_everywhere():
     t = torch.rand(2000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     apart = [clocks.forward(clock, t) for clock in MIXED]
@@ -228,13 +131,3 @@ def test_stratified_draws_fall_once_into_each_cell(offset):
     assert draws.min() >= 0.0 and draws.max() < 1.0
     assert sorted((draws * 1000).floor().int().tolist()) == list(range(1000))
     torch.testing.assert_close(clocks.stratified(places[:10], 1000, offset), draws[:10])  # a process needs only its own places
-
-
-def test_bin_of():
-    edges = torch.linspace(-4.0, 6.0, 11, dtype=torch.float64)
-    t = time_of(LINEAR, torch.tensor([-4.0, -3.999, 0.5, 5.999, -9.0, 9.0], dtype=torch.float64) + 1e-9)
-    assert clocks.bin_of(LINEAR, edges, t).tolist() == [0, 0, 4, 9, 0, 9]
-    assert clocks.bin_of(LINEAR, edges, torch.tensor([0.0, 1.0])).tolist() == [0, 9]
-    random = torch.rand(500, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    expected = np.clip(np.digitize(log_snr(LINEAR, random).numpy(), edges.numpy()) - 1, 0, 9)
-    assert np.array_equal(clocks.bin_of(LINEAR, edges, random).numpy(), expected)

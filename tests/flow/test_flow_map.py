@@ -15,6 +15,7 @@ from megaflow.flow import head as heads
 from megaflow.flow.head import Head, Read
 from megaflow.flow.interpolant import LINEAR, transport
 from tests.flow import toy as toys
+from tests.flow.measured import argmax
 
 
 @pytest.mark.parametrize("code", [codes.identity(4), codes.frame(5, 3, torch.Generator().manual_seed(1))], ids=["identity", "frame"])
@@ -71,7 +72,7 @@ def test_counts_of_rows(total, diagonal, boundary, expected):
 
 
 @pytest.mark.parametrize(
-    "clock", [clocks.uniform(), clocks.argmax(LINEAR, 27), clocks.uniform_log_snr(LINEAR, -4.0, 9.0)], ids=["uniform", "argmax", "log-SNR"]
+    "clock", [clocks.uniform(), argmax(27), clocks.uniform_log_snr(LINEAR, -4.0, 9.0)], ids=["uniform", "argmax", "log-SNR"]
 )
 def test_times_of_rows(clock):
     generator = torch.Generator().manual_seed(0)
@@ -128,7 +129,7 @@ def drawn(toy: toys.Toy, rows: int, seed: int) -> tuple[Tensor, flow_map.Times]:
     generator = torch.Generator().manual_seed(seed)
     kind = torch.tensor([0, 0, 0, 0, 1, 1, 1, 2]).repeat(rows // 8)
     first, second = torch.rand(2, rows, generator=generator, dtype=torch.float64)
-    times = flow_map.draw_times(clocks.argmax(LINEAR, VOCAB), kind, 0.98 * first, second)
+    times = flow_map.draw_times(argmax(VOCAB), kind, 0.98 * first, second)
     return toys.states(toy, toys.draw(toy, rows, generator), times.s, generator), times
 
 

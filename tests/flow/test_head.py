@@ -271,6 +271,49 @@ def test_denoising_error_is_cross_entropy_and_squared_error(kind):
     torch.testing.assert_close(error, (rows[ids] - torch.softmax(z, -1) @ rows).square().sum(-1))
 
 
+def dense_denoising_loss(head, read, ids, a, b, reweight=None) -> torch.Tensor:
+    """Written out, for autograd."""
+    log_p, rows = torch.log_softmax(dense_logits(head, read), -1), codes.lookup(head.code, torch.arange(VOCAB))
+    error = (log_p.exp() @ rows - rows[ids]).square().sum(-1)
+    w = 1.0 if reweight is None else reweight((log_p.exp() - F.one_hot(ids, VOCAB)).square().sum(-1)).detach()
+    return (w * (a * F.nll_loss(log_p, ids, reduction="none") + b * error)).sum()
+
+
+@pytest.mark.parametrize("reweight", [None, lambda square: (square + 0.01) ** -0.5], ids=["plain", "reweighted"])
+@pytest.mark.parametrize("tokens", [1, 130])
+@pytest.mark.parametrize("kind", ["identity", "frame", "no channel"], indirect=True)
+def test_denoising_loss_in_value_and_gradient(kind, tokens, reweight, monkeypatch):
+    """Of any share of cross-entropy and squared error, over several chunks."""
+    monkeypatch.setattr(channel, "CHUNK_ELEMENTS", {"cpu": 1})
+    monkeypatch.setattr(channel, "CHUNK_TOKENS", 64)
+    head, read = make(kind, tokens)
+    ids, a = ids_and_weights(tokens)
+    leaves = (read.hidden, head.weight, head.bias)
+    for by_entropy, by_error in ((a, 2.0 * a.flip(0)), (torch.zeros_like(a), a), (a, torch.zeros_like(a))):
+        ours, terms = heads.denoising_loss(head, read, ids, by_entropy, by_error, reweight)
+        dense = dense_denoising_loss(head, read, ids, by_entropy, by_error, reweight)
+        torch.testing.assert_close(ours, dense)
+        for grad, expected in zip(torch.autograd.grad(ours, leaves), torch.autograd.grad(dense, leaves), strict=True):
+            torch.testing.assert_close(grad, expected, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(terms, torch.stack(heads.denoising_error(head, read, ids), 1))
+
+
+@pytest.mark.parametrize("kind", CODES, indirect=True)
+def test_a_reweighted_cross_entropy(kind):
+    """Factors of |psi - token|^2, which have no gradient."""
+    head, read = make(kind, 70)
+    ids, weight = ids_and_weights(70)
+    reweight = lambda square: (square + 0.01) ** -0.5  # noqa: E731
+    log_p = torch.log_softmax(dense_logits(head, read), -1)
+    w = weight * reweight((log_p.exp() - F.one_hot(ids, VOCAB)).square().sum(-1)).detach()
+    dense, (ours, nll) = (w * F.nll_loss(log_p, ids, reduction="none")).sum(), heads.cross_entropy(head, read, ids, weight, reweight)
+    torch.testing.assert_close(ours, dense)
+    torch.testing.assert_close(nll, F.nll_loss(log_p, ids, reduction="none").detach())
+    leaves = (read.hidden, head.weight, head.bias)
+    for grad, expected in zip(torch.autograd.grad(ours, leaves), torch.autograd.grad(dense, leaves), strict=True):
+        torch.testing.assert_close(grad, expected, rtol=1e-9, atol=1e-9)
+
+
 def test_negative_log_likelihood(kind):
     head, read = make(kind, 130)
     ids, _ = ids_and_weights(130)

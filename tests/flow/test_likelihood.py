@@ -14,11 +14,12 @@ from megaflow.flow.head import Head, Read
 from megaflow.flow.interpolant import LINEAR, level, time_of
 from megaflow.flow.likelihood import Range
 from tests.flow import toy as toys
+from tests.flow.measured import argmax
 
 SPAN = Range(-9.0, 9.0)
 CLOCKS = {
     "uniform": clocks.uniform(),
-    "argmax": clocks.mixture([clocks.argmax(LINEAR, 27), clocks.uniform_log_snr(LINEAR, -9.0, 9.0)], [0.9, 0.1]),
+    "argmax": clocks.mixture([argmax(27), clocks.uniform_log_snr(LINEAR, -9.0, 9.0)], [0.9, 0.1]),
     "log-SNR": clocks.uniform_log_snr(LINEAR, -12.0, 14.0),
 }
 

@@ -14,6 +14,7 @@ from megaflow.model.bound import bound_of_rows
 from megaflow.model.parts import Parts
 from megaflow.model.text_dit import Shape, TextDiT
 from tests.flow import toy as toys
+from tests.flow.measured import argmax
 
 COUNTS = np.array([50, 30, 12, 7, 5, 3, 1])
 FLOWS = {
@@ -49,7 +50,7 @@ def test_an_untrained_network_has_the_unigram_entropy_for_every_code(kind):
 
 
 @pytest.mark.parametrize("code", [codes.identity(4), codes.frame(5, 3, torch.Generator().manual_seed(1))], ids=["identity", "frame"])
-@pytest.mark.parametrize("clock", [clocks.uniform_log_snr(LINEAR, -6.0, 10.0), clocks.argmax(LINEAR, 5)], ids=["log-SNR", "argmax"])
+@pytest.mark.parametrize("clock", [clocks.uniform_log_snr(LINEAR, -6.0, 10.0), argmax(5)], ids=["log-SNR", "argmax"])
 def test_of_the_exact_denoiser_it_is_the_likelihood(code, clock):
     toy = toys.make(code, length=2, seed=2, spread=1.5)
     ids = toys.draw(toy, 1500, torch.Generator().manual_seed(0))

@@ -11,10 +11,14 @@ from safetensors.torch import save
 from megaflow.config.schema import ClockConfig, FlowConfig
 from megaflow.errors import UserError
 from megaflow.flow import clock as clocks
+from megaflow.flow import laws
 from megaflow.flow.interpolant import LINEAR, log_snr, time_of
+from megaflow.flow.laws import Measured
 from megaflow.flow.likelihood import information_range
+from megaflow.flow.profile import CROSS_ENTROPY, ERROR, SQUARE, Profile
 from megaflow.model import parts as made
-from megaflow.model.parts import Parts, Profile
+from megaflow.model.parts import Parts
+from tests.flow.measured import argmax
 
 COUNTS = np.array([500, 300, 120, 60, 15, 4, 1, 0, 0])
 FLOWS = {"identity": FlowConfig(code="identity", code_dim=9), "frame": FlowConfig(code="frame", code_dim=4)}
@@ -41,10 +45,10 @@ def test_parts_are_a_function_of_counts_and_seed(kind):
 def test_at_the_ends_of_the_range_nothing_and_everything_is_known(kind):
     flow = parts(kind)
     entropy = -(flow.log_prior.exp() * flow.log_prior).sum().item()
-    ends = made.channel_profile(flow.code, flow.log_prior, torch.tensor([flow.span.low, flow.span.high]), 20_000, seed=5)
+    ends = made.channel_measures(flow.code, flow.log_prior, torch.tensor([flow.span.low, flow.span.high]), 20_000, seed=5)[0]
     assert ends[0].item() == pytest.approx(entropy, abs=0.05)
     assert ends[1].item() < 2.0 * made.RESOLVED
-    earlier = made.channel_profile(flow.code, flow.log_prior, torch.tensor([flow.span.high - 3.0]), 20_000, seed=5)
+    earlier = made.channel_measures(flow.code, flow.log_prior, torch.tensor([flow.span.high - 3.0]), 20_000, seed=5)[0]
     assert earlier.item() > made.RESOLVED  # and the range is not longer than it must be
 
 
@@ -53,7 +57,7 @@ def test_at_the_ends_of_the_range_nothing_and_everything_is_known(kind):
 def test_the_range_ends_half_a_nat_above_the_first_level_that_leaves_nothing_to_guess(kind, counts):
     flow = made.make(replace(FLOWS[kind], code_dim=32 if len(counts) > 9 and kind == "frame" else FLOWS[kind].code_dim), counts, 0)
     levels = torch.arange(information_range(flow.code, 0.0).low + 1.0, 40.0, 0.5)
-    left = made.channel_profile(flow.code, flow.log_prior, levels, 2048, seed=0)
+    left = made.channel_measures(flow.code, flow.log_prior, levels, 2048, seed=0)[0]
     assert flow.span.high == levels[left < made.RESOLVED][0].item() + 0.5
 
 
@@ -72,7 +76,7 @@ def test_a_code_that_cannot_tell_its_tokens_apart_is_refused():
 
 
 @each
-def test_the_channel_profile_is_the_mean_surprise_of_tokens_behind_the_channel(kind):
+def test_what_the_channel_alone_scores(kind):
     """In the middle of the range, against the posterior written out, with other draws."""
     flow, level, n = parts(kind), 1.5 if kind == "identity" else 3.0, 20_000
     code, t = flow.code.double(), time_of(LINEAR, torch.tensor(level, dtype=torch.float64)).item()
@@ -81,10 +85,13 @@ def test_the_channel_profile_is_the_mean_surprise_of_tokens_behind_the_channel(k
     matrix = torch.eye(9).double() if code.matrix is None else code.matrix
     y = t * matrix[ids] + (1 - t) * torch.randn(n, code.dim, generator=generator, dtype=torch.float64)
     log_likelihood = -(y[:, None] - t * matrix).square().sum(-1) / (2 * (1 - t) ** 2)
-    nll = -torch.log_softmax(flow.log_prior + log_likelihood, -1).gather(1, ids[:, None])[:, 0]
-    ours = made.channel_profile(flow.code, flow.log_prior, torch.tensor([level]), n, seed=0).item()
-    assert abs(ours - nll.mean().item()) < 4.0 * math.sqrt(2.0 / n) * nll.std().item()
-    assert 0.1 < ours < 1.1
+    log_p = torch.log_softmax(flow.log_prior + log_likelihood, -1)
+    nll, error = -log_p.gather(1, ids[:, None])[:, 0], (log_p.exp() @ matrix - matrix[ids]).square().sum(-1)
+    named = (log_likelihood.argmax(-1) == ids).double()
+    ours = made.channel_measures(flow.code, flow.log_prior, torch.tensor([level]), n, seed=0)[:, 0]
+    for value, exact in zip(ours, (nll, error, named), strict=True):
+        assert abs(value - exact.mean()) < 4.0 * math.sqrt(2.0 / n) * exact.std()
+    assert 0.1 < ours[0] < 1.1 and 0.3 < ours[2] < 0.95
 
 
 @each
@@ -124,25 +131,14 @@ def test_the_first_profile_is_the_channels(kind):
     profile = made.initial_profile(flow, config, seed=0)
     assert len(profile.edges) == 41 and profile.edges[0].item() == pytest.approx(flow.span.low)
     assert profile.edges[-1].item() == pytest.approx(flow.span.high)
-    centres = (profile.edges[1:] + profile.edges[:-1]) / 2.0
-    fresh = made.channel_profile(flow.code, flow.log_prior, centres, 20_000, seed=9)
-    torch.testing.assert_close(profile.cross_entropy, fresh, rtol=0, atol=0.15)
+    nll, error, named = made.channel_measures(flow.code, flow.log_prior, profile.centres, 20_000, seed=9)
+    torch.testing.assert_close(profile.mean(CROSS_ENTROPY), nll, rtol=0, atol=0.15)
+    torch.testing.assert_close(profile.mean(ERROR), error, rtol=0, atol=0.15 * error.max().item())
+    torch.testing.assert_close(profile.mean(SQUARE), profile.mean(ERROR) ** 2)
+    torch.testing.assert_close(profile.named, named, rtol=0, atol=0.1)
 
 
-def test_a_profile_is_a_running_average_of_sums():
-    profile = Profile(torch.linspace(0, 2, 3).double(), torch.tensor([4.0, 2.0]).double(), torch.ones(2).double())
-    total, weight = torch.tensor([0.9, 0.0]).double(), torch.tensor([0.3, 0.0]).double()  # only the first bin was seen, at 3 nats
-    profile.observe(total, weight, memory=0.9)
-    assert profile.total.tolist() == pytest.approx([0.9 * 4.0 + 0.1 * 2 * 0.9, 0.9 * 2.0])
-    assert profile.weight.tolist() == pytest.approx([0.9 + 0.1 * 2 * 0.3, 0.9])
-    assert profile.cross_entropy[1].item() == pytest.approx(2.0)  # a bin that was not seen keeps its value
-    for _ in range(300):
-        profile.observe(torch.tensor([1.5, 0.5]).double(), torch.tensor([0.5, 0.5]).double(), memory=0.9)
-    assert profile.cross_entropy.tolist() == pytest.approx([3.0, 1.0])
-    assert profile.weight.tolist() == pytest.approx([1.0, 1.0])
-
-
-@pytest.mark.parametrize("name", ["uniform", "argmax", "ce_linear"])
+@pytest.mark.parametrize("name", ["uniform", "argmax", "ce_linear", "mixture:argmax=0.5,uniform=0.5"])
 def test_the_clock_that_a_config_names(name):
     flow, config = parts("frame"), ClockConfig(name=name, uniform_share=0.2, bins=50)
     profile = made.initial_profile(flow, config, seed=0)
@@ -150,26 +146,20 @@ def test_the_clock_that_a_config_names(name):
     flat = clocks.uniform_log_snr(LINEAR, flow.span.low, flow.span.high)
     expected = {
         "uniform": t,
-        "argmax": 0.8 * clocks.forward(clocks.argmax(LINEAR, 9), t) + 0.2 * clocks.forward(flat, t),
-        "ce_linear": 0.8 * clocks.forward(clocks.ce_linear(LINEAR, profile.edges, profile.cross_entropy), t)
-        + 0.2 * clocks.forward(flat, t),
+        "mixture:argmax=0.5,uniform=0.5": 0.5 * clocks.forward(argmax(9), t) + 0.5 * t,
+        "argmax": 0.8 * clocks.forward(argmax(9), t) + 0.2 * clocks.forward(flat, t),
+        "ce_linear": 0.8 * clocks.forward(laws.ce_linear(Measured(LINEAR, 9, profile)), t) + 0.2 * clocks.forward(flat, t),
     }[name]
     torch.testing.assert_close(clocks.forward(clock, t), expected, rtol=0, atol=2e-3)
 
 
 def test_the_clock_follows_the_profile():
     """A model that learns earlier is trained at earlier times."""
-    flow, config = parts("frame"), ClockConfig(bins=50)
+    flow, config = parts("frame"), ClockConfig("ce_linear", bins=50)
     profile = made.initial_profile(flow, config, seed=0)
     half = torch.tensor([0.5], dtype=torch.float64)
     before = log_snr(LINEAR, clocks.inverse(made.fit_clock(config, flow, profile), half)).item()
-    centres = (profile.edges[1:] + profile.edges[:-1]) / 2.0
-    earlier = Profile(profile.edges, 1.5 * torch.sigmoid(flow.span.low + 3.0 - centres), profile.weight)
+    scores = 1.5 * torch.sigmoid(flow.span.low + 3.0 - profile.centres)
+    earlier = Profile(profile.edges, scores.expand(3, -1), profile.weight)
     after = log_snr(LINEAR, clocks.inverse(made.fit_clock(config, flow, earlier), half)).item()
     assert after < before - 1.0
-
-
-def test_a_profile_without_memory_keeps_what_it_does_not_see():
-    profile = Profile(torch.linspace(0, 1, 4).double(), torch.tensor([3.0, 2.0, 1.0]).double(), torch.ones(3).double())
-    profile.observe(torch.tensor([0.0, 0.5, 0.0]).double(), torch.tensor([0.0, 0.5, 0.0]).double(), memory=0.0)
-    assert profile.cross_entropy.tolist() == [3.0, 1.0, 1.0]

@@ -274,7 +274,7 @@ def large_batch() -> Batch:
 
 def test_no_tensor_of_tokens_times_vocabulary_exists_in_stage_1():
     network, batch, config = large(None, ("belief", "linear")), large_batch(), Config()
-    config.flow.clock.bins = 20
+    config.flow.clock.name, config.flow.clock.bins = "ce_linear", 20
     parts = Parts(network.code, network.log_prior, network.span)
     stage = FlowStage(config, network, parts, made.initial_profile(parts, config.flow.clock, 0))
 

@@ -101,7 +101,7 @@ class TestARun:
     def test_the_clock_was_refitted_and_is_in_the_checkpoint(self, trained):
         directory = trained("coded")
         before, after = (checkpoints.open_checkpoint(checkpoints.folder(directory, step)).tensors("stage") for step in (30, 40))
-        assert set(after) == {"profile_total", "profile_weight", "profile_edges", "clock_times", "clock_tau"}
+        assert set(after) == {"profile_total", "profile_weight", "profile_edges", "profile_named", "clock_times", "clock_tau"}
         assert not torch.equal(before["profile_total"], after["profile_total"])
 
     def test_the_console_tells_what_the_metrics_do(self, cli, config, tmp_path):
@@ -138,8 +138,6 @@ class TestOverrides:
             "flow.code_dim=8",
             "flow.skip=off",
             "flow.skip=on",
-            "flow.clock.name=uniform",
-            "flow.clock.name=argmax",
             "flow.clock.uniform_share=1",
             "flow.clock.refit_every=1",
             "flow.clock.bins=20",

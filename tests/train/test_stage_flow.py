@@ -1,0 +1,193 @@
+"""Stage 1's loss: the objective's average over the rows, with its weights, against the dense formulas; what the clock learns from it."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from megaflow.config.check import resolve
+from megaflow.config.load import assemble
+from megaflow.config.schema import Config
+from megaflow.flow import choice, interpolant
+from megaflow.flow import head as heads
+from megaflow.flow.code import lookup
+from megaflow.flow.interpolant import log_snr, noisy_state
+from megaflow.flow.profile import CROSS_ENTROPY, ERROR, SQUARE, bin_of
+from megaflow.flow.weighting import WEIGHTINGS, Known
+from megaflow.model import build
+from megaflow.model import parts as made
+from megaflow.train.stage import Batch, cells, noise
+from megaflow.train.stage_flow import FlowStage
+
+COUNTS = np.array([500, 300, 120, 60, 15, 4, 1, 1, 1, 30, 20])
+ROWS, LENGTH = 8, 6
+
+
+def stage(*overrides: tuple[str, object]) -> FlowStage:
+    """A stage whose network is drawn and a little stirred, in fp64."""
+    small = [("model.layers", 1), ("model.hidden", 16), ("model.heads", 2), ("model.belief_dim", 8), ("data.length", LENGTH)]
+    config: Config = resolve(
+        assemble([("test", dict([*small, ("flow.clock.bins", 20), ("train.global_batch", ROWS), *overrides]))]), 11
+    ).config
+    fixed = made.make(config.flow, COUNTS, 0)
+    double = replace(fixed, code=fixed.code.double(), log_prior=fixed.log_prior.double())
+    network = build.flow_network(config, double, torch.device("cpu"))
+    build.draw(network, 0)
+    with torch.no_grad():
+        for index, p in enumerate(network.parameters()):
+            p += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(index))
+    return FlowStage(config, network.double(), double, made.initial_profile(fixed, config.flow.clock, 0))
+
+
+def batch(padded: bool = False) -> Batch:
+    ids = torch.randint(11, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
+    lengths = torch.tensor([6, 3, 6, 1, 6, 6, 2, 6]) if padded else None
+    counted = torch.ones_like(ids) if lengths is None else (torch.arange(LENGTH) < lengths[:, None])
+    return Batch(ids, lengths, torch.arange(ROWS), 3, ROWS, (counted / counted.sum()).flatten().double())
+
+
+def dense(stage: FlowStage, rows: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(times, -log psi[token], |C_x - psi C|^2, |psi - e_x|^2), with gradient, by the whole (B, L, V) tensor."""
+    t = stage.objective.times(stage.setting, cells(0, rows, "time"))
+    y = noisy_state(stage.parts.path, lookup(stage.parts.code, rows.ids), noise(0, rows, stage.parts.code, torch.device("cpu")), t)
+    head = stage.network.head()
+    log_p = torch.log_softmax(heads.logits(head, stage.network.read(stage.network(y, t, lengths=rows.lengths), y, t)), -1)
+    clean = lookup(stage.parts.code, torch.arange(11))
+    error = (log_p.exp() @ clean - clean[rows.ids.flatten()]).square().sum(-1)
+    square = (log_p.exp() - F.one_hot(rows.ids.flatten(), 11)).square().sum(-1)
+    nll = F.nll_loss(log_p, rows.ids.flatten(), reduction="none")
+    return t, *(x.view(ROWS, LENGTH) for x in (nll, error, square))
+
+
+OBJECTIVES = ["cross_entropy", "endpoint_mse", "velocity_mse", "likelihood"]
+
+
+@pytest.mark.parametrize("code", ["identity", "frame"])
+@pytest.mark.parametrize("path", ["linear", "trigonometric"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_the_loss_is_the_objective_s_average_over_counted_tokens(objective, path, code):
+    ours, rows = (
+        stage(("flow.objective", objective), ("flow.interpolant", path), ("flow.code", code), ("flow.skip", "on")),
+        batch(padded=True),
+    )
+    t, nll, error, _ = dense(ours, rows)
+    worth = ours.objective.weights(ours.setting, t)
+    per_token = worth[:, :1] * nll + (worth[:, 1:] * error if worth.shape[1] == 2 else 0.0)
+    expected = (rows.weight.view(ROWS, LENGTH) * per_token).sum()
+    loss, observed = ours.loss(rows)
+    torch.testing.assert_close(loss, expected)
+    weights = [p for p in ours.network.parameters() if p.requires_grad]
+    for grad, exact in zip(torch.autograd.grad(loss, weights), torch.autograd.grad(expected, weights), strict=True):
+        torch.testing.assert_close(grad, exact, rtol=1e-7, atol=1e-10)
+    torch.testing.assert_close(observed[0].sum(), (rows.weight.view(ROWS, LENGTH) * nll).sum().detach())
+    assert observed[3].sum().item() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("objective", ["cross_entropy", "endpoint_mse"])
+@pytest.mark.parametrize("name", ["min_snr:gamma=2", "sigmoid:bias=-1", "truncated", "adaptive", "balanced"])
+def test_weights_multiply_the_objective_s(name, objective):
+    ours, rows = stage(("flow.weighting", name), ("flow.objective", objective)), batch()
+    t, nll, error, square = dense(ours, rows)
+    scores = ours.profile.mean(CROSS_ENTROPY if objective == "cross_entropy" else ERROR)
+    level = log_snr(ours.parts.path, t)
+    weighting = choice.call(WEIGHTINGS, name, Known(level, scores[bin_of(ours.profile.edges, level)], scores.mean().item()))
+    factor = weighting.time[:, None] if weighting.time is not None else weighting.distance(square)
+    expected = (rows.weight.view(ROWS, LENGTH) * factor * (nll if objective == "cross_entropy" else error)).sum()
+    loss, _ = ours.loss(rows)
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-8)
+    plain, _ = stage(("flow.objective", objective)).loss(rows)
+    assert abs(plain.item() - loss.item()) > 1e-4
+    weights = [p for p in ours.network.parameters() if p.requires_grad]
+    for grad, exact in zip(torch.autograd.grad(loss, weights), torch.autograd.grad(expected, weights), strict=True):
+        torch.testing.assert_close(grad, exact, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("objective", ["cross_entropy", "endpoint_mse"])
+def test_learned_weights(objective):
+    """sum of exp(-w) loss + w, and its gradients: the network's through the loss, the uncertainty's through both, neither the other's."""
+    ours, rows = stage(("flow.weighting", "learned"), ("flow.objective", objective)), batch()
+    t, nll, error, _ = dense(ours, rows)
+    w = ours.network.uncertainty_at(t)[:, None]
+    assert w.abs().max() > 0.01
+    plain = nll if objective == "cross_entropy" else error
+    expected = (rows.weight.view(ROWS, LENGTH) * (torch.exp(-w) * plain + w)).sum()
+    loss, _ = ours.loss(rows)
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-8)
+    weights = [p for p in ours.network.parameters() if p.requires_grad]
+    for grad, exact in zip(torch.autograd.grad(loss, weights), torch.autograd.grad(expected, weights), strict=True):
+        torch.testing.assert_close(grad, exact, rtol=1e-5, atol=1e-7)
+
+
+def test_learned_weights_come_to_one_over_the_mean_loss():
+    """With the network held still, w at each time goes to the logarithm of what is lost there."""
+    ours = stage(("flow.weighting", "learned"), ("flow.clock.name", "logit_normal:mean=-1"), ("flow.clock.uniform_share", 0.0))
+    module = ours.network.uncertainty
+    search = torch.optim.LBFGS(module.parameters(), lr=1.0, max_iter=200, line_search_fn="strong_wolfe")
+
+    def again() -> Tensor:
+        search.zero_grad()
+        loss, _ = ours.loss(batch())
+        loss.backward()
+        return loss
+
+    search.step(again)
+    t, nll, _, _ = dense(ours, batch())
+    torch.testing.assert_close(ours.network.uncertainty_at(t), nll.mean(1).log(), rtol=0, atol=0.05)
+
+
+@pytest.mark.parametrize("overrides", [(), (("flow.clock.name", "variance"),), (("flow.objective", "likelihood"),)])
+def test_what_is_observed_of_every_bin(overrides):
+    """Sums over the rows in a bin, of squared errors too where something asks for them; and the square of each row's own."""
+    ours, rows, measured = stage(*overrides), batch(padded=True), bool(overrides)
+    t, nll, error, _ = dense(ours, rows)
+    _, observed = ours.loss(rows)
+    here, weight = bin_of(ours.profile.edges, log_snr(ours.parts.path, t)), rows.weight.view(ROWS, LENGTH)
+    expected = torch.zeros(4, 20, dtype=torch.float64)
+    for row in range(ROWS):
+        tokens = weight[row].sum()
+        by_row = (weight[row] * error[row]).sum() / tokens
+        terms = [(weight[row] * nll[row]).sum(), tokens * by_row * measured, tokens * by_row**2 * measured, tokens]
+        expected[:, here[row]] += torch.stack(terms).detach()
+    torch.testing.assert_close(observed, expected)
+    before = ours.profile.mean(SQUARE)
+    metrics = ours.learn(observed, step=24)
+    assert (ours.profile.mean(SQUARE) != before).any()
+    if overrides:
+        assert ours.profile.mean(ERROR).min() > 0.0
+    assert set(metrics) == ({"cross_entropy"} if ("flow.objective", "likelihood") in overrides else set())
+
+
+def test_the_clock_of_the_likelihood_is_the_one_of_least_variance():
+    assert stage(("flow.objective", "likelihood")).config.flow.clock.name == "variance"
+    assert stage().config.flow.clock.name == "ce_linear"
+
+
+def test_one_draw_of_the_bound_is_the_objective(monkeypatch):
+    """Averaged over many batches of noise and times the objective is the bound that evaluation takes, less its constant first term."""
+    from megaflow.model.bound import bound_of_rows
+
+    ours = stage(("flow.objective", "likelihood"), ("flow.code", "identity"))
+    rows = batch()
+    with torch.no_grad():
+        found = torch.stack([ours.loss(rows._replace(step=step))[0] for step in range(1500)])
+    bound = bound_of_rows(ours.network, ours.parts, ours.clock, rows.ids, None, draws=200, seed=1)
+    first = 0.5 * math.exp(ours.parts.span.low)
+    assert abs(found.mean().item() + first - bound.mean) < 4.0 * (found.std().item() / math.sqrt(1500) + bound.standard_error)
+    assert found.std().item() / math.sqrt(1500) < 0.02 * bound.mean
+
+
+def test_a_profile_of_an_earlier_version_is_taken_on():
+    """Which had kept the cross-entropy alone."""
+    ours = stage()
+    state = ours.state()
+    again = stage()
+    again.restore({**{name: value for name, value in state.items() if name != "profile_named"}, "profile_total": state["profile_total"][0]})
+    assert torch.equal(again.profile.mean(CROSS_ENTROPY), ours.profile.mean(CROSS_ENTROPY)) and again.profile.total.shape == (3, 20)
+
+
+def test_paths_by_name_reach_the_parts():
+    assert stage(("flow.interpolant", "power:exponent=3")).parts.path == interpolant.make("power:exponent=3")

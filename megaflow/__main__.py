@@ -65,6 +65,9 @@ def parser() -> argparse.ArgumentParser:
     sample.add_argument(
         "--last", type=float, default=None, help="share of the clock for the last step (default: 0.5 of flow_map, else as any other)"
     )
+    sample.add_argument(
+        "--clock", metavar="LAW", default="auto", help="law that the steps are even on, as of flow.clock.name (default: that of training)"
+    )
     sample.add_argument("--gamma", type=float, default=None, help="share of fresh noise of --method stochastic, 0 to 1 (default 0.75)")
     sample.add_argument("--temperature", type=float, default=1.0, help="of the posteriors, above 0 (default 1)")
     sample.add_argument("--seed", type=int, default=0, help="of noise and draws (default 0)")
@@ -199,7 +202,7 @@ def run(arguments: argparse.Namespace, began: float) -> int:
         from megaflow.evaluate.generate import sample
 
         way = arguments.method, arguments.temperature, arguments.gamma
-        found = sample(arguments.run, arguments.count, arguments.steps, *way, arguments.seed, arguments.last)
+        found = sample(arguments.run, arguments.count, arguments.steps, *way, arguments.seed, arguments.last, arguments.clock)
         print(as_json(found) if arguments.json else "\n\n".join(found["texts"]))
         return 0
     if arguments.command == "evaluate":

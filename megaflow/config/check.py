@@ -7,6 +7,7 @@ from typing import Any
 
 from megaflow.config.load import ConfigError, Loaded, assemble, flatten
 from megaflow.config.schema import TOKENIZERS, Config
+from megaflow.flow import interpolant
 
 IDENTITY_UP_TO = 256
 """Largest vocabulary whose one-hot state is carried as it is; above, a frame costs less and loses nothing."""
@@ -28,13 +29,14 @@ def resolve(loaded: Loaded, vocab: int) -> Loaded:
             origin[dotted] = "auto"
 
     flow, model, train, optim = config.flow, config.model, config.train, config.optim
+    simplex = not flow.prior.startswith("gaussian")
     dense = flow.code_dim == vocab or flow.code_dim == "auto" and (vocab <= IDENTITY_UP_TO or flow.skip == "off")
     settle(flow, "code", "flow.code", "identity" if dense else "frame")
     settle(flow, "code_dim", "flow.code_dim", vocab if flow.code == "identity" else min(64, max(2, vocab // 2)))
     settle(flow.clock, "name", "flow.clock.name", "variance" if flow.objective == "likelihood" else "ce_linear")
     settle(model, "heads", "model.heads", heads(model.hidden))
-    settle(model, "input", "model.input", "belief")
-    settle(flow, "skip", "flow.skip", "off" if model.input == "linear" and flow.code == "identity" else "on")
+    settle(model, "input", "model.input", "linear" if simplex else "belief")
+    settle(flow, "skip", "flow.skip", "off" if simplex or model.input == "linear" and flow.code == "identity" else "on")
     if config.distill.teacher:
         settle(config.distill, "state_input", "distill.state_input", "linear" if model.input == "linear" else "hot_belief")
     settle(optim, "name", "optim.name", "muon")
@@ -158,6 +160,20 @@ def contradictions(loaded: Loaded, vocab: int | None = None) -> None:
                 "flow.code",
                 "flow.code_dim",
             )
+        if not flow.prior.startswith("gaussian"):
+            what = f"flow.prior={flow.prior}"
+            if flow.skip == "on" or model.input in ("belief", "both"):
+                name, value = ("flow.skip", "off") if flow.skip == "on" else ("model.input", "linear")
+                given = flow.skip if name == "flow.skip" else model.input
+                refuse(f"{name}={given} reads a Gaussian channel, and {what} has none; use {value}, or auto", name, "flow.prior")
+            if flow.objective == "likelihood":
+                refuse(f"flow.objective=likelihood is the bound of Gaussian noise, and {what} has none", "flow.objective", "flow.prior")
+            if not interpolant.make(flow.interpolant).convex:
+                refuse(
+                    f"{what} is on the simplex, which flow.interpolant={flow.interpolant} leaves; use linear or power",
+                    "flow.interpolant",
+                    "flow.prior",
+                )
         if flow.objective == "likelihood" and flow.weighting != "none":
             refuse(
                 f"flow.weighting={flow.weighting} contradicts flow.objective=likelihood: the bound has weights of its own, and with others "
@@ -165,7 +181,7 @@ def contradictions(loaded: Loaded, vocab: int | None = None) -> None:
                 "flow.weighting",
                 "flow.objective",
             )
-        if flow.skip == "off" and flow.code == "frame":
+        if flow.skip == "off" and flow.code == "frame" and flow.prior.startswith("gaussian"):
             refuse(
                 "flow.skip=off contradicts flow.code=frame: without the channel term a coded flow never resolves its tokens "
                 "and has no bound",
@@ -190,6 +206,10 @@ def doubts(loaded: Loaded) -> list[str]:
     if int(config.optim.warmup_steps) > config.train.steps:
         reached = f"optim.warmup_steps={config.optim.warmup_steps} of train.steps={config.train.steps}"
         found.append(f"{reached}: the run ends before it comes to optim.learning_rate")
+    if config.model.family == "flow" and not config.flow.prior.startswith("gaussian"):
+        found.append(
+            f"flow.prior={config.flow.prior} has no likelihood: validation says the cross-entropy at log-SNRs that are evenly spread"
+        )
     if config.model.family == "autoregressive":
         idle = [name for name, origin in loaded.origin.items() if name.startswith(("flow.", "model.input")) and origin == "command line"]
         found += [f"{name} changes nothing of an autoregressive baseline" for name in idle]

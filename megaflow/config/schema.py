@@ -102,7 +102,7 @@ class FlowConfig:
     )
     code_dim: Any = key("auto", "dimensions of the state", low=2, auto=True)
     interpolant: str = key("linear", "path from noise to data", table="megaflow.flow.interpolant:PATHS")
-    prior: str = key("gaussian", "law of the noise", choices=("gaussian",))
+    prior: str = key("gaussian", "law of the noise", table="megaflow.flow.prior:PRIORS")
     objective: str = key("cross_entropy", "loss of stage 1", table="megaflow.flow.objective:OBJECTIVES")
     weighting: str = key("none", "weight of a token's loss besides its objective's", table="megaflow.flow.weighting:WEIGHTINGS")
     skip: str = key("auto", "the exact channel term in the logits", choices=("auto", "on", "off"))

@@ -34,8 +34,9 @@ from megaflow.evaluate.generate import (
     text_of,
 )
 from megaflow.evaluate.judge import Judge
+from megaflow.flow import profile as profiles
 from megaflow.flow.interpolant import time_of
-from megaflow.flow.likelihood import Estimate, RangeTooShort
+from megaflow.flow.likelihood import Estimate, NoBound
 from megaflow.model.autoregressive import Autoregressive
 from megaflow.model.bound import bound_of_rows
 from megaflow.parallel import random
@@ -224,7 +225,7 @@ def likelihood(run: Run, held_out: RealText, draws: int, seed: int) -> dict[str,
         progress = Progress(f"bound {run.directory.name}", len(ids), "rows")
         try:
             bound: Estimate = bound_of_rows(*run.flow, ids, lengths, draws, seed, progress=progress, log_length=law, documents=documents)
-        except RangeTooShort as error:
+        except NoBound as error:
             return {"kind": "none", "reason": str(error)}
         entropy = bound.unigram
         found = {
@@ -345,11 +346,10 @@ def profile(run: Run) -> dict[str, Any] | None:
     """Cross-entropy against time as measured in training, and the clock that was fitted to it."""
     (_, fixed, clock), stage = run.flow, run.kept
     found: dict[str, Any] = {"clock": run.config.flow.clock.name, "clock_t": clock.times.tolist(), "clock_cdf": clock.tau.tolist()}
-    if "profile_edges" in stage:
-        edges = stage["profile_edges"]
-        found["t"] = time_of(fixed.path, (edges[1:] + edges[:-1]) / 2.0).tolist()
-        total = stage["profile_total"]
-        found["cross_entropy"] = ((total if total.ndim == 1 else total[0]) / stage["profile_weight"]).tolist()
+    scores = profiles.kept(stage)
+    if scores is not None:
+        found["t"] = time_of(fixed.path, scores.centres).tolist()
+        found["cross_entropy"] = scores.mean(profiles.CROSS_ENTROPY).tolist()
     return found
 
 

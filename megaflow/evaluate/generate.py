@@ -15,14 +15,15 @@ from megaflow.data.shards import length_counts, read_description
 from megaflow.data.tokenizer import decode, end_id, load_tokenizer
 from megaflow.errors import UserError
 from megaflow.export import folder
-from megaflow.flow import balance, sampler
+from megaflow.flow import balance, choice, laws, sampler
 from megaflow.flow import clock as clocks
 from megaflow.flow import head as heads
+from megaflow.flow import profile as profiles
 from megaflow.flow.clock import Clock
 from megaflow.flow.code import lookup
 from megaflow.flow.sampler import Callback, Posterior
 from megaflow.model.autoregressive import Autoregressive
-from megaflow.model.parts import Parts
+from megaflow.model.parts import Parts, draw_noise
 from megaflow.model.text_dit import TextDiT
 from megaflow.model.trunk import Cache
 from megaflow.parallel import random
@@ -94,21 +95,41 @@ def sample(
     gamma: float | None = None,
     seed: int = 0,
     last: float | None = None,
+    clock: str = "auto",
 ) -> dict[str, Any]:
-    """`megaflow sample RUN`: texts, their tokens and how they were made. Raises UserError."""
+    """`megaflow sample RUN`: texts, their tokens and how they were made. `clock` is the law of flow/laws.py that the grid is even on, auto:
+    that of training. Raises UserError."""
     if count < 1:
         raise UserError(f"--count: {count} is not a positive number of texts")
     check_temperature(temperature)
     run = load_run(directory)
     method, steps, gamma, last = chosen(run, method, steps, gamma, last)
+    if clock != "auto":
+        run.clock = grid_clock(run, clock)
     if steps == 1 and method != "ancestral" and temperature != 1.0:
         raise UserError(f"--temperature: one step of {method} is an argmax, which no temperature changes; give --steps 2 or more")
     passes = (steps or run.manifest["length"]) * -(-count // BATCH)
     progress, done = Progress(f"sample {run.directory.name}", passes, "passes"), iter(range(1, passes + 1))
     rows = generate(run, count, steps, method, temperature, gamma, seed, last, tick=lambda: progress.update(next(done)))
-    settings = {"method": method, "steps": steps, "last": last, "temperature": temperature, "gamma": gamma, "seed": seed}
+    settings = {"method": method, "steps": steps, "last": last, "clock": None if run.parts is None else clock}
+    settings |= {"temperature": temperature, "gamma": gamma, "seed": seed}
     made = {"run": str(directory), "step": run.step, **settings}
     return {**made, "texts": [text_of(run, row) for row in rows], "tokens": rows}
+
+
+def grid_clock(run: Run, name: str) -> Clock:
+    """The clock of a law by name, fitted to what the run has measured. Raises UserError."""
+    if run.parts is None:
+        raise UserError(f"--clock: {run.directory} is autoregressive and has no clock")
+    profile = profiles.kept(run.kept)
+    try:
+        return choice.call(laws.LAWS, name, laws.Measured(run.parts.path, run.parts.code.vocab, profile))
+    except choice.ChoiceError as error:
+        raise UserError(f"--clock must be {error}") from None
+    except laws.NotMeasured as error:
+        raise UserError(
+            f"--clock {name} is fitted to {error}; use uniform, argmax or logit_normal, or the clock of training, auto"
+        ) from None
 
 
 def check_temperature(temperature: float) -> None:
@@ -130,6 +151,10 @@ def chosen(
         method = "stochastic" if gamma is not None else ("flow_map" if run.is_map else "ode")
     if method == "flow_map" and not run.is_map:
         raise UserError(f"{run.directory} is a flow, not a flow map: use --method ode, stochastic or ancestral, or distill it first")
+    if method in ("stochastic", "ancestral") and run.parts.prior.law != "gaussian":
+        raise UserError(
+            f"--method {method} adds Gaussian noise, and {run.directory} has flow.prior={run.parts.prior.name}; use ode or flow_map"
+        )
     if gamma is not None and method != "stochastic":
         raise UserError(f"--gamma belongs to --method stochastic, not {method}")
     if method == "stochastic":
@@ -213,7 +238,7 @@ def write_by_flow(
 
     denoise = denoiser(run, places, counted, temperature, seed, draws=method == "ancestral", offset=offset, tick=tick)
     path = parts.path
-    y = path.scale * random.normal(places, shape, seed, "initial noise").to(device)
+    y = path.scale * draw_noise(parts, places, shape[0], seed, "initial noise")
     times = clocks.grid(clock, steps, last).tolist()
     if method == "ode":
         return sampler.ode(denoise, path, y, times, see)
@@ -268,7 +293,7 @@ def one_step_offsets(run: Run) -> Tensor:
         places = list(range(start, min(start + BATCH, total)))
         lengths = row_lengths(run, places, 0)
         counted = None if lengths is None else torch.tensor(lengths, device=law.device)
-        y = parts.path.scale * random.normal(places, (width, parts.code.dim), 0, "balance noise").to(law.device)
+        y = parts.path.scale * draw_noise(parts, places, width, 0, "balance noise")
         zero = torch.zeros(len(y), dtype=torch.float64, device=law.device)
         read = network.read(network(y, zero, zero + 1.0, counted), y, zero)
         logits, ids = heads.likeliest(network.head(), read)

@@ -46,7 +46,8 @@ def split(table: Table, value: str) -> tuple[str, dict[str, float]]:
         except ValueError:
             given[key] = math.nan
         size = known is None or known[key] > 0.0
-        if not equals or not math.isfinite(given[key]) or size and given[key] <= 0.0:
+        endless = known is not None and math.isinf(known[key])
+        if not equals or math.isnan(given[key]) or math.isinf(given[key]) and not endless or size and given[key] <= 0.0:
             raise ChoiceError(f"{name}:{key}=NUMBER{' above 0' if size else ''}, not {item!r}")
     if known is None and not given:
         raise ChoiceError(f"{name}:NAME=SHARE,… with shares of {', '.join(names)}, not {value!r}")

@@ -29,13 +29,25 @@ FLOOR = 1e-3
 """What of its mean a learned density has at least."""
 
 
+class NotMeasured(ValueError):
+    """A law that is fitted to what has not been measured; the sentence says what."""
+
+
 @dataclass(frozen=True)
 class Measured:
-    """What a law may be made of: the path, how many tokens there are, and the profile, whose edges are the range of log-SNR."""
+    """What a law may be made of: the path, how many tokens there are, and the profile, whose edges are the range of log-SNR, where there is
+    one."""
 
     path: Interpolant
     vocab: int
-    profile: Profile
+    scores: Profile | None
+
+    @property
+    def profile(self) -> Profile:
+        """Raises NotMeasured."""
+        if self.scores is None:
+            raise NotMeasured("a model's scores by log-SNR, which this run has not measured")
+        return self.scores
 
 
 def uniform(measured: Measured) -> Clock:
@@ -62,6 +74,8 @@ def argmax_code(measured: Measured) -> Clock:
     later than to who sees all V. The share that is named right was measured, and is fitted by one that rises.
     """
     profile, vocab = measured.profile, measured.vocab
+    if not profile.named.any():
+        raise NotMeasured("how often the channel names the token, which this run has not measured")
     tau = isotonic((profile.named - 1.0 / vocab) * vocab / (vocab - 1)).clamp(0.0, 1.0)
     return closed(time_of(measured.path, profile.centres), tau)
 
@@ -130,6 +144,8 @@ def variance(measured: Measured) -> Clock:
     (importance sampling), and measured.
     """
     profile = measured.profile
+    if not profile.mean(SQUARE).any():
+        raise NotMeasured("squared errors, which this run's objective does not measure")
     size = profile.mean(SQUARE).clamp(min=0.0).sqrt() * (0.5 * profile.centres.exp())
     size = size + FLOOR * size.mean().clamp(min=1e-300)
     return _over(measured.path, profile.edges, torch.cat([size.new_zeros(1), size.cumsum(0)]))

@@ -25,7 +25,11 @@ LARGEST_LAST_CE = 0.05
 """A bound whose last cross-entropy is larger has left its range before the tokens were resolved, and is refused."""
 
 
-class RangeTooShort(ValueError):
+class NoBound(ValueError):
+    """A flow that has no bound; the sentence says why."""
+
+
+class RangeTooShort(NoBound):
     """The cross-entropy at the end of the bound's range is above LARGEST_LAST_CE nats."""
 
 

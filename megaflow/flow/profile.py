@@ -45,6 +45,21 @@ class Profile:
         self.total, self.weight = torch.where(faded, self.total, new_total), torch.where(faded, self.weight, new_weight)
 
 
+def state(profile: Profile) -> dict[str, Tensor]:
+    """What is kept of it, by name."""
+    return {f"profile_{name}": getattr(profile, name) for name in ("total", "weight", "edges", "named")}
+
+
+def kept(state: dict[str, Tensor]) -> Profile | None:
+    """What was kept, None where nothing was."""
+    if "profile_edges" not in state:
+        return None
+    total, edges, weight = (state[f"profile_{name}"] for name in ("total", "edges", "weight"))
+    if total.ndim == 1:  # as earlier versions kept it: the cross-entropy alone
+        total = torch.stack([total, torch.zeros_like(total), torch.zeros_like(total)])
+    return Profile(edges, total, weight, state.get("profile_named", torch.zeros_like(weight)))
+
+
 def bin_of(edges: Tensor, log_snr: Tensor) -> Tensor:
     """Index of the bin that a log-SNR falls in; what lies outside counts into the first or last. edges: (K + 1,)."""
     return (torch.searchsorted(edges, log_snr.double().contiguous(), right=True) - 1).clamp(0, len(edges) - 2)

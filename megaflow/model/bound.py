@@ -15,7 +15,7 @@ from megaflow.flow.clock import Clock
 from megaflow.flow.code import lookup
 from megaflow.flow.head import Head, Read
 from megaflow.flow.interpolant import level, noisy_state, time_of
-from megaflow.flow.likelihood import Estimate
+from megaflow.flow.likelihood import Estimate, NoBound
 from megaflow.flow.vocabulary import look_up
 from megaflow.model.parts import Parts
 from megaflow.model.text_dit import TextDiT
@@ -52,8 +52,10 @@ def bound_of_rows(
     end is frequent.
 
     The channel's terms are in fp64, or with `double` off in fp32, twice as fast and good for watching a training run.
-    Raises flow.likelihood.RangeTooShort where the network has no bound on the flow's range.
+    Raises flow.likelihood.NoBound where the noise is not Gaussian, or the network has no bound on the flow's range.
     """
+    if parts.prior.law != "gaussian":
+        raise NoBound(f"flow.prior={parts.prior.name}: the bound is one of Gaussian noise")
     own, width = ids.shape
     rows = own if all_rows is None else all_rows
     places = torch.arange(own) if places is None else places

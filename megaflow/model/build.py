@@ -39,7 +39,7 @@ def flow_network(
     skip, kernel = config.flow.skip == "on", config.model.attention
     fixed = parts.code.to(device), parts.log_prior.to(device), parts.span, parts.path
     uncertain = config.flow.weighting == "learned" and not is_map
-    network = TextDiT(shape, *fixed, skip, reads, map_reads, kernel, axis, uncertain)
+    network = TextDiT(shape, *fixed, skip, reads, map_reads, kernel, axis, uncertain, parts.moments)
     network.trunk.softcap = config.model.softcap
     return network.to(home or device)
 

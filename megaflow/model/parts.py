@@ -5,6 +5,7 @@ teacher's bit for bit.
 """
 
 from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -21,11 +22,13 @@ from megaflow.flow import choice, interpolant, laws
 from megaflow.flow import clock as clocks
 from megaflow.flow import code as codes
 from megaflow.flow import head as heads
+from megaflow.flow import prior as priors
 from megaflow.flow.clock import Clock
 from megaflow.flow.code import Code, lookup
 from megaflow.flow.head import Head, Read
 from megaflow.flow.interpolant import LINEAR, Interpolant, noisy_state, time_of
 from megaflow.flow.likelihood import Range, information_range
+from megaflow.flow.prior import Moments, Prior
 from megaflow.flow.profile import Profile
 from megaflow.flow.vocabulary import Vocabulary, log_softmax_
 from megaflow.parallel import random
@@ -34,6 +37,7 @@ from megaflow.progress import Progress
 FILE = "flow.safetensors"
 PATIENCE = 3.0
 """Seconds of work on a code of which nothing is said: of small vocabularies it takes less."""
+GAUSSIAN = priors.make("gaussian")
 RESOLVED = 1e-3
 """The range ends where the channel alone leaves less than this, nats a token."""
 
@@ -41,12 +45,15 @@ RESOLVED = 1e-3
 @dataclass(frozen=True)
 class Parts:
     """code: C; log_prior: (V,) fp32 logarithms of the smoothed unigram law; span: range of log-SNR of training and bound; path: from
-    noise to data."""
+    noise to data; prior: law of the noise, moments of it and token_law, (V,) of the whole vocabulary, of the tokens it draws if it does."""
 
     code: Code
     log_prior: Tensor
     span: Range
     path: Interpolant = LINEAR
+    prior: Prior = GAUSSIAN
+    moments: Moments | None = None
+    token_law: Tensor | None = None
 
 
 def unigram(counts: np.ndarray) -> Tensor:
@@ -76,8 +83,25 @@ def make(flow: FlowConfig, counts: np.ndarray, seed: int) -> Parts:
         raise UserError(
             f"flow.code_dim={code.dim} is too few dimensions for {vocab} tokens: no amount of signal tells all of them apart; give more"
         )
-    path = interpolant.make(flow.interpolant)
-    return Parts(code, log_prior, information_range(code, levels[first].item() + 0.5), path)
+    return with_noise(Parts(code, log_prior, information_range(code, levels[first].item() + 0.5)), flow.interpolant, flow.prior)
+
+
+def with_noise(parts: Parts, path: str, prior: str) -> Parts:
+    """Parts of a whole vocabulary with a path and a prior, by the names that configs give them."""
+    law = priors.make(prior)
+    tokens = priors.token_law(law, parts.log_prior) if law.law == "vertices" else None
+    moments = priors.moments(law, parts.code, parts.log_prior)
+    return replace(parts, path=interpolant.make(path, law.scale), prior=law, moments=moments, token_law=tokens)
+
+
+def draw_noise(parts: Parts, places: Sequence[int], length: int, seed: int, purpose: str, *numbers: int) -> Tensor:
+    """Noise (B, length, d_c), each row a function of its own place; of a dense state the columns that are here."""
+    if parts.prior.law == "gaussian":
+        shape = (length, parts.code.dim)
+        drawn = random.normal(places, shape, seed, purpose, *numbers, columns=codes.columns(parts.code))
+        return drawn.to(parts.code.leverage.device)
+    sources = [random.generator(seed, purpose, *numbers, place) for place in places]
+    return priors.draw(parts.prior, parts.code, parts.token_law, length, sources)
 
 
 def channel_measures(code: Code, log_prior: Tensor, log_snrs: Tensor, draws: int, seed: int, progress: Progress | None = None) -> Tensor:
@@ -109,7 +133,7 @@ def save(parts: Parts, path: Path) -> None:
     if parts.code.matrix is not None:
         tensors["code"] = parts.code.matrix
     meta = {"low": repr(parts.span.low), "high": repr(parts.span.high), "dim": str(parts.code.dim)}
-    meta |= {"interpolant": parts.path.name, "noise_scale": repr(parts.path.scale)}
+    meta |= {"interpolant": parts.path.name, "prior": parts.prior.name}
     with naming(path):  # the library's own file is one that only its owner reads, and its errors are no OSError
         path.write_bytes(as_safetensors(tensors, meta))
 
@@ -120,8 +144,8 @@ def read(path: Path) -> Parts:
         with safe_open(path, "pt") as file:
             meta, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         code = codes.make(len(tensors["leverage"]), int(meta["dim"]), tensors.get("code"), tensors["leverage"])
-        from_noise = interpolant.make(meta.get("interpolant", "linear"), float(meta.get("noise_scale", 1.0)))
-        return Parts(code, tensors["log_prior"], Range(float(meta["low"]), float(meta["high"])), from_noise)
+        found = Parts(code, tensors["log_prior"], Range(float(meta["low"]), float(meta["high"])))
+        return with_noise(found, meta.get("interpolant", "linear"), meta.get("prior", "gaussian"))
     except Exception as error:  # safetensors raises several unrelated classes
         raise UserError(f"{path}: cannot read the flow's code and prior ({error}); restore the file or start the run afresh") from None
 
@@ -136,13 +160,13 @@ def cut(parts: Parts, part: Vocabulary) -> Parts:
 
 
 def same(a: Parts, b: Parts) -> bool:
-    """Bit-equal code, prior and range, and the same path."""
+    """Bit-equal code, unigram law and range, and the same path and noise."""
     pairs = [(a.log_prior, b.log_prior), (a.code.leverage, b.code.leverage)]
     if (a.code.matrix is None) != (b.code.matrix is None):
         return False
     if a.code.matrix is not None and b.code.matrix is not None:
         pairs.append((a.code.matrix, b.code.matrix))
-    return (a.span, a.path) == (b.span, b.path) and all(torch.equal(x, y) for x, y in pairs)
+    return (a.span, a.path, a.prior) == (b.span, b.path, b.prior) and all(torch.equal(x, y) for x, y in pairs)
 
 
 def initial_profile(parts: Parts, config: ClockConfig, seed: int) -> Profile:

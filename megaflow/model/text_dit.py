@@ -21,6 +21,7 @@ from megaflow.flow.code import Code
 from megaflow.flow.head import Head, Read
 from megaflow.flow.interpolant import Interpolant, along, log_snr
 from megaflow.flow.likelihood import Range
+from megaflow.flow.prior import Moments
 from megaflow.flow.vocabulary import Vocabulary
 from megaflow.model.trunk import Trunk
 from megaflow.parallel.collectives import copied_together, own, scattered, scattered_with_neighbors
@@ -112,8 +113,10 @@ class TextDiT(nn.Module):
         kernel: str,
         axis: Axis = ALONE,
         uncertain: bool = False,
+        moments: Moments | None = None,
     ) -> None:
         super().__init__()
+        self.moments = Moments(float(code.dim), 0.0) if moments is None else moments
         self.code, self.log_prior, self.span, self.path, self.skip = code, log_prior, span, path, skip
         self.reads, self.map_reads, self.neighbors, self.axis = reads, map_reads, shape.neighbors, axis
         rows = padded(0, shape.vocab, axis, shape.vocab_multiple)
@@ -251,9 +254,10 @@ class TextDiT(nn.Module):
         return beside if layer.cut is not None else own(beside, self.axis, 1)
 
     def state_scale(self, s: Tensor) -> Tensor:
-        """One over the known rms of y at time s, (B, 1, 1): sqrt(beta^2 mean leverage / d_c + alpha^2), a frame's Gram being I."""
-        mean_square = self.path.beta(s) ** 2 * self.code.mean_leverage / self.code.dim + self.path.alpha(s) ** 2
-        return mean_square.rsqrt()[:, None, None].to(self.code.leverage.dtype)
+        """One over the known rms of y at time s, (B, 1, 1): E |y|^2 = beta^2 mean leverage + alpha^2 E |n|^2 + 2 alpha beta E n . E x."""
+        alpha, beta = self.path.alpha(s), self.path.beta(s)
+        square = beta**2 * self.code.mean_leverage + alpha**2 * self.moments.square + 2.0 * alpha * beta * self.moments.overlap
+        return (square / self.code.dim).rsqrt()[:, None, None].to(self.code.leverage.dtype)
 
 
 class Reading(nn.Module):

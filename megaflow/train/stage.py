@@ -15,12 +15,10 @@ from megaflow.config.load import ConfigError
 from megaflow.config.schema import Config
 from megaflow.data.shards import log_length_law
 from megaflow.flow import clock as clocks
-from megaflow.flow import code as codes
 from megaflow.flow.clock import Clock
-from megaflow.flow.code import Code
 from megaflow.flow.likelihood import Estimate
 from megaflow.model.bound import bound_of_rows
-from megaflow.model.parts import Parts
+from megaflow.model.parts import Parts, draw_noise
 from megaflow.model.text_dit import TextDiT
 from megaflow.parallel import random
 
@@ -116,14 +114,13 @@ def cells(seed: int, batch: Batch, purpose: str) -> Tensor:
     return clocks.stratified(order[batch.places % batch.rows], batch.rows, offset)
 
 
-def noise(seed: int, batch: Batch, code: Code, device: torch.device) -> Tensor:
-    """Standard normal (B, L, d_c), each row a function of its place; of a dense state's, the columns that are here."""
-    shape, columns = (batch.ids.shape[1], code.dim), codes.columns(code)
-    return random.normal(batch.places.tolist(), shape, seed, "noise", batch.step, columns=columns).to(device)
+def noise(seed: int, batch: Batch, parts: Parts) -> Tensor:
+    """The prior's noise (B, L, d_c), each row a function of its place; of a dense state's, the columns that are here."""
+    return draw_noise(parts, batch.places.tolist(), batch.ids.shape[1], seed, "noise", batch.step)
 
 
 def validation_bound(config: Config, network: TextDiT, parts: Parts, clock: Clock, batch: Batch, total: Total) -> Estimate:
-    """The bound on validation rows, four times and noises each, in the network's own precision. Raises flow.likelihood.RangeTooShort."""
+    """The bound on validation rows, four times and noises each, in the network's own precision. Raises flow.likelihood.NoBound."""
     return bound_of_rows(
         network,
         parts,

@@ -10,11 +10,12 @@ from megaflow.config.schema import Config
 from megaflow.flow import choice
 from megaflow.flow import clock as clocks
 from megaflow.flow import head as heads
+from megaflow.flow import profile as profiles
 from megaflow.flow.clock import Clock
 from megaflow.flow.code import lookup
 from megaflow.flow.head import Read
 from megaflow.flow.interpolant import log_snr, noisy_state
-from megaflow.flow.likelihood import RangeTooShort
+from megaflow.flow.likelihood import NoBound
 from megaflow.flow.objective import OBJECTIVES, Objective, Setting
 from megaflow.flow.profile import CROSS_ENTROPY, ERROR, Profile, bin_of
 from megaflow.flow.weighting import WEIGHTINGS, Known
@@ -43,7 +44,7 @@ class FlowStage:
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         seed, device, path = self.config.run.seed, batch.ids.device, self.parts.path
         t = self.objective.times(self.setting, cells(seed, batch, "time"))
-        y = noisy_state(path, lookup(self.parts.code, batch.ids), noise(seed, batch, self.parts.code, device), t.to(device))
+        y = noisy_state(path, lookup(self.parts.code, batch.ids), noise(seed, batch, self.parts), t.to(device))
         hidden = self.network(y, t.to(device), lengths=batch.lengths, documents=batch.documents)
         loss, terms = self.scored(self.network.read(hidden, y, t.to(device)), t, batch)
         return loss, self.observe(t, terms, batch)
@@ -104,7 +105,7 @@ class FlowStage:
     def validate(self, batch: Batch, total: Total = alone) -> dict[str, float]:
         try:
             found = validation_bound(self.config, self.network, self.parts, self.clock, batch, total)
-        except RangeTooShort:
+        except NoBound:
             return {"validation_loss": self.plain_cross_entropy(batch, total)}
         return {"validation_loss": found.mean, "validation_standard_error": found.standard_error}
 
@@ -114,29 +115,19 @@ class FlowStage:
         ids, path, counted = batch.ids, self.parts.path, (batch.weight > 0.0).double()
         flat = clocks.uniform_log_snr(path, self.parts.span.low, self.parts.span.high)
         t = clocks.inverse(flat, clocks.stratified(batch.places, batch.rows, 0.5)).to(ids.device)
-        y = noisy_state(path, lookup(self.parts.code, ids), noise(self.config.run.seed, batch, self.parts.code, ids.device), t)
+        y = noisy_state(path, lookup(self.parts.code, ids), noise(self.config.run.seed, batch, self.parts), t)
         hidden = self.network(y, t, lengths=batch.lengths, documents=batch.documents)
         nll, _ = heads.denoising_error(self.network.head(), self.network.read(hidden, y, t), ids.flatten())
         sums = total(torch.stack([(nll.double() * counted).sum(), counted.sum()]))
         return (sums[0] / sums[1]).item()
 
     def state(self) -> dict[str, Tensor]:
-        return {
-            "profile_total": self.profile.total,
-            "profile_weight": self.profile.weight,
-            "profile_edges": self.profile.edges,
-            "profile_named": self.profile.named,
-            "clock_times": self.clock.times,
-            "clock_tau": self.clock.tau,
-        }
+        return profiles.state(self.profile) | {"clock_times": self.clock.times, "clock_tau": self.clock.tau}
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        total = state["profile_total"]
-        if total.ndim == 1:  # as earlier versions kept it: the cross-entropy alone
-            total = torch.stack([total, torch.zeros_like(total), torch.zeros_like(total)])
-        named = state.get("profile_named", torch.zeros_like(total[0]))
-        self.profile = Profile(state["profile_edges"], total, state["profile_weight"], named)
-        self.clock = Clock(state["clock_times"], state["clock_tau"])
+        found = profiles.kept(state)
+        assert found is not None
+        self.profile, self.clock = found, Clock(state["clock_times"], state["clock_tau"])
 
     def describe(self) -> dict[str, Any]:
         code, span = self.parts.code, self.parts.span

@@ -21,7 +21,7 @@ from megaflow.flow import head as heads
 from megaflow.flow.clock import Clock
 from megaflow.flow.code import lookup, mean
 from megaflow.flow.interpolant import noisy_state, transport
-from megaflow.flow.likelihood import RangeTooShort
+from megaflow.flow.likelihood import NoBound
 from megaflow.model.parts import Parts
 from megaflow.model.text_dit import Seen, TextDiT
 from megaflow.parallel import random
@@ -55,7 +55,7 @@ class MapStage:
         kinds = self.kinds(batch)
         times = flow_map.draw_times(self.clock, kinds, cells(seed, batch, "gap"), cells(seed, batch, "start"))
         times = flow_map.Times(*(x.to(device) for x in times))
-        y = noisy_state(self.parts.path, lookup(self.parts.code, batch.ids), noise(seed, batch, self.parts.code, device), times.s)
+        y = noisy_state(self.parts.path, lookup(self.parts.code, batch.ids), noise(seed, batch, self.parts), times.s)
         # rows of one kind go together, so that each kind pays only for the passes it needs
         order = torch.argsort(kinds, stable=True).to(device)
         split = int((kinds == DIAGONAL).sum())
@@ -156,7 +156,7 @@ class MapStage:
         metrics = {"validation_loss": sums[0].item(), "validation_divergence": sums[1].item()}
         try:
             metrics["validation_bound"] = validation_bound(self.config, self.network, self.parts, self.clock, batch, total).mean
-        except RangeTooShort:
+        except NoBound:
             pass
         return metrics
 

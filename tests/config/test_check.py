@@ -183,6 +183,11 @@ class TestContradictions:
             ({"flow.code": "identity", "flow.code_dim": 64}, ["flow.code=identity", "4096", "flow.code_dim=64"]),
             ({"flow.code": "frame", "flow.code_dim": 4096}, ["flow.code=frame", "flow.code_dim", "4096", "flow.code=identity"]),
             ({"flow.skip": "off", "flow.code": "frame"}, ["flow.skip=off", "flow.code=frame"]),
+            ({"flow.prior": "vertices", "flow.skip": "on"}, ["flow.skip=on", "flow.prior=vertices", "Gaussian", "use off"]),
+            ({"flow.prior": "dirichlet", "model.input": "belief"}, ["model.input=belief", "flow.prior=dirichlet", "use linear"]),
+            ({"flow.prior": "dirichlet", "flow.objective": "likelihood"}, ["flow.objective=likelihood", "flow.prior=dirichlet"]),
+            ({"flow.prior": "vertices", "flow.interpolant": "trigonometric"}, ["flow.interpolant=trigonometric", "simplex", "linear"]),
+            ({"flow.weighting": "min_snr", "flow.objective": "likelihood"}, ["flow.weighting=min_snr", "flow.objective=likelihood"]),
             (
                 {"distill.teacher": "x", "distill.state_input": "hot_belief", "model.input": "linear"},
                 ["distill.state_input=hot_belief", "model.input", "distill.state_input=linear"],
@@ -201,6 +206,22 @@ class TestContradictions:
     @pytest.mark.parametrize("reads, state_input", [("belief", "hot_belief"), ("both", "hot_belief"), ("linear", "linear")])
     def test_a_map_reads_hot_what_its_teacher_reads(self, reads, state_input):
         assert resolve(loaded(("model.input", reads), ("distill.teacher", "x")), LARGE).config.distill.state_input == state_input
+
+    @pytest.mark.parametrize(
+        "name, value, sentence",
+        [
+            ("flow.interpolant", "cosine", "flow.interpolant must be one of linear, trigonometric, variance_preserving, power"),
+            ("flow.interpolant", "power:exponent=-1", "flow.interpolant must be power:exponent=NUMBER above 0, not 'exponent=-1'"),
+            ("flow.weighting", "min_snr:gama=5", "min_snr, which takes gamma, not 'gama'; did you mean gamma?"),
+            ("flow.clock.name", "mixture", "mixture:NAME=SHARE,… with shares of uniform, argmax"),
+            ("flow.prior", "gausian", "did you mean gaussian?"),
+            ("flow.objective", "3", "one of cross_entropy, endpoint_mse, velocity_mse, likelihood, not '3'"),
+        ],
+    )
+    def test_an_entry_or_option_that_there_is_not(self, name, value, sentence):
+        with pytest.raises(ConfigError) as error:
+            loaded((name, value))
+        assert sentence in str(error.value) and str(error.value).startswith("test: ")
 
     def test_flow_keys_do_not_concern_the_baseline(self):
         contradictions(resolve(loaded(("model.family", "autoregressive")), LARGE), LARGE)

@@ -104,6 +104,37 @@ def test_options_change_no_loss(ranks, words, alone, workspace, options, tensor,
     same_curve(workspace / name, alone("coded", "flow", 8), 8)
 
 
+DESIGNS = {
+    "mse": ("flow.objective=endpoint_mse", "flow.weighting=adaptive", "flow.interpolant=trigonometric"),
+    "likelihood": ("flow.objective=likelihood",),
+    "learned": ("flow.weighting=learned", "flow.clock.name=cdcd"),
+    "vertices": ("flow.prior=vertices",),
+    "dirichlet": ("flow.prior=dirichlet", "flow.interpolant=power:exponent=2"),
+    "dense dirichlet": ("flow.prior=dirichlet", "flow.code=identity"),
+    "dense mse": ("flow.objective=velocity_mse", "flow.code=identity", "flow.weighting=adaptive"),
+    "hot noise": ("flow.prior=gaussian:temperature=2", "flow.weighting=balanced", "flow.clock.name=argmax_code"),
+}
+"""Corners of the design space in which something is computed in parts of its own."""
+SHORT = [("mse", 2, 1, 1), ("learned", 1, 2, 2), ("dense dirichlet", 2, 1, 0)]
+
+
+@pytest.mark.parametrize(
+    "design, tensor, data, zero",
+    [
+        *SHORT,
+        *(
+            pytest.param(design, *shape, marks=pytest.mark.long)
+            for design, shape in itertools.product(DESIGNS, [(2, 1, 1), (1, 2, 2), (1, 2, 3), (2, 2, 0)])
+            if (design, *shape) not in SHORT
+        ),
+    ],
+)
+def test_every_design_has_the_losses_of_one_process(ranks, words, alone, workspace, design, tensor, data, zero):
+    name = f"design-{design.replace(' ', '-')}-{tensor}{data}{zero}"
+    ranks(tensor * data, train, words("coded", "flow", name, *layout(8, tensor, data, zero), *DESIGNS[design]))
+    same_curve(workspace / name, alone("coded", "flow", 8, *DESIGNS[design]), 8)
+
+
 @pytest.mark.parametrize("family, tensor, zero", [("flow", 2, 0), ("autoregressive", 1, 3)])
 def test_documents_that_do_not_see_each_other(ranks, words, alone, workspace, family, tensor, zero):
     """With soft-capped scores and padding of the vocabulary as well."""

@@ -9,7 +9,8 @@ import torch
 
 from megaflow.data.tokenizer import decode, load_tokenizer
 from megaflow.errors import UserError
-from megaflow.evaluate.generate import generate, load_run, one_step_offsets, row_lengths, sample, text_of
+from megaflow.evaluate.generate import generate, grid_clock, load_run, one_step_offsets, row_lengths, sample, text_of
+from megaflow.flow import clock as clocks
 from megaflow.flow import head as heads
 from megaflow.parallel import random
 from tests.train.writers import write_anew
@@ -93,6 +94,31 @@ class TestSettings:
     def test_what_is_not_given_follows_the_run(self, trained, family, given, chosen):
         found = sample(trained("char" if family != "autoregressive" else "coded", family), count=1, **{"steps": None, **given})
         assert (found["method"], found["steps"], found["gamma"], found["last"]) == chosen
+
+    @pytest.mark.parametrize("law", ["uniform", "argmax", "gumbel", "logit_normal:mean=1", "mixture:uniform=1,ce_linear=1"])
+    def test_the_grid_may_be_even_on_another_clock(self, trained, law):
+        run = load_run(trained("coded", "flow"))
+        clock, seen = grid_clock(run, law), []
+        found = sample(trained("coded", "flow"), 2, 4, clock=law)
+        assert found["clock"] == law and found["tokens"] != sample(trained("coded", "flow"), 2, 4)["tokens"]
+        run.clock = clock
+        again = generate(run, 2, 4, "ode", 1.0, None, 0, callback=lambda step, time, posterior: seen.append(time))
+        assert again == found["tokens"] and seen == clocks.grid(clock, 4).tolist()[:-1]
+
+    @pytest.mark.parametrize(
+        "family, law, sentence",
+        [
+            ("flow", "linear", "--clock must be one of uniform, "),
+            ("flow", "variance", "--clock variance is fitted to squared errors, which this run's objective does not measure; use uniform"),
+            ("flow_map", "gumbel", "--clock gumbel is fitted to a model's scores by log-SNR, which this run has not measured; use uniform"),
+            ("autoregressive", "uniform", "is autoregressive and has no clock"),
+        ],
+    )
+    def test_a_clock_that_cannot_be_had_is_refused(self, trained, family, law, sentence):
+        kind = "char" if family == "flow_map" else "coded"
+        with pytest.raises(UserError) as error:
+            sample(trained(kind, family), 2, None, clock=law)
+        assert sentence in str(error.value)
 
     def test_the_share_of_the_last_step_changes_the_text(self, trained):
         """A share as large as any other is the even grid."""

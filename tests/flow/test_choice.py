@@ -1,5 +1,7 @@
 """Choices by name, with options: what configs write."""
 
+import math
+
 import pytest
 
 from megaflow.flow import choice
@@ -13,11 +15,16 @@ def shaped(size: int = 3, *, width: float = 2.0, place: float = 0.0) -> tuple[fl
     return width, place
 
 
+def endless(*, most: float = math.inf) -> float:
+    return most
+
+
 def mixed(**shares: float) -> dict[str, float]:
     return shares
 
 
 TABLE = {"plain": plain, "shaped": shaped, "mixed": mixed}
+"""Of which the last takes shares of the others."""
 
 
 def test_a_name_with_and_without_options():
@@ -25,6 +32,7 @@ def test_a_name_with_and_without_options():
     assert choice.call(TABLE, "shaped") == (2.0, 0.0)
     assert choice.call(TABLE, "shaped:place=4") == (2.0, 4.0)
     assert choice.call(TABLE, "shaped:place=-4,width=1e-3") == (1e-3, -4.0)
+    assert choice.call({"endless": endless}, "endless:most=inf") == choice.call({"endless": endless}, "endless") == math.inf
     assert choice.call(TABLE, "mixed:plain=.9,shaped=.1") == {"plain": 0.9, "shaped": 0.1}
 
 

@@ -53,7 +53,7 @@ def batch(padded: bool = False) -> Batch:
 def dense(stage: FlowStage, rows: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(times, -log psi[token], |C_x - psi C|^2, |psi - e_x|^2), with gradient, by the whole (B, L, V) tensor."""
     t = stage.objective.times(stage.setting, cells(0, rows, "time"))
-    y = noisy_state(stage.parts.path, lookup(stage.parts.code, rows.ids), noise(0, rows, stage.parts.code, torch.device("cpu")), t)
+    y = noisy_state(stage.parts.path, lookup(stage.parts.code, rows.ids), noise(0, rows, stage.parts), t)
     head = stage.network.head()
     log_p = torch.log_softmax(heads.logits(head, stage.network.read(stage.network(y, t, lengths=rows.lengths), y, t)), -1)
     clean = lookup(stage.parts.code, torch.arange(11))

@@ -1,0 +1,61 @@
+"""Every value of the design space by itself, on the repository's own config: it trains, goes on after a stop with the same losses, writes
+text, has a bound where one exists, and is distilled."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+
+from megaflow.config.schema import entries, keys
+from megaflow.evaluate.generate import sample
+from megaflow.flow import choice
+from megaflow.train import checkpoint as checkpoints
+from megaflow.train import run as runs
+from megaflow.train import stages
+
+VALUES = [
+    (name, value.replace("NAME=SHARE,…", "argmax=0.9,uniform=0.1"))
+    for name, item in keys().items()
+    if item.metadata["table"]
+    for value in choice.described(entries(item))
+]
+"""Of every key that chooses from a table, each entry with its options."""
+NO_BOUND = ("vertices", "dirichlet")
+
+
+def losses(directory: Path) -> dict[int, float]:
+    return {line["step"]: line["loss"] for line in runs.lines(directory / "metrics.jsonl") if "loss" in line}
+
+
+def test_the_values_are_those_of_the_tables():
+    assert {"flow.interpolant", "flow.prior", "flow.objective", "flow.weighting", "flow.clock.name"} <= {name for name, _ in VALUES}
+    assert ("flow.weighting", "min_snr:gamma=5") in VALUES and ("flow.clock.name", "mixture:argmax=0.9,uniform=0.1") in VALUES
+
+
+@pytest.mark.parametrize(("name", "value"), VALUES, ids=lambda x: x)
+def test_every_value_trains_goes_on_and_writes(config, tmp_path, name, value):
+    directory = tmp_path / "run"
+
+    def train(*overrides: str) -> None:
+        command = [f"run.dir={directory}", f"{name}={value}", "train.steps=5", "train.checkpoint_every=3", "train.validate_every=5"]
+        assert stages.pretrain(str(config("coded")), [*command, "flow.clock.refit_every=2", "train.validation_rows=8", *overrides]) == 0
+
+    train()
+    whole, lines = losses(directory), runs.lines(directory / "metrics.jsonl")
+    assert len(whole) == 5 and all(map(math.isfinite, whole.values()))
+    last = lines[-1]
+    assert math.isfinite(last["validation_loss"]) and ("validation_standard_error" in last) == (not value.startswith(NO_BOUND))
+    shutil.rmtree(checkpoints.folder(directory, 5))
+    (directory / "summary.json").unlink()
+    train()
+    assert losses(directory) == whole
+    written = sample(directory, count=2, steps=3)
+    assert len(written["tokens"]) == 2 and written["method"] == "ode" and all(written["texts"])
+    if name in ("flow.interpolant", "flow.prior"):
+        own = [f"run.dir={tmp_path / 'map'}", f"distill.teacher={directory}", "train.steps=2", "train.validate_every=2"]
+        assert stages.distill(str(config("coded", "flow_map")), own) == 0
+        assert all(map(math.isfinite, losses(tmp_path / "map").values()))
+        assert all(sample(tmp_path / "map", count=2, steps=steps)["texts"] for steps in (1, 2))
+        assert json.loads((tmp_path / "map" / "summary.json").read_text())["steps"] == 2

@@ -39,6 +39,8 @@ class FlowStage:
         self.by_error = config.flow.objective != "cross_entropy"
         self.measures_error = self.by_error or "variance" in config.flow.clock.name
         if profile is not None:
+            if not self.measures_error:
+                profile.total[ERROR:] = 0.0  # the channel's own would stay, and be taken for the network's
             self.profile, self.clock = profile, fit_clock(config.flow.clock, parts, profile)
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -154,9 +154,9 @@ def contradictions(loaded: Loaded, vocab: int | None = None) -> None:
                 "flow.code",
                 "flow.code_dim",
             )
-        if flow.code == "frame" and flow.code_dim >= vocab:
+        if flow.code != "identity" and flow.code_dim >= vocab:
             refuse(
-                f"flow.code=frame needs flow.code_dim below the vocabulary of {vocab}, not {flow.code_dim}; or use flow.code=identity",
+                f"flow.code={flow.code} needs flow.code_dim below the vocabulary of {vocab}, not {flow.code_dim}; or flow.code=identity",
                 "flow.code",
                 "flow.code_dim",
             )
@@ -181,9 +181,12 @@ def contradictions(loaded: Loaded, vocab: int | None = None) -> None:
                 "flow.weighting",
                 "flow.objective",
             )
-        if flow.skip == "off" and flow.code == "frame" and flow.prior.startswith("gaussian"):
+        if flow.code_from and flow.code != "semantic":
+            what = f"flow.code_from={flow.code_from} belongs to flow.code=semantic, not to flow.code={flow.code}"
+            refuse(f"{what}; leave it empty", "flow.code_from", "flow.code")
+        if flow.skip == "off" and flow.code in ("frame", "semantic") and flow.prior.startswith("gaussian"):
             refuse(
-                "flow.skip=off contradicts flow.code=frame: without the channel term a coded flow never resolves its tokens "
+                f"flow.skip=off contradicts flow.code={flow.code}: without the channel term a coded flow never resolves its tokens "
                 "and has no bound",
                 "flow.skip",
                 "flow.code",
@@ -210,6 +213,8 @@ def doubts(loaded: Loaded) -> list[str]:
         found.append(
             f"flow.prior={config.flow.prior} has no likelihood: validation says the cross-entropy at log-SNRs that are evenly spread"
         )
+    elif config.model.family == "flow" and config.flow.skip == "off" and config.flow.code not in ("auto", "identity"):
+        found.append(f"flow.skip=off with flow.code={config.flow.code} has no likelihood: its tokens are never resolved")
     if config.model.family == "autoregressive":
         idle = [name for name, origin in loaded.origin.items() if name.startswith(("flow.", "model.input")) and origin == "command line"]
         found += [f"{name} changes nothing of an autoregressive baseline" for name in idle]

@@ -98,8 +98,12 @@ class ClockConfig:
 @dataclass
 class FlowConfig:
     code: str = key(
-        "auto", "identity: the one-hot state; frame: a fixed tight frame of code_dim dimensions", choices=("auto", "identity", "frame")
+        "auto",
+        "identity: the one-hot state; of code_dim dimensions: frame, a fixed tight frame; semantic, one by what tokens stand beside, or by "
+        "code_from; learned, the trained input of one-hot flows; embedding, trained rows of one norm",
+        choices=("auto", "identity", "frame", "semantic", "learned", "embedding"),
     )
+    code_from: str = key("", "of flow.code=semantic: a run whose output weights say which tokens are alike; empty: the training text does")
     code_dim: Any = key("auto", "dimensions of the state", low=2, auto=True)
     interpolant: str = key("linear", "path from noise to data", table="megaflow.flow.interpolant:PATHS")
     prior: str = key("gaussian", "law of the noise", table="megaflow.flow.prior:PRIORS")

@@ -64,6 +64,10 @@ def load(directory: str | Path, device: torch.device | str) -> tuple[TextDiT | A
     fill(network, names, read, directory)
     if fixed is None:
         return network.eval(), None, None, config
+    assert isinstance(network, TextDiT)
+    if network.code_weight is not None:
+        fixed = parts.with_trained_code(fixed, config.flow.code, network.code_weight.detach(), config.run.seed)
+        network.code = fixed.code
     kept = stage(directory)
     if missing := {"clock_times", "clock_tau"} - kept.keys():
         raise UserError(f"{directory / STAGE}: it has no {' and no '.join(sorted(missing))}; {DAMAGED}")

@@ -85,7 +85,7 @@ def logits(network: TextDiT | Autoregressive, fixed: Parts | None, seed: int = 0
         return heads.logits(network.head(), network.read(network(ids)))
     assert fixed is not None
     s, t = torch.tensor(TIMES, dtype=torch.float64).unbind(1)
-    y = noisy_state(fixed.path, lookup(fixed.code, ids), torch.randn(ROWS, POSITIONS, fixed.code.dim, generator=source), s)
+    y = noisy_state(fixed.path, lookup(network.refresh(), ids), torch.randn(ROWS, POSITIONS, fixed.code.dim, generator=source), s)
     found = [heads.logits(network.head(), network.read(network(y, s, end), y, s)) for end in ([None, t] if network.map_time else [None])]
     return torch.cat(found)
 

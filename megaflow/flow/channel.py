@@ -95,6 +95,16 @@ def evidence(code: Code, bias: Tensor, buffer: Buffer | None = None) -> Callable
     return f
 
 
+def evidence_gradient(code: Code, y: Tensor, level: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of sum(gradient * evidence) by the state (n, d_c), by C (V, d_c) and by the leverage (V,), of a code that is a matrix.
+
+    Of a cut vocabulary that by the state is the share of the entries here, to be summed.
+    """
+    assert code.matrix is not None
+    strength, signal = level.chunk(2, 1)
+    return strength * (gradient @ code.matrix), gradient.T @ (strength * y), -0.5 * (gradient.T @ signal)[:, 0]
+
+
 def evidence_tangent(code: Code) -> Callable[..., Tensor]:
     """A function f(y, level, dy, dlevel) -> (n, V): how `evidence` moves with state and level."""
     lines = None if code.matrix is None else torch.cat([code.matrix, -0.5 * code.leverage[:, None]], 1).T
@@ -122,7 +132,8 @@ class _BeliefEmbedding(torch.autograd.Function):
     """belief @ table with the belief computed again in the backward pass: nothing V wide is kept."""
 
     @staticmethod
-    def forward(code: Code, log_prior: Tensor, y: Tensor, level: Tensor, table: Tensor) -> Tensor:
+    def forward(code: Code, log_prior: Tensor, y: Tensor, level: Tensor, table: Tensor, matrix: Tensor | None, leverage: Tensor) -> Tensor:
+        """matrix, leverage: the code's, which a trained one has a gradient by."""
         out = torch.empty(len(y), table.shape[1], dtype=table.dtype, device=y.device)
         table, buffer = rounded(table), Buffer()
         for part, weights in _beliefs(code, log_prior, y, level):
@@ -131,25 +142,31 @@ class _BeliefEmbedding(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        ctx.code, *tensors = inputs
-        ctx.table_dtype = tensors[-1].dtype
-        ctx.save_for_backward(*tensors[:-1])
-        ctx.save_for_forward(*tensors)
+        ctx.code, log_prior, y, level, table, matrix, _ = inputs
+        ctx.table_dtype = table.dtype
+        ctx.by_code = matrix is not None and matrix.requires_grad
+        ctx.save_for_backward(log_prior, y, level, *([table] if ctx.by_code else []))
+        ctx.save_for_forward(log_prior, y, level, table)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        table_grad = _table_gradient(ctx.code, ctx.table_dtype, gradients[0], _beliefs(ctx.code, *ctx.saved_tensors))
-        return None, None, None, None, table_grad
+        log_prior, y, level, *rest = ctx.saved_tensors
+        beliefs = _beliefs(ctx.code, log_prior, y, level)
+        if not ctx.by_code:
+            return None, None, None, None, _table_gradient(ctx.code, ctx.table_dtype, gradients[0], beliefs), None, None
+        return None, None, *_code_gradients(ctx.code, gradients[0], y, level, rest[0], beliefs)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         log_prior, y, level, table = ctx.saved_tensors
-        _, _, y_tangent, level_tangent, table_tangent = tangents
+        _, _, y_tangent, level_tangent, table_tangent, *_ = tangents
         out = torch.zeros(len(y), table.shape[1], dtype=table.dtype, device=y.device)
         if y_tangent is not None or level_tangent is not None:
             moving = [torch.zeros_like(x) if d is None else d for x, d in ((y, y_tangent), (level, level_tangent))]
             out = _BeliefTangent.apply(ctx.code, log_prior, y, level, *moving, table)
-        return out if table_tangent is None else out + _BeliefEmbedding.apply(ctx.code, log_prior, y, level, table_tangent)
+        if table_tangent is None:
+            return out
+        return out + _BeliefEmbedding.apply(ctx.code, log_prior, y, level, table_tangent, ctx.code.matrix, ctx.code.leverage)
 
 
 class _BeliefTangent(torch.autograd.Function):
@@ -198,11 +215,30 @@ def _table_gradient(code: Code, dtype: torch.dtype, grad: Tensor, weights_of: It
     return table_grad.to(dtype)
 
 
+def _code_gradients(
+    code: Code, grad: Tensor, y: Tensor, level: Tensor, table: Tensor, beliefs: Iterator[tuple[slice, Tensor]]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of belief @ table by y, level (none), table, C and leverage."""
+    assert code.matrix is not None
+    wide = torch.promote_types(table.dtype, torch.float32)
+    y_grad, table_grad = torch.empty_like(y), torch.zeros_like(table, dtype=wide)
+    matrix_grad, leverage_grad = torch.zeros_like(code.matrix), torch.zeros_like(code.leverage)
+    for part, p in beliefs:
+        given = grad[part].to(wide)
+        table_grad += p.T.to(wide) @ given
+        dp = (given @ table.T.to(wide)).to(p.dtype)
+        dz = p * (dp - total(code.part, (p * dp).sum(-1))[:, None])
+        y_grad[part], by_matrix, by_leverage = evidence_gradient(code, y[part], level[part], dz)
+        matrix_grad += by_matrix
+        leverage_grad += by_leverage
+    return y_grad, None, table_grad.to(table.dtype), matrix_grad, leverage_grad
+
+
 def belief_embedding(code: Code, log_prior: Tensor, y: Tensor, level: Tensor, table: Tensor) -> Tensor:
     """belief(y, level) @ table without a (tokens, V) tensor, differentiable in the table.
 
-    y: (n, d_c) state; level: (n, 2); table: (V, d_e). Returns (n, d_e). The state, the code and the prior get no gradient; it has a
-    forward-mode derivative in the state, its level and the table, itself differentiable in the table.
+    y: (n, d_c) state; level: (n, 2); table: (V, d_e). Returns (n, d_e). The prior gets no gradient, the state and the code one where the
+    code is trained; it has a forward-mode derivative in the state, its level and the table, itself differentiable in the table.
     Of a cut vocabulary it is the share of the entries here, to be summed over the parts.
     """
-    return _BeliefEmbedding.apply(code, log_prior, y, level, table)
+    return _BeliefEmbedding.apply(code.detached(), log_prior, y, level, table, code.matrix, code.leverage)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megaflow.flow import balance
 from megaflow.flow import code as codes
-from megaflow.flow.channel import Buffer, chunks, evidence, rounded
+from megaflow.flow.channel import Buffer, chunks, evidence, evidence_gradient, rounded
 from megaflow.flow.code import Code
 from megaflow.flow.vocabulary import Vocabulary, largest, log_softmax_, log_sum, own_ids, pick, softmax_, total, whole
 
@@ -205,9 +205,20 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, head: Head, read: Read, measure: Callable, whole: int
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        y: Tensor | None,
+        matrix: Tensor | None,
+        leverage: Tensor | None,
+        head: Head,
+        read: Read,
+        measure: Callable,
+        whole: int,
+        direct: list[Tensor],
     ) -> tuple[Tensor, Tensor]:
-        graded = any(ctx.needs_input_grad[:3])
+        graded, by_code = any(ctx.needs_input_grad[:3]), ctx.needs_input_grad[4]
         read = replace(read, hidden=hidden)
         buffer, round_weight = Buffer(), rounded(weight)
         read_chunk = reader(replace(head, weight=round_weight, bias=bias), buffer)
@@ -218,12 +229,18 @@ class _Loss(torch.autograd.Function):
             wide = torch.promote_types(weight.dtype, torch.float32)
             hidden_grad, weight_grad = torch.empty_like(hidden), torch.zeros_like(weight, dtype=wide)
             bias_grad = torch.zeros_like(bias, dtype=wide)
+            of_code: list[Any] = [None if x is None or not by_code else torch.zeros_like(x) for x in (y, matrix, leverage)]
         for part in chunks(len(hidden), head.part.widest, hidden.device, whole):
             losses, values, factor, gradient = measure(read_chunk(read[part]), part)
             loss += losses.double().sum()
             logged.append(values)
             if graded:
                 bias_grad += (factor @ gradient).to(wide)
+                if by_code and head.skip and head.code is not None and read.y is not None and read.level is not None:
+                    parts = evidence_gradient(head.code, read.y[part], read.level[part], factor[:, None] * gradient)
+                    of_code[0][part] = parts[0]
+                    for gathered, more in zip(of_code[1:], parts[1:], strict=True):
+                        gathered += more
                 gradient, factor = buffer.cast(gradient, weight), factor.to(weight.dtype)[:, None]
                 torch.mm(gradient, round_weight, out=hidden_grad[part]).mul_(factor)
                 if weight.dtype == wide:
@@ -231,7 +248,9 @@ class _Loss(torch.autograd.Function):
                 else:
                     weight_grad += (gradient.T @ (hidden[part] * factor))[: len(weight)]
         if graded:
-            ctx.save_for_backward(hidden_grad, weight_grad.to(weight.dtype), bias_grad.to(bias.dtype))
+            if by_code and direct:
+                of_code[1] += direct[0]
+            ctx.save_for_backward(hidden_grad, weight_grad.to(weight.dtype), bias_grad.to(bias.dtype), *of_code)
         values = torch.cat(logged)
         ctx.mark_non_differentiable(values)
         return loss.to(torch.float32 if hidden.dtype != torch.float64 else torch.float64), values
@@ -239,8 +258,18 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         scale = gradients[0]
-        hidden_grad, weight_grad, bias_grad = ctx.saved_tensors
-        return *(g * scale.to(g.dtype) for g in (hidden_grad, weight_grad, bias_grad)), None, None, None, None
+        return *(None if g is None else g * scale.to(g.dtype) for g in ctx.saved_tensors), *(None,) * 5
+
+
+def _loss(head: Head, read: Read, measure: Callable, whole: int, direct: list[Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    """A loss by hidden states, E and bias; and by the state and the code, where that is trained and the skip reads it, or where `measure`
+    adds up in `direct` a gradient by C of its own."""
+    code = head.code
+    of_code: tuple[Tensor | None, ...] = (None, None, None)
+    if code is not None and code.trained and (head.skip or direct is not None):
+        of_code = read.y, code.matrix, code.leverage
+    head = head if code is None else replace(head, code=code.detached())
+    return _Loss.apply(read.hidden, head.weight, head.bias, *of_code, head, read, measure, whole, direct or [])
 
 
 def cross_entropy(head: Head, read: Read, ids: Tensor, weight: Tensor, reweight: Reweight | None = None) -> tuple[Tensor, Tensor]:
@@ -258,7 +287,7 @@ def cross_entropy(head: Head, read: Read, ids: Tensor, weight: Tensor, reweight:
             w = w * reweight(_square(head, gradient))
         return losses * w, losses, w, gradient
 
-    return _Loss.apply(read.hidden, head.weight, head.bias, head, read, measure, 1)
+    return _loss(head, read, measure, 1)
 
 
 def denoising_loss(
@@ -268,10 +297,11 @@ def denoising_loss(
 
     What the objectives of stage 1 are made of (objective.py). Differentiable in hidden, E and bias. ids: (n,); a is `by_entropy`, b is
     `by_error`, (n,) both, times `reweight(|psi - token|^2)` if given. With r = psi C - C[token] the squared error's gradient by the
-    logits is 2 psi_k (C_k . r - psi C . r).
+    logits is 2 psi_k (C_k . r - psi C . r), and by C, where that is trained, 2 (psi - token) r^T besides what the logits give.
     """
     code = head.code
     assert code is not None
+    direct = [torch.zeros_like(code.matrix)] if code.matrix is not None and code.trained else None
 
     def measure(z: Tensor, part: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         log_p, (a, b) = log_softmax_(head.part, z), (x[part].to(z.dtype) for x in (by_entropy, by_error))
@@ -283,12 +313,15 @@ def denoising_loss(
         if code.matrix is None:
             error, along = total(head.part, torch.stack([error, along]))
         slope = (off if code.matrix is None else off @ code.matrix.T.to(z.dtype)).sub(along[:, None]).mul_(p).mul_(2.0 * b[:, None])
+        twice = 2.0 * b[:, None] * off
         gradient = _from_token(head, p, ids[part])
         w = torch.ones_like(a) if reweight is None else reweight(_square(head, gradient))
+        if direct:  # psi C and C[token] move with C too
+            direct[0] += gradient.T @ (w[:, None] * twice)
         gradient = gradient.mul_(a[:, None]).add_(slope)
         return w * (a * nll + b * error), torch.stack([nll, error], 1), w, gradient
 
-    return _Loss.apply(read.hidden, head.weight, head.bias, head, read, measure, 1)
+    return _loss(head, read, measure, 1, direct)
 
 
 def _from_token(head: Head, p: Tensor, ids: Tensor) -> Tensor:
@@ -333,4 +366,4 @@ def divergence(
             w = w * reweight(distance)
         return losses * w, losses, w, gradient
 
-    return _Loss.apply(read.hidden, head.weight, head.bias, head, read, measure, whole)
+    return _loss(head, read, measure, whole)

@@ -47,7 +47,10 @@ def information_range(code: Code, resolved: float) -> Range:
     Below `low` the first term of the bound is under 1e-3 nats. `resolved` is the log-SNR at which the channel alone tells tokens
     apart, as measured (model/parts.py).
     """
-    return Range(math.log(2e-3 / float(code.leverage.max())), resolved)
+    most = code.leverage.max()
+    if code.part.stack is not None:
+        most = code.part.stack(most).max()
+    return Range(math.log(2e-3 / float(most)), resolved)
 
 
 def integration_times(path: Interpolant, clock: Clock, span: Range, places: Tensor, total: int, offset: float) -> tuple[Tensor, Tensor]:

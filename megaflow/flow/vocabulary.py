@@ -16,8 +16,9 @@ from torch import Tensor
 class Vocabulary:
     """Entries start … stop - 1 of `size` are here; this is part number `place`, and no part has more than `widest`.
 
-    total(x): the sum of x over the holders of all parts, on each of them; stack(x): (holders, *x.shape), in the order of their parts.
-    Both None where everything is here.
+    total(x): the sum of x over the holders of all parts, on each of them, which all compute the same with it; shared(x): x itself, the same
+    on all, which each uses for its own entries, so that its gradient is the sum of theirs; stack(x): (holders, *x.shape), in the order of
+    their parts, without derivatives. All None where everything is here.
     """
 
     size: int
@@ -27,6 +28,7 @@ class Vocabulary:
     widest: int
     total: Callable[[Tensor], Tensor] | None = None
     stack: Callable[[Tensor], Tensor] | None = None
+    shared: Callable[[Tensor], Tensor] | None = None
 
     @property
     def here(self) -> int:
@@ -41,6 +43,11 @@ def whole(size: int) -> Vocabulary:
 def total(v: Vocabulary, x: Tensor) -> Tensor:
     """Sum over the parts of something that each gives its share of."""
     return x if v.total is None else v.total(x)
+
+
+def shared(v: Vocabulary, x: Tensor) -> Tensor:
+    """What is the same everywhere, for what each part does with it."""
+    return x if v.shared is None else v.shared(x)
 
 
 def log_sum(v: Vocabulary, z: Tensor) -> Tensor:

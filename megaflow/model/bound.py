@@ -64,7 +64,7 @@ def bound_of_rows(
     last, last_channel = torch.zeros(2, own, dtype=torch.float64)
     order, offset = random.permutation(rows * draws, seed, "bound cells"), random.uniform(seed, "bound offset")
     # rare tokens that resolve late make the integrand heavy where the clock is thin
-    law = clocks.mixture([clock, clocks.uniform_log_snr(parts.path, parts.span.low, parts.span.high)], [0.5, 0.5])
+    law = clocks.mixture([clock, clocks.uniform_log_snr(parts.path, parts.bounded.low, parts.bounded.high)], [0.5, 0.5])
     for start in range(0, own, batch):
         part = slice(start, min(start + batch, own))
         at = places[part]
@@ -74,15 +74,15 @@ def bound_of_rows(
             return (per_token.view(-1, width) * counted[part]).sum(1).cpu().double()
 
         for draw in range(draws):
-            times, weight = likelihood.integration_times(parts.path, law, parts.span, order[at * draws + draw], rows * draws, offset)
+            times, weight = likelihood.integration_times(parts.path, law, parts.bounded, order[at * draws + draw], rows * draws, offset)
             (_, error), (_, channel_error) = _integrands(network, parts, ids[part], some, of, at, times, seed, draw, double)
             ours[draw, part], channel[draw, part] = sums(error) * weight, sums(channel_error) * weight
-        end = time_of(parts.path, torch.full((len(at),), parts.span.high, dtype=torch.float64))
+        end = time_of(parts.path, torch.full((len(at),), parts.bounded.high, dtype=torch.float64))
         (nll, _), (channel_nll, _) = _integrands(network, parts, ids[part], some, of, at, end, seed, draws, double)
         last[part], last_channel[part] = sums(nll), sums(channel_nll)
         if progress is not None:
             progress.update(part.stop)
-    first = (likelihood.prior_term(parts.code, ids, parts.span) * counted).sum(1).cpu().double()
+    first = (likelihood.prior_term(parts.code, ids, parts.bounded) * counted).sum(1).cpu().double()
     unigram = -(look_up(parts.code.part, parts.log_prior, ids).double() * counted).sum(1).cpu()
     tokens = counted.sum(1).cpu()
     told = torch.zeros(own, dtype=torch.float64) if log_length is None else -torch.from_numpy(log_length)[tokens]

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from megaflow.config.schema import Config
+from megaflow.flow import code as codes
 from megaflow.flow.vocabulary import Vocabulary
 from megaflow.model import parts as made
 from megaflow.model.autoregressive import Autoregressive
@@ -27,19 +28,27 @@ def part_of(config: Config, vocab: int, axis: Axis) -> Vocabulary:
 
 
 def flow_network(
-    config: Config, parts: Parts, device: torch.device, is_map: bool = False, axis: Axis = ALONE, home: torch.device | None = None
+    config: Config,
+    parts: Parts,
+    device: torch.device,
+    is_map: bool = False,
+    axis: Axis = ALONE,
+    home: torch.device | None = None,
+    frozen: bool = False,
 ) -> TextDiT:
     """A Text-DiT with undrawn weights, over an axis of tensor-parallel processes; a flow map if `is_map`. The config must be resolved.
 
-    parts: those of this process's part of the vocabulary, see `cut_parts`; home: where the weights lie until they come to the device.
+    parts: those of this process's part of the vocabulary, see `cut_parts`; home: where the weights lie until they come to the device;
+    frozen: with the code of the parts, also where the config has a trained one. A flow map's code is its teacher's, and stays.
     """
     reads = ("belief", "linear") if config.model.input == "both" else (config.model.input,)
     shape = shape_of(config, parts.code.vocab)
     map_reads = config.distill.state_input if is_map else None
     skip, kernel = config.flow.skip == "on", config.model.attention
     fixed = parts.code.to(device), parts.log_prior.to(device), parts.span, parts.path
+    trained = config.flow.code if config.flow.code in codes.TRAINED and not (is_map or frozen) else None
     uncertain = config.flow.weighting == "learned" and not is_map
-    network = TextDiT(shape, *fixed, skip, reads, map_reads, kernel, axis, uncertain, parts.moments)
+    network = TextDiT(shape, *fixed, skip, reads, map_reads, kernel, axis, uncertain, parts.moments, trained)
     network.trunk.softcap = config.model.softcap
     return network.to(home or device)
 

@@ -30,7 +30,7 @@ from megaflow.flow.interpolant import LINEAR, Interpolant, noisy_state, time_of
 from megaflow.flow.likelihood import Range, information_range
 from megaflow.flow.prior import Moments, Prior
 from megaflow.flow.profile import Profile
-from megaflow.flow.vocabulary import Vocabulary, log_softmax_
+from megaflow.flow.vocabulary import Vocabulary, largest, log_softmax_, pick, total, whole
 from megaflow.parallel import random
 from megaflow.progress import Progress
 
@@ -44,8 +44,9 @@ RESOLVED = 1e-3
 
 @dataclass(frozen=True)
 class Parts:
-    """code: C; log_prior: (V,) fp32 logarithms of the smoothed unigram law; span: range of log-SNR of training and bound; path: from
-    noise to data; prior: law of the noise, moments of it and token_law, (V,) of the whole vocabulary, of the tokens it draws if it does."""
+    """code: C; log_prior: (V,) fp32 logarithms of the smoothed unigram law; span: range of log-SNR of training; reach: that of the bound,
+    where training has moved it; path: from noise to data; prior: law of the noise, moments of it and token_law, (V,) of the whole
+    vocabulary, of the tokens it draws if it does; law: log_prior of the whole vocabulary, on the CPU, where this is a part."""
 
     code: Code
     log_prior: Tensor
@@ -54,6 +55,13 @@ class Parts:
     prior: Prior = GAUSSIAN
     moments: Moments | None = None
     token_law: Tensor | None = None
+    reach: Range | None = None
+    law: Tensor | None = None
+
+    @property
+    def bounded(self) -> Range:
+        """The range of log-SNR that the bound is taken over."""
+        return self.reach or self.span
 
 
 def unigram(counts: np.ndarray) -> Tensor:
@@ -62,16 +70,28 @@ def unigram(counts: np.ndarray) -> Tensor:
     return (smoothed / smoothed.sum()).log().float()
 
 
-def make(flow: FlowConfig, counts: np.ndarray, seed: int) -> Parts:
-    """Code, prior and range for a vocabulary with these (V,) training counts."""
-    log_prior = unigram(counts)
-    vocab = len(counts)
-    code = codes.identity(vocab) if flow.code == "identity" else codes.frame(vocab, flow.code_dim, random.generator(seed, "code"))
+def make(flow: FlowConfig, counts: np.ndarray, seed: int, start: Tensor | None = None) -> Parts:
+    """Code, prior and range for a vocabulary with these (V,) training counts. start: (V, code_dim) vectors that a semantic code is near to.
+
+    Of a code that is trained it is where training begins.
+    """
+    log_prior, vocab = unigram(counts), len(counts)
+    if flow.code == "identity":
+        code = codes.identity(vocab)
+    else:
+        code = codes.frame(vocab, flow.code_dim, random.generator(seed, "code"), start=start)
+        code = codes.spread(code) if flow.code == "embedding" else code
+    return with_noise(Parts(code, log_prior, resolving_range(code, log_prior, seed)), flow.interpolant, flow.prior)
+
+
+def resolving_range(code: Code, log_prior: Tensor, seed: int, law: Tensor | None = None) -> Range:
+    """The range of log-SNR from where a code's channel says nothing to where it tells all tokens apart. law: as of `channel_measures`.
+    Raises UserError."""
     levels = torch.arange(information_range(code, 0.0).low + 1.0, 40.0, 0.5)
     tried, progress = count(1), Progress("range of log-SNR", len(levels).bit_length(), "levels", patience=PATIENCE)
 
     def resolved(level: int) -> bool:
-        ambiguity = channel_measures(code, log_prior, levels[level : level + 1], 2048, seed)[0, 0].item()
+        ambiguity = channel_measures(code, log_prior, levels[level : level + 1], 2048, seed, law=law)[0, 0].item()
         progress.update(next(tried))
         return ambiguity < RESOLVED
 
@@ -81,9 +101,18 @@ def make(flow: FlowConfig, counts: np.ndarray, seed: int) -> Parts:
         progress.update(progress.total)
     if first == len(levels):
         raise UserError(
-            f"flow.code_dim={code.dim} is too few dimensions for {vocab} tokens: no amount of signal tells all of them apart; give more"
+            f"flow.code_dim={code.dim} is too few dimensions for {code.vocab} tokens: no amount of signal tells all of them apart; "
+            "give more"
         )
-    return with_noise(Parts(code, log_prior, information_range(code, levels[first].item() + 0.5)), flow.interpolant, flow.prior)
+    return information_range(code, levels[first].item() + 0.5)
+
+
+def with_trained_code(parts: Parts, kind: str, weight: Tensor, seed: int) -> Parts:
+    """Whole parts with the code that weights (V, d_c) of a network are by now, and the range of the bound, which it moves. Raises
+    UserError where it no longer tells tokens apart."""
+    code = codes.TRAINED[kind](weight.float(), parts.code.vocab, whole(parts.code.vocab)).detached()
+    found = replace(parts, code=code, reach=resolving_range(code, parts.log_prior, seed))
+    return replace(found, moments=priors.moments(parts.prior, code, parts.log_prior))
 
 
 def with_noise(parts: Parts, path: str, prior: str) -> Parts:
@@ -104,25 +133,30 @@ def draw_noise(parts: Parts, places: Sequence[int], length: int, seed: int, purp
     return priors.draw(parts.prior, parts.code, parts.token_law, length, sources)
 
 
-def channel_measures(code: Code, log_prior: Tensor, log_snrs: Tensor, draws: int, seed: int, progress: Progress | None = None) -> Tensor:
+def channel_measures(
+    code: Code, log_prior: Tensor, log_snrs: Tensor, draws: int, seed: int, progress: Progress | None = None, law: Tensor | None = None
+) -> Tensor:
     """What the channel alone scores at each log-SNR, by Monte Carlo with common draws: (3, K) of a token's cross-entropy in nats, its
-    squared error |C_x - psi C|^2, and whether it is the likeliest token under a uniform law."""
-    source = random.generator(seed, "profile")
-    ids = torch.multinomial(log_prior.exp(), draws, replacement=True, generator=source)
-    noise, clean = torch.randn(draws, code.dim, generator=source), lookup(code, ids)
-    alone = Head(noise.new_zeros(code.vocab, 1), log_prior, code, True)
+    squared error |C_x - psi C|^2, and whether it is the likeliest token under a uniform law. law: (V,) logarithms of the whole unigram law
+    where the code is cut."""
+    source, device = random.generator(seed, "profile"), code.leverage.device
+    ids = torch.multinomial((log_prior if law is None else law).exp().cpu(), draws, replacement=True, generator=source).to(device)
+    noise, clean = torch.randn(draws, code.dim, generator=source).to(device)[:, codes.columns(code)], lookup(code, ids)
+    alone = Head(noise.new_zeros(code.part.here, 1), log_prior, code, True, code.part)
 
     def one(z: Tensor, part: slice) -> tuple[Tensor, ...]:
-        named = (z - log_prior).argmax(-1) == ids[part]
+        named = largest(code.part, z - log_prior, 1)[1][:, 0] == ids[part]
         log_p = log_softmax_(code.part, z)
-        nll = -log_p.gather(1, ids[part, None])[:, 0]
-        return nll, (clean[part] - codes.mean(code, log_p.exp_())).square().sum(-1), named.to(nll.dtype)
+        nll = -pick(code.part, log_p, ids[part])
+        error = (clean[part] - codes.mean(code, log_p.exp_())).square().sum(-1)
+        return nll, error if code.matrix is not None else total(code.part, error), named.to(nll.dtype)
 
     found = torch.zeros(3, len(log_snrs), dtype=torch.float64)
     for index, t in enumerate(time_of(LINEAR, log_snrs.double())):  # of equal log-SNR, every path says the same
         t = t.expand(draws)
-        read = Read(noise.new_zeros(draws, 1), noisy_state(LINEAR, clean, noise, t), interpolant.level(LINEAR, t).to(noise.dtype))
-        found[:, index] = torch.stack([x.double().mean() for x in heads.reduce(alone, read, one)])
+        y, level = noisy_state(LINEAR, clean, noise, t.to(device)), interpolant.level(LINEAR, t).to(noise)
+        means = [x.double().mean() for x in heads.reduce(alone, Read(noise.new_zeros(draws, 1), y, level), one)]
+        found[:, index] = torch.stack(means).cpu()
         if progress is not None:
             progress.update(index + 1)
     return found
@@ -134,6 +168,9 @@ def save(parts: Parts, path: Path) -> None:
         tensors["code"] = parts.code.matrix
     meta = {"low": repr(parts.span.low), "high": repr(parts.span.high), "dim": str(parts.code.dim)}
     meta |= {"interpolant": parts.path.name, "prior": parts.prior.name}
+    meta |= {} if parts.reach is None else {"reach_low": repr(parts.reach.low), "reach_high": repr(parts.reach.high)}
+    if parts.code.mixing is not None:
+        tensors["mixing"] = parts.code.mixing.contiguous()
     with naming(path):  # the library's own file is one that only its owner reads, and its errors are no OSError
         path.write_bytes(as_safetensors(tensors, meta))
 
@@ -144,7 +181,9 @@ def read(path: Path) -> Parts:
         with safe_open(path, "pt") as file:
             meta, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         code = codes.make(len(tensors["leverage"]), int(meta["dim"]), tensors.get("code"), tensors["leverage"])
-        found = Parts(code, tensors["log_prior"], Range(float(meta["low"]), float(meta["high"])))
+        code = replace(code, mixing=tensors.get("mixing"))
+        reach = Range(float(meta["reach_low"]), float(meta["reach_high"])) if "reach_low" in meta else None
+        found = Parts(code, tensors["log_prior"], Range(float(meta["low"]), float(meta["high"])), reach=reach)
         return with_noise(found, meta.get("interpolant", "linear"), meta.get("prior", "gaussian"))
     except Exception as error:  # safetensors raises several unrelated classes
         raise UserError(f"{path}: cannot read the flow's code and prior ({error}); restore the file or start the run afresh") from None
@@ -156,7 +195,7 @@ def to(parts: Parts, device: torch.device) -> Parts:
 
 def cut(parts: Parts, part: Vocabulary) -> Parts:
     """Of whole parts, what belongs to a part of the vocabulary."""
-    return replace(parts, code=codes.cut(parts.code, part), log_prior=parts.log_prior[part.start : part.stop])
+    return replace(parts, code=codes.cut(parts.code, part), log_prior=parts.log_prior[part.start : part.stop], law=parts.log_prior)
 
 
 def same(a: Parts, b: Parts) -> bool:

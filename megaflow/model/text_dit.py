@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from megaflow.flow import code as codes
 from megaflow.flow import interpolant
 from megaflow.flow.channel import belief_embedding
 from megaflow.flow.code import Code
@@ -22,7 +23,7 @@ from megaflow.flow.head import Head, Read
 from megaflow.flow.interpolant import Interpolant, along, log_snr
 from megaflow.flow.likelihood import Range
 from megaflow.flow.prior import Moments
-from megaflow.flow.vocabulary import Vocabulary
+from megaflow.flow.vocabulary import Vocabulary, shared
 from megaflow.model.trunk import Trunk
 from megaflow.parallel.collectives import copied_together, own, scattered, scattered_with_neighbors
 from megaflow.parallel.cut import draw, padded, parameter
@@ -98,6 +99,8 @@ class TextDiT(nn.Module):
     reads: which of 'belief' and 'linear' (a linear reading of y) enter the trunk; map_reads: None for a plain flow, else what a flow map
     reads besides, times the share of psi in its step and therefore silent on the diagonal: 'linear', 'hot_belief' (where beliefs are
     read) or 'none'. A flow map's table gets no gradient.
+
+    trained_code: 'learned' or 'embedding' where C is made of weights of the network's own, anew at every `refresh`.
     """
 
     def __init__(
@@ -114,6 +117,7 @@ class TextDiT(nn.Module):
         axis: Axis = ALONE,
         uncertain: bool = False,
         moments: Moments | None = None,
+        trained_code: str | None = None,
     ) -> None:
         super().__init__()
         self.moments = Moments(float(code.dim), 0.0) if moments is None else moments
@@ -126,6 +130,8 @@ class TextDiT(nn.Module):
             self.table = parameter((shape.vocab, shape.belief_dim), rows).requires_grad_(map_reads is None)
             self.widen = Reading(shape.window, shape.belief_dim, shape.hidden, axis, None)
         multiple = shape.vocab_multiple if dense else None
+        self.trained_code = trained_code
+        self.code_weight = None if trained_code is None else parameter((shape.vocab, code.dim), rows)
         self.state = Reading(1, code.dim, shape.hidden, axis, multiple) if "linear" in reads else None
         self.map_state = Reading(shape.window, code.dim, shape.hidden, axis, multiple) if map_reads == "linear" else None
         self.map_widen = Reading(shape.window, shape.belief_dim, shape.hidden, axis, None) if map_reads == "hot_belief" else None
@@ -141,6 +147,9 @@ class TextDiT(nn.Module):
         if self.table is not None and self.widen is not None:
             draw(self.table, 1.0)
             draw(self.widen.weight, self.table.shape[1] ** -0.5)
+        if self.code_weight is not None and self.code.matrix is not None:
+            with torch.no_grad():
+                real(self.code_weight, self.code.part).copy_(self.code.matrix)
         if self.state is not None:
             draw(self.state.weight, self.code.dim**-0.5)
         self.time.initialize(zero=False)
@@ -164,6 +173,12 @@ class TextDiT(nn.Module):
         if self.map_widen is not None:
             nn.init.zeros_(self.map_widen.weight)
 
+    def refresh(self) -> Code:
+        """The code as the weights have it now, with gradient; the network reads and writes by it until the next call."""
+        if self.code_weight is not None and self.trained_code is not None:
+            self.code = codes.TRAINED[self.trained_code](real(self.code_weight, self.code.part), self.code.vocab, self.code.part)
+        return self.code
+
     def head(self) -> Head:
         part = self.code.part
         return Head(real(self.weight, part), real(self.bias, part), self.code, self.skip, part)
@@ -176,6 +191,7 @@ class TextDiT(nn.Module):
 
     def read(self, hidden: Tensor, y: Tensor, s: Tensor) -> Read:
         """Flat tokens for the head: hidden (B, L, d), state y (B, L, d_c) and the time s (B,) of the state."""
+        y = shared(self.code.part, y) if self.code.trained and self.skip else y
         return Read(hidden.flatten(0, 1), y.flatten(0, 1), self.level(s, y))
 
     def level(self, s: Tensor, y: Tensor) -> Tensor:
@@ -201,13 +217,13 @@ class TextDiT(nn.Module):
         if self.widen is not None:
             entering.append(self.widen(self.beside(seen.belief, self.widen, lengths, documents)))
         if self.state is not None:
-            entering.append(self.state(self.around(y * self.state_scale(s), self.state, lengths, documents)))
+            entering.append(self.state(self.around(self.sized(y, s), self.state, lengths, documents)))
         condition = self.time(s)
         if self.map_time is not None:
             condition = condition + self.map_time(s if t is None else t)
         if t is not None and self.map_reads not in (None, "none"):
             if self.map_state is not None:
-                ahead = self.map_state(self.around(y * self.state_scale(s), self.map_state, lengths, documents))
+                ahead = self.map_state(self.around(self.sized(y, s), self.map_state, lengths, documents))
             else:
                 assert self.map_widen is not None
                 ahead = self.map_widen(self.beside(seen.hot, self.map_widen, lengths, documents))
@@ -236,6 +252,7 @@ class TextDiT(nn.Module):
     def embed_belief(self, y: Tensor, level: Tensor) -> Tensor:
         """belief @ table, (B, L/T + 2 neighbors, d_e), of a channel of this level (B L, 2)."""
         assert self.table is not None
+        y = shared(self.code.part, y) if self.code.trained else y
         share = belief_embedding(self.code, self.log_prior, y.flatten(0, 1), level, real(self.table, self.code.part))
         return scattered_with_neighbors(share.view(*y.shape[:2], share.shape[-1]), self.axis, self.neighbors, self.neighbors)
 
@@ -252,6 +269,11 @@ class TextDiT(nn.Module):
         count = self.neighbors if layer.window > 1 else 0
         beside = windows(F.pad(x.to(layer.weight.dtype), (0, 0, count, count)), count, count, 0, lengths, documents)
         return beside if layer.cut is not None else own(beside, self.axis, 1)
+
+    def sized(self, y: Tensor, s: Tensor) -> Tensor:
+        """A state (B, L, d_c) as linear readings take it: at size one, and that of a learned code in its weights' coordinates."""
+        y = y * self.state_scale(s)
+        return y if self.code.mixing is None else y @ self.code.mixing
 
     def state_scale(self, s: Tensor) -> Tensor:
         """One over the known rms of y at time s, (B, 1, 1): E |y|^2 = beta^2 mean leverage + alpha^2 E |n|^2 + 2 alpha beta E n . E x."""

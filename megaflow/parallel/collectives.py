@@ -4,12 +4,14 @@ Every function takes an `Axis`; with one process on it, it returns its argument,
 
     function        forward                         backward                        where
     copied          the same on every process       sum of all gradients            from replicated into split computation
+    summed          sum                             the same on every process       from split into replicated computation
     gathered        all processes' slices, joined   sum, of which each gets a slice from sequence-parallel into split computation
     scattered       sum, of which each gets a slice all processes' slices, joined   from split into sequence-parallel computation
     own             one's own slice                 all processes' slices, joined   from replicated into sequence-parallel computation
 
-The first three are the f, g and g-bar of Megatron-LM (Shoeybi et al. 2019; Korthikanti et al. 2022). Plain collectives inside forward-mode
-differentiation give wrong tangents without an error; a Function with `setup_context` and `jvp`, whose rules are Functions again, does not.
+copied, gathered and scattered are the f, g and g-bar of Megatron-LM (Shoeybi et al. 2019; Korthikanti et al. 2022). Plain collectives
+inside forward-mode differentiation give wrong tangents without an error; a Function with `setup_context` and `jvp`, whose rules are
+Functions again, does not.
 """
 
 from collections.abc import Callable
@@ -30,6 +32,11 @@ _reduce_scatter: Callable[..., Any] = getattr(dist, "reduce_scatter_single", Non
 def copied(x: Tensor, axis: Axis) -> Tensor:
     """x itself, replicated; its gradient is the sum of all processes' gradients."""
     return x if axis.size == 1 else _Map.apply(x, axis, 0, "copied")
+
+
+def summed(x: Tensor, axis: Axis) -> Tensor:
+    """The sum of all processes' x, on each of them, which all go on with it in the same way."""
+    return x if axis.size == 1 else _Map.apply(x, axis, 0, "summed")
 
 
 def gathered(x: Tensor, axis: Axis, dim: int) -> Tensor:

@@ -3,10 +3,7 @@
 from functools import partial
 from typing import Any
 
-import torch.distributed as dist
-from torch import Tensor
-
-from megaflow.parallel.collectives import stacked
+from megaflow.parallel.collectives import copied, stacked, summed
 from megaflow.parallel.cut import padded
 from megaflow.parallel.mesh import Axis
 
@@ -16,10 +13,6 @@ def entries(size: int, axis: Axis, multiple: int) -> dict[str, Any]:
     cut = padded(0, size, axis, multiple)
     held = {"size": size, "start": min(cut.start, size), "stop": min(cut.start + cut.part, size), "place": axis.rank}
     held |= {"widest": min(cut.part, size)}
-    return held if axis.size == 1 else held | {"total": partial(_total, axis=axis), "stack": partial(stacked, axis=axis)}
-
-
-def _total(x: Tensor, axis: Axis) -> Tensor:
-    x = x.contiguous().clone()
-    dist.all_reduce(x, group=axis.group)
-    return x
+    if axis.size == 1:
+        return held
+    return held | {name: partial(f, axis=axis) for name, f in (("total", summed), ("stack", stacked), ("shared", copied))}

@@ -46,11 +46,23 @@ class Trainee(nn.Module):
 
     The network's own parameters, its tables, are used between passes of the network and in several of them, and stay whole all along:
     from before DeepSpeed's hooks of this module, which would begin to gather them and wait only where the network itself is called.
+    DeepSpeed scatters them when the network's part of the backward pass is over; those that the network was given something made of, such
+    as a trained code, have their gradients later, and stay until `release`.
     """
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
+        self.used_before = {p for p in [getattr(network, "code_weight", None)] if p is not None}
+
+    def release(self) -> None:
+        """Scatter what has its gradient by now, before a step changes what every process has of it."""
+        p: Any  # with what DeepSpeed has put on it
+        for p in self.used_before:
+            if hasattr(p, "ds_id"):
+                p.ds_active_sub_modules.discard(HELD)
+                if not p.ds_persist and p.ds_status.name == "AVAILABLE":
+                    p.partition()
 
     def __call__(self, function: Callable, *arguments: Any) -> Any:
         tables: list[Any] = [p for p in self.network.parameters(recurse=False) if hasattr(p, "ds_id")]
@@ -62,6 +74,8 @@ class Trainee(nn.Module):
             return super().__call__(function, *arguments)
         finally:
             for p in tables:
+                if torch.is_grad_enabled() and p in self.used_before:
+                    continue
                 p.ds_active_sub_modules.discard(HELD)
                 # where a backward pass follows it adds to a whole gradient, and DeepSpeed scatters the weights after it
                 if not p.ds_persist and not torch.is_grad_enabled():
@@ -216,6 +230,7 @@ def step(engine: Any, take: bool = True) -> float:
         engine.reduction.finish()
     if not engine_state.wrapped(engine):
         engine.norm = _norm(engine)
+    engine.module.release()
     engine.step()
     return _reached(engine)
 

@@ -1,5 +1,6 @@
 """Stage 1: a denoiser by one of the objectives of flow/objective.py, its times drawn by a clock that follows what it scores."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,14 +13,14 @@ from megaflow.flow import clock as clocks
 from megaflow.flow import head as heads
 from megaflow.flow import profile as profiles
 from megaflow.flow.clock import Clock
-from megaflow.flow.code import lookup
+from megaflow.flow.code import lookup, noise_through
 from megaflow.flow.head import Read
 from megaflow.flow.interpolant import log_snr, noisy_state
 from megaflow.flow.likelihood import NoBound
 from megaflow.flow.objective import OBJECTIVES, Objective, Setting
 from megaflow.flow.profile import CROSS_ENTROPY, ERROR, Profile, bin_of
 from megaflow.flow.weighting import WEIGHTINGS, Known
-from megaflow.model.parts import Parts, fit_clock
+from megaflow.model.parts import Parts, fit_clock, resolving_range
 from megaflow.model.text_dit import TextDiT
 from megaflow.train.stage import Batch, Total, alone, cells, noise, validation_bound
 
@@ -45,8 +46,9 @@ class FlowStage:
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         seed, device, path = self.config.run.seed, batch.ids.device, self.parts.path
+        code = self.network.refresh()
         t = self.objective.times(self.setting, cells(seed, batch, "time"))
-        y = noisy_state(path, lookup(self.parts.code, batch.ids), noise(seed, batch, self.parts), t.to(device))
+        y = noisy_state(path, lookup(code, batch.ids), noise_through(code, noise(seed, batch, self.parts)), t.to(device))
         hidden = self.network(y, t.to(device), lengths=batch.lengths, documents=batch.documents)
         loss, terms = self.scored(self.network.read(hidden, y, t.to(device)), t, batch)
         return loss, self.observe(t, terms, batch)
@@ -104,12 +106,20 @@ class FlowStage:
         plain = flow.objective == "cross_entropy" and flow.weighting == "none"
         return {} if plain else {"cross_entropy": observed[0].sum().item()}
 
+    @torch.no_grad()
     def validate(self, batch: Batch, total: Total = alone) -> dict[str, float]:
         try:
-            found = validation_bound(self.config, self.network, self.parts, self.clock, batch, total)
+            found = validation_bound(self.config, self.network, self.present(), self.clock, batch, total)
         except NoBound:
             return {"validation_loss": self.plain_cross_entropy(batch, total)}
         return {"validation_loss": found.mean, "validation_standard_error": found.standard_error}
+
+    def present(self) -> Parts:
+        """The fixed parts with the code that the network's weights are at present."""
+        code = self.network.refresh()
+        if self.network.trained_code is None:
+            return self.parts
+        return replace(self.parts, code=code, reach=resolving_range(code, self.parts.log_prior, self.config.run.seed, self.parts.law))
 
     @torch.no_grad()
     def plain_cross_entropy(self, batch: Batch, total: Total) -> float:
@@ -117,7 +127,7 @@ class FlowStage:
         ids, path, counted = batch.ids, self.parts.path, (batch.weight > 0.0).double()
         flat = clocks.uniform_log_snr(path, self.parts.span.low, self.parts.span.high)
         t = clocks.inverse(flat, clocks.stratified(batch.places, batch.rows, 0.5)).to(ids.device)
-        y = noisy_state(path, lookup(self.parts.code, ids), noise(self.config.run.seed, batch, self.parts), t)
+        y = noisy_state(path, lookup(self.network.refresh(), ids), noise(self.config.run.seed, batch, self.parts), t)
         hidden = self.network(y, t, lengths=batch.lengths, documents=batch.documents)
         nll, _ = heads.denoising_error(self.network.head(), self.network.read(hidden, y, t), ids.flatten())
         sums = total(torch.stack([(nll.double() * counted).sum(), counted.sum()]))

@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from megaflow.config.schema import Config
 from megaflow.data import shards
 from megaflow.data.shards import open_prepared, unigram_counts
 from megaflow.errors import UserError
+from megaflow.flow import code as codes
 from megaflow.flow.clock import Clock
 from megaflow.model import build, parts
 from megaflow.model.attention import choose
@@ -28,7 +30,7 @@ from megaflow.parallel import mesh as meshes
 from megaflow.parallel import watch as watches
 from megaflow.parallel.mesh import Mesh
 from megaflow.train import checkpoint as checkpoints
-from megaflow.train import ema
+from megaflow.train import code_start, ema
 from megaflow.train.checkpoint import Checkpoint
 from megaflow.train.loop import NotFinite, finished, train
 from megaflow.train.run import LOCK_PATIENCE, load_distill, lock, open_run, read_json, source_digest, versions, write_atomically
@@ -152,10 +154,22 @@ def first_parts(loaded: Loaded) -> Parts | None:
     config = loaded.config
     if config.model.family == "autoregressive" or (Path(config.run.dir) / parts.FILE).exists():
         return None
+    counts, start = unigram_counts(config.data.path), None
+    if config.flow.code == "semantic":
+        start = code_start.from_text(config, len(counts)) if not config.flow.code_from else token_vectors(loaded)
     try:
-        return parts.make(config.flow, unigram_counts(config.data.path), config.run.seed)
+        return parts.make(config.flow, counts, config.run.seed, start)
     except UserError as error:
         raise ConfigError(f"{loaded.origin['flow.code_dim']}: {error}") from None
+
+
+def token_vectors(loaded: Loaded) -> torch.Tensor:
+    """(V, code_dim) vectors of tokens out of the output weights of the run flow.code_from. Raises ConfigError, UserError."""
+    flow, source = loaded.config.flow, Path(loaded.config.flow.code_from)
+    if not source.is_dir():
+        raise ConfigError(f"{loaded.origin['flow.code_from']}: flow.code_from={source} is no run's directory; name one, or leave it empty")
+    check_tokenizer(source, open_prepared(loaded.config.data.path))
+    return code_start.from_weights(trained(source).read("averaged/weight"), int(flow.code_dim))
 
 
 def pretrain_stage(config: Config, fresh: Parts | None, mesh: Mesh) -> Stage:
@@ -190,7 +204,9 @@ def begins(config: Config, mesh: Mesh) -> bool:
 def distill_stage(config: Config, mesh: Mesh) -> Stage:
     """The map, started from the teacher's averaged weights, with the teacher's code, prior, range and clock."""
     source = Path(config.distill.teacher)
-    fixed = parts.read(source / parts.FILE)
+    found = trained(source, mesh)
+    averaged = found.by_name("averaged")
+    fixed = with_code(parts.read(source / parts.FILE), config, averaged)
     file = Path(config.run.dir) / parts.FILE
     if mesh.first and not file.exists():
         not_lost(file)
@@ -200,11 +216,9 @@ def distill_stage(config: Config, mesh: Mesh) -> Stage:
         raise UserError(
             f"{file}: code, prior or range differ from those of the teacher {source}; they must be its own, start the map afresh"
         )
-    found = trained(source, mesh)
     _same_teacher(Path(config.run.dir), source, found, mesh)
     ours = parts.to(build.cut_parts(config, fixed, mesh.tensor), mesh.device)
-    teacher = build.flow_network(config, ours, mesh.device, axis=mesh.tensor)
-    averaged = found.by_name("averaged")
+    teacher = build.flow_network(config, ours, mesh.device, axis=mesh.tensor, frozen=True)
     ema.load(teacher, averaged)
     network = build.flow_network(config, ours, mesh.device, True, mesh.tensor, HOME)
     if begins(config, mesh):
@@ -212,6 +226,13 @@ def distill_stage(config: Config, mesh: Mesh) -> Stage:
         ema.load(network, averaged, partial=True)
     clock = Clock(found.read("stage/clock_times"), found.read("stage/clock_tau"))
     return MapStage(config, network, teacher.eval(), ours, clock)
+
+
+def with_code(fixed: Parts, config: Config, averaged: Mapping[str, torch.Tensor]) -> Parts:
+    """The fixed parts of a trained flow, with the code that its averaged weights have come to if that is trained. Raises UserError."""
+    if config.flow.code not in codes.TRAINED:
+        return fixed
+    return parts.with_trained_code(fixed, config.flow.code, averaged["code_weight"], config.run.seed)
 
 
 def _same_teacher(directory: Path, source: Path, found: Checkpoint, mesh: Mesh) -> None:
@@ -231,8 +252,10 @@ def _same_teacher(directory: Path, source: Path, found: Checkpoint, mesh: Mesh) 
 def trained_flow(directory: Path, config: Config, is_map: bool, device: torch.device) -> tuple[TextDiT, Parts, Clock, Checkpoint]:
     """A run's network with its averaged weights, its fixed parts, its clock and its newest checkpoint. Raises UserError."""
     fixed, found = parts.read(directory / parts.FILE), trained(directory)
-    network = build.flow_network(config, fixed, device, is_map)
-    ema.load(network, found.by_name("averaged"))
+    averaged = found.by_name("averaged")
+    fixed = fixed if is_map else with_code(fixed, config, averaged)
+    network = build.flow_network(config, fixed, device, is_map, frozen=True)
+    ema.load(network, averaged)
     return network.eval(), parts.to(fixed, device), Clock(found.read("stage/clock_times"), found.read("stage/clock_tau")), found
 
 

@@ -21,7 +21,8 @@ VALUES = [
     if item.metadata["table"]
     for value in choice.described(entries(item))
 ]
-"""Of every key that chooses from a table, each entry with its options."""
+VALUES += [("flow.code", value) for value in keys()["flow.code"].metadata["choices"] if value != "auto"]
+"""Of every key that chooses from a table, each entry with its options; and the codes."""
 NO_BOUND = ("vertices", "dirichlet")
 
 
@@ -53,7 +54,7 @@ def test_every_value_trains_goes_on_and_writes(config, tmp_path, name, value):
     assert losses(directory) == whole
     written = sample(directory, count=2, steps=3)
     assert len(written["tokens"]) == 2 and written["method"] == "ode" and all(written["texts"])
-    if name in ("flow.interpolant", "flow.prior"):
+    if name in ("flow.interpolant", "flow.prior", "flow.code"):
         own = [f"run.dir={tmp_path / 'map'}", f"distill.teacher={directory}", "train.steps=2", "train.validate_every=2"]
         assert stages.distill(str(config("coded", "flow_map")), own) == 0
         assert all(map(math.isfinite, losses(tmp_path / "map").values()))

@@ -79,6 +79,14 @@ def test_a_network_of_which_no_weight_stays_whole(ranks, words, alone, workspace
     same_curve(workspace / name, alone(kind, family, 8), 8)
 
 
+@pytest.mark.parametrize("way", [next(iter(WAYS)), *(pytest.param(way, marks=pytest.mark.long) for way in list(WAYS)[1:])])
+def test_a_trained_code_of_which_nothing_stays_whole(ranks, words, alone, workspace, way):
+    """What its rows go into comes before the network, and its gradient after the network's."""
+    options, name = DESIGNS["learned code"], f"trained-code-{way.replace(' ', '-')}"
+    ranks(2, train_sharded, words("coded", "flow", name, *layout(8, 1, 2, 3), *options), WAYS[way])
+    same_curve(workspace / name, alone("coded", "flow", 8, *options), 8)
+
+
 @pytest.mark.parametrize("kind, family, source, target", MOVES)
 def test_a_run_moves_to_any_other_layout(ranks, words, alone, workspace, kind, family, source, target):
     """Four steps in one layout, four in another, by the same command with other parallel.*: the curve of one process all along."""
@@ -112,10 +120,14 @@ DESIGNS = {
     "dirichlet": ("flow.prior=dirichlet", "flow.interpolant=power:exponent=2"),
     "dense dirichlet": ("flow.prior=dirichlet", "flow.code=identity"),
     "dense mse": ("flow.objective=velocity_mse", "flow.code=identity", "flow.weighting=adaptive"),
+    "learned code": ("flow.code=learned", "model.input=both"),
+    "published": ("flow.code=learned", "model.input=linear", "flow.skip=off"),
+    "embedding": ("flow.code=embedding", "flow.objective=likelihood"),
+    "semantic": ("flow.code=semantic",),
     "hot noise": ("flow.prior=gaussian:temperature=2", "flow.weighting=balanced", "flow.clock.name=argmax_code"),
 }
 """Corners of the design space in which something is computed in parts of its own."""
-SHORT = [("mse", 2, 1, 1), ("learned", 1, 2, 2), ("dense dirichlet", 2, 1, 0)]
+SHORT = [("mse", 2, 1, 1), ("learned", 1, 2, 2), ("dense dirichlet", 2, 1, 0), ("learned code", 2, 1, 1), ("embedding", 1, 2, 3)]
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 
 from megaflow.config.schema import entries, keys
 from megaflow.evaluate.generate import sample
+from megaflow.export.convert import convert
 from megaflow.flow import choice
 from megaflow.train import checkpoint as checkpoints
 from megaflow.train import run as runs
@@ -54,6 +55,9 @@ def test_every_value_trains_goes_on_and_writes(config, tmp_path, name, value):
     assert losses(directory) == whole
     written = sample(directory, count=2, steps=3)
     assert len(written["tokens"]) == 2 and written["method"] == "ode" and all(written["texts"])
+    if name in ("flow.prior", "flow.code"):  # what a run keeps of its own goes with it
+        convert(directory, tmp_path / "model")
+        assert sample(tmp_path / "model", count=2, steps=3)["tokens"] == written["tokens"]
     if name in ("flow.interpolant", "flow.prior", "flow.code"):
         own = [f"run.dir={tmp_path / 'map'}", f"distill.teacher={directory}", "train.steps=2", "train.validate_every=2"]
         assert stages.distill(str(config("coded", "flow_map")), own) == 0

@@ -138,6 +138,36 @@ def test_the_first_profile_is_the_channels(kind):
     torch.testing.assert_close(profile.named, named, rtol=0, atol=0.1)
 
 
+@pytest.mark.parametrize("prior", ["gaussian:temperature=4", "vertices:temperature=1", "dirichlet"])
+@pytest.mark.parametrize("path", ["linear", "power:exponent=3"])
+def test_path_and_prior_are_kept_by_name(prior, path, tmp_path):
+    flow = made.make(replace(FLOWS["frame"], prior=prior, interpolant=path), COUNTS, 0)
+    made.save(flow, tmp_path / made.FILE)
+    again = made.read(tmp_path / made.FILE)
+    assert made.same(flow, again) and again.moments == flow.moments and again.path.scale == (2.0 if "gaussian" in prior else 1.0)
+    assert torch.equal(made.draw_noise(again, [3, 1], 5, 0, "noise"), made.draw_noise(flow, [3, 1], 5, 0, "noise"))
+    assert torch.equal(made.draw_noise(flow, [1], 5, 0, "noise")[0], made.draw_noise(flow, [3, 1], 5, 0, "noise")[1])
+    assert not made.same(flow, made.make(replace(FLOWS["frame"], prior=prior), COUNTS, 0)) or path == "linear"
+
+
+@pytest.mark.parametrize("kind", ["learned", "embedding"])
+def test_a_trained_code_moves_the_range_of_the_bound_and_no_other(kind, tmp_path):
+    """Two tokens whose weights have come near to each other are told apart later; what the network is told of the time stays."""
+    flow = made.make(FlowConfig(code=kind, code_dim=4), COUNTS, 0)
+    weight = flow.code.matrix.clone()
+    weight[1] = weight[0] + 0.05 * weight[1]
+    trained = made.with_trained_code(flow, kind, weight, 0)
+    assert trained.span == flow.span and trained.bounded.high > flow.bounded.high + 2.0 and flow.bounded == flow.span
+    left = made.channel_measures(trained.code, flow.log_prior, torch.tensor([trained.bounded.high]), 20_000, seed=5)[0, 0]
+    assert left < 2.0 * made.RESOLVED and not trained.code.trained
+    made.save(trained, tmp_path / made.FILE)
+    again = made.read(tmp_path / made.FILE)
+    assert made.same(trained, again) and again.bounded == trained.bounded
+    assert (again.code.mixing is None) == (kind == "embedding") and (
+        kind == "embedding" or torch.equal(again.code.mixing, trained.code.mixing)
+    )
+
+
 @pytest.mark.parametrize("name", ["uniform", "argmax", "ce_linear", "mixture:argmax=0.5,uniform=0.5"])
 def test_the_clock_that_a_config_names(name):
     flow, config = parts("frame"), ClockConfig(name=name, uniform_share=0.2, bins=50)

@@ -29,12 +29,14 @@ that is
 """
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 
 from megaflow.config.schema import Config
 from megaflow.flow import clock as clocks
+from megaflow.flow import code as codes
 from megaflow.flow import flow_map
 from megaflow.flow.clock import Clock
 from megaflow.flow.code import Code
@@ -68,6 +70,28 @@ def hot_shares(hot: float) -> tuple[float, float]:
     return at_s, hot + (0.5 - hot) * math.log(abs(1.0 - 2.0 * hot)) if hot != 0.5 else 0.5
 
 
+def _of_choices(config: Config, vocab: int) -> Iterator[tuple[float, float]]:
+    """Products of (forward, backward) passes a token that choices of stage 1 have besides: squared errors, weights and codes that are
+    trained. Of a learned code's, taken once a pass, a process is thought to hold train.micro_batch rows."""
+    flow, model, length = config.flow, config.model, config.data.length
+    dim, framed = int(flow.code_dim), flow.code != "identity"
+    errors = framed and (flow.objective != "cross_entropy" or "variance" in flow.clock.name)
+    belief, linear = model.input in ("belief", "both"), model.input in ("linear", "both")
+    if errors:
+        yield vocab * dim, vocab * dim
+    if flow.weighting == "learned":
+        yield (2 * FREQUENCIES * CONDITION + CONDITION**2 + CONDITION) / length, CONDITION / length
+    if flow.code not in codes.TRAINED:
+        return
+    by_channel = 2 * vocab * dim + vocab
+    yield 0, (flow.skip == "on") * by_channel + belief * (by_channel + vocab * model.belief_dim) + errors * vocab * dim
+    yield 0, linear * dim * model.hidden
+    if flow.code == "learned":
+        once = vocab * dim**2 / (min(config.train.micro_batch, config.train.global_batch) * length)
+        inverse = 2 * once * dim / vocab  # of the Gram matrix, backward
+        yield 3 * once + (1 + linear) * dim**2, 5 * once + inverse + (1 + 2 * linear) * dim**2
+
+
 def of_step(config: Config, vocab: int, is_map: bool = False, hot: float = 1.0) -> Flops:
     """A training step on tokens in rows of data.length; of a flow map if `is_map`. The config must be resolved.
 
@@ -83,7 +107,7 @@ def of_step(config: Config, vocab: int, is_map: bool = False, hot: float = 1.0) 
         products = blocks + attention + embedded + head
         return Flops(2.0 * products, 4.0 * products + 2.0 * vocab, 0.0, 0.0)
 
-    dim, framed = config.flow.code_dim, config.flow.code == "frame"
+    dim, framed = config.flow.code_dim, config.flow.code != "identity"
     belief = model.input in ("belief", "both")
     linear = dim * d if model.input in ("linear", "both") else 0
     evidence = vocab * (dim + 2) if framed else 0
@@ -96,8 +120,11 @@ def of_step(config: Config, vocab: int, is_map: bool = False, hot: float = 1.0) 
     trained = blocks + attention + modulation + head
     once = trained + features + deep + embedded + linear + skip  # a pass of a flow on beliefs that are there
     if not is_map:
+        forward = once + see
         backward = 2 * (trained + deep + embedded) + vocab + features + linear + (see - evidence if belief else 0)
-        return Flops(2.0 * (once + see), 2.0 * backward, 0.0, 2.0 * evidence if belief else 0.0)
+        for more in _of_choices(config, vocab):
+            forward, backward = forward + more[0], backward + more[1]
+        return Flops(2.0 * forward, 2.0 * backward, 0.0, 2.0 * evidence if belief else 0.0)
 
     distill, rows = config.distill, config.train.global_batch
     ahead = {"hot_belief": window * model.belief_dim * d, "linear": window * dim * d, "none": 0}[distill.state_input]

@@ -187,7 +187,9 @@ class TextDiT(nn.Module):
         """w (B,) of the weight exp(-w) of a loss at times s (B,) (flow/weighting.py, learned); it says nothing of the network's own scores,
         which have no gradient by it."""
         assert self.uncertainty is not None
-        return self.uncertainty(F.silu(self.time(s).detach()))[:, 0]
+        with torch.no_grad():
+            condition = F.silu(self.time(s))
+        return self.uncertainty(condition)[:, 0]
 
     def read(self, hidden: Tensor, y: Tensor, s: Tensor) -> Read:
         """Flat tokens for the head: hidden (B, L, d), state y (B, L, d_c) and the time s (B,) of the state."""

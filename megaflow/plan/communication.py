@@ -20,9 +20,11 @@ Parts of a flow map's rows are those of the global batch, which a process has on
 
 import itertools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 from megaflow.config.schema import Config
+from megaflow.flow import code as codes
 from megaflow.flow import flow_map
 from megaflow.model.flops import hot_shares
 from megaflow.parallel.recorder import RINGS
@@ -95,6 +97,24 @@ def total(sends: list[Send], axis: str | None = None, kind: str | None = None) -
     return math.fsum(s.bytes for s in sends if axis in (None, s.axis) and kind in (None, s.kind))
 
 
+def _of_choices(config: Config, n: float, passes: int, p: int, send: Callable[[str, str, float], None]) -> None:
+    """What choices of stage 1 send besides over the tensor axis: squared errors, weights by distance, noise of a simplex, trained codes."""
+    flow, model = config.flow, config.model
+    dim, dense, trained = int(flow.code_dim), flow.code == "identity", flow.code in codes.TRAINED
+    if flow.objective != "cross_entropy" or "variance" in flow.clock.name:
+        send("head", "all-reduce", (2 if dense else 2 * dim) * n * SINGLE)
+    if flow.weighting.startswith("adaptive"):
+        send("head", "all-reduce", n * SINGLE)
+    if not flow.prior.startswith("gaussian") and not dense:
+        send("input", "all-reduce", n * dim * SINGLE)
+    if trained:  # the state's gradients, and of beliefs the sum over the vocabulary that theirs need
+        send("head", "all-reduce", (flow.skip == "on") * n * dim * SINGLE)
+        send("input", "all-reduce", (model.input in ("belief", "both")) * n * (dim + 1) * SINGLE)
+        send("input", "all-gather", (model.input in ("linear", "both")) * n * dim * p)
+    if flow.code == "learned":
+        send("input", "all-reduce", passes * dim**2 * (2 * DOUBLE + SINGLE))
+
+
 def rows_of(config: Config, layout: Layout, is_map: bool, hot: float) -> Rows:
     rows = layout.micro * layout.accumulation
     if not is_map:
@@ -156,6 +176,7 @@ def _over_tensor(config: Config, layout: Layout, is_map: bool, hot: float) -> li
     if belief:
         see("input", n)
     if not is_map:
+        _of_choices(config, n, passes, p, send)
         send("head", "all-reduce", n * SINGLE)
         if belief:  # backward: beliefs computed again, and gradients of the table
             log_sum("input", n)

@@ -107,7 +107,7 @@ def _fixed(config: Config, vocab: int, layout: Layout, held: list[Weight], is_ma
     if config.model.family == "autoregressive" and not is_map:
         return SINGLE * vocab / layout.tensor
     part = math.ceil(vocab / layout.tensor)
-    code = part * (int(config.flow.code_dim) + 2) if config.flow.code == "frame" else 2 * part
+    code = part * (int(config.flow.code_dim) + 2) if config.flow.code != "identity" else 2 * part
     teacher = sum(w.numel for w in held if not w.name.startswith("map_")) + sum(w.numel for w in held if not w.trained) if is_map else 0
     return SINGLE * (code + teacher)
 
@@ -237,7 +237,7 @@ def of_loss(config: Config, vocab: int, layout: Layout, is_map: bool = False, de
     if layout.half:
         found += (2 if is_map else 1) * chunk * p + part * d * p
         found += (2 if is_map else 1) * part * d * p if part % ROUND else 0  # the head with a round number of rows
-    if flow and config.flow.code == "frame" and config.flow.skip == "on":
+    if flow and config.flow.code != "identity" and config.flow.skip == "on":
         found += part * (int(config.flow.code_dim) + 2) * SINGLE
     if flow and (is_map or model.input == "linear"):
         found += n * (part if config.flow.code == "identity" else int(config.flow.code_dim)) * SINGLE

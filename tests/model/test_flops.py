@@ -45,6 +45,15 @@ SIZES: dict[str, tuple[int, dict[str, Any]]] = {
     "linear, coded": (400, {"model.input": "linear", "flow.code_dim": 40}),
     "one-hot of many": (400, {"flow.code": "identity"}),
 }
+DESIGNS: dict[str, tuple[int, dict[str, Any]]] = {
+    "squared errors": (400, {"flow.objective": "endpoint_mse"}),
+    "squared errors, one-hot": (100, {"flow.objective": "likelihood", "flow.code": "identity"}),
+    "errors for the clock": (400, {"flow.clock.name": "variance", "flow.weighting": "learned"}),
+    "learned code": (400, {"flow.code": "learned", "model.input": "both"}),
+    "published": (400, {"flow.code": "learned", "model.input": "linear", "flow.skip": "off"}),
+    "embedding": (400, {"flow.code": "embedding", "flow.objective": "likelihood"}),
+    "simplex": (400, {"flow.prior": "vertices"}),
+}
 every_size = pytest.mark.parametrize("size", SIZES)
 
 
@@ -63,6 +72,7 @@ def made(kind: str, vocab: int, values: dict[str, Any]) -> Any:
         return AutoregressiveStage(config, network)
     one_hot, dim = config.flow.code == "identity", config.flow.code_dim
     code = codes.identity(vocab) if one_hot else codes.frame(vocab, dim, random.generator(0, "code"), rounds=3)
+    code = codes.spread(code) if config.flow.code == "embedding" else code
     parts = Parts(code, log_prior, Range(-3.0, 14.0))
     flow = build.flow_network(config, parts, cpu)
     flow.initialize()
@@ -97,6 +107,14 @@ def test_the_formula_is_what_is_counted(kind, size):
     flops = of_step(stage.config, vocab)
     assert flops.model + flops.recomputed == pytest.approx(counted(stage, vocab), rel=1e-4)
     assert flops.targets == 0.0
+
+
+@pytest.mark.parametrize("design", DESIGNS)
+def test_the_formula_is_what_is_counted_of_every_design(design):
+    vocab, values = DESIGNS[design]
+    stage = made("flow", vocab, values)
+    flops = of_step(stage.config, vocab)
+    assert flops.model + flops.recomputed == pytest.approx(counted(stage, vocab), rel=1e-4)
 
 
 @every_size

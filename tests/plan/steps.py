@@ -54,7 +54,8 @@ def stage_of(kind: str, vocab: int, values: dict[str, Any], mesh: Mesh) -> Any:
     else:
         one_hot, dim = config.flow.code == "identity", config.flow.code_dim
         code = codes.identity(vocab) if one_hot else codes.frame(vocab, dim, random.generator(0, "code"), rounds=3)
-        whole = Parts(code, log_prior, Range(-3.0, 14.0))
+        code = codes.spread(code) if config.flow.code == "embedding" else code
+        whole = parts.with_noise(Parts(code, log_prior, Range(-3.0, 14.0)), config.flow.interpolant, config.flow.prior)
         ours = parts.to(build.cut_parts(config, whole, axis), mesh.device)
         profile = initial_profile(whole, config.flow.clock, 0)
         network = build.flow_network(config, ours, mesh.device, kind == "map", axis)

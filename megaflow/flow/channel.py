@@ -76,6 +76,11 @@ def rounded(x: Tensor) -> Tensor:
     return F.pad(x, (0, 0, 0, more)) if more else x
 
 
+def row_products(x: Tensor, y: Tensor) -> Tensor:
+    """x . y of every row, (n,), without a tensor of their size."""
+    return torch.bmm(x[:, None], y[:, :, None])[:, 0, 0]
+
+
 def evidence(code: Code, bias: Tensor, buffer: Buffer | None = None) -> Callable[..., Tensor]:
     """A function f(y, level) -> (n, V) of bias_k + c C_k . y - (c beta / 2) leverage_k, made once for many chunks.
 
@@ -227,7 +232,7 @@ def _code_gradients(
         given = grad[part].to(wide)
         table_grad += p.T.to(wide) @ given
         dp = (given @ table.T.to(wide)).to(p.dtype)
-        dz = p * (dp - total(code.part, (p * dp).sum(-1))[:, None])
+        dz = dp.sub_(total(code.part, row_products(p, dp))[:, None]).mul_(p)
         y_grad[part], by_matrix, by_leverage = evidence_gradient(code, y[part], level[part], dz)
         matrix_grad += by_matrix
         leverage_grad += by_leverage

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megaflow.flow import balance
 from megaflow.flow import code as codes
-from megaflow.flow.channel import Buffer, chunks, evidence, evidence_gradient, rounded
+from megaflow.flow.channel import Buffer, chunks, evidence, evidence_gradient, rounded, row_products
 from megaflow.flow.code import Code
 from megaflow.flow.vocabulary import Vocabulary, largest, log_softmax_, log_sum, own_ids, pick, softmax_, total, whole
 
@@ -237,7 +237,7 @@ class _Loss(torch.autograd.Function):
             if graded:
                 bias_grad += (factor @ gradient).to(wide)
                 if by_code and head.skip and head.code is not None and read.y is not None and read.level is not None:
-                    parts = evidence_gradient(head.code, read.y[part], read.level[part], factor[:, None] * gradient)
+                    parts = evidence_gradient(head.code, read.y[part], factor[:, None] * read.level[part], gradient)
                     of_code[0][part] = parts[0]
                     for gathered, more in zip(of_code[1:], parts[1:], strict=True):
                         gathered += more
@@ -307,17 +307,18 @@ def denoising_loss(
         log_p, (a, b) = log_softmax_(head.part, z), (x[part].to(z.dtype) for x in (by_entropy, by_error))
         nll = -pick(head.part, log_p, ids[part])
         p = log_p.exp_()
-        mean = _mean(code, p)
-        off = mean - codes.lookup(code, ids[part]).to(z.dtype)
-        error, along = off.square().sum(-1), (mean * off).sum(-1)
         if code.matrix is None:
-            error, along = total(head.part, torch.stack([error, along]))
-        slope = (off if code.matrix is None else off @ code.matrix.T.to(z.dtype)).sub(along[:, None]).mul_(p).mul_(2.0 * b[:, None])
-        twice = 2.0 * b[:, None] * off
+            off = slope = _from_token(head, p.clone(), ids[part])
+            error, along = total(head.part, torch.stack([torch.linalg.vector_norm(off, dim=-1).square(), row_products(p, off)]))
+        else:
+            mean = codes.mean(code, p)
+            off = mean - codes.lookup(code, ids[part]).to(z.dtype)
+            error, along, slope = off.square().sum(-1), (mean * off).sum(-1), off @ code.matrix.T.to(z.dtype)
+        slope = slope.sub_(along[:, None]).mul_(p).mul_(2.0 * b[:, None])
         gradient = _from_token(head, p, ids[part])
         w = torch.ones_like(a) if reweight is None else reweight(_square(head, gradient))
         if direct:  # psi C and C[token] move with C too
-            direct[0] += gradient.T @ (w[:, None] * twice)
+            direct[0] += gradient.T @ (2.0 * (w * b)[:, None] * off)
         gradient = gradient.mul_(a[:, None]).add_(slope)
         return w * (a * nll + b * error), torch.stack([nll, error], 1), w, gradient
 

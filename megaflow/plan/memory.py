@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from megaflow.config.schema import Config
+from megaflow.flow import code as codes
 from megaflow.flow.channel import CHUNK_ELEMENTS, CHUNK_TOKENS, ROUND
 from megaflow.parallel.reduction import FLYING, bucket_elements
 from megaflow.plan.communication import PERSISTENT, REUSED, rows_of
@@ -241,6 +242,8 @@ def of_loss(config: Config, vocab: int, layout: Layout, is_map: bool = False, de
         found += part * (int(config.flow.code_dim) + 2) * SINGLE
     if flow and (is_map or model.input == "linear"):
         found += n * (part if config.flow.code == "identity" else int(config.flow.code_dim)) * SINGLE
+    if flow and not is_map:
+        found += _of_choices(config, part, chunk)
     if is_map:
         found += 2 * n * model.belief_dim * p + 3 * chunk * SINGLE
         if at_once:
@@ -251,3 +254,13 @@ def of_loss(config: Config, vocab: int, layout: Layout, is_map: bool = False, de
             passing = max(still * SINGLE, min(tokens, n - still) * p)
             found += passing * d * (4 + 2 * model.mlp_ratio) / layout.tensor
     return found
+
+
+def _of_choices(config: Config, part: int, chunk: float) -> float:
+    """Of stage 1 what choices hold besides: the slope of squared errors by the logits, a trained code with its gradients, and in double
+    precision the weights of a learned one."""
+    flow = config.flow
+    errors = flow.objective != "cross_entropy" or "variance" in flow.clock.name
+    table = part * int(flow.code_dim)
+    trained = (3 * SINGLE + (16 if flow.code == "learned" else 0)) * table if flow.code in codes.TRAINED else 0
+    return errors * chunk * SINGLE + trained

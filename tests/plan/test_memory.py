@@ -123,6 +123,16 @@ for zero in (0, 1, 2, 3):
             if zero or precision == "fp32":
                 LIKE[f"as many, tensor, ZeRO {zero} in {precision}, {recompute}"] = 2, "flow", 512, values | {"parallel.tensor": 2}
 STEPS |= LIKE
+STEPS |= {
+    f"design, {name}": (1, "flow", vocab, {"model.layers": 2, "data.length": 64, "train.global_batch": 16} | values)
+    for name, vocab, values in (
+        ("squared errors", 4000, {"flow.objective": "endpoint_mse"}),
+        ("squared errors, dense", 2000, {"flow.objective": "likelihood", "flow.code": "identity"}),
+        ("learned code", 4000, {"flow.code": "learned", "model.input": "both"}),
+        ("embedding", 4000, {"flow.code": "embedding", "flow.objective": "likelihood"}),
+        ("simplex", 4000, {"flow.prior": "dirichlet"}),
+    )
+}
 
 BOTH = {"parallel.tensor": 2, "model.hidden": 256, "model.layers": 2, "data.length": 16, "train.micro_batch": 4}
 for zero in (1, 2, 3):

@@ -154,7 +154,7 @@ def contradictions(loaded: Loaded, vocab: int | None = None) -> None:
                 "flow.code",
                 "flow.code_dim",
             )
-        if flow.code != "identity" and flow.code_dim >= vocab:
+        if flow.code not in ("identity", "auto") and flow.code_dim >= vocab:
             refuse(
                 f"flow.code={flow.code} needs flow.code_dim below the vocabulary of {vocab}, not {flow.code_dim}; or flow.code=identity",
                 "flow.code",

@@ -13,7 +13,7 @@ import torch
 
 from megaflow.config.check import resolve
 from megaflow.config.load import ConfigError, Loaded, assemble, flatten
-from megaflow.config.schema import Config, keys
+from megaflow.config.schema import Config, entries, keys
 from megaflow.errors import UserError
 from megaflow.train import run
 from megaflow.train.run import MAY_CHANGE, Metrics, open_run, read_config
@@ -37,9 +37,10 @@ def directory(tmp_path: Path) -> Path:
 def other_value(name: str) -> object:
     """A valid value that is neither the default nor what auto stands for."""
     item, default = keys()[name], flatten(Config())[name]
-    if item.metadata["choices"]:
+    offered = list(entries(item)) if item.metadata["table"] else item.metadata["choices"]
+    if offered:
         settled = flatten(given(Path("x")).config)[name]
-        return next((choice for choice in item.metadata["choices"] if choice not in (default, settled)), None)
+        return next((value for value in offered if value not in (default, settled)), None)
     if item.type is str or item.type == list[str]:
         return "other" if item.type is str else ["other"]
     if item.type is bool:

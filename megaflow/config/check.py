@@ -35,6 +35,7 @@ def resolve(loaded: Loaded, vocab: int) -> Loaded:
     settle(flow, "code_dim", "flow.code_dim", vocab if flow.code == "identity" else min(64, max(2, vocab // 2)))
     settle(flow.clock, "name", "flow.clock.name", "variance" if flow.objective == "likelihood" else "ce_linear")
     settle(model, "heads", "model.heads", heads(model.hidden))
+    settle(model, "belief_dim", "model.belief_dim", model.hidden if model.head == "tied" else 128)
     settle(model, "input", "model.input", "linear" if simplex else "belief")
     settle(flow, "skip", "flow.skip", "off" if simplex or model.input == "linear" and flow.code == "identity" else "on")
     if config.distill.teacher:
@@ -94,6 +95,23 @@ def contradictions(loaded: Loaded, vocab: int | None = None) -> None:
             "model.neighbors",
             "data.length",
         )
+    if model.head == "tied" and model.belief_dim not in ("auto", model.hidden):
+        refuse(
+            f"model.head=tied embeds by output weights of model.hidden={model.hidden} dimensions; model.belief_dim={model.belief_dim} "
+            "contradicts it, leave it auto",
+            "model.head",
+            "model.belief_dim",
+        )
+    if model.time == "none" and model.family == "flow":
+        if config.flow.weighting == "learned":
+            refuse(
+                "flow.weighting=learned makes weights of what the network is told of the time, and model.time=none tells it nothing; "
+                "use balanced, or model.time=adaptive",
+                "flow.weighting",
+                "model.time",
+            )
+        if config.distill.teacher:
+            refuse("a flow map must be told where it goes, and its flow has model.time=none; train one with adaptive", "model.time")
     parallel = config.parallel
     for name, size in (("model.heads", count), ("data.length", config.data.length)):
         if size % parallel.tensor:

@@ -75,9 +75,21 @@ class ModelConfig:
     heads: Any = key("auto", "attention heads; auto: of 64 dimensions each, at least 4", low=1, auto=True)
     mlp_ratio: int = key(4, "width of the MLP over the width of the trunk", low=1)
     input: str = key("auto", "what the trunk reads of the state", choices=("auto", "belief", "linear", "both"))
-    belief_dim: int = key(128, "dimensions of the belief (or token) embedding before the trunk's width", low=1)
+    belief_dim: Any = key(
+        "auto",
+        "dimensions of the belief (or token) embedding before the trunk's width; auto: 128, or those of a tied head",
+        low=1,
+        auto=True,
+    )
     neighbors: int = key(1, "positions to each side that the input layer reads beside the token's own", low=0)
     attention: str = key("auto", "attention kernel", choices=("auto", "flash", "sdpa", "plain"))
+    time: str = key(
+        "adaptive",
+        "how the trunk is told the time: by norms that it moves, or not at all, as beliefs tell it",
+        choices=("adaptive", "none"),
+    )
+    qk_norm: bool = key(True, "queries and keys are normalised before they meet")
+    head: str = key("untied", "output weights; tied: they embed beliefs (or tokens) too", choices=("untied", "tied"))
     softcap: float = key(0.0, "attention scores are softcap tanh(score / softcap); 0: as they are", low=0.0)
 
 

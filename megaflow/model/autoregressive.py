@@ -4,6 +4,8 @@ Token i is predicted from tokens before it; the first from a learned start vecto
 flow's bound.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -26,19 +28,21 @@ class Autoregressive(nn.Module):
         self.log_prior, self.axis = log_prior, axis
         self.part = whole(shape.vocab) if part is None else part
         rows = padded(0, shape.vocab, axis, shape.vocab_multiple)
-        self.table = parameter((shape.vocab, shape.belief_dim), rows)
+        self.table = None if shape.tied else parameter((shape.vocab, shape.belief_dim), rows)
+        self.table_scale = math.sqrt(shape.hidden) / HEAD_STD if shape.tied else 1.0
         self.before = shape.window - 1
         self.widen = nn.Linear(shape.window * shape.belief_dim, shape.hidden, bias=False)
         self.start = nn.Parameter(torch.empty(shape.belief_dim))
-        self.trunk = Trunk(shape.layers, shape.hidden, shape.heads, shape.mlp_ratio, None, kernel, axis)
+        self.trunk = Trunk(shape.layers, shape.hidden, shape.heads, shape.mlp_ratio, None, kernel, axis, shape.qk_norm)
         self.weight = parameter((shape.vocab, shape.hidden), rows)
         self.bias = parameter((shape.vocab,), rows)
 
     def initialize(self) -> None:
         """Draw the initial weights from torch's global generator."""
-        draw(self.table, 1.0)
+        if self.table is not None:
+            draw(self.table, 1.0)
         nn.init.normal_(self.start)
-        nn.init.normal_(self.widen.weight, std=self.table.shape[1] ** -0.5)
+        nn.init.normal_(self.widen.weight, std=len(self.start) ** -0.5)
         self.trunk.initialize()
         draw(self.weight, HEAD_STD * self.weight.shape[1] ** -0.5)
         with torch.no_grad():
@@ -53,18 +57,24 @@ class Autoregressive(nn.Module):
         documents: (B, L) which document each token is of, where others' are not seen; the first of one is predicted from the end before.
         """
         widen, start = copied_together([self.widen.weight, self.start], self.axis)
-        embedded = embed(ids[:, :-1], self.table, cut_of(self.table))
+        embedded = self.embedded(ids[:, :-1])
         first = (start if self.axis.rank == 0 else 0.0 * start).expand(len(ids), 1, -1).to(embedded.dtype)
         here = scattered_with_neighbors(torch.cat([first, embedded], 1), self.axis, self.before, 0)
         beside = windows(here, self.before, 0, self.axis.rank * (here.shape[1] - self.before), None, documents)
         return self.trunk(F.linear(beside, widen), causal=True, documents=documents)
+
+    def embedded(self, ids: Tensor) -> Tensor:
+        """This process's share of the embeddings (…, d_e) of tokens (…,)."""
+        table = self.weight if self.table is None else self.table
+        share = embed(ids, table, cut_of(table))
+        return share if self.table_scale == 1.0 else share * self.table_scale
 
     def read(self, hidden: Tensor) -> Read:
         return Read(hidden.flatten(0, 1))
 
     def step(self, previous: Tensor | None, batch: int, cache: Cache) -> Tensor:
         """Hidden state (B, d) of the next position, given the token before it (B,), or None at the first."""
-        embedded = self.start.expand(batch, -1) if previous is None else embed(previous, self.table, cut_of(self.table))
+        embedded = self.start.expand(batch, -1) if previous is None else self.embedded(previous)
         recent = (
             F.pad(embedded[:, None], (0, 0, self.before, 0)) if cache.recent is None else torch.cat([cache.recent, embedded[:, None]], 1)
         )

@@ -18,8 +18,8 @@ from megaflow.parallel.vocabulary import entries
 
 def shape_of(config: Config, vocab: int) -> Shape:
     model = config.model
-    sizes = model.layers, model.hidden, model.heads, model.mlp_ratio, model.belief_dim, model.neighbors
-    return Shape(vocab, *sizes, config.parallel.vocab_multiple)
+    sizes = model.layers, model.hidden, model.heads, model.mlp_ratio, model.belief_dim, model.neighbors, config.parallel.vocab_multiple
+    return Shape(vocab, *sizes, timed=model.time == "adaptive", qk_norm=model.qk_norm, tied=model.head == "tied")
 
 
 def part_of(config: Config, vocab: int, axis: Axis) -> Vocabulary:

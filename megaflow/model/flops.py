@@ -114,8 +114,9 @@ def of_step(config: Config, vocab: int, is_map: bool = False, hot: float = 1.0) 
     see = evidence + vocab * model.belief_dim if belief else 0
     embedded = embedded if belief else 0
     skip = evidence if config.flow.skip == "on" else 0
-    modulation = CONDITION * (6 * model.layers + 2) * d / length
-    features, deep = 2 * FREQUENCIES * CONDITION / length, CONDITION**2 / length
+    timed = model.time == "adaptive"
+    modulation = timed * CONDITION * (6 * model.layers + 2) * d / length
+    features, deep = timed * 2 * FREQUENCIES * CONDITION / length, timed * CONDITION**2 / length
 
     trained = blocks + attention + modulation + head
     once = trained + features + deep + embedded + linear + skip  # a pass of a flow on beliefs that are there

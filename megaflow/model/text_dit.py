@@ -38,7 +38,8 @@ HEAD_STD = 0.1
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a network: what its weights depend on. vocab_multiple: every process holds a multiple of so many entries, with padding."""
+    """Sizes of a network: what its weights depend on. vocab_multiple: every process holds a multiple of so many entries, with padding;
+    timed: norms are moved by the time; tied: the head's weights are the table too, which then has their width."""
 
     vocab: int
     layers: int
@@ -48,6 +49,9 @@ class Shape:
     belief_dim: int
     neighbors: int = 0
     vocab_multiple: int = 1
+    timed: bool = True
+    qk_norm: bool = True
+    tied: bool = False
 
     @property
     def window(self) -> int:
@@ -126,8 +130,10 @@ class TextDiT(nn.Module):
         rows = padded(0, shape.vocab, axis, shape.vocab_multiple)
         dense = code.matrix is None
         self.table = self.widen = None
+        self.table_scale = math.sqrt(shape.hidden) / HEAD_STD if shape.tied else 1.0
         if "belief" in reads:
-            self.table = parameter((shape.vocab, shape.belief_dim), rows).requires_grad_(map_reads is None)
+            if not shape.tied or map_reads is not None:  # a map's table stays, and its head does not
+                self.table = parameter((shape.vocab, shape.belief_dim), rows).requires_grad_(map_reads is None)
             self.widen = Reading(shape.window, shape.belief_dim, shape.hidden, axis, None)
         multiple = shape.vocab_multiple if dense else None
         self.trained_code = trained_code
@@ -135,24 +141,28 @@ class TextDiT(nn.Module):
         self.state = Reading(1, code.dim, shape.hidden, axis, multiple) if "linear" in reads else None
         self.map_state = Reading(shape.window, code.dim, shape.hidden, axis, multiple) if map_reads == "linear" else None
         self.map_widen = Reading(shape.window, shape.belief_dim, shape.hidden, axis, None) if map_reads == "hot_belief" else None
-        self.time = TimeEmbedding(path, span)
+        self.time = TimeEmbedding(path, span) if shape.timed else None
         self.map_time = TimeEmbedding(path, span) if map_reads is not None else None
         self.uncertainty = nn.Linear(CONDITION, 1) if uncertain else None
-        self.trunk = Trunk(shape.layers, shape.hidden, shape.heads, shape.mlp_ratio, CONDITION, kernel, axis)
+        self.trunk = Trunk(
+            shape.layers, shape.hidden, shape.heads, shape.mlp_ratio, CONDITION if shape.timed else None, kernel, axis, shape.qk_norm
+        )
         self.weight = parameter((shape.vocab, shape.hidden), rows)
         self.bias = parameter((shape.vocab,), rows)
 
     def initialize(self) -> None:
         """Draw the initial weights from torch's global generator."""
-        if self.table is not None and self.widen is not None:
-            draw(self.table, 1.0)
-            draw(self.widen.weight, self.table.shape[1] ** -0.5)
+        if self.table is not None:
+            draw(self.table, 1.0 / self.table_scale)
+        if self.widen is not None:
+            draw(self.widen.weight, (self.widen.weight.shape[1] / self.widen.window) ** -0.5)
         if self.code_weight is not None and self.code.matrix is not None:
             with torch.no_grad():
                 real(self.code_weight, self.code.part).copy_(self.code.matrix)
         if self.state is not None:
             draw(self.state.weight, self.code.dim**-0.5)
-        self.time.initialize(zero=False)
+        if self.time is not None:
+            self.time.initialize(zero=False)
         self.trunk.initialize()
         self.initialize_map()
         draw(self.weight, HEAD_STD * self.weight.shape[1] ** -0.5)
@@ -186,7 +196,7 @@ class TextDiT(nn.Module):
     def uncertainty_at(self, s: Tensor) -> Tensor:
         """w (B,) of the weight exp(-w) of a loss at times s (B,) (flow/weighting.py, learned); it says nothing of the network's own scores,
         which have no gradient by it."""
-        assert self.uncertainty is not None
+        assert self.uncertainty is not None and self.time is not None
         with torch.no_grad():
             condition = F.silu(self.time(s))
         return self.uncertainty(condition)[:, 0]
@@ -220,8 +230,8 @@ class TextDiT(nn.Module):
             entering.append(self.widen(self.beside(seen.belief, self.widen, lengths, documents)))
         if self.state is not None:
             entering.append(self.state(self.around(self.sized(y, s), self.state, lengths, documents)))
-        condition = self.time(s)
-        if self.map_time is not None:
+        condition = None if self.time is None else self.time(s)
+        if condition is not None and self.map_time is not None:
             condition = condition + self.map_time(s if t is None else t)
         if t is not None and self.map_reads not in (None, "none"):
             if self.map_state is not None:
@@ -231,7 +241,8 @@ class TextDiT(nn.Module):
                 ahead = self.map_widen(self.beside(seen.hot, self.map_widen, lengths, documents))
             _, share = interpolant.move(self.path, s, t)
             entering.append(along(share, ahead) * ahead)
-        return self.trunk(sum(entering[1:], entering[0]), F.silu(condition), lengths=lengths, documents=documents)
+        told = None if condition is None else F.silu(condition)
+        return self.trunk(sum(entering[1:], entering[0]), told, lengths=lengths, documents=documents)
 
     def see(self, y: Tensor, s: Tensor, t: Tensor | None = None) -> Seen:
         """What states y (B, L, d_c) at times s (B,) say; with ends t, also what a flow map reads besides of rows with s < t.
@@ -239,7 +250,7 @@ class TextDiT(nn.Module):
         The hot belief is the posterior of a channel read as if it were sharper, c at least HOT_GAIN over the code's mean norm. Where c is
         that large the two are the same, and cost nothing; nor does the hot belief of a row that stays, which does not enter.
         """
-        if self.table is None:
+        if self.widen is None:
             return Seen(None, None)
         belief = self.embed_belief(y, self.level(s, y))
         if t is None or self.map_widen is None:
@@ -253,9 +264,10 @@ class TextDiT(nn.Module):
 
     def embed_belief(self, y: Tensor, level: Tensor) -> Tensor:
         """belief @ table, (B, L/T + 2 neighbors, d_e), of a channel of this level (B L, 2)."""
-        assert self.table is not None
+        table = self.weight if self.table is None else self.table
         y = shared(self.code.part, y) if self.code.trained else y
-        share = belief_embedding(self.code, self.log_prior, y.flatten(0, 1), level, real(self.table, self.code.part))
+        share = belief_embedding(self.code, self.log_prior, y.flatten(0, 1), level, real(table, self.code.part))
+        share = share if self.table_scale == 1.0 else share * self.table_scale
         return scattered_with_neighbors(share.view(*y.shape[:2], share.shape[-1]), self.axis, self.neighbors, self.neighbors)
 
     def beside(self, x: Tensor | None, layer: "Reading", lengths: Tensor | None, documents: Tensor | None) -> Tensor:

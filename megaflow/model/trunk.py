@@ -1,4 +1,4 @@
-"""The trunk: pre-norm transformer blocks with rotary positions and query-key normalisation.
+"""The trunk: pre-norm transformer blocks with rotary positions and, if asked, query-key normalisation.
 
 With a condition vector every block's norms are shifted, scaled and gated by it (adaptive layer norm, DiT); without one the norms
 have learned gains. Flow, flow map and baselines are this same trunk.
@@ -69,7 +69,7 @@ class Block(nn.Module):
     The stream holds a tensor-parallel process's own positions; attention sees all of them, for the process's own heads.
     """
 
-    def __init__(self, hidden: int, heads: int, mlp_ratio: int, condition: int | None, axis: Axis = ALONE) -> None:
+    def __init__(self, hidden: int, heads: int, mlp_ratio: int, condition: int | None, axis: Axis = ALONE, qk_norm: bool = True) -> None:
         super().__init__()
         self.heads, self.head_dim, self.axis = heads // axis.size, hidden // heads, axis
         self.recompute = "off"
@@ -77,8 +77,8 @@ class Block(nn.Module):
         self.out = RowParallel(hidden, hidden, axis, bias=False)
         self.up = ColumnParallel(hidden, mlp_ratio * hidden, axis, bias=True)
         self.down = RowParallel(mlp_ratio * hidden, hidden, axis, bias=True)
-        self.query_gain = nn.Parameter(torch.ones(hidden // heads))
-        self.key_gain = nn.Parameter(torch.ones(hidden // heads))
+        self.query_gain = nn.Parameter(torch.ones(hidden // heads)) if qk_norm else None
+        self.key_gain = nn.Parameter(torch.ones(hidden // heads)) if qk_norm else None
         if condition is None:
             self.modulation = None
             self.gains = nn.Parameter(torch.ones(2, hidden))
@@ -105,7 +105,8 @@ class Block(nn.Module):
         assert self.down.bias is not None
         scales = self.gains if self.modulation is None else self.modulation(condition)
         # these meet this process's positions or heads only
-        scales, bias, *gains = copied_together([scales, self.down.bias, self.query_gain, self.key_gain], self.axis)
+        normalising = [gain for gain in (self.query_gain, self.key_gain) if gain is not None]
+        scales, bias, *gains = copied_together([scales, self.down.bias, *normalising], self.axis)
         if self.modulation is None:
             x = x + self.attention(self.cheap(normed, x, scales[0]), gains, angles, attend, cache, index)
             return x + self.mlp(self.cheap(normed, x, scales[1]), bias)
@@ -122,18 +123,19 @@ class Block(nn.Module):
         cache: Cache | None,
         index: int,
     ) -> Tensor:
-        q, k, v = self.cheap(self.split, self.qkv(x), *gains, *angles)
+        q, k, v = self.cheap(self.split, self.qkv(x), *angles, *gains)
         if cache is not None:
             k, v = cache.extend(index, k, v)
         out = attend(q, k, v).transpose(1, 2)
         return self.out(out.reshape(*out.shape[:2], -1))
 
-    def split(self, qkv: Tensor, query_gain: Tensor, key_gain: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values (B, H/T, L, d_head), the first two normalised and rotated."""
+    def split(self, qkv: Tensor, cos: Tensor, sin: Tensor, *gains: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (B, H/T, L, d_head), the first two normalised, where there are gains of theirs, and rotated."""
         batch, length, _ = qkv.shape
         q, k, v = qkv.view(batch, length, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
-        q = rotate(F.rms_norm(q, q.shape[-1:], query_gain), cos, sin)
-        return q, rotate(F.rms_norm(k, k.shape[-1:], key_gain), cos, sin), v
+        if gains:
+            q, k = (F.rms_norm(x, x.shape[-1:], gain) for x, gain in zip((q, k), gains, strict=True))
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
 
     def mlp(self, x: Tensor, bias: Tensor) -> Tensor:
         return self.cheap(self.activated, self.up(x), bias)
@@ -163,11 +165,19 @@ class Trunk(nn.Module):
     """layers blocks and a last norm: a process's positions (B, L/T, d) and a condition (B, c) or None to all hidden states (B, L, d)."""
 
     def __init__(
-        self, layers: int, hidden: int, heads: int, mlp_ratio: int, condition: int | None, kernel: str, axis: Axis = ALONE
+        self,
+        layers: int,
+        hidden: int,
+        heads: int,
+        mlp_ratio: int,
+        condition: int | None,
+        kernel: str,
+        axis: Axis = ALONE,
+        qk_norm: bool = True,
     ) -> None:
         super().__init__()
         self.head_dim, self.kernel, self.axis = hidden // heads, kernel, axis
-        self.blocks = nn.ModuleList(Block(hidden, heads, mlp_ratio, condition, axis) for _ in range(layers))
+        self.blocks = nn.ModuleList(Block(hidden, heads, mlp_ratio, condition, axis, qk_norm) for _ in range(layers))
         self.last_modulation = None if condition is None else nn.Linear(condition, 2 * hidden)
         self.last_gain = nn.Parameter(torch.ones(hidden)) if condition is None else None
         self.recompute, self.softcap = "off", 0.0

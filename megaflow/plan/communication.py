@@ -146,10 +146,11 @@ def _over_tensor(config: Config, layout: Layout, is_map: bool, hot: float) -> li
         log_sum(what, tokens)
         send(what, "reduce-scatter", tokens * beside * p)
 
-    modulations, last = (2 * passes * d, passes * d) if baseline else (6 * rows.all * d, 2 * rows.all * d)
-    gains = passes * (d + 2 * d // int(model.heads))
+    gated = not baseline and model.time == "adaptive"
+    modulations, last = (6 * rows.all * d, 2 * rows.all * d) if gated else (2 * passes * d, passes * d)
+    gains = passes * (d + (2 * d // int(model.heads) if model.qk_norm else 0))
     # a block that is computed again stops at the last result that its backward pass needs: of a gated one the last scatter's
-    again = (2, 1 if baseline else 2) if layout.recompute == "full" else (0, 0)
+    again = (2, 2 if gated else 1) if layout.recompute == "full" else (0, 0)
     send("trunk", "all-gather", ((4 + again[0]) * model.layers + 1) * n * d * p)
     send("trunk", "reduce-scatter", ((4 + again[1]) * model.layers + 1) * n * d * p)
     send("trunk", "all-reduce", (model.layers * (modulations + gains) + last) * SINGLE)

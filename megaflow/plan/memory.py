@@ -167,7 +167,7 @@ def of_activations(config: Config, vocab: int, layout: Layout, is_map: bool = Fa
     """
     model, d, p, tensor = config.model, config.model.hidden, layout.width, layout.tensor
     n = layout.micro * config.data.length
-    gated = config.model.family != "autoregressive" or is_map
+    gated = _gated(config, is_map)
     own = n / tensor * d * p
     trunk = _kept_of_blocks(config, layout, device, is_map) + (2 if gated else 1) * own
     if layout.recompute == "full" and again:
@@ -175,7 +175,7 @@ def of_activations(config: Config, vocab: int, layout: Layout, is_map: bool = Fa
     part, width = math.ceil(vocab / tensor), (2 * model.neighbors + 1) * model.belief_dim
     parts = 2 if is_map and 0.0 < config.distill.diagonal_fraction < 1.0 else 1
     head = n * d * p + parts * part * (d + 1) * p
-    if not gated:
+    if config.model.family == "autoregressive" and not is_map:
         return trunk + head + n / tensor * width * p + n * 8
     dim, dense = int(config.flow.code_dim), config.flow.code == "identity"
     here = part if dense else dim
@@ -190,8 +190,13 @@ def of_activations(config: Config, vocab: int, layout: Layout, is_map: bool = Fa
     return trunk + head + entering
 
 
+def _gated(config: Config, is_map: bool) -> bool:
+    """Whether blocks have norms and gates that the time moves."""
+    return is_map or config.model.family != "autoregressive" and config.model.time == "adaptive"
+
+
 def _kept_of_blocks(config: Config, layout: Layout, device: str, is_map: bool) -> float:
-    gated = config.model.family != "autoregressive" or is_map
+    gated = _gated(config, is_map)
     if layout.recompute == "full":
         return config.model.layers * layout.micro * config.data.length / layout.tensor * config.model.hidden * layout.width
     return config.model.layers * _block(config, layout, device, gated)
@@ -204,7 +209,7 @@ def _block(config: Config, layout: Layout, device: str, gated: bool) -> float:
     found = (2 + (2 if gated else 0) + (2 if gated and not again else 0)) * own * p + 2 * n * d * p
     found += (6 + (1 if again else 2) * model.mlp_ratio) * own * p
     if device == "cpu":  # attention's result has another order of dimensions, and is kept a second time
-        found += own * p + (0 if again else (4 if layout.half else 2) * own * SINGLE)
+        found += own * p + (0 if again or not model.qk_norm else (4 if layout.half else 2) * own * SINGLE)
     found += 3 * n / tensor * int(model.heads) * SINGLE + 4 * n / tensor * p  # log-sum-exps and norms
     if model.attention == "plain":
         found += layout.micro * int(model.heads) / tensor * length**2 * p

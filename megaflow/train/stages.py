@@ -28,6 +28,7 @@ from megaflow.model.text_dit import TextDiT
 from megaflow.model.trunk import Trunk
 from megaflow.parallel import mesh as meshes
 from megaflow.parallel import watch as watches
+from megaflow.parallel.cut import put
 from megaflow.parallel.mesh import Mesh
 from megaflow.train import checkpoint as checkpoints
 from megaflow.train import code_start, ema
@@ -224,6 +225,8 @@ def distill_stage(config: Config, mesh: Mesh) -> Stage:
     if begins(config, mesh):
         build.draw(network, config.run.seed)  # zeros where only a map has weights; all others become the teacher's
         ema.load(network, averaged, partial=True)
+        if config.model.head == "tied" and network.table is not None:  # it parts from the head here
+            put(network.table, averaged["weight"])
     clock = Clock(found.read("stage/clock_times"), found.read("stage/clock_tau"))
     return MapStage(config, network, teacher.eval(), ours, clock)
 

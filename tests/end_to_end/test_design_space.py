@@ -23,7 +23,8 @@ VALUES = [
     for value in choice.described(entries(item))
 ]
 VALUES += [("flow.code", value) for value in keys()["flow.code"].metadata["choices"] if value != "auto"]
-"""Of every key that chooses from a table, each entry with its options; and the codes."""
+VALUES += [("model.time", "none"), ("model.qk_norm", "false"), ("model.head", "tied")]
+"""Of every key that chooses from a table, each entry with its options; the codes; and what a trunk may be."""
 NO_BOUND = ("vertices", "dirichlet")
 
 
@@ -42,6 +43,7 @@ def test_every_value_trains_goes_on_and_writes(config, tmp_path, name, value):
 
     def train(*overrides: str) -> None:
         command = [f"run.dir={directory}", f"{name}={value}", "train.steps=5", "train.checkpoint_every=3", "train.validate_every=5"]
+        command += ["model.belief_dim=auto"] if value == "tied" else []  # the small config's is another
         assert stages.pretrain(str(config("coded")), [*command, "flow.clock.refit_every=2", "train.validation_rows=8", *overrides]) == 0
 
     train()
@@ -55,10 +57,10 @@ def test_every_value_trains_goes_on_and_writes(config, tmp_path, name, value):
     assert losses(directory) == whole
     written = sample(directory, count=2, steps=3)
     assert len(written["tokens"]) == 2 and written["method"] == "ode" and all(written["texts"])
-    if name in ("flow.prior", "flow.code"):  # what a run keeps of its own goes with it
+    if name in ("flow.prior", "flow.code", "model.head"):  # what a run keeps of its own goes with it
         convert(directory, tmp_path / "model")
         assert sample(tmp_path / "model", count=2, steps=3)["tokens"] == written["tokens"]
-    if name in ("flow.interpolant", "flow.prior", "flow.code"):
+    if name in ("flow.interpolant", "flow.prior", "flow.code", "model.qk_norm", "model.head"):
         own = [f"run.dir={tmp_path / 'map'}", f"distill.teacher={directory}", "train.steps=2", "train.validate_every=2"]
         assert stages.distill(str(config("coded", "flow_map")), own) == 0
         assert all(map(math.isfinite, losses(tmp_path / "map").values()))

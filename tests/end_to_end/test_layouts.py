@@ -124,6 +124,7 @@ DESIGNS = {
     "published": ("flow.code=learned", "model.input=linear", "flow.skip=off"),
     "embedding": ("flow.code=embedding", "flow.objective=likelihood"),
     "semantic": ("flow.code=semantic",),
+    "another trunk": ("model.time=none", "model.qk_norm=false", "model.head=tied", "model.belief_dim=auto"),
     "hot noise": ("flow.prior=gaussian:temperature=2", "flow.weighting=balanced", "flow.clock.name=argmax_code"),
 }
 """Corners of the design space in which something is computed in parts of its own."""

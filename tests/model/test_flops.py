@@ -53,6 +53,8 @@ DESIGNS: dict[str, tuple[int, dict[str, Any]]] = {
     "published": (400, {"flow.code": "learned", "model.input": "linear", "flow.skip": "off"}),
     "embedding": (400, {"flow.code": "embedding", "flow.objective": "likelihood"}),
     "simplex": (400, {"flow.prior": "vertices"}),
+    "no time": (400, {"model.time": "none"}),
+    "tied head": (400, {"model.head": "tied", "model.belief_dim": "auto"}),
 }
 every_size = pytest.mark.parametrize("size", SIZES)
 

@@ -51,6 +51,8 @@ def cases() -> dict[str, tuple[int, str, int, dict[str, Any]]]:
         "squared errors, dense": (2, "flow", 100, TWO | dense | {"flow.objective": "likelihood"}),
         "learned code": (2, "flow", 400, TWO | accumulated | {"flow.code": "learned", "model.input": "both"}),
         "embedding": (2, "flow", 400, TWO | {"flow.code": "embedding", "flow.objective": "likelihood"}),
+        "another trunk": (2, "flow", 400, TWO | {"model.time": "none", "model.qk_norm": False, "parallel.recompute": "full"}),
+        "tied head": (2, "flow", 400, TWO | {"model.head": "tied", "model.belief_dim": "auto", "parallel.zero": 1}),
         "simplex": (2, "flow", 400, TWO | {"flow.prior": "vertices"}),
         "tensor x data, ZeRO 1": (4, "flow", 401, TWO | {"parallel.zero": 1}),
         "tensor x data, ZeRO 2": (4, "autoregressive", 400, TWO | {"parallel.zero": 2, "train.micro_batch": 2}),

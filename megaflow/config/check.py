@@ -12,6 +12,9 @@ from megaflow.flow import interpolant
 IDENTITY_UP_TO = 256
 """Largest vocabulary whose one-hot state is carried as it is; above, a frame costs less and loses nothing."""
 
+TIME_TOKENS = 4
+"""Tokens that tell a trunk the time with model.time=tokens."""
+
 COMPILES_ZERO_3 = (2, 13)
 """torch from which on compiled blocks train under ZeRO 3; 2.11 fails in the backward pass."""
 
@@ -134,6 +137,15 @@ def contradictions(loaded: Loaded, vocab: int | None = None) -> None:
             "train.precision",
             "parallel.tensor",
         )
+    extra = model.registers + (TIME_TOKENS if model.time == "tokens" and model.family == "flow" else 0)
+    beside = f"model.registers={model.registers}" + (f" and {TIME_TOKENS} tokens of the time" if extra > model.registers else "")
+    named = ("model.registers", "model.time")
+    if extra and model.family == "autoregressive":
+        refuse(f"{beside} are of a flow: tokens that all others see have no place in the order of a baseline; use 0", "model.registers")
+    if extra % parallel.tensor:
+        refuse(f"parallel.tensor={parallel.tensor} does not divide {beside}: each process has as many", "parallel.tensor", *named)
+    if extra and config.data.mask_documents:
+        refuse(f"{beside} are seen by all documents of a row, which data.mask_documents keeps apart", *named, "data.mask_documents")
     if config.data.mask_documents and config.data.packing == "document":
         refuse(
             "data.mask_documents has no meaning with data.packing=document, whose rows hold one document each; leave it false",

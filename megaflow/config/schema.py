@@ -85,9 +85,10 @@ class ModelConfig:
     attention: str = key("auto", "attention kernel", choices=("auto", "flash", "sdpa", "plain"))
     time: str = key(
         "adaptive",
-        "how the trunk is told the time: by norms that it moves, or not at all, as beliefs tell it",
-        choices=("adaptive", "none"),
+        "how the trunk is told the time: by norms that it moves, by tokens beside the text, or not at all",
+        choices=("adaptive", "tokens", "none"),
     )
+    registers: int = key(0, "tokens beside the text, without a place in it, that a flow's trunk may write to", low=0)
     qk_norm: bool = key(True, "queries and keys are normalised before they meet")
     head: str = key("untied", "output weights; tied: they embed beliefs (or tokens) too", choices=("untied", "tied"))
     softcap: float = key(0.0, "attention scores are softcap tanh(score / softcap); 0: as they are", low=0.0)

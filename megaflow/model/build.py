@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from megaflow.config.check import TIME_TOKENS
 from megaflow.config.schema import Config
 from megaflow.flow import code as codes
 from megaflow.flow.vocabulary import Vocabulary
@@ -19,7 +20,8 @@ from megaflow.parallel.vocabulary import entries
 def shape_of(config: Config, vocab: int) -> Shape:
     model = config.model
     sizes = model.layers, model.hidden, model.heads, model.mlp_ratio, model.belief_dim, model.neighbors, config.parallel.vocab_multiple
-    return Shape(vocab, *sizes, timed=model.time == "adaptive", qk_norm=model.qk_norm, tied=model.head == "tied")
+    tokens = TIME_TOKENS if model.time == "tokens" else 0
+    return Shape(vocab, *sizes, model.time == "adaptive", tokens, model.registers, model.qk_norm, model.head == "tied")
 
 
 def part_of(config: Config, vocab: int, axis: Axis) -> Vocabulary:

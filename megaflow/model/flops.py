@@ -34,6 +34,7 @@ from typing import NamedTuple
 
 import torch
 
+from megaflow.config.check import TIME_TOKENS
 from megaflow.config.schema import Config
 from megaflow.flow import clock as clocks
 from megaflow.flow import code as codes
@@ -75,16 +76,16 @@ def _of_choices(config: Config, vocab: int) -> Iterator[tuple[float, float]]:
     trained. Of a learned code's, taken once a pass, a process is thought to hold train.micro_batch rows."""
     flow, model, length = config.flow, config.model, config.data.length
     dim, framed = int(flow.code_dim), flow.code != "identity"
-    errors = framed and (flow.objective != "cross_entropy" or "variance" in flow.clock.name)
+    errors = flow.objective != "cross_entropy" or "variance" in flow.clock.name
     belief, linear = model.input in ("belief", "both"), model.input in ("linear", "both")
     if errors:
-        yield vocab * dim, vocab * dim
+        yield (vocab * dim, vocab * dim) if framed else (vocab, 0)
     if flow.weighting == "learned":
         yield (2 * FREQUENCIES * CONDITION + CONDITION**2 + CONDITION) / length, CONDITION / length
     if flow.code not in codes.TRAINED:
         return
     by_channel = 2 * vocab * dim + vocab
-    yield 0, (flow.skip == "on") * by_channel + belief * (by_channel + vocab * model.belief_dim) + errors * vocab * dim
+    yield 0, (flow.skip == "on") * by_channel + belief * (by_channel + vocab * (model.belief_dim + 1)) + errors * vocab * dim
     yield 0, linear * dim * model.hidden
     if flow.code == "learned":
         once = vocab * dim**2 / (min(config.train.micro_batch, config.train.global_batch) * length)
@@ -100,8 +101,10 @@ def of_step(config: Config, vocab: int, is_map: bool = False, hot: float = 1.0) 
     """
     model, length, d = config.model, config.data.length, config.model.hidden
     window = 2 * model.neighbors + 1
-    blocks = model.layers * (4 + 2 * model.mlp_ratio) * d**2
-    attention = 2 * model.layers * length * d
+    extra = model.registers + (TIME_TOKENS if model.time == "tokens" else 0) if model.family == "flow" or is_map else 0
+    longer = 1.0 + extra / length
+    blocks = longer * model.layers * (4 + 2 * model.mlp_ratio) * d**2
+    attention = longer * 2 * model.layers * (length + extra) * d
     embedded, head = window * model.belief_dim * d, vocab * d
     if model.family == "autoregressive" and not is_map:
         products = blocks + attention + embedded + head
@@ -114,8 +117,9 @@ def of_step(config: Config, vocab: int, is_map: bool = False, hot: float = 1.0) 
     see = evidence + vocab * model.belief_dim if belief else 0
     embedded = embedded if belief else 0
     skip = evidence if config.flow.skip == "on" else 0
-    timed = model.time == "adaptive"
-    modulation = timed * CONDITION * (6 * model.layers + 2) * d / length
+    timed = model.time != "none"
+    wide = 6 * model.layers + 2 if model.time == "adaptive" else TIME_TOKENS if model.time == "tokens" else 0
+    modulation = CONDITION * wide * d / length
     features, deep = timed * 2 * FREQUENCIES * CONDITION / length, timed * CONDITION**2 / length
 
     trained = blocks + attention + modulation + head

@@ -39,7 +39,8 @@ HEAD_STD = 0.1
 @dataclass(frozen=True)
 class Shape:
     """Sizes of a network: what its weights depend on. vocab_multiple: every process holds a multiple of so many entries, with padding;
-    timed: norms are moved by the time; tied: the head's weights are the table too, which then has their width."""
+    timed: norms are moved by the time; time_tokens, registers: tokens beside the text, those that tell the time and those that tell
+    nothing; tied: the head's weights are the table too, which then has their width."""
 
     vocab: int
     layers: int
@@ -50,6 +51,8 @@ class Shape:
     neighbors: int = 0
     vocab_multiple: int = 1
     timed: bool = True
+    time_tokens: int = 0
+    registers: int = 0
     qk_norm: bool = True
     tied: bool = False
 
@@ -141,7 +144,10 @@ class TextDiT(nn.Module):
         self.state = Reading(1, code.dim, shape.hidden, axis, multiple) if "linear" in reads else None
         self.map_state = Reading(shape.window, code.dim, shape.hidden, axis, multiple) if map_reads == "linear" else None
         self.map_widen = Reading(shape.window, shape.belief_dim, shape.hidden, axis, None) if map_reads == "hot_belief" else None
-        self.time = TimeEmbedding(path, span) if shape.timed else None
+        self.time = TimeEmbedding(path, span) if shape.timed or shape.time_tokens else None
+        self.time_tokens = nn.Linear(CONDITION, shape.time_tokens * shape.hidden) if shape.time_tokens else None
+        self.registers = nn.Parameter(torch.empty(shape.registers, shape.hidden)) if shape.registers else None
+        self.timed = shape.timed
         self.map_time = TimeEmbedding(path, span) if map_reads is not None else None
         self.uncertainty = nn.Linear(CONDITION, 1) if uncertain else None
         self.trunk = Trunk(
@@ -163,6 +169,11 @@ class TextDiT(nn.Module):
             draw(self.state.weight, self.code.dim**-0.5)
         if self.time is not None:
             self.time.initialize(zero=False)
+        if self.time_tokens is not None:
+            nn.init.normal_(self.time_tokens.weight, std=CONDITION**-0.5)
+            nn.init.zeros_(self.time_tokens.bias)
+        if self.registers is not None:
+            nn.init.normal_(self.registers)
         self.trunk.initialize()
         self.initialize_map()
         draw(self.weight, HEAD_STD * self.weight.shape[1] ** -0.5)
@@ -242,7 +253,17 @@ class TextDiT(nn.Module):
             _, share = interpolant.move(self.path, s, t)
             entering.append(along(share, ahead) * ahead)
         told = None if condition is None else F.silu(condition)
-        return self.trunk(sum(entering[1:], entering[0]), told, lengths=lengths, documents=documents)
+        x, extra = sum(entering[1:], entering[0]), self.extra(told, len(y))
+        return self.trunk(x, told if self.timed else None, lengths=lengths, documents=documents, extra=extra)
+
+    def extra(self, told: Tensor | None, rows: int) -> Tensor | None:
+        """Tokens beside the text (B, R, d): those of the time, then registers; None where there are none."""
+        found = []
+        if self.time_tokens is not None:
+            found.append(self.time_tokens(told).unflatten(1, (-1, self.weight.shape[1])))
+        if self.registers is not None:
+            found.append(self.registers.expand(rows, -1, -1))
+        return torch.cat([x.to(self.weight.dtype) for x in found], 1) if found else None
 
     def see(self, y: Tensor, s: Tensor, t: Tensor | None = None) -> Seen:
         """What states y (B, L, d_c) at times s (B,) say; with ends t, also what a flow map reads besides of rows with s < t.

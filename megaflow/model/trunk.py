@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from megaflow.model.attention import prepare
-from megaflow.parallel.collectives import copied_together, gathered
+from megaflow.parallel.collectives import copied_together, gathered, own
 from megaflow.parallel.layers import ColumnParallel, RowParallel
 from megaflow.parallel.mesh import ALONE, Axis
 
@@ -49,10 +49,10 @@ class Cache:
         return self.keys[block], self.values[block]
 
 
-def rotary(start: int, length: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (length, head_dim / 2) of positions start, start + 1, … (Su et al. 2021)."""
-    frequency = 10_000.0 ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
-    angle = torch.arange(start, start + length, device=device, dtype=torch.float32)[:, None] * frequency
+def rotary(places: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (L, head_dim / 2) of positions (L,) (Su et al. 2021)."""
+    frequency = 10_000.0 ** (-torch.arange(0, head_dim, 2, device=places.device, dtype=torch.float32) / head_dim)
+    angle = places.float()[:, None] * frequency
     return angle.cos(), angle.sin()
 
 
@@ -207,12 +207,23 @@ class Trunk(nn.Module):
         lengths: Tensor | None = None,
         cache: Cache | None = None,
         documents: Tensor | None = None,
+        extra: Tensor | None = None,
     ) -> Tensor:
         """lengths: (B,) tokens that may be seen in each row, None where all are; documents: (B, L) which document each position is of,
-        where others' are not to be seen. With a cache, x holds the positions after it."""
+        where others' are not to be seen. With a cache, x holds the positions after it.
+
+        extra: (B, R, d) tokens without a place in the text, the same on every process, which all positions see (registers; without
+        causality and documents). They are cut like the text, every process has its own before its positions, and come out no more.
+        """
         start, length = 0 if cache is None else cache.length, x.shape[1] * self.axis.size
-        angles = rotary(start, length, self.head_dim, x.device)
+        places = torch.arange(start, start + length, device=x.device)
         keys = None if lengths is None else torch.arange(length, device=x.device) < lengths[:, None]
+        if extra is not None:
+            x = torch.cat([own(extra.to(x.dtype), self.axis, 1), x], 1)
+            places = self.beside(places, extra.shape[1], 0)
+            keys = None if keys is None else self.beside(keys, extra.shape[1], True)
+            length += extra.shape[1]
+        angles = rotary(places, self.head_dim)
         attend = prepare(self.kernel, x, self.head_dim, causal, keys, documents, self.softcap, start, length)
         whole_again = self.recompute == "full" and torch.is_grad_enabled() and cache is None
         for index, block in enumerate(self.blocks):
@@ -224,6 +235,13 @@ class Trunk(nn.Module):
         last = self.last_gain if self.last_modulation is None else self.last_modulation(condition)
         assert last is not None
         (scales,) = copied_together([last], self.axis)
+        if extra is not None:
+            x = x[:, extra.shape[1] // self.axis.size :]
         if self.last_modulation is None:
             return gathered(normed(x, scales), self.axis, 1)
         return gathered(modulated(x, *scales[:, None].chunk(2, -1)), self.axis, 1)
+
+    def beside(self, of_text: Tensor, count: int, value: Any) -> Tensor:
+        """Something of every position (…, L), with a value for `count` extra ones, in the order in which processes have them."""
+        parts = of_text.unflatten(-1, (self.axis.size, -1))
+        return F.pad(parts, (count // self.axis.size, 0), value=value).flatten(-2)

@@ -23,6 +23,7 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+from megaflow.config.check import TIME_TOKENS
 from megaflow.config.schema import Config
 from megaflow.flow import code as codes
 from megaflow.flow import flow_map
@@ -151,8 +152,11 @@ def _over_tensor(config: Config, layout: Layout, is_map: bool, hot: float) -> li
     gains = passes * (d + (2 * d // int(model.heads) if model.qk_norm else 0))
     # a block that is computed again stops at the last result that its backward pass needs: of a gated one the last scatter's
     again = (2, 2 if gated else 1) if layout.recompute == "full" else (0, 0)
-    send("trunk", "all-gather", ((4 + again[0]) * model.layers + 1) * n * d * p)
-    send("trunk", "reduce-scatter", ((4 + again[1]) * model.layers + 1) * n * d * p)
+    extra = 0 if baseline else model.registers + (TIME_TOKENS if model.time == "tokens" else 0)
+    longer = 1.0 + extra / length
+    send("trunk", "all-gather", ((4 + again[0]) * model.layers * longer + 1) * n * d * p)
+    send("trunk", "reduce-scatter", ((4 + again[1]) * model.layers * longer + 1) * n * d * p)
+    send("trunk", "all-gather", rows.all * extra * d * p)  # gradients of what is beside the text
     send("trunk", "all-reduce", (model.layers * (modulations + gains) + last) * SINGLE)
     log_sum("head", n)
     if baseline:

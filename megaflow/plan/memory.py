@@ -22,6 +22,7 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from megaflow.config.check import TIME_TOKENS
 from megaflow.config.schema import Config
 from megaflow.flow import code as codes
 from megaflow.flow.channel import CHUNK_ELEMENTS, CHUNK_TOKENS, ROUND
@@ -179,7 +180,7 @@ def of_activations(config: Config, vocab: int, layout: Layout, is_map: bool = Fa
         return trunk + head + n / tensor * width * p + n * 8
     dim, dense = int(config.flow.code_dim), config.flow.code == "identity"
     here = part if dense else dim
-    entering = 0.0
+    entering = 2.0 * layout.micro * (positions(config, is_map) - config.data.length) / tensor * d * p  # what is beside the text
     if model.input in ("belief", "both"):
         entering += n / tensor * width * p * (2 if is_map and config.distill.state_input == "hot_belief" else 1)
         entering += 0 if is_map else n * (here + 2) * SINGLE  # beliefs are computed again from the state
@@ -198,12 +199,18 @@ def _gated(config: Config, is_map: bool) -> bool:
 def _kept_of_blocks(config: Config, layout: Layout, device: str, is_map: bool) -> float:
     gated = _gated(config, is_map)
     if layout.recompute == "full":
-        return config.model.layers * layout.micro * config.data.length / layout.tensor * config.model.hidden * layout.width
+        return config.model.layers * layout.micro * positions(config, is_map) / layout.tensor * config.model.hidden * layout.width
     return config.model.layers * _block(config, layout, device, gated)
 
 
+def positions(config: Config, is_map: bool = False) -> int:
+    """Positions of a row in the trunk: those of the text, and of a flow what is beside it."""
+    flow = is_map or config.model.family != "autoregressive"
+    return config.data.length + flow * (config.model.registers + (TIME_TOKENS if config.model.time == "tokens" else 0))
+
+
 def _block(config: Config, layout: Layout, device: str, gated: bool) -> float:
-    model, d, p, tensor, length = config.model, config.model.hidden, layout.width, layout.tensor, config.data.length
+    model, d, p, tensor, length = config.model, config.model.hidden, layout.width, layout.tensor, positions(config)
     n, again = layout.micro * length, layout.recompute == "selective"
     own = n / tensor * d
     found = (2 + (2 if gated else 0) + (2 if gated and not again else 0)) * own * p + 2 * n * d * p
@@ -220,7 +227,7 @@ def _block_backward(config: Config, layout: Layout) -> float:
     """Bytes that the backward pass of one block needs besides what was kept: gradients of the stream and of the MLP's middle, and that
     middle where it is computed again."""
     again = layout.recompute == "selective"
-    own = layout.micro * config.data.length / layout.tensor * config.model.hidden * layout.width
+    own = layout.micro * positions(config) / layout.tensor * config.model.hidden * layout.width
     return (1 + (2 if again else 1) * config.model.mlp_ratio) * own
 
 

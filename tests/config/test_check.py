@@ -187,6 +187,13 @@ class TestContradictions:
             ({"flow.prior": "dirichlet", "model.input": "belief"}, ["model.input=belief", "flow.prior=dirichlet", "use linear"]),
             ({"flow.prior": "dirichlet", "flow.objective": "likelihood"}, ["flow.objective=likelihood", "flow.prior=dirichlet"]),
             ({"flow.prior": "vertices", "flow.interpolant": "trigonometric"}, ["flow.interpolant=trigonometric", "simplex", "linear"]),
+            ({"model.head": "tied", "model.belief_dim": 32}, ["model.head=tied", "model.belief_dim=32", "auto"]),
+            ({"model.time": "none", "flow.weighting": "learned"}, ["flow.weighting=learned", "model.time=none", "balanced"]),
+            ({"model.time": "none", "distill.teacher": "x"}, ["flow map", "model.time=none", "adaptive"]),
+            ({"model.registers": 3, "parallel.tensor": 2}, ["parallel.tensor=2", "model.registers=3"]),
+            ({"model.time": "tokens", "parallel.tensor": 8, "model.heads": 8, "model.hidden": 64}, ["parallel.tensor=8", "4 tokens"]),
+            ({"model.registers": 2, "data.mask_documents": True}, ["model.registers=2", "data.mask_documents"]),
+            ({"model.registers": 2, "model.family": "autoregressive"}, ["model.registers=2", "baseline"]),
             ({"flow.weighting": "min_snr", "flow.objective": "likelihood"}, ["flow.weighting=min_snr", "flow.objective=likelihood"]),
             (
                 {"distill.teacher": "x", "distill.state_input": "hot_belief", "model.input": "linear"},

@@ -125,10 +125,18 @@ DESIGNS = {
     "embedding": ("flow.code=embedding", "flow.objective=likelihood"),
     "semantic": ("flow.code=semantic",),
     "another trunk": ("model.time=none", "model.qk_norm=false", "model.head=tied", "model.belief_dim=auto"),
+    "beside the text": ("model.time=tokens", "model.registers=4"),
     "hot noise": ("flow.prior=gaussian:temperature=2", "flow.weighting=balanced", "flow.clock.name=argmax_code"),
 }
 """Corners of the design space in which something is computed in parts of its own."""
-SHORT = [("mse", 2, 1, 1), ("learned", 1, 2, 2), ("dense dirichlet", 2, 1, 0), ("learned code", 2, 1, 1), ("embedding", 1, 2, 3)]
+SHORT = [
+    ("mse", 2, 1, 1),
+    ("learned", 1, 2, 2),
+    ("dense dirichlet", 2, 1, 0),
+    ("learned code", 2, 1, 1),
+    ("embedding", 1, 2, 3),
+    ("beside the text", 2, 1, 1),
+]
 
 
 @pytest.mark.parametrize(

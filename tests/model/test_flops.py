@@ -53,6 +53,7 @@ DESIGNS: dict[str, tuple[int, dict[str, Any]]] = {
     "published": (400, {"flow.code": "learned", "model.input": "linear", "flow.skip": "off"}),
     "embedding": (400, {"flow.code": "embedding", "flow.objective": "likelihood"}),
     "simplex": (400, {"flow.prior": "vertices"}),
+    "beside the text": (400, {"model.time": "tokens", "model.registers": 3}),
     "no time": (400, {"model.time": "none"}),
     "tied head": (400, {"model.head": "tied", "model.belief_dim": "auto"}),
 }

@@ -5,8 +5,6 @@ import torch
 
 from megaflow.model.trunk import Cache, Trunk, rotary, rotate
 
-CPU = torch.device("cpu")
-
 
 def trunk(condition: int | None = None, seed: int = 0) -> Trunk:
     torch.manual_seed(seed)
@@ -26,7 +24,7 @@ def stirred(made: Trunk) -> Trunk:
 
 def test_rotation_keeps_norms_and_position_zero():
     x = torch.randn(2, 3, 9, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    turned = rotate(x, *rotary(0, 9, 8, CPU))
+    turned = rotate(x, *rotary(torch.arange(9), 8))
     torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1), rtol=1e-6, atol=1e-6)
     assert torch.equal(turned[:, :, 0], x[:, :, 0]) and (turned[:, :, 1] - x[:, :, 1]).abs().max() > 0.1
 
@@ -34,11 +32,13 @@ def test_rotation_keeps_norms_and_position_zero():
 def test_scores_depend_on_distances_alone():
     """Angles of a row that starts at position 5 give the scores of one that starts at 0; the angle is position times frequency."""
     q, k = torch.randn(2, 1, 1, 6, 8, generator=torch.Generator().manual_seed(0))
-    scores = [rotate(q, *angles) @ rotate(k, *angles).transpose(-1, -2) for angles in (rotary(0, 6, 8, CPU), rotary(5, 6, 8, CPU))]
+    scores = [
+        rotate(q, *angles) @ rotate(k, *angles).transpose(-1, -2) for angles in (rotary(torch.arange(6), 8), rotary(torch.arange(5, 11), 8))
+    ]
     torch.testing.assert_close(scores[0], scores[1], rtol=1e-4, atol=1e-4)
     assert (scores[0] - q @ k.transpose(-1, -2)).abs().max() > 0.5
     same = torch.ones(1, 1, 6, 8)
-    by_distance = (rotate(same, *rotary(0, 6, 8, CPU)) @ rotate(same, *rotary(0, 6, 8, CPU)).transpose(-1, -2))[0, 0]
+    by_distance = (rotate(same, *rotary(torch.arange(6), 8)) @ rotate(same, *rotary(torch.arange(6), 8)).transpose(-1, -2))[0, 0]
     expected = 2.0 * sum(torch.cos(torch.tensor(3.0) * 10_000.0 ** (-i / 8)) for i in (0, 2, 4, 6))
     torch.testing.assert_close(by_distance.diagonal(3), expected.expand(3))
 
@@ -98,3 +98,25 @@ def test_gradients_reach_every_weight():
     x = torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     made(x, torch.ones(2, 6, dtype=torch.float64)).square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0.0 for p in made.parameters())
+
+
+def test_without_gains_queries_and_keys_stay_as_they_are():
+    torch.manual_seed(0)
+    made = stirred(Trunk(1, 24, 2, 2, None, "plain", qk_norm=False).double())
+    assert made.blocks[0].query_gain is None and not any("gain" in name and "key" in name for name, _ in made.named_parameters())
+    qkv = torch.randn(1, 5, 72, dtype=torch.float64)
+    q, k, v = made.blocks[0].split(qkv, *rotary(torch.arange(5), 12))
+    torch.testing.assert_close(q.norm(dim=-1), qkv.view(1, 5, 3, 2, 12)[:, :, 0].norm(dim=-1).transpose(1, 2), rtol=1e-6, atol=1e-6)
+
+
+def test_extra_tokens_are_seen_by_all_have_no_place_and_come_out_no_more():
+    """The same in any order, in front of rows of any length; padding stays unseen."""
+    made = stirred(trunk())
+    x, extra = (torch.randn(2, n, 24, generator=torch.Generator().manual_seed(n), dtype=torch.float64) for n in (10, 3))
+    lengths = torch.tensor([10, 6])
+    found = made(x, lengths=lengths, extra=extra)
+    assert found.shape == x.shape and (found - made(x, lengths=lengths)).abs().amax((0, 2)).min() > 1e-3
+    torch.testing.assert_close(made(x, lengths=lengths, extra=extra[:, [2, 0, 1]]), found, rtol=1e-6, atol=1e-6)
+    other = x.clone()
+    other[1, 6:] += 1.0
+    assert torch.equal(made(other, lengths=lengths, extra=extra)[:, :6], found[:, :6])

@@ -52,6 +52,7 @@ def cases() -> dict[str, tuple[int, str, int, dict[str, Any]]]:
         "learned code": (2, "flow", 400, TWO | accumulated | {"flow.code": "learned", "model.input": "both"}),
         "embedding": (2, "flow", 400, TWO | {"flow.code": "embedding", "flow.objective": "likelihood"}),
         "another trunk": (2, "flow", 400, TWO | {"model.time": "none", "model.qk_norm": False, "parallel.recompute": "full"}),
+        "beside the text": (2, "flow", 400, TWO | {"model.time": "tokens", "model.registers": 4}),
         "tied head": (2, "flow", 400, TWO | {"model.head": "tied", "model.belief_dim": "auto", "parallel.zero": 1}),
         "simplex": (2, "flow", 400, TWO | {"flow.prior": "vertices"}),
         "tensor x data, ZeRO 1": (4, "flow", 401, TWO | {"parallel.zero": 1}),

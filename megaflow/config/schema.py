@@ -122,6 +122,12 @@ class FlowConfig:
     prior: str = key("gaussian", "law of the noise", table="megaflow.flow.prior:PRIORS")
     objective: str = key("cross_entropy", "loss of stage 1", table="megaflow.flow.objective:OBJECTIVES")
     weighting: str = key("none", "weight of a token's loss besides its objective's", table="megaflow.flow.weighting:WEIGHTINGS")
+    self_conditioning: float = key(
+        0.0,
+        "share of rows that are told, in training, what a first pass has said of them; above 0 sampling and the bound tell it too",
+        low=0.0,
+        high=1.0,
+    )
     skip: str = key("auto", "the exact channel term in the logits", choices=("auto", "on", "off"))
     clock: ClockConfig = field(default_factory=ClockConfig)
 

@@ -261,13 +261,15 @@ def denoiser(
     offset: Tensor | None,
     tick: Callable[[], None],
 ) -> Callable[[Tensor, float, float], Posterior]:
-    """The network as samplers see it. `draws`: tokens are drawn from the posterior instead of its most likely ones, after `offset`."""
+    """The network as samplers see it. `draws`: tokens are drawn from the posterior instead of its most likely ones, after `offset`. A
+    network that recalls is told what it said a step before."""
     network, _, _ = run.flow
     calls = iter(range(10**9))
+    said: list[Tensor | None] = [None]
 
     def denoise(y: Tensor, s: float, t: float) -> Posterior:
         start, end = (torch.full((len(y),), x, dtype=torch.float64, device=y.device) for x in (s, t))
-        hidden = network(y, start, end if run.is_map else None, lengths)
+        hidden = network(y, start, end if run.is_map else None, lengths, said=said[0])
         read, shape = network.read(hidden, y, start), y.shape[:2]
         mean, tokens, confidence = heads.posterior(network.head(), read, temperature, offset)
         if draws:
@@ -275,6 +277,7 @@ def denoiser(
             uniform = torch.stack([torch.rand(shape[1], generator=random.generator(seed, "token draws", step, place)) for place in places])
             tokens, confidence = heads.draw(network.head(), read, uniform.flatten().to(y.device), temperature)
         tick()
+        said[0] = mean.view(y.shape) if network.recall is not None else None
         return Posterior(mean.view(y.shape), tokens.view(shape), confidence.view(shape))
 
     return denoise

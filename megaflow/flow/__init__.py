@@ -1,10 +1,17 @@
 """The mathematics of flow language models, as functions of tensors. Imports nothing else of MegaFlow.
 
-    interpolant   the path from noise to data, its log-SNR and the convex update along it
-    code          the matrix that carries tokens into the state's dimensions; frames and their leverage
+    choice        choices by name, with options: what the tables of the others are called by
+    interpolant   paths from noise to data, log-SNR, and every update along them
+    prior         laws of the noise: Gaussian, vertices, Dirichlet
+    code          the matrix that carries tokens into the state's dimensions: fixed frames, and those that are trained
+    semantic      vectors of tokens by what they stand beside
     channel       what a token's own noisy state says about it: exact posterior (belief) and its mean embedding
     head          hidden states to everything a flow needs of the vocabulary, in chunks of tokens
-    clock         laws of training times and grids of samplers
+    clock         laws of training times and grids of samplers, as two arrays
+    profile       what a model is measured to score at each log-SNR
+    laws          where clocks come from
+    objective     losses of stage 1, as weights by time
+    weighting     weights of a token's loss
     flow_map      the semigroup identity and the rows of stage 2
     balance       one-step tokens as often as the unigram law says
     sampler       noise to text: ODE, stochastic, ancestral, flow map

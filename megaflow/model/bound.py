@@ -123,7 +123,7 @@ def _integrands(
     noise = random.normal(places.tolist(), shape, seed, "bound noise", draw, columns=columns).to(ids.device)
     times = times.to(ids.device)
     y = noisy_state(parts.path, lookup(parts.code, ids), noise, times)
-    hidden = network(y, times, lengths=lengths, documents=documents)
+    hidden = network.settled(y, times, lengths, documents)
     wide = torch.float64 if double else y.dtype
     flat, seen = y.to(wide).flatten(0, 1), level(parts.path, times).to(wide)[:, None].expand(*ids.shape, 2).flatten(0, 1)
     ours = replace(network.head(), code=code)

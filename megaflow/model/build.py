@@ -49,8 +49,9 @@ def flow_network(
     skip, kernel = config.flow.skip == "on", config.model.attention
     fixed = parts.code.to(device), parts.log_prior.to(device), parts.span, parts.path
     trained = config.flow.code if config.flow.code in codes.TRAINED and not (is_map or frozen) else None
+    recalls = config.flow.self_conditioning > 0.0 and not is_map
     uncertain = config.flow.weighting == "learned" and not is_map
-    network = TextDiT(shape, *fixed, skip, reads, map_reads, kernel, axis, uncertain, parts.moments, trained)
+    network = TextDiT(shape, *fixed, skip, reads, map_reads, kernel, axis, uncertain, parts.moments, trained, recalls)
     network.trunk.softcap = config.model.softcap
     return network.to(home or device)
 

@@ -78,6 +78,8 @@ def _of_choices(config: Config, vocab: int) -> Iterator[tuple[float, float]]:
     dim, framed = int(flow.code_dim), flow.code != "identity"
     errors = flow.objective != "cross_entropy" or "variance" in flow.clock.name
     belief, linear = model.input in ("belief", "both"), model.input in ("linear", "both")
+    if flow.self_conditioning:
+        yield dim * model.hidden, dim * model.hidden
     if errors:
         yield (vocab * dim, vocab * dim) if framed else (vocab, 0)
     if flow.weighting == "learned":
@@ -129,7 +131,8 @@ def of_step(config: Config, vocab: int, is_map: bool = False, hot: float = 1.0) 
         backward = 2 * (trained + deep + embedded) + vocab + features + linear + (see - evidence if belief else 0)
         for more in _of_choices(config, vocab):
             forward, backward = forward + more[0], backward + more[1]
-        return Flops(2.0 * forward, 2.0 * backward, 0.0, 2.0 * evidence if belief else 0.0)
+        first = config.flow.self_conditioning * (once + see + (vocab * dim if framed else 0))  # a pass of a share of the rows
+        return Flops(2.0 * forward, 2.0 * backward, 2.0 * first, 2.0 * evidence if belief else 0.0)
 
     distill, rows = config.distill, config.train.global_batch
     ahead = {"hot_belief": window * model.belief_dim * d, "linear": window * dim * d, "none": 0}[distill.state_input]

@@ -19,7 +19,7 @@ from megaflow.flow import code as codes
 from megaflow.flow import interpolant
 from megaflow.flow.channel import belief_embedding
 from megaflow.flow.code import Code
-from megaflow.flow.head import Head, Read
+from megaflow.flow.head import Head, Read, expectation
 from megaflow.flow.interpolant import Interpolant, along, log_snr
 from megaflow.flow.likelihood import Range
 from megaflow.flow.prior import Moments
@@ -107,6 +107,7 @@ class TextDiT(nn.Module):
     reads besides, times the share of psi in its step and therefore silent on the diagonal: 'linear', 'hot_belief' (where beliefs are
     read) or 'none'. A flow map's table gets no gradient.
 
+    recalls: whether it reads what an earlier pass has said of the text (self-conditioning, Chen et al. 2023).
     trained_code: 'learned' or 'embedding' where C is made of weights of the network's own, anew at every `refresh`.
     """
 
@@ -125,6 +126,7 @@ class TextDiT(nn.Module):
         uncertain: bool = False,
         moments: Moments | None = None,
         trained_code: str | None = None,
+        recalls: bool = False,
     ) -> None:
         super().__init__()
         self.moments = Moments(float(code.dim), 0.0) if moments is None else moments
@@ -142,6 +144,7 @@ class TextDiT(nn.Module):
         self.trained_code = trained_code
         self.code_weight = None if trained_code is None else parameter((shape.vocab, code.dim), rows)
         self.state = Reading(1, code.dim, shape.hidden, axis, multiple) if "linear" in reads else None
+        self.recall = Reading(1, code.dim, shape.hidden, axis, multiple) if recalls else None
         self.map_state = Reading(shape.window, code.dim, shape.hidden, axis, multiple) if map_reads == "linear" else None
         self.map_widen = Reading(shape.window, shape.belief_dim, shape.hidden, axis, None) if map_reads == "hot_belief" else None
         self.time = TimeEmbedding(path, span) if shape.timed or shape.time_tokens else None
@@ -183,7 +186,10 @@ class TextDiT(nn.Module):
                 real(self.bias, self.code.part).copy_(self.log_prior)
 
     def initialize_map(self) -> None:
-        """The parts that only a flow map has: zero, so that at first it is its teacher's denoiser at s; and the weights of its losses."""
+        """What is to change nothing at first: the parts that only a flow map has, which then is its teacher's denoiser at s, the weights of
+        losses, and the reading of what an earlier pass has said."""
+        if self.recall is not None:
+            nn.init.zeros_(self.recall.weight)
         if self.uncertainty is not None:
             nn.init.zeros_(self.uncertainty.weight)
             nn.init.zeros_(self.uncertainty.bias)
@@ -229,11 +235,13 @@ class TextDiT(nn.Module):
         lengths: Tensor | None = None,
         seen: Seen | None = None,
         documents: Tensor | None = None,
+        said: Tensor | None = None,
     ) -> Tensor:
         """Hidden states (B, L, d) of psi_{s,t} at y (B, L, d_c). s, t: (B,) real times, fp64; t = None is the diagonal.
 
         lengths: (B,) positions of each row that there are; documents: (B, L) which document each is of, where others' are not seen.
-        `seen` is `see(y, s, t)` where the caller has it already, for this end t or any other after s.
+        `seen` is `see(y, s, t)` where the caller has it already, for this end t or any other after s; said: (B, L, d_c) the mean psi C of
+        an earlier pass, zero or None where there was none, of a network that recalls.
         """
         seen = self.see(y, s, t) if seen is None else seen
         entering: list[Tensor] = []
@@ -241,6 +249,9 @@ class TextDiT(nn.Module):
             entering.append(self.widen(self.beside(seen.belief, self.widen, lengths, documents)))
         if self.state is not None:
             entering.append(self.state(self.around(self.sized(y, s), self.state, lengths, documents)))
+        if self.recall is not None and said is not None:
+            size = math.sqrt(self.code.dim / self.code.mean_leverage)
+            entering.append(self.recall(self.around(said * size, self.recall, lengths, documents)))
         condition = None if self.time is None else self.time(s)
         if condition is not None and self.map_time is not None:
             condition = condition + self.map_time(s if t is None else t)
@@ -255,6 +266,18 @@ class TextDiT(nn.Module):
         told = None if condition is None else F.silu(condition)
         x, extra = sum(entering[1:], entering[0]), self.extra(told, len(y))
         return self.trunk(x, told if self.timed else None, lengths=lengths, documents=documents, extra=extra)
+
+    def settled(
+        self, y: Tensor, s: Tensor, lengths: Tensor | None = None, documents: Tensor | None = None, seen: Seen | None = None
+    ) -> Tensor:
+        """Hidden states of the denoiser psi_{s,s}: of a network that recalls by two passes over the same state, the second told what the
+        first has said, without gradient. That is a function of the state alone, and has a bound (flow/likelihood.py)."""
+        if self.recall is None:
+            return self(y, s, lengths=lengths, seen=seen, documents=documents)
+        with torch.no_grad():
+            first = self(y, s, lengths=lengths, seen=seen, documents=documents)
+            said = expectation(self.head(), self.read(first, y, s)).view(y.shape)
+        return self(y, s, lengths=lengths, seen=seen, documents=documents, said=said)
 
     def extra(self, told: Tensor | None, rows: int) -> Tensor | None:
         """Tokens beside the text (B, R, d): those of the time, then registers; None where there are none."""

@@ -98,12 +98,24 @@ def total(sends: list[Send], axis: str | None = None, kind: str | None = None) -
     return math.fsum(s.bytes for s in sends if axis in (None, s.axis) and kind in (None, s.kind))
 
 
-def _of_choices(config: Config, n: float, passes: int, p: int, send: Callable[[str, str, float], None]) -> None:
+def _of_choices(config: Config, n: float, passes: int, p: int, tensor: int, send: Callable[[str, str, float], None]) -> None:
     """What choices of stage 1 send besides over the tensor axis: squared errors, weights by distance, noise of a simplex, trained codes."""
     flow, model = config.flow, config.model
     dim, dense, trained = int(flow.code_dim), flow.code == "identity", flow.code in codes.TRAINED
     if flow.objective != "cross_entropy" or "variance" in flow.clock.name:
         send("head", "all-reduce", (2 if dense else 2 * dim) * n * SINGLE)
+    if share := flow.self_conditioning:  # a pass without gradient, and a reading that is replicated
+        longer = 1.0 + (model.registers + (TIME_TOKENS if model.time == "tokens" else 0)) / config.data.length
+        through = share * n * model.hidden * p
+        send("targets", "all-gather", (2 * model.layers * longer + 1) * through)
+        send("targets", "reduce-scatter", (2 * model.layers * longer + int(dense and model.input != "belief")) * through)
+        send("targets", "all-gather", share * n * tensor * SINGLE * (1 + (model.input != "linear")))
+        send("targets", "all-reduce", (not dense) * share * n * dim * SINGLE)
+        beside = (1 + 2 * model.neighbors * tensor / config.data.length) * model.belief_dim
+        send("targets", "reduce-scatter", (model.input != "linear") * share * n * beside * p)
+        send("input", "all-reduce", (not dense) * passes * dim * model.hidden * SINGLE)
+        send("input", "reduce-scatter", dense * n * model.hidden * p)
+        send("input", "all-gather", dense * n * model.hidden * p)
     if flow.weighting.startswith("adaptive"):
         send("head", "all-reduce", n * SINGLE)
     if not flow.prior.startswith("gaussian") and not dense:
@@ -181,7 +193,7 @@ def _over_tensor(config: Config, layout: Layout, is_map: bool, hot: float) -> li
     if belief:
         see("input", n)
     if not is_map:
-        _of_choices(config, n, passes, p, send)
+        _of_choices(config, n, passes, p, layout.tensor, send)
         send("head", "all-reduce", n * SINGLE)
         if belief:  # backward: beliefs computed again, and gradients of the table
             log_sum("input", n)

@@ -22,6 +22,7 @@ from megaflow.flow.profile import CROSS_ENTROPY, ERROR, Profile, bin_of
 from megaflow.flow.weighting import WEIGHTINGS, Known
 from megaflow.model.parts import Parts, fit_clock, resolving_range
 from megaflow.model.text_dit import TextDiT
+from megaflow.parallel import random
 from megaflow.train.stage import Batch, Total, alone, cells, noise, validation_bound
 
 
@@ -49,9 +50,26 @@ class FlowStage:
         code = self.network.refresh()
         t = self.objective.times(self.setting, cells(seed, batch, "time"))
         y = noisy_state(path, lookup(code, batch.ids), noise_through(code, noise(seed, batch, self.parts)), t.to(device))
-        hidden = self.network(y, t.to(device), lengths=batch.lengths, documents=batch.documents)
+        said = self.said_before(y, t.to(device), batch)
+        hidden = self.network(y, t.to(device), lengths=batch.lengths, documents=batch.documents, said=said)
         loss, terms = self.scored(self.network.read(hidden, y, t.to(device)), t, batch)
         return loss, self.observe(t, terms, batch)
+
+    @torch.no_grad()
+    def said_before(self, y: Tensor, t: Tensor, batch: Batch) -> Tensor | None:
+        """What a first pass says (B, L, d_c) of a share of the rows, an exact count of the global batch, and zero of the others; None of a
+        network that recalls nothing. Processes make the pass together, with one row at least."""
+        share = self.config.flow.self_conditioning
+        if not share:
+            return None
+        card = random.permutation(batch.rows, self.config.run.seed, "told", batch.step)[batch.places % batch.rows]
+        told = card < round(share * batch.rows)
+        some = torch.nonzero(told)[:, 0].to(y.device) if told.any() else torch.zeros(1, dtype=torch.int64, device=y.device)
+        few, s = y[some], t[some]
+        lengths, documents = (None if x is None else x[some] for x in (batch.lengths, batch.documents))
+        first = self.network(few, s, lengths=lengths, documents=documents)
+        mean = heads.expectation(self.network.head(), self.network.read(first, few, s)).view(few.shape)
+        return torch.zeros_like(y).index_copy(0, some, mean * told.any())
 
     def scored(self, read: Read, t: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """The objective's loss with its weights, and of every token its cross-entropy and, where it is measured, its squared error: (n, 1)
@@ -128,7 +146,7 @@ class FlowStage:
         flat = clocks.uniform_log_snr(path, self.parts.span.low, self.parts.span.high)
         t = clocks.inverse(flat, clocks.stratified(batch.places, batch.rows, 0.5)).to(ids.device)
         y = noisy_state(path, lookup(self.network.refresh(), ids), noise(self.config.run.seed, batch, self.parts), t)
-        hidden = self.network(y, t, lengths=batch.lengths, documents=batch.documents)
+        hidden = self.network.settled(y, t, batch.lengths, batch.documents)
         nll, _ = heads.denoising_error(self.network.head(), self.network.read(hidden, y, t), ids.flatten())
         sums = total(torch.stack([(nll.double() * counted).sum(), counted.sum()]))
         return (sums[0] / sums[1]).item()

@@ -102,7 +102,7 @@ class MapStage:
         self, y: Tensor, times: flow_map.Times, lengths: Tensor | None, seen: Seen, documents: Tensor | None
     ) -> Callable[[slice], Tensor]:
         """The frozen teacher's posterior at (y, s), by chunks of tokens."""
-        hidden, psi = self.teacher(y, times.s, lengths=lengths, seen=seen, documents=documents), heads.probabilities(self.teacher.head())
+        hidden, psi = self.teacher.settled(y, times.s, lengths, documents, seen), heads.probabilities(self.teacher.head())
         read = self.teacher.read(hidden, y, times.s)
         return lambda tokens: psi(read[tokens])
 

@@ -23,9 +23,17 @@ VALUES = [
     for value in choice.described(entries(item))
 ]
 VALUES += [("flow.code", value) for value in keys()["flow.code"].metadata["choices"] if value != "auto"]
-VALUES += [("model.time", "tokens"), ("model.time", "none"), ("model.registers", "4"), ("model.qk_norm", "false"), ("model.head", "tied")]
+VALUES += [
+    ("flow.self_conditioning", "0.5"),
+    ("model.time", "tokens"),
+    ("model.time", "none"),
+    ("model.registers", "4"),
+    ("model.qk_norm", "false"),
+    ("model.head", "tied"),
+]
 """Of every key that chooses from a table, each entry with its options; the codes; and what a trunk may be."""
 NO_BOUND = ("vertices", "dirichlet")
+DISTILLED = ("flow.interpolant", "flow.prior", "flow.code", "flow.self_conditioning", "model.registers", "model.head")
 
 
 def losses(directory: Path) -> dict[int, float]:
@@ -60,7 +68,7 @@ def test_every_value_trains_goes_on_and_writes(config, tmp_path, name, value):
     if name in ("flow.prior", "flow.code", "model.head"):  # what a run keeps of its own goes with it
         convert(directory, tmp_path / "model")
         assert sample(tmp_path / "model", count=2, steps=3)["tokens"] == written["tokens"]
-    if name in ("flow.interpolant", "flow.prior", "flow.code", "model.registers", "model.head") or value == "tokens":
+    if name in DISTILLED or value == "tokens":
         own = [f"run.dir={tmp_path / 'map'}", f"distill.teacher={directory}", "train.steps=2", "train.validate_every=2"]
         assert stages.distill(str(config("coded", "flow_map")), own) == 0
         assert all(map(math.isfinite, losses(tmp_path / "map").values()))

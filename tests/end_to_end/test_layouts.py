@@ -126,6 +126,8 @@ DESIGNS = {
     "semantic": ("flow.code=semantic",),
     "another trunk": ("model.time=none", "model.qk_norm=false", "model.head=tied", "model.belief_dim=auto"),
     "beside the text": ("model.time=tokens", "model.registers=4"),
+    "told before": ("flow.self_conditioning=0.5", "flow.objective=endpoint_mse"),
+    "told before, dense": ("flow.self_conditioning=0.25", "flow.code=identity"),
     "hot noise": ("flow.prior=gaussian:temperature=2", "flow.weighting=balanced", "flow.clock.name=argmax_code"),
 }
 """Corners of the design space in which something is computed in parts of its own."""

@@ -333,3 +333,21 @@ def test_the_callback_sees_every_step(trained):
 def test_a_run_that_is_gone_says_so():
     with pytest.raises(UserError, match="no such directory"):
         load_run("/nowhere/at/all")
+
+
+@pytest.mark.parametrize("method", ["ode", "ancestral"])
+def test_a_network_that_recalls_is_told_what_it_said_a_step_before(config, tmp_path, monkeypatch, method):
+    from megaflow.train import stages
+
+    command = [f"run.dir={tmp_path / 'run'}", "flow.self_conditioning=0.5", "train.steps=2", "train.validate_every=2"]
+    assert stages.pretrain(str(config("coded")), command) == 0
+    run, told, means = load_run(tmp_path / "run"), [], []
+    true = run.network.forward
+
+    def forward(*arguments, said=None, **others):
+        told.append(said)
+        return true(*arguments, said=said, **others)
+
+    monkeypatch.setattr(run.network, "forward", forward)
+    generate(run, 2, 3, method, 1.0, None, 0, callback=lambda step, time, posterior: means.append(posterior.mean))
+    assert told[0] is None and len(told) == 3 and all(torch.equal(a, b) for a, b in zip(told[1:], means[:-1], strict=True))

@@ -54,6 +54,8 @@ DESIGNS: dict[str, tuple[int, dict[str, Any]]] = {
     "embedding": (400, {"flow.code": "embedding", "flow.objective": "likelihood"}),
     "simplex": (400, {"flow.prior": "vertices"}),
     "beside the text": (400, {"model.time": "tokens", "model.registers": 3}),
+    "told before": (400, {"flow.self_conditioning": 0.5}),
+    "told before, one-hot": (100, {"flow.self_conditioning": 0.25, "flow.code": "identity", "model.input": "linear"}),
     "no time": (400, {"model.time": "none"}),
     "tied head": (400, {"model.head": "tied", "model.belief_dim": "auto"}),
 }
@@ -118,6 +120,7 @@ def test_the_formula_is_what_is_counted_of_every_design(design):
     stage = made("flow", vocab, values)
     flops = of_step(stage.config, vocab)
     assert flops.model + flops.recomputed == pytest.approx(counted(stage, vocab), rel=1e-4)
+    assert (flops.targets > 0.0) == ("told before" in design)
 
 
 @every_size

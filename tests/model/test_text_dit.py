@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,13 +34,20 @@ MAP_READS = ["linear", "hot_belief", "none"]
 
 
 def make(
-    kind: str = "frame", reads: tuple[str, ...] = ("belief",), map_reads: str | None = None, neighbors: int = 1, seed: int = 0
+    kind: str = "frame",
+    reads: tuple[str, ...] = ("belief",),
+    map_reads: str | None = None,
+    neighbors: int = 1,
+    seed: int = 0,
+    recalls: bool = False,
+    **shape: Any,
 ) -> TextDiT:
     flow = FlowConfig(code=kind, code_dim=VOCAB if kind == "identity" else DIM)
     parts = made.make(flow, COUNTS, 0)
     torch.manual_seed(seed)
-    shape = Shape(VOCAB, layers=2, hidden=16, heads=2, mlp_ratio=2, belief_dim=8, neighbors=neighbors)
-    network = TextDiT(shape, parts.code, parts.log_prior, parts.span, LINEAR, True, reads, map_reads, "sdpa")
+    sizes = {"layers": 2, "hidden": 16, "heads": 2, "mlp_ratio": 2, "belief_dim": 8, "neighbors": neighbors} | shape
+    fixed = parts.code, parts.log_prior, parts.span, LINEAR
+    network = TextDiT(Shape(VOCAB, **sizes), *fixed, True, reads, map_reads, "sdpa", recalls=recalls)
     network.initialize()
     return network
 
@@ -366,3 +375,44 @@ def map_error(network: TextDiT, toy: toys.Toy) -> float:
         z = heads.logits(network.head(), network.read(network(y.float(), s, t), y.float(), s))
     ours = torch.softmax(z, -1).view(200, 2, -1).double()
     return (ours - toys.mean_denoiser(toy, y, 0.0, 1.0)).square().sum(-1).mean().item()
+
+
+@pytest.mark.parametrize("kind", ["identity", "frame"])
+def test_a_network_that_recalls_is_told_what_it_says(kind):
+    """Settled, it has seen the same state twice; at first the reading is silent, and a network that recalls nothing passes once."""
+    fresh, network = make(kind, recalls=True), stirred(make(kind, recalls=True))
+    y, s = some_states(network)
+    assert torch.equal(fresh(y, s, said=torch.randn_like(y)), fresh(y, s))
+    said = psi(network, y, s) @ codes.lookup(network.code, torch.arange(VOCAB))
+    torch.testing.assert_close(network.settled(y, s), network(y, s, said=said), rtol=1e-4, atol=1e-5)
+    assert (network.settled(y, s) - network(y, s)).abs().max() > 1e-3
+    torch.testing.assert_close(network(y, s, said=torch.zeros_like(y)), network(y, s))
+    plain = stirred(make(kind))
+    assert torch.equal(plain.settled(y, s), plain(y, s)) and plain.recall is None
+
+
+def test_a_tied_head_embeds_beliefs():
+    """One table, at the size that a table of its own would start with; a map's stays as it was, and its head does not."""
+    network = make(tied=True, belief_dim=16)
+    assert network.table is None and "table" not in dict(network.named_parameters())
+    y, s = some_states(network)
+    belief = channel.belief(network.code, network.log_prior, y.flatten(0, 1), network.level(s, y))
+    inner = slice(network.neighbors, network.neighbors + LENGTH)
+    seen = network.see(y, s).belief[:, inner]
+    torch.testing.assert_close(seen, (belief @ network.weight * network.table_scale).view(seen.shape), rtol=1e-4, atol=1e-5)
+    assert (network.weight * network.table_scale).std().item() == pytest.approx(1.0, abs=0.2)
+    network(y, s).sum().backward()
+    assert network.weight.grad is not None and network.weight.grad.abs().max() > 0.0
+    assert make(tied=True, belief_dim=16, map_reads="hot_belief").table is not None
+
+
+@pytest.mark.parametrize(
+    "shape", [{"timed": False}, {"timed": False, "time_tokens": 4}, {"timed": False, "registers": 2}, {"registers": 3}]
+)
+def test_the_time_is_told_by_what_there_is(shape):
+    """Beliefs and channel know it in any case: held still, a network that is told nothing else says the same at any time."""
+    network = stirred(make(reads=("linear",), **shape))
+    network.path = SimpleNamespace(alpha=torch.ones_like, beta=torch.ones_like)  # of a state that does not say its time
+    y, s = torch.randn(3, LENGTH, DIM), torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+    differ = (network(y[:1].expand(3, -1, -1), s) - network(y[:1], s[:1])).abs().amax((1, 2))[1:].min()
+    assert (differ > 1e-3) == (shape.get("timed", True) or shape.get("time_tokens", 0) > 0)

@@ -191,3 +191,34 @@ def test_a_profile_of_an_earlier_version_is_taken_on():
 
 def test_paths_by_name_reach_the_parts():
     assert stage(("flow.interpolant", "power:exponent=3")).parts.path == interpolant.make("power:exponent=3")
+
+
+@pytest.mark.parametrize(("share", "told"), [(1.0, 8), (0.25, 2), (0.1, 1)])
+def test_a_share_of_the_rows_is_told_what_a_first_pass_says(share, told):
+    """Exactly so many, whose second pass has no gradient by the first; the others as ever."""
+    ours, rows = stage(("flow.self_conditioning", share)), batch(padded=True)
+    t = ours.objective.times(ours.setting, cells(0, rows, "time"))
+    network, code = ours.network, ours.parts.code
+    y = noisy_state(ours.parts.path, lookup(code, rows.ids), noise(0, rows, ours.parts), t)
+    said = ours.said_before(y, t, rows)
+    here = said.abs().amax((1, 2)) > 0.0
+    assert here.sum() == told and said.grad_fn is None
+    first = torch.softmax(heads.logits(network.head(), network.read(network(y, t, lengths=rows.lengths), y, t)), -1)
+    expected = (first @ lookup(code, torch.arange(11))).view(y.shape).detach()
+    torch.testing.assert_close(said[here], expected[here], rtol=1e-6, atol=1e-8)
+    log_p = torch.log_softmax(heads.logits(network.head(), network.read(network(y, t, lengths=rows.lengths, said=said), y, t)), -1)
+    dense = (rows.weight * F.nll_loss(log_p, rows.ids.flatten(), reduction="none")).sum()
+    loss, _ = ours.loss(rows)
+    torch.testing.assert_close(loss, dense)
+    weights = [p for p in network.parameters() if p.requires_grad]
+    for grad, exact in zip(torch.autograd.grad(loss, weights), torch.autograd.grad(dense, weights), strict=True):
+        torch.testing.assert_close(grad, exact, rtol=1e-6, atol=1e-9)
+    parts = [
+        ours.said_before(
+            y[i : i + 2],
+            t[i : i + 2],
+            rows._replace(ids=rows.ids[i : i + 2], lengths=rows.lengths[i : i + 2], places=rows.places[i : i + 2]),
+        )
+        for i in range(0, ROWS, 2)
+    ]
+    torch.testing.assert_close(torch.cat(parts), said)  # in any micro-batch the same rows

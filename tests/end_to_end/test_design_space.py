@@ -3,11 +3,13 @@ text, has a bound where one exists, and is distilled."""
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 
+from megaflow.config.load import flatten, load
 from megaflow.config.schema import entries, keys
 from megaflow.evaluate.generate import sample
 from megaflow.export.convert import convert
@@ -15,7 +17,9 @@ from megaflow.flow import choice
 from megaflow.train import checkpoint as checkpoints
 from megaflow.train import run as runs
 from megaflow.train import stages
+from tests.conftest import DATA, NETWORK, ROOT, TRAINING
 
+PAGE = ROOT / "docs" / "design-space.md"
 VALUES = [
     (name, value.replace("NAME=SHARE,…", "argmax=0.9,uniform=0.1"))
     for name, item in keys().items()
@@ -74,3 +78,18 @@ def test_every_value_trains_goes_on_and_writes(config, tmp_path, name, value):
         assert all(map(math.isfinite, losses(tmp_path / "map").values()))
         assert all(sample(tmp_path / "map", count=2, steps=steps)["texts"] for steps in (1, 2))
         assert json.loads((tmp_path / "map" / "summary.json").read_text())["steps"] == 2
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "configs" / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_published_recipe_trains(shards, tmp_path, recipe):
+    """Its choices at a small size; a file says where they come from."""
+    assert re.search(r"arXiv \d{4}\.\d{5}", recipe.read_text("utf-8")) and str(recipe.relative_to(ROOT)) in PAGE.read_text("utf-8")
+    file, directory = tmp_path / "recipe.yaml", tmp_path / "run"
+    small = f"{NETWORK[:-2]}}}\nflow: {{code_dim: 8}}\n{TRAINING}parallel: {{zero: 0}}\n"
+    file.write_text(f"base: {recipe}\nrun: {{dir: {directory}}}\ndata: {{path: {shards('coded')}, {DATA['coded']}}}\n{small}")
+    overrides = ["train.steps=4", "optim.warmup_steps=2", "train.validate_every=4", "train.micro_batch=8", "train.precision=fp32"]
+    assert stages.pretrain(str(file), overrides) == 0
+    assert len(losses(directory)) == 4 and all(sample(directory, count=2, steps=3)["texts"])
+    known, ours = flatten(load(recipe).config), flatten(load(directory / "config.yaml").config)
+    kept = [name for name in known if name.startswith("flow.") and name != "flow.code_dim" and known[name] != "auto"]
+    assert all(ours[name] == known[name] for name in kept)

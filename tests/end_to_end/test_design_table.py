@@ -1,0 +1,53 @@
+"""tools/design_table.py: a table of a grid of choices, with its errors, that goes on where it was."""
+
+import importlib.util
+import json
+import os
+
+import pytest
+
+from tests.conftest import ROOT
+
+
+def tool():
+    spec = importlib.util.spec_from_file_location("design_table", ROOT / "tools" / "design_table.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_means_errors_and_paired_differences():
+    """Over seeds, of what each point has; none where a point has no likelihood."""
+    run = lambda nats: {
+        "likelihood": {"nats_per_token": nats, "unigram_nats_per_token": 6.0},  # noqa: E731
+        "samples": {"32": {"judge_bits_per_char": 2.5, "entropy": 3.0}},
+    }
+    points = [("a=1",), ("a=2",), ("a=3",), ("a=4",)]
+    results = {
+        points[0]: [run(5.0), run(5.2)],
+        points[1]: [run(4.9), run(5.1)],
+        points[2]: [run(None), run(None)],
+        points[3]: ["no such a"],
+    }
+    lines = tool().table(points, results).splitlines()
+    assert lines[2] == "| `a=1` | 5.100 ± 0.100 |  | 2.50 ± 0.00 | 3.00 ± 0.00 |"
+    assert lines[3] == "| `a=2` | 5.000 ± 0.100 | -0.100 ± 0.000 | 2.50 ± 0.00 | 3.00 ± 0.00 |"
+    assert lines[4].startswith("| `a=3` | none | none |") and lines[5] == "| `a=4` | refused: no such a | | | |"
+    assert lines[-1] == "2 seeds, mean ± standard error over them; unigram entropy 6.000."
+
+
+@pytest.mark.long
+def test_a_grid_is_run_once(process, config, tmp_path):
+    command = [ROOT / "tools" / "design_table.py", config("coded"), "--out", tmp_path / "out", "--seeds", 1, "--samples", 4, "--rows", 16]
+    command += ["train.steps=3", "train.validate_every=3", "--axis", "flow.prior", "gaussian", "vertices"]
+    command += ["--axis", "flow.interpolant", "linear", "trigonometric"]
+    done = process(*command)
+    assert done.returncode == 0, done.stderr
+    told = done.stdout.splitlines()
+    assert len(told) == 9 and "flow.prior=vertices`, `flow.interpolant=trigonometric` | refused: " in told[5] and "simplex" in told[5]
+    assert told[4].startswith("| `flow.prior=vertices`, `flow.interpolant=linear` | none | none | ")
+    kept = {path: os.stat(path).st_mtime_ns for path in (tmp_path / "out").rglob("evaluation.json")}
+    assert len(kept) == 3
+    again = process(*command)
+    assert again.stdout == done.stdout and {path: os.stat(path).st_mtime_ns for path in kept} == kept
+    assert all(json.loads(path.read_text())["step"] == 3 for path in kept)

@@ -1,0 +1,124 @@
+"""A grid of choices on equal trunk, tokens, data order and seeds, measured and put into a table with its errors.
+
+    python tools/design_table.py configs/quickstart/flow.yaml --out runs/clocks --seeds 3 train.steps=300 \\
+        --axis flow.clock.name uniform argmax ce_linear --axis flow.code frame learned
+
+Every point is trained and evaluated by the ordinary commands, with the overrides for all of them, one value of every axis, and run.seed
+0, 1, … OUT/table.md has a line a point: likelihood in nats a token with the standard error over seeds, its paired difference from the
+first point (the same seeds, so that what seeds share cancels), judge and entropy of texts. A combination that the config refuses has
+the sentence that says why. Killed, it goes on where it was; more seeds or values run only what is new.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+STEPS = "32"
+
+
+def slug(point: tuple[str, ...], seed: int) -> str:
+    return "".join(c if c.isalnum() or c in ".=-" else "_" for c in "-".join([*point, f"seed={seed}"]))
+
+
+def megaflow(*words: str) -> tuple[int, str]:
+    """(exit code, last line of what it says) of a command."""
+    done = subprocess.run([sys.executable, "-m", "megaflow", *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    return done.returncode, (done.stderr.strip().splitlines() or [""])[-1]
+
+
+def measured(config: str, run: Path, overrides: list[str], samples: int, rows: int) -> dict[str, Any] | str:
+    """The evaluation of a point and seed; the sentence of a config that is refused. Raises SystemExit where a run fails."""
+    code, said = megaflow("pretrain", config, f"run.dir={run}", "log.wandb=off", *overrides)
+    if code == 2:
+        return said.removeprefix("megaflow: ").removeprefix("command line: ")
+    if code == 0:
+        code, said = megaflow("evaluate", str(run), "--steps", STEPS, "--samples", str(samples), "--rows", str(rows), "--draws", "4")
+    if code:
+        raise SystemExit(f"{run}: exit code {code}: {said}")
+    return json.loads((run / "evaluation.json").read_text())
+
+
+def mean_error(values: list[float]) -> tuple[float, float | None]:
+    """Mean, and its standard error over two or more seeds."""
+    return statistics.mean(values), statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+
+
+def shown(values: list[float | None], digits: int, sign: str = "") -> str:
+    """Mean ± standard error over seeds; a word where a value does not exist."""
+    known = [value for value in values if value is not None]
+    if not known or len(known) < len(values):
+        return "none"
+    mean, error = mean_error(known)
+    return f"{mean:{sign}.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
+
+
+def table(points: list[tuple[str, ...]], results: dict[tuple[str, ...], list[dict[str, Any] | str]]) -> str:
+    """Markdown of what has been measured."""
+    lines = ["| choice | likelihood, nats/token | against the first | judge, bits/char | entropy, nats |", "|---|---|---|---|---|"]
+
+    def of(point: tuple[str, ...], *path: str) -> list[float | None]:
+        found = []
+        for result in results.get(point, []):
+            value: Any = result
+            for key in path:
+                value = value.get(key) if isinstance(value, dict) else None
+            found.append(value)
+        return found
+
+    first = of(points[0], "likelihood", "nats_per_token")
+    for point in points:
+        runs = results.get(point, [])
+        if not runs:
+            continue
+        name = ", ".join(f"`{part}`" for part in point)
+        if isinstance(runs[0], str):
+            lines.append(f"| {name} | refused: {runs[0]} | | | |")
+            continue
+        bounds = of(point, "likelihood", "nats_per_token")
+        pairs = list(zip(bounds, first, strict=False))
+        apart = [None if a is None or b is None else a - b for a, b in pairs]
+        drawn = [shown(of(point, "samples", STEPS, key), 2) for key in ("judge_bits_per_char", "entropy")]
+        difference = "" if point == points[0] else shown(apart, 3, "+")
+        lines.append(f"| {name} | {shown(bounds, 3)} | {difference} | {' | '.join(drawn)} |")
+    seeds = max(map(len, results.values()))
+    unigram = next(
+        (run["likelihood"].get("unigram_nats_per_token") for runs in results.values() for run in runs if isinstance(run, dict)), None
+    )
+    lines += ["", f"{seeds} seeds, mean ± standard error over them" + (f"; unigram entropy {unigram:.3f}." if unigram else "."), ""]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="of every point")
+    parser.add_argument("--axis", nargs="+", action="append", required=True, metavar="KEY VALUE", help="a key and its values")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--rows", type=int, default=256)
+    arguments = parser.parse_intermixed_args()
+    axes = [[f"{key}={value}" for value in values] for key, *values in arguments.axis]
+    points, began = list(itertools.product(*axes)), time.monotonic()
+    results: dict[tuple[str, ...], list[dict[str, Any] | str]] = {}
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    for number, (seed, point) in enumerate(itertools.product(range(arguments.seeds), points)):
+        run = arguments.out / slug(point, seed)
+        chosen = [*arguments.overrides, *point, f"run.seed={seed}"]
+        results.setdefault(point, []).append(measured(arguments.config, run, chosen, arguments.samples, arguments.rows))
+        (arguments.out / "table.md").write_text(table(points, results))
+        share = (number + 1) / (arguments.seeds * len(points))
+        left = (time.monotonic() - began) * (1.0 / share - 1.0) / 60.0
+        print(f"{number + 1}/{arguments.seeds * len(points)} points  {left:.0f} min left  {run.name}", file=sys.stderr, flush=True)
+    print((arguments.out / "table.md").read_text())
+
+
+if __name__ == "__main__":
+    main()

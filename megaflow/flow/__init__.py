@@ -7,6 +7,7 @@
     semantic      vectors of tokens by what they stand beside
     channel       what a token's own noisy state says about it: exact posterior (belief) and its mean embedding
     head          hidden states to everything a flow needs of the vocabulary, in chunks of tokens
+    losses        what of it has a gradient
     clock         laws of training times and grids of samplers, as two arrays
     profile       what a model is measured to score at each log-SNR
     laws          where clocks come from

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from megaflow.flow.head import Head, Read
 from megaflow.flow.vocabulary import Vocabulary, whole
-from megaflow.model.text_dit import HEAD_STD, Shape, real, windows
+from megaflow.model.reading import real, windows
+from megaflow.model.text_dit import HEAD_STD, Shape
 from megaflow.model.trunk import Cache, Trunk
 from megaflow.parallel.collectives import copied_together, scattered_with_neighbors
 from megaflow.parallel.cut import cut_of, draw, padded, parameter

@@ -42,7 +42,8 @@ from megaflow.flow import flow_map
 from megaflow.flow.clock import Clock
 from megaflow.flow.code import Code
 from megaflow.flow.interpolant import Interpolant, time_of_strength
-from megaflow.model.text_dit import CONDITION, FREQUENCIES, HOT_GAIN
+from megaflow.model.reading import CONDITION, FREQUENCIES
+from megaflow.model.text_dit import HOT_GAIN
 
 
 class Flops(NamedTuple):

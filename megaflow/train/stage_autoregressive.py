@@ -7,6 +7,7 @@ from torch import Tensor
 
 from megaflow.config.schema import Config
 from megaflow.flow import head as heads
+from megaflow.flow import losses
 from megaflow.model.autoregressive import Autoregressive
 from megaflow.train.stage import Batch, Total, alone
 
@@ -19,7 +20,7 @@ class AutoregressiveStage:
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         read = self.network.read(self.network(batch.ids, batch.lengths, batch.documents))
-        loss, _ = heads.cross_entropy(self.network.head(), read, batch.ids.flatten(), batch.weight)
+        loss, _ = losses.cross_entropy(self.network.head(), read, batch.ids.flatten(), batch.weight)
         return loss, torch.zeros(0, dtype=torch.float64)
 
     def learn(self, observed: Tensor, step: int) -> dict[str, float]:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megaflow.config.schema import Config
-from megaflow.flow import choice
+from megaflow.flow import choice, losses
 from megaflow.flow import clock as clocks
 from megaflow.flow import head as heads
 from megaflow.flow import profile as profiles
@@ -86,10 +86,10 @@ class FlowStage:
         factor = batch.weight.view(*shape, 1) * (torch.exp(-uncertainty.detach())[:, None] * worth)[:, None]
         factors = [x.flatten() for x in factor.unbind(2)]
         if len(factors) == 1:
-            loss, nll = heads.cross_entropy(head, read, ids, factors[0], weighting.distance)
+            loss, nll = losses.cross_entropy(head, read, ids, factors[0], weighting.distance)
             terms = nll[:, None]
         else:
-            loss, terms = heads.denoising_loss(head, read, ids, factors[0], factors[1], weighting.distance)
+            loss, terms = losses.denoising_loss(head, read, ids, factors[0], factors[1], weighting.distance)
         if weighting.learned:  # exp(-w) loss + w, of which the gradient by the network is there, and that by w is not
             plain = (terms.view(*shape, -1) * worth[:, None]).sum(2)
             eased = torch.exp(-uncertainty)[:, None]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megaflow.config.schema import Config
-from megaflow.flow import flow_map
+from megaflow.flow import flow_map, losses
 from megaflow.flow import head as heads
 from megaflow.flow.clock import Clock
 from megaflow.flow.code import lookup, mean
@@ -72,17 +72,17 @@ class MapStage:
         if split == len(order) and batch.peers > 1:
             self.keep_company(batch, y, times)
         hidden = self.network(y, times.s, times.t, lengths, seen, documents)
-        losses, observed = [], torch.zeros(2, 2, dtype=torch.float64)
+        parts, observed = [], torch.zeros(2, 2, dtype=torch.float64)
         while targets:
             index, part, target = targets.pop(0)  # with its chunk, which is not kept beside the next one's
             read = self.network.read(hidden[part], y[part], times.s[part])
             weight = batch.weight.view(batch.ids.shape)[order[part]].flatten()
             whole = 1 if index == 0 or self.at_once else y.shape[1]
-            loss, divergences = heads.divergence(self.network.head(), read, target, weight, self.reweight(), whole)
-            losses.append(loss)
+            loss, divergences = losses.divergence(self.network.head(), read, target, weight, self.reweight(), whole)
+            parts.append(loss)
             observed[index, 0] = (divergences.double() * weight.double()).sum().item()
             observed[index, 1] = weight.double().sum().item()
-        return torch.stack(losses).sum(), observed
+        return torch.stack(parts).sum(), observed
 
     @torch.no_grad()
     def keep_company(self, batch: Batch, y: Tensor, times: flow_map.Times) -> None:

@@ -18,10 +18,11 @@ def tool():
 
 def test_means_errors_and_paired_differences():
     """Over seeds, of what each point has; none where a point has no likelihood."""
-    run = lambda nats: {
-        "likelihood": {"nats_per_token": nats, "unigram_nats_per_token": 6.0},  # noqa: E731
-        "samples": {"32": {"judge_bits_per_char": 2.5, "entropy": 3.0}},
-    }
+
+    def run(nats):
+        samples = {"32": {"judge_bits_per_char": 2.5, "entropy": 3.0}}
+        return {"likelihood": {"nats_per_token": nats, "unigram_nats_per_token": 6.0}, "samples": samples}
+
     points = [("a=1",), ("a=2",), ("a=3",), ("a=4",)]
     results = {
         points[0]: [run(5.0), run(5.2)],

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megaflow.flow import channel, interpolant
+from megaflow.flow import channel, interpolant, losses
 from megaflow.flow import code as codes
-from megaflow.flow import head as heads
 from megaflow.flow.code import Code
 from megaflow.flow.head import Head, Read
 from megaflow.flow.interpolant import LINEAR
@@ -78,9 +77,9 @@ def test_losses_have_the_gradients_of_the_dense_formulas(kind, kept, loss, monke
     y = t[:, None] * codes.lookup(code, ids) + (1.0 - t[:, None]) * noise
     head, read = Head(table, bias, code, skip), Read(hidden, y, level)
     if loss == "cross_entropy":
-        ours, _ = heads.cross_entropy(head, read, ids, counted)
+        ours, _ = losses.cross_entropy(head, read, ids, counted)
     else:
-        ours, _ = heads.denoising_loss(head, read, ids, counted, 3.0 * counted)
+        ours, _ = losses.denoising_loss(head, read, ids, counted, 3.0 * counted)
     z = hidden @ table.T + bias
     if skip:
         z = z + level[:, :1] * (y @ code.matrix.T) - 0.5 * level[:, 1:] * code.leverage

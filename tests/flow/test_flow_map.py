@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from megaflow.flow import clock as clocks
 from megaflow.flow import code as codes
-from megaflow.flow import flow_map, interpolant
+from megaflow.flow import flow_map, interpolant, losses
 from megaflow.flow import head as heads
 from megaflow.flow.head import Head, Read
 from megaflow.flow.interpolant import LINEAR, transport
@@ -138,7 +138,7 @@ def semigroup_loss(net: Net, toy: toys.Toy, y: Tensor, times: flow_map.Times) ->
     on = times.s == times.t
     exact = toys.denoiser(toy, y[on], times.s[on]).float().view(-1, VOCAB)
     share_of_row = 1.0 / (len(y) * LENGTH)
-    anchor, _ = heads.divergence(
+    anchor, _ = losses.divergence(
         net.head(), net(y[on], times.s[on], times.t[on]), lambda tokens: exact[tokens], torch.full((len(exact),), share_of_row)
     )
     y, (s, u, t) = y[~on], (x[~on] for x in times)
@@ -147,7 +147,7 @@ def semigroup_loss(net: Net, toy: toys.Toy, y: Tensor, times: flow_map.Times) ->
         second = net.psi(transport(LINEAR, y, s, u, first), u, t)
     share = flow_map.semigroup_share(LINEAR, s, u, t).float()[:, None].expand(-1, LENGTH).flatten()
     target = torch.lerp(second.view(-1, VOCAB), first.view(-1, VOCAB), share[:, None])
-    loss, _ = heads.divergence(net.head(), net(y, s, t), lambda tokens: target[tokens], torch.full_like(share, share_of_row))
+    loss, _ = losses.divergence(net.head(), net(y, s, t), lambda tokens: target[tokens], torch.full_like(share, share_of_row))
     return anchor + loss
 
 

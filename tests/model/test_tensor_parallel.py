@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from megaflow.config.schema import Config
 from megaflow.flow import code as codes
 from megaflow.flow import head as heads
+from megaflow.flow import losses
 from megaflow.flow import vocabulary as vocabularies
 from megaflow.flow.interpolant import LINEAR, noisy_state
 from megaflow.model import build
@@ -129,7 +130,7 @@ def everything(kind: str, multiple: int = 1) -> dict[str, object]:
         target = torch.softmax(torch.randn(ROWS * LENGTH, VOCAB, generator=random.generator(0, "target"), dtype=torch.float64), -1)
         part = parts.code.part
         own = target[:, part.start : part.stop].contiguous()
-        divergence, apart = heads.divergence(network.head(), read, lambda tokens: own[tokens], weight, lambda d: (d + 0.01) ** -0.5)
+        divergence, apart = losses.divergence(network.head(), read, lambda tokens: own[tokens], weight, lambda d: (d + 0.01) ** -0.5)
         found |= {"divergence": divergence.detach(), "apart": apart}
         found["divergence gradients"] = logical(network, torch.autograd.grad(divergence, parameters, retain_graph=True, allow_unused=True))
         mean, token, confidence = heads.posterior(network.head(), read, 0.8)
@@ -141,7 +142,7 @@ def everything(kind: str, multiple: int = 1) -> dict[str, object]:
         errors = heads.denoising_error(network.head(), read, ids.flatten())
         found |= {"mean": mean, "token": token, "confidence": confidence, "drawn": drawn, "probability": probability}
         found |= {"nll": errors[0], "error": errors[1], "likeliest": heads.likeliest(network.head(), read)[0]}
-    loss, nll = heads.cross_entropy(network.head(), read, ids.flatten(), weight)
+    loss, nll = losses.cross_entropy(network.head(), read, ids.flatten(), weight)
     found |= {"loss": loss.detach(), "losses": nll, "gradients": logical(network, torch.autograd.grad(loss, parameters, allow_unused=True))}
     return found
 
@@ -187,7 +188,7 @@ def padding(kind: str) -> list[tuple[str, float, float]]:
     network, parts = network_of(kind, axis_here(), 4)
     ids, y, s, t = states(parts.code)
     read = network.read(network(y, s, t), y, s)
-    heads.cross_entropy(network.head(), read, ids.flatten(), torch.ones(ROWS * LENGTH, dtype=torch.float64))[0].backward()
+    losses.cross_entropy(network.head(), read, ids.flatten(), torch.ones(ROWS * LENGTH, dtype=torch.float64))[0].backward()
     found = []
     for name, p in network.named_parameters():
         cut = cut_of(p)

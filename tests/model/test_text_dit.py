@@ -21,7 +21,8 @@ from megaflow.flow.interpolant import LINEAR, noisy_state, time_of
 from megaflow.flow.likelihood import Range, information_range
 from megaflow.model import parts as made
 from megaflow.model.parts import Parts
-from megaflow.model.text_dit import HOT_GAIN, Shape, TextDiT, TimeEmbedding
+from megaflow.model.reading import TimeEmbedding
+from megaflow.model.text_dit import HOT_GAIN, Shape, TextDiT
 from megaflow.train.stage import Batch
 from megaflow.train.stage_flow import FlowStage
 from megaflow.train.stage_map import MapStage

@@ -65,7 +65,8 @@ def test_two_processes_have_the_curve_of_one_for_long(torchrun, words, tmp_path,
     assert two == pytest.approx(one, rel=1e-5) and len(one) == 303
 
 
-@pytest.mark.parametrize("zero", [pytest.param(1, marks=pytest.mark.long), 2])
+@pytest.mark.long
+@pytest.mark.parametrize("zero", [1, 2])
 def test_a_matrix_that_two_processes_share(torchrun, words, tmp_path, zero):
     """The border between the slices of three blocks lies within a matrix of the second, which Muon needs whole."""
     check(torchrun, words, tmp_path, "coded", "autoregressive", zero, "model.layers=3")

@@ -169,7 +169,7 @@ def most(kind: str, vocab: int, values: dict[str, Any], bucket: int = reduction.
     return stays, stays + peak.most
 
 
-QUICK = ("tensor x data, ZeRO 3 in bf16", "a map's of a large vocabulary")
+QUICK = ("tensor x data, ZeRO 1 in fp32", "a map's of a large vocabulary")
 QUICK += ("as many, flow, off", "as many, map, full", "as many, ZeRO 0 in fp32, full", "as many, ZeRO 1 in fp32, full")
 LONG = [case for case in STEPS if any(word in case for word in ("axes", "tensor x", "a map's", "as many")) and case not in QUICK]
 

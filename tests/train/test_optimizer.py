@@ -66,7 +66,7 @@ class TestMake:
         from megaflow.model.build import autoregressive_network
 
         config = Config()
-        config.model.heads = 4
+        config.model.heads, config.model.belief_dim = 4, 16
         network = autoregressive_network(config, torch.zeros(50), torch.device("cpu"))
         found = [name for name, p in network.named_parameters() if is_block_matrix(name, p)]
         assert len(found) == 4 * config.model.layers

@@ -105,6 +105,8 @@ def contradictions(loaded: Loaded, vocab: int | None = None) -> None:
             "model.head",
             "model.belief_dim",
         )
+    if model.head == "tied" and model.family == "flow" and model.input == "linear":
+        refuse("model.head=tied embeds beliefs, and model.input=linear reads none; use untied", "model.head", "model.input")
     if model.time == "none" and model.family == "flow":
         if config.flow.weighting == "learned":
             refuse(

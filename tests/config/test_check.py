@@ -188,6 +188,7 @@ class TestContradictions:
             ({"flow.prior": "dirichlet", "flow.objective": "likelihood"}, ["flow.objective=likelihood", "flow.prior=dirichlet"]),
             ({"flow.prior": "vertices", "flow.interpolant": "trigonometric"}, ["flow.interpolant=trigonometric", "simplex", "linear"]),
             ({"model.head": "tied", "model.belief_dim": 32}, ["model.head=tied", "model.belief_dim=32", "auto"]),
+            ({"model.head": "tied", "model.input": "linear"}, ["model.head=tied", "model.input=linear", "untied"]),
             ({"model.time": "none", "flow.weighting": "learned"}, ["flow.weighting=learned", "model.time=none", "balanced"]),
             ({"model.time": "none", "distill.teacher": "x"}, ["flow map", "model.time=none", "adaptive"]),
             ({"model.registers": 3, "parallel.tensor": 2}, ["parallel.tensor=2", "model.registers=3"]),

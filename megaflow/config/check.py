@@ -2,18 +2,23 @@
 
 import copy
 import importlib.metadata
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from megaflow.config.load import ConfigError, Loaded, assemble, flatten
 from megaflow.config.schema import TOKENIZERS, Config
 from megaflow.flow import interpolant
+from megaflow.flow.prior import on_simplex
 
 IDENTITY_UP_TO = 256
 """Largest vocabulary whose one-hot state is carried as it is; above, a frame costs less and loses nothing."""
 
 TIME_TOKENS = 4
 """Tokens that tell a trunk the time with model.time=tokens."""
+
+Refuse = Callable[..., None]
+"""(sentence, names of the keys that it is about): raises ConfigError."""
 
 COMPILES_ZERO_3 = (2, 13)
 """torch from which on compiled blocks train under ZeRO 3; 2.11 fails in the backward pass."""
@@ -32,7 +37,7 @@ def resolve(loaded: Loaded, vocab: int) -> Loaded:
             origin[dotted] = "auto"
 
     flow, model, train, optim = config.flow, config.model, config.train, config.optim
-    simplex = not flow.prior.startswith("gaussian")
+    simplex = on_simplex(flow.prior)
     dense = flow.code_dim == vocab or flow.code_dim == "auto" and (vocab <= IDENTITY_UP_TO or flow.skip == "off")
     settle(flow, "code", "flow.code", "identity" if dense else "frame")
     settle(flow, "code_dim", "flow.code_dim", vocab if flow.code == "identity" else min(64, max(2, vocab // 2)))
@@ -60,7 +65,7 @@ def heads(hidden: int) -> int:
 def contradictions(loaded: Loaded, vocab: int | None = None) -> None:
     """Refuse values that cannot hold together. With `vocab` unknown only what does not depend on it. Raises ConfigError."""
     config = loaded.config
-    model, flow, train = config.model, config.flow, config.train
+    model, train = config.model, config.train
 
     def refuse(sentence: str, *names: str) -> None:
         places = dict.fromkeys(loaded.origin[name] for name in names if loaded.origin[name] not in ("default", "auto"))
@@ -168,68 +173,81 @@ def contradictions(loaded: Loaded, vocab: int | None = None) -> None:
             "parallel.compile",
             "parallel.zero",
         )
-    if config.distill.teacher and round(train.global_batch * config.distill.diagonal_fraction) == train.global_batch:
+    if model.family == "flow" and vocab is not None:
+        _of_flow(config, vocab, refuse)
+    if config.distill.teacher:
+        _of_map(config, refuse)
+
+
+def _of_flow(config: Config, vocab: int, refuse: Refuse) -> None:
+    """What a flow's choices forbid each other."""
+    flow, model = config.flow, config.model
+    if flow.code == "identity" and flow.code_dim != vocab:
         refuse(
-            f"distill.diagonal_fraction={config.distill.diagonal_fraction:g} leaves no row of train.global_batch={train.global_batch} "
+            f"flow.code=identity has as many dimensions as tokens, {vocab}; flow.code_dim={flow.code_dim} contradicts it",
+            "flow.code",
+            "flow.code_dim",
+        )
+    if flow.code not in ("identity", "auto") and flow.code_dim >= vocab:
+        refuse(
+            f"flow.code={flow.code} needs flow.code_dim below the vocabulary of {vocab}, not {flow.code_dim}; or flow.code=identity",
+            "flow.code",
+            "flow.code_dim",
+        )
+    if on_simplex(flow.prior):
+        what = f"flow.prior={flow.prior}"
+        if flow.skip == "on" or model.input in ("belief", "both"):
+            name, value = ("flow.skip", "off") if flow.skip == "on" else ("model.input", "linear")
+            given = flow.skip if name == "flow.skip" else model.input
+            refuse(f"{name}={given} reads a Gaussian channel, and {what} has none; use {value}, or auto", name, "flow.prior")
+        if flow.objective == "likelihood":
+            refuse(f"flow.objective=likelihood is the bound of Gaussian noise, and {what} has none", "flow.objective", "flow.prior")
+        if not interpolant.make(flow.interpolant).convex:
+            refuse(
+                f"{what} is on the simplex, which flow.interpolant={flow.interpolant} leaves; use linear or power",
+                "flow.interpolant",
+                "flow.prior",
+            )
+    if flow.objective == "likelihood" and flow.weighting != "none":
+        refuse(
+            f"flow.weighting={flow.weighting} contradicts flow.objective=likelihood: the bound has weights of its own, and with others "
+            "it is none; use none, or flow.objective=endpoint_mse",
+            "flow.weighting",
+            "flow.objective",
+        )
+    if flow.code_from and flow.code != "semantic":
+        what = f"flow.code_from={flow.code_from} belongs to flow.code=semantic, not to flow.code={flow.code}"
+        refuse(f"{what}; leave it empty", "flow.code_from", "flow.code")
+    if flow.skip == "off" and flow.code in ("frame", "semantic") and not on_simplex(flow.prior):
+        refuse(
+            f"flow.skip=off contradicts flow.code={flow.code}: without the channel term a coded flow never resolves its tokens "
+            "and has no bound",
+            "flow.skip",
+            "flow.code",
+        )
+
+
+def _of_map(config: Config, refuse: Refuse) -> None:
+    """What stage 2 needs of its rows and of its flow."""
+    distill, train, model = config.distill, config.train, config.model
+    if round(train.global_batch * distill.diagonal_fraction) == train.global_batch:
+        refuse(
+            f"distill.diagonal_fraction={distill.diagonal_fraction:g} leaves no row of train.global_batch={train.global_batch} "
             "for the map to learn on; give less",
             "distill.diagonal_fraction",
         )
-    if config.distill.teacher and config.distill.boundary_fraction == 1.0:
+    if distill.boundary_fraction == 1.0:
         refuse(
             "distill.boundary_fraction=1 leaves no inner row, and the targets of the others are made of what inner rows teach; give less",
             "distill.boundary_fraction",
         )
-    if model.family == "flow" and vocab is not None:
-        if flow.code == "identity" and flow.code_dim != vocab:
-            refuse(
-                f"flow.code=identity has as many dimensions as tokens, {vocab}; flow.code_dim={flow.code_dim} contradicts it",
-                "flow.code",
-                "flow.code_dim",
-            )
-        if flow.code not in ("identity", "auto") and flow.code_dim >= vocab:
-            refuse(
-                f"flow.code={flow.code} needs flow.code_dim below the vocabulary of {vocab}, not {flow.code_dim}; or flow.code=identity",
-                "flow.code",
-                "flow.code_dim",
-            )
-        if not flow.prior.startswith("gaussian"):
-            what = f"flow.prior={flow.prior}"
-            if flow.skip == "on" or model.input in ("belief", "both"):
-                name, value = ("flow.skip", "off") if flow.skip == "on" else ("model.input", "linear")
-                given = flow.skip if name == "flow.skip" else model.input
-                refuse(f"{name}={given} reads a Gaussian channel, and {what} has none; use {value}, or auto", name, "flow.prior")
-            if flow.objective == "likelihood":
-                refuse(f"flow.objective=likelihood is the bound of Gaussian noise, and {what} has none", "flow.objective", "flow.prior")
-            if not interpolant.make(flow.interpolant).convex:
-                refuse(
-                    f"{what} is on the simplex, which flow.interpolant={flow.interpolant} leaves; use linear or power",
-                    "flow.interpolant",
-                    "flow.prior",
-                )
-        if flow.objective == "likelihood" and flow.weighting != "none":
-            refuse(
-                f"flow.weighting={flow.weighting} contradicts flow.objective=likelihood: the bound has weights of its own, and with others "
-                "it is none; use none, or flow.objective=endpoint_mse",
-                "flow.weighting",
-                "flow.objective",
-            )
-        if flow.code_from and flow.code != "semantic":
-            what = f"flow.code_from={flow.code_from} belongs to flow.code=semantic, not to flow.code={flow.code}"
-            refuse(f"{what}; leave it empty", "flow.code_from", "flow.code")
-        if flow.skip == "off" and flow.code in ("frame", "semantic") and flow.prior.startswith("gaussian"):
-            refuse(
-                f"flow.skip=off contradicts flow.code={flow.code}: without the channel term a coded flow never resolves its tokens "
-                "and has no bound",
-                "flow.skip",
-                "flow.code",
-            )
-    if config.distill.teacher and config.distill.state_input == "hot_belief" and model.input == "linear":
+    if distill.state_input == "hot_belief" and model.input == "linear":
         refuse(
             "distill.state_input=hot_belief needs a flow that reads beliefs, and its model.input is linear; use distill.state_input=linear",
             "distill.state_input",
             "model.input",
         )
-    if config.distill.teacher and config.distill.boundary_fraction and train.global_batch < 4:
+    if distill.boundary_fraction and train.global_batch < 4:
         refuse(
             f"train.global_batch={train.global_batch} cannot hold diagonal, inner and boundary rows; use 4 or more", "train.global_batch"
         )
@@ -241,7 +259,7 @@ def doubts(loaded: Loaded) -> list[str]:
     if int(config.optim.warmup_steps) > config.train.steps:
         reached = f"optim.warmup_steps={config.optim.warmup_steps} of train.steps={config.train.steps}"
         found.append(f"{reached}: the run ends before it comes to optim.learning_rate")
-    if config.model.family == "flow" and not config.flow.prior.startswith("gaussian"):
+    if config.model.family == "flow" and on_simplex(config.flow.prior):
         found.append(
             f"flow.prior={config.flow.prior} has no likelihood: validation says the cross-entropy at log-SNRs that are evenly spread"
         )

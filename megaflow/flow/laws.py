@@ -169,6 +169,12 @@ LAWS: dict[str, Callable[..., Clock]] = {
 }
 
 
+def needs_error(name: str) -> bool:
+    """Whether a config's value is a law, or has a share of one, that is fitted to squared errors."""
+    law, options = choice.split(LAWS, name)
+    return "variance" in (law, *options)
+
+
 def isotonic(values: Tensor) -> Tensor:
     """Least-squares increasing fit of a sequence (K,) by pooling adjacent violators (Ayer et al. 1955)."""
     pools: list[list[float]] = []

@@ -60,6 +60,11 @@ def make(name: str) -> Prior:
     return replace(choice.call(PRIORS, name), name=name)
 
 
+def on_simplex(name: str) -> bool:
+    """Whether a config's value is a prior on the simplex: one that has no channel, no bound and no samplers with noise."""
+    return name.partition(":")[0] != "gaussian"
+
+
 def token_law(prior: Prior, log_prior: Tensor) -> Tensor:
     """(V,) law of the tokens whose codes `vertices` are, from the logarithms of the unigram law."""
     return torch.softmax(log_prior.double() / prior.temperature, 0)
@@ -72,8 +77,10 @@ def draw(prior: Prior, code: Code, law: Tensor | None, length: int, sources: Seq
     """
     device = code.leverage.device
     if prior.law == "gaussian":
-        rows = [torch.randn(length, code.dim, generator=source)[:, codes.columns(code)] for source in sources]
-        return torch.stack(rows).to(device)
+        noise = torch.empty(len(sources), length, code.width)
+        for row, source in enumerate(sources):
+            noise[row] = torch.randn(length, code.dim, generator=source)[:, codes.columns(code)]
+        return noise.to(device)
     if prior.law == "vertices":
         assert law is not None
         ids = torch.stack([torch.multinomial(law, length, replacement=True, generator=source) for source in sources])

@@ -125,10 +125,6 @@ def with_noise(parts: Parts, path: str, prior: str) -> Parts:
 
 def draw_noise(parts: Parts, places: Sequence[int], length: int, seed: int, purpose: str, *numbers: int) -> Tensor:
     """Noise (B, length, d_c), each row a function of its own place; of a dense state the columns that are here."""
-    if parts.prior.law == "gaussian":
-        shape = (length, parts.code.dim)
-        drawn = random.normal(places, shape, seed, purpose, *numbers, columns=codes.columns(parts.code))
-        return drawn.to(parts.code.leverage.device)
     sources = [random.generator(seed, purpose, *numbers, place) for place in places]
     return priors.draw(parts.prior, parts.code, parts.token_law, length, sources)
 

@@ -27,6 +27,8 @@ from megaflow.config.check import TIME_TOKENS
 from megaflow.config.schema import Config
 from megaflow.flow import code as codes
 from megaflow.flow import flow_map
+from megaflow.flow.laws import needs_error
+from megaflow.flow.prior import on_simplex
 from megaflow.model.flops import hot_shares
 from megaflow.parallel.recorder import RINGS
 from megaflow.plan.layout import Layout, Weight, weights
@@ -102,7 +104,7 @@ def _of_choices(config: Config, n: float, passes: int, p: int, tensor: int, send
     """What choices of stage 1 send besides over the tensor axis: squared errors, weights by distance, noise of a simplex, trained codes."""
     flow, model = config.flow, config.model
     dim, dense, trained = int(flow.code_dim), flow.code == "identity", flow.code in codes.TRAINED
-    if flow.objective != "cross_entropy" or "variance" in flow.clock.name:
+    if flow.objective != "cross_entropy" or needs_error(flow.clock.name):
         send("head", "all-reduce", (2 if dense else 2 * dim) * n * SINGLE)
     if share := flow.self_conditioning:  # a pass without gradient, and a reading that is replicated
         longer = 1.0 + (model.registers + (TIME_TOKENS if model.time == "tokens" else 0)) / config.data.length
@@ -118,7 +120,7 @@ def _of_choices(config: Config, n: float, passes: int, p: int, tensor: int, send
         send("input", "all-gather", dense * n * model.hidden * p)
     if flow.weighting.startswith("adaptive"):
         send("head", "all-reduce", n * SINGLE)
-    if not flow.prior.startswith("gaussian") and not dense:
+    if on_simplex(flow.prior) and not dense:
         send("input", "all-reduce", n * dim * SINGLE)
     if trained:  # the state's gradients, and of beliefs the sum over the vocabulary that theirs need
         send("head", "all-reduce", (flow.skip == "on") * n * dim * SINGLE)

@@ -16,6 +16,7 @@ from megaflow.flow.clock import Clock
 from megaflow.flow.code import lookup, noise_through
 from megaflow.flow.head import Read
 from megaflow.flow.interpolant import log_snr, noisy_state
+from megaflow.flow.laws import needs_error
 from megaflow.flow.likelihood import NoBound
 from megaflow.flow.objective import OBJECTIVES, Objective, Setting
 from megaflow.flow.profile import CROSS_ENTROPY, ERROR, Profile, bin_of
@@ -39,7 +40,7 @@ class FlowStage:
         self.config, self.network, self.parts = config, network, parts
         self.objective: Objective = choice.call(OBJECTIVES, config.flow.objective)
         self.by_error = config.flow.objective != "cross_entropy"
-        self.measures_error = self.by_error or "variance" in config.flow.clock.name
+        self.measures_error = self.by_error or needs_error(config.flow.clock.name)
         if profile is not None:
             if not self.measures_error:
                 profile.total[ERROR:] = 0.0  # the channel's own would stay, and be taken for the network's

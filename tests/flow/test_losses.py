@@ -11,19 +11,9 @@ from megaflow.flow import channel, flow_map, losses
 from megaflow.flow import code as codes
 from megaflow.flow import head as heads
 from megaflow.flow.head import Head, Read
-from tests.flow.small_heads import CODES, VOCAB, dense_logits, ids_and_weights, make, same_gradients
+from tests.flow.small_heads import VOCAB, dense_logits, ids_and_weights, make, same_gradients
 
-
-@pytest.fixture(autouse=True)
-def small_chunks(monkeypatch):
-    """64 tokens a chunk, so that the tests below go over several."""
-    monkeypatch.setattr(channel, "CHUNK_ELEMENTS", {"cpu": 1})
-    monkeypatch.setattr(channel, "CHUNK_TOKENS", 64)
-
-
-@pytest.fixture(params=CODES)
-def kind(request):
-    return request.param
+pytestmark = pytest.mark.usefixtures("small_chunks")
 
 
 @pytest.mark.parametrize("tokens", [1, 63, 64, 65, 200])

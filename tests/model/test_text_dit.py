@@ -17,11 +17,10 @@ from megaflow.flow import channel
 from megaflow.flow import clock as clocks
 from megaflow.flow import code as codes
 from megaflow.flow import head as heads
-from megaflow.flow.interpolant import LINEAR, noisy_state, time_of
+from megaflow.flow.interpolant import LINEAR, noisy_state
 from megaflow.flow.likelihood import Range, information_range
 from megaflow.model import parts as made
 from megaflow.model.parts import Parts
-from megaflow.model.reading import TimeEmbedding
 from megaflow.model.text_dit import HOT_GAIN, Shape, TextDiT
 from megaflow.train.stage import Batch
 from megaflow.train.stage_flow import FlowStage
@@ -186,21 +185,6 @@ def test_a_trained_map_depends_on_its_end():
     y, s = some_states(network)
     assert torch.equal(network(y, s), network(y, s, s))
     assert (network(y, s, torch.ones_like(s)) - network(y, s)).abs().max() > 1e-2
-
-
-def test_time_embeddings_are_finite_at_the_ends_and_clipped_to_the_range():
-    torch.manual_seed(0)
-    embedding = TimeEmbedding(LINEAR, Range(-5.0, 9.0))
-    embedding.initialize(zero=False)
-    low, high = time_of(LINEAR, torch.tensor([-5.0, 9.0], dtype=torch.float64))
-    ends = embedding(torch.tensor([0.0, low / 2, low, high, (1 + high) / 2, 1.0], dtype=torch.float64))
-    assert ends.isfinite().all() and ends.abs().max() < 20.0
-    torch.testing.assert_close(ends[:2], ends[2:3].expand(2, -1), rtol=0, atol=1e-6)
-    torch.testing.assert_close(ends[4:], ends[3:4].expand(2, -1), rtol=0, atol=1e-5)
-    inside = embedding(time_of(LINEAR, torch.linspace(-5.0, 9.0, 60, dtype=torch.float64)))
-    assert torch.pdist(inside).min() > 1e-2  # times within the range are told apart
-    embedding.initialize(zero=True)
-    assert (embedding(torch.tensor([0.0, 0.3, 1.0])) == 0.0).all()
 
 
 @pytest.mark.parametrize("kind", ["identity", "frame"])

@@ -152,7 +152,6 @@ def test_denoising_loss_in_value_and_gradient(kind, tokens, reweight, monkeypatc
         torch.testing.assert_close(terms, torch.stack(heads.denoising_error(head, read, ids), 1))
 
 
-@pytest.mark.parametrize("kind", CODES, indirect=True)
 def test_a_reweighted_cross_entropy(kind):
     """Factors of |psi - token|^2, which have no gradient."""
     head, read = make(kind, 70)

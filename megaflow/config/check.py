@@ -215,6 +215,19 @@ def _of_flow(config: Config, vocab: int, refuse: Refuse) -> None:
             "flow.weighting",
             "flow.objective",
         )
+    if flow.times == "tokens" and flow.objective == "likelihood":
+        refuse(
+            "flow.objective=likelihood is a bound along one time for all tokens, and flow.times=tokens draws one for each; use rows",
+            "flow.times",
+            "flow.objective",
+        )
+    if model.time == "tokens" and (flow.times == "tokens" or flow.context.share):
+        key, value = ("flow.times", "tokens") if flow.times == "tokens" else ("flow.context.share", f"{flow.context.share:g}")
+        refuse(
+            f"{key}={value} gives tokens of a row different times, and model.time=tokens tells one of all; use adaptive",
+            key,
+            "model.time",
+        )
     if flow.code_from and flow.code != "semantic":
         what = f"flow.code_from={flow.code_from} belongs to flow.code=semantic, not to flow.code={flow.code}"
         refuse(f"{what}; leave it empty", "flow.code_from", "flow.code")

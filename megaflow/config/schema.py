@@ -109,6 +109,16 @@ class ClockConfig:
 
 
 @dataclass
+class ContextConfig:
+    share: float = key(0.0, "share of rows of which some tokens are given, clean; with 1 validation has them too", low=0.0, high=1.0)
+    law: str = key(
+        "mixture:prefix=1,suffix=1,infilling=1,random=1",
+        "which tokens of such a row are given; source: those up to its first end token",
+        table="megaflow.flow.context:CONTEXTS",
+    )
+
+
+@dataclass
 class FlowConfig:
     code: str = key(
         "auto",
@@ -129,7 +139,9 @@ class FlowConfig:
         high=1.0,
     )
     skip: str = key("auto", "the exact channel term in the logits", choices=("auto", "on", "off"))
+    times: str = key("rows", "what has a time of its own in stage 1: every row, or every token", choices=("rows", "tokens"))
     clock: ClockConfig = field(default_factory=ClockConfig)
+    context: ContextConfig = field(default_factory=ContextConfig)
 
 
 @dataclass

@@ -18,9 +18,9 @@ from megaflow.flow.interpolant import Interpolant, move
 
 
 def semigroup_share(path: Interpolant, s: Tensor, u: Tensor, t: Tensor) -> Tensor:
-    """a in [0, 1], the share of psi_{s,u} in psi_{s,t}; real times s < u < t, any shape (DFM, appendix A)."""
+    """a in [0, 1], the share of psi_{s,u} in psi_{s,t}; real times s < u < t, any shape (DFM, appendix A); 0 where nothing moves, s = t."""
     (kept, _), (_, first), (_, both) = move(path, u, t), move(path, s, u), move(path, s, t)
-    return (kept * first / both).clamp(0.0, 1.0)
+    return torch.where(both > 0.0, kept * first / torch.where(both > 0.0, both, 1.0), 0.0).clamp(0.0, 1.0)
 
 
 class Times(NamedTuple):

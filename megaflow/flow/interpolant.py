@@ -163,9 +163,10 @@ def noisy_state(path: Interpolant, x: Tensor, noise: Tensor, t: Tensor) -> Tenso
 def move(path: Interpolant, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """(Gamma, Xi) of X_{s,t}(y) = Gamma y + Xi psi: alpha_t / alpha_s and beta_t - Gamma beta_s (DFM, appendix A).
 
-    Both are in [0, 1] where s <= t, s < 1. (1 - t) / (1 - s) and (t - s) / (1 - s) on the linear path.
+    Both are in [0, 1] where s <= t. (1 - t) / (1 - s) and (t - s) / (1 - s) on the linear path; from s = 1 nothing moves: 1 and 0.
     """
-    kept = path.alpha(t) / path.alpha(s)
+    noise = path.alpha(s)
+    kept = torch.where(noise > 0.0, path.alpha(t) / torch.where(noise > 0.0, noise, 1.0), 1.0)
     return kept, path.beta(t) - kept * path.beta(s)
 
 
@@ -173,8 +174,8 @@ def transport(path: Interpolant, y: Tensor, s: Tensor, t: Tensor, psi: Tensor) -
     """X_{s,t}(y) = Gamma y + Xi psi (FMLM, DFM section 2), convex on a convex path.
 
     With psi = psi_{s,s} this is Euler's step of the probability flow, along the path that it would be if psi stayed (DDIM); with psi =
-    psi_{s,t} it is the flow map. The step to t = 1 returns psi itself and nothing is ever divided by zero, s < 1 given. y, psi:
-    (B, L, d_c); s, t: (B,) or (B, L).
+    psi_{s,t} it is the flow map. The step to t = 1 returns psi itself, one from s = 1 the state itself, and nothing is divided by zero.
+    y, psi: (B, L, d_c); s, t: (B,) or (B, L).
     """
     kept, gained = move(path, s, t)
     return along(kept, y) * y + along(gained, y) * psi

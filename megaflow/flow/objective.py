@@ -44,8 +44,8 @@ class Setting:
 
 @dataclass(frozen=True)
 class Objective:
-    """times(setting, u): (B,) real times of draws u in [0, 1); weights(setting, t): (B, 1) of the cross-entropy, or (B, 2) of it and of the
-    squared error where that is measured, fp64."""
+    """times(setting, u): real times of draws u in [0, 1), of any shape; weights(setting, t): (…, 1) of the cross-entropy, or (…, 2) of it
+    and of the squared error where that is measured, fp64."""
 
     times: Callable[[Setting, Tensor], Tensor]
     weights: Callable[[Setting, Tensor], Tensor]
@@ -56,7 +56,7 @@ def _by_clock(setting: Setting, u: Tensor) -> Tensor:
 
 
 def _cross_entropy(setting: Setting, t: Tensor) -> Tensor:
-    return torch.ones_like(t)[:, None]
+    return torch.ones_like(t)[..., None]
 
 
 def _endpoint_mse(setting: Setting, t: Tensor) -> Tensor:
@@ -82,11 +82,11 @@ def _likelihood(setting: Setting, t: Tensor) -> Tensor:
     last = t == setting.end
     before = torch.where(last, 0.5 * setting.end, t)
     integrand = snr_slope(setting.path, before) / (2.0 * clocks.density(setting.inside(), before))
-    return torch.stack([last / LAST_SHARE, ~last * integrand / (1.0 - LAST_SHARE)], 1)
+    return torch.stack([last / LAST_SHARE, ~last * integrand / (1.0 - LAST_SHARE)], -1)
 
 
 def _of_error(weight: Tensor) -> Tensor:
-    return torch.stack([torch.zeros_like(weight), weight], 1)
+    return torch.stack([torch.zeros_like(weight), weight], -1)
 
 
 OBJECTIVES: dict[str, Callable[[], Objective]] = {

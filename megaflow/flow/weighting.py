@@ -21,7 +21,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Known:
-    """log_snr: (B,) of the row's time; expected: (B,) the running mean of the loss at that log-SNR; mean: that over all bins."""
+    """log_snr: of the times of rows (B,) or tokens (B, L); expected: of the same shape, the running mean of the loss at
+    that log-SNR; mean: that over all bins."""
 
     log_snr: Tensor
     expected: Tensor
@@ -30,7 +31,8 @@ class Known:
 
 @dataclass(frozen=True)
 class Weighting:
-    """time: (B,) factors of rows; distance: of tokens, a function of |psi - token|^2 (n,); learned: whether exp(-w) loss + w is taken."""
+    """time: factors by time, of rows (B,) or tokens (B, L); distance: of tokens, a function of |psi - token|^2 (n,); learned: whether
+    exp(-w) loss + w is taken."""
 
     time: Tensor | None = None
     distance: Callable[[Tensor], Tensor] | None = None

@@ -13,12 +13,13 @@ from megaflow.flow import head as heads
 from megaflow.flow import likelihood
 from megaflow.flow.clock import Clock
 from megaflow.flow.code import lookup
+from megaflow.flow.context import told
 from megaflow.flow.head import Head, Read
 from megaflow.flow.interpolant import level, noisy_state, time_of
 from megaflow.flow.likelihood import Estimate, NoBound
 from megaflow.flow.vocabulary import look_up
 from megaflow.model.parts import Parts
-from megaflow.model.text_dit import TextDiT
+from megaflow.model.text_dit import TextDiT, of_tokens
 from megaflow.parallel import random
 from megaflow.progress import Progress
 
@@ -40,6 +41,7 @@ def bound_of_rows(
     places: Tensor | None = None,
     all_rows: int | None = None,
     total: Callable[[Tensor], Tensor] = lambda value: value,
+    given: Tensor | None = None,
 ) -> Estimate:
     """The bound on rows (R, L), `draws` times and noises each, in nats per counted token.
 
@@ -51,6 +53,9 @@ def bound_of_rows(
     way documents (B, L) tell where one ends, and -log p of that is that of a coin at each token but the last, as likely to fall as an
     end is frequent.
 
+    given: (R, L) tokens that are known from the start: the bound is then one of -log p of the others, given these, in nats per token of
+    the others.
+
     The channel's terms are in fp64, or with `double` off in fp32, twice as fast and good for watching a training run.
     Raises flow.likelihood.NoBound where the noise is not Gaussian, or the network has no bound on the flow's range.
     """
@@ -60,6 +65,7 @@ def bound_of_rows(
     rows = own if all_rows is None else all_rows
     places = torch.arange(own) if places is None else places
     counted = torch.ones_like(ids) if lengths is None else (torch.arange(width, device=ids.device) < lengths[:, None]).long()
+    counted = counted if given is None else counted * ~given
     ours, channel = torch.zeros(2, draws, own, dtype=torch.float64)
     last, last_channel = torch.zeros(2, own, dtype=torch.float64)
     order, offset = random.permutation(rows * draws, seed, "bound cells"), random.uniform(seed, "bound offset")
@@ -68,28 +74,28 @@ def bound_of_rows(
     for start in range(0, own, batch):
         part = slice(start, min(start + batch, own))
         at = places[part]
-        some, of = (None if x is None else x[part] for x in (lengths, documents))
+        some, of, known = (None if x is None else x[part] for x in (lengths, documents, given))
 
         def sums(per_token: Tensor, part: slice = part) -> Tensor:
             return (per_token.view(-1, width) * counted[part]).sum(1).cpu().double()
 
         for draw in range(draws):
             times, weight = likelihood.integration_times(parts.path, law, parts.bounded, order[at * draws + draw], rows * draws, offset)
-            (_, error), (_, channel_error) = _integrands(network, parts, ids[part], some, of, at, times, seed, draw, double)
+            (_, error), (_, channel_error) = _integrands(network, parts, ids[part], some, of, known, at, times, seed, draw, double)
             ours[draw, part], channel[draw, part] = sums(error) * weight, sums(channel_error) * weight
         end = time_of(parts.path, torch.full((len(at),), parts.bounded.high, dtype=torch.float64))
-        (nll, _), (channel_nll, _) = _integrands(network, parts, ids[part], some, of, at, end, seed, draws, double)
+        (nll, _), (channel_nll, _) = _integrands(network, parts, ids[part], some, of, known, at, end, seed, draws, double)
         last[part], last_channel[part] = sums(nll), sums(channel_nll)
         if progress is not None:
             progress.update(part.stop)
     first = (likelihood.prior_term(parts.code, ids, parts.bounded) * counted).sum(1).cpu().double()
     unigram = -(look_up(parts.code.part, parts.log_prior, ids).double() * counted).sum(1).cpu()
     tokens = counted.sum(1).cpu()
-    told = torch.zeros(own, dtype=torch.float64) if log_length is None else -torch.from_numpy(log_length)[tokens]
+    shape = torch.zeros(own, dtype=torch.float64) if log_length is None else -torch.from_numpy(log_length)[tokens]
     if documents is not None:
-        told = told + boundary_cost(ids, documents, parts, counted)
+        shape = shape + boundary_cost(ids, documents, parts, counted)
     everyones = torch.zeros(2 * draws + 3, rows, dtype=torch.float64)
-    everyones[:, places] = torch.cat([ours + first + last + told, channel + first + last_channel, unigram[None], tokens[None], last[None]])
+    everyones[:, places] = torch.cat([ours + first + last + shape, channel + first + last_channel, unigram[None], tokens[None], last[None]])
     ours, channel, (unigram, tokens, last) = total(everyones).split([draws, draws, 3])
     return likelihood.estimate(ours, channel, unigram, tokens, (last.sum() / tokens.sum()).item())
 
@@ -111,6 +117,7 @@ def _integrands(
     ids: Tensor,
     lengths: Tensor | None,
     documents: Tensor | None,
+    given: Tensor | None,
     places: Tensor,
     times: Tensor,
     seed: int,
@@ -121,11 +128,11 @@ def _integrands(
     code = parts.code.double() if double else parts.code
     shape, columns = (ids.shape[1], code.dim), codes.columns(code)
     noise = random.normal(places.tolist(), shape, seed, "bound noise", draw, columns=columns).to(ids.device)
-    times = times.to(ids.device)
+    times = told(times.to(ids.device), given)
     y = noisy_state(parts.path, lookup(parts.code, ids), noise, times)
     hidden = network.settled(y, times, lengths, documents)
     wide = torch.float64 if double else y.dtype
-    flat, seen = y.to(wide).flatten(0, 1), level(parts.path, times).to(wide)[:, None].expand(*ids.shape, 2).flatten(0, 1)
+    flat, seen = y.to(wide).flatten(0, 1), of_tokens(level(parts.path, times).to(wide), y)
     ours = replace(network.head(), code=code)
     channel = Head(network.weight.new_zeros(code.part.here, 1), parts.log_prior, code, True, code.part)
     read = Read(hidden.flatten(0, 1), flat, seen)

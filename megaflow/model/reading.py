@@ -18,7 +18,7 @@ FREQUENCIES = 16
 
 
 class TimeEmbedding(nn.Module):
-    """(B,) times in [0, 1] to (B, CONDITION): Fourier features of the scaled log-SNR and a small MLP."""
+    """(…,) times in [0, 1] to (…, CONDITION): Fourier features of the scaled log-SNR and a small MLP."""
 
     def __init__(self, path: Interpolant, span: Range) -> None:
         super().__init__()
@@ -35,8 +35,8 @@ class TimeEmbedding(nn.Module):
     def forward(self, t: Tensor) -> Tensor:
         scaled = ((log_snr(self.path, t.double()) - self.span.low) / (self.span.high - self.span.low)).clamp(0.0, 1.0)
         frequency = 0.5 * torch.logspace(0, 5, FREQUENCIES, base=2.0, dtype=torch.float64, device=t.device)
-        angle = math.pi * scaled[:, None] * frequency
-        features = torch.cat([angle.cos(), angle.sin()], 1).to(self.first.weight.dtype)
+        angle = math.pi * scaled[..., None] * frequency
+        features = torch.cat([angle.cos(), angle.sin()], -1).to(self.first.weight.dtype)
         return self.second(F.silu(self.first(features)))
 
 

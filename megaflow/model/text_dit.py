@@ -187,21 +187,21 @@ class TextDiT(nn.Module):
         return Head(real(self.weight, part), real(self.bias, part), self.code, self.skip, part)
 
     def uncertainty_at(self, s: Tensor) -> Tensor:
-        """w (B,) of the weight exp(-w) of a loss at times s (B,) (flow/weighting.py, learned); it says nothing of the network's own scores,
-        which have no gradient by it."""
+        """w of the weight exp(-w) of a loss at times s, of rows or tokens (flow/weighting.py, learned); it says nothing of the network's
+        own scores, which have no gradient by it."""
         assert self.uncertainty is not None and self.time is not None
         with torch.no_grad():
             condition = F.silu(self.time(s))
-        return self.uncertainty(condition)[:, 0]
+        return self.uncertainty(condition)[..., 0]
 
     def read(self, hidden: Tensor, y: Tensor, s: Tensor) -> Read:
-        """Flat tokens for the head: hidden (B, L, d), state y (B, L, d_c) and the time s (B,) of the state."""
+        """Flat tokens for the head: hidden (B, L, d), state y (B, L, d_c) and its time s, (B,) or (B, L)."""
         y = shared(self.code.part, y) if self.code.trained and self.skip else y
         return Read(hidden.flatten(0, 1), y.flatten(0, 1), self.level(s, y))
 
     def level(self, s: Tensor, y: Tensor) -> Tensor:
-        """What the channel is read by at times of rows (B,): (B L, 2) of tokens, in the state's precision."""
-        return interpolant.level(self.path, s).to(y.dtype)[:, None].expand(*y.shape[:2], 2).flatten(0, 1)
+        """What the channel is read by at times of rows (B,) or tokens (B, L): (B L, 2) of tokens, in the state's precision."""
+        return of_tokens(interpolant.level(self.path, s).to(y.dtype), y)
 
     def forward(
         self,
@@ -213,7 +213,8 @@ class TextDiT(nn.Module):
         documents: Tensor | None = None,
         said: Tensor | None = None,
     ) -> Tensor:
-        """Hidden states (B, L, d) of psi_{s,t} at y (B, L, d_c). s, t: (B,) real times, fp64; t = None is the diagonal.
+        """Hidden states (B, L, d) of psi_{s,t} at y (B, L, d_c). s, t: real times, fp64, of rows (B,) or of tokens (B, L), where a given
+        one has the time 1; t = None is the diagonal.
 
         lengths: (B,) positions of each row that there are; documents: (B, L) which document each is of, where others' are not seen.
         `seen` is `see(y, s, t)` where the caller has it already, for this end t or any other after s; said: (B, L, d_c) the mean psi C of
@@ -238,10 +239,12 @@ class TextDiT(nn.Module):
                 assert self.map_widen is not None
                 ahead = self.map_widen(self.beside(seen.hot, self.map_widen, lengths, documents))
             _, share = interpolant.move(self.path, s, t)
+            share = share if s.ndim == 1 else own(share, self.axis, 1)
             entering.append(along(share, ahead) * ahead)
         told = None if condition is None else F.silu(condition)
         x, extra = sum(entering[1:], entering[0]), self.extra(told, len(y))
-        return self.trunk(x, told if self.timed else None, lengths=lengths, documents=documents, extra=extra)
+        moving = None if told is None or not self.timed else told if s.ndim == 1 else own(told, self.axis, 1)
+        return self.trunk(x, moving, lengths=lengths, documents=documents, extra=extra)
 
     def settled(
         self, y: Tensor, s: Tensor, lengths: Tensor | None = None, documents: Tensor | None = None, seen: Seen | None = None
@@ -256,7 +259,7 @@ class TextDiT(nn.Module):
         return self(y, s, lengths=lengths, seen=seen, documents=documents, said=said)
 
     def extra(self, told: Tensor | None, rows: int) -> Tensor | None:
-        """Tokens beside the text (B, R, d): those of the time, then registers; None where there are none."""
+        """Tokens beside the text (B, R, d): those of the time, which is one of rows, then registers; None where there are none."""
         found = []
         if self.time_tokens is not None:
             found.append(self.time_tokens(told).unflatten(1, (-1, self.weight.shape[1])))
@@ -265,7 +268,7 @@ class TextDiT(nn.Module):
         return torch.cat([x.to(self.weight.dtype) for x in found], 1) if found else None
 
     def see(self, y: Tensor, s: Tensor, t: Tensor | None = None) -> Seen:
-        """What states y (B, L, d_c) at times s (B,) say; with ends t, also what a flow map reads besides of rows with s < t.
+        """What states y (B, L, d_c) at times s, (B,) or (B, L), say; with ends t, also what a flow map reads besides where s < t.
 
         The hot belief is the posterior of a channel read as if it were sharper, c at least HOT_GAIN over the code's mean norm. Where c is
         that large the two are the same, and cost nothing; nor does the hot belief of a row that stays, which does not enter.
@@ -276,10 +279,12 @@ class TextDiT(nn.Module):
         if t is None or self.map_widen is None:
             return Seen(belief, None)
         gain = HOT_GAIN / math.sqrt(self.code.mean_leverage)
-        moving = (t > s) & (interpolant.level(self.path, s)[:, 0] < gain)
-        hot, some = belief.clone(), y[moving]
-        sharper = torch.stack([torch.full_like(s, gain), gain * self.path.beta(s)], -1)[moving]
-        hot[moving] = self.embed_belief(some, sharper.to(y.dtype)[:, None].expand(*some.shape[:2], 2).flatten(0, 1))
+        level = interpolant.level(self.path, s)
+        blunt = (t > s) & (level[..., 0] < gain)
+        sharper = torch.where(blunt[..., None], torch.stack([torch.full_like(s, gain), gain * self.path.beta(s)], -1), level)
+        rows = blunt if s.ndim == 1 else blunt.any(1)
+        hot, some = belief.clone(), y[rows]
+        hot[rows] = self.embed_belief(some, of_tokens(sharper[rows].to(y.dtype), some))
         return Seen(belief, hot)
 
     def embed_belief(self, y: Tensor, level: Tensor) -> Tensor:
@@ -310,7 +315,14 @@ class TextDiT(nn.Module):
         return y if self.code.mixing is None else y @ self.code.mixing
 
     def state_scale(self, s: Tensor) -> Tensor:
-        """One over the known rms of y at time s, (B, 1, 1): E |y|^2 = beta^2 mean leverage + alpha^2 E |n|^2 + 2 alpha beta E n . E x."""
+        """One over the rms of y at time s, where E |y|^2 = beta^2 mean leverage + alpha^2 E |n|^2 + 2 alpha beta E n . E x."""
         alpha, beta = self.path.alpha(s), self.path.beta(s)
         square = beta**2 * self.code.mean_leverage + alpha**2 * self.moments.square + 2.0 * alpha * beta * self.moments.overlap
-        return (square / self.code.dim).rsqrt()[:, None, None].to(self.code.leverage.dtype)
+        scale = (square / self.code.dim).rsqrt().to(self.code.leverage.dtype)
+        return scale.reshape(scale.shape + (1,) * (3 - scale.ndim))
+
+
+def of_tokens(level: Tensor, y: Tensor) -> Tensor:
+    """(B L, 2) of tokens from (B, 2) of rows or (B, L, 2)."""
+    level = level if level.ndim == 3 else level[:, None].expand(*y.shape[:2], 2)
+    return level.flatten(0, 1)

@@ -1,7 +1,7 @@
 """The trunk: pre-norm transformer blocks with rotary positions and, if asked, query-key normalisation.
 
-With a condition vector every block's norms are shifted, scaled and gated by it (adaptive layer norm, DiT); without one the norms
-have learned gains. Flow, flow map and baselines are this same trunk.
+With a condition vector, of a row or of every position, every block's norms are shifted, scaled and gated by it (adaptive layer norm, DiT);
+without one the norms have learned gains. Flow, flow map and baselines are this same trunk.
 
 Initial values, compared at small scale before they were settled (docs/pretraining.md): gates start open at 1 and the projections back
 into the residual stream small, which learns faster in short runs than gates of zero.
@@ -63,6 +63,27 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
 
 
+class Modulation(nn.Linear):
+    """What a condition moves norms by, for a process's own positions: of rows (B, c) to (B, 1, outputs), of those positions (B, L/T, c) to
+    (B, L/T, outputs). The gradient of its weights is the whole one everywhere; by `copied` that of rows, which is handed on."""
+
+    def __init__(self, condition: int, outputs: int, axis: Axis) -> None:
+        super().__init__(condition, outputs)
+        self.axis = axis
+
+    def forward(self, condition: Tensor) -> Tensor:
+        if condition.ndim == 2:
+            return super().forward(condition)[:, None]
+        return F.linear(condition, *copied_together([self.weight, self.bias], self.axis))
+
+
+def copied_scales(scales: Tensor, condition: Tensor | None, others: list[Tensor], axis: Axis) -> list[Tensor]:
+    """`copied_together` of scales, where they are of rows or learned, and of others."""
+    if condition is None or condition.ndim == 2:
+        return copied_together([scales, *others], axis)
+    return [scales, *(copied_together(others, axis) if others else [])]
+
+
 class Block(nn.Module):
     """Attention and MLP, each on a normalised copy of the stream and added back to it.
 
@@ -79,11 +100,8 @@ class Block(nn.Module):
         self.down = RowParallel(mlp_ratio * hidden, hidden, axis, bias=True)
         self.query_gain = nn.Parameter(torch.ones(hidden // heads)) if qk_norm else None
         self.key_gain = nn.Parameter(torch.ones(hidden // heads)) if qk_norm else None
-        if condition is None:
-            self.modulation = None
-            self.gains = nn.Parameter(torch.ones(2, hidden))
-        else:
-            self.modulation = nn.Linear(condition, 6 * hidden)
+        self.modulation = None if condition is None else Modulation(condition, 6 * hidden, axis)
+        self.gains = nn.Parameter(torch.ones(2, hidden)) if condition is None else None
 
     def initialize(self) -> None:
         for layer, spread in ((self.qkv, 1.0), (self.up, 1.0), (self.out, RESIDUAL_SCALE), (self.down, RESIDUAL_SCALE)):
@@ -104,13 +122,14 @@ class Block(nn.Module):
     ) -> Tensor:
         assert self.down.bias is not None
         scales = self.gains if self.modulation is None else self.modulation(condition)
+        assert scales is not None
         # these meet this process's positions or heads only
         normalising = [gain for gain in (self.query_gain, self.key_gain) if gain is not None]
-        scales, bias, *gains = copied_together([scales, self.down.bias, *normalising], self.axis)
+        scales, bias, *gains = copied_scales(scales, condition, [self.down.bias, *normalising], self.axis)
         if self.modulation is None:
             x = x + self.attention(self.cheap(normed, x, scales[0]), gains, angles, attend, cache, index)
             return x + self.mlp(self.cheap(normed, x, scales[1]), bias)
-        shift1, scale1, gate1, shift2, scale2, gate2 = scales[:, None].chunk(6, -1)
+        shift1, scale1, gate1, shift2, scale2, gate2 = scales.chunk(6, -1)
         x = torch.addcmul(x, gate1, self.attention(self.cheap(modulated, x, shift1, scale1), gains, angles, attend, cache, index))
         return torch.addcmul(x, gate2, self.mlp(self.cheap(modulated, x, shift2, scale2), bias))
 
@@ -162,7 +181,7 @@ def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 class Trunk(nn.Module):
-    """layers blocks and a last norm: a process's positions (B, L/T, d) and a condition (B, c) or None to all hidden states (B, L, d)."""
+    """layers blocks and a last norm: a process's positions (B, L/T, d) and a condition to all hidden states (B, L, d)."""
 
     def __init__(
         self,
@@ -178,7 +197,7 @@ class Trunk(nn.Module):
         super().__init__()
         self.head_dim, self.kernel, self.axis = hidden // heads, kernel, axis
         self.blocks = nn.ModuleList(Block(hidden, heads, mlp_ratio, condition, axis, qk_norm) for _ in range(layers))
-        self.last_modulation = None if condition is None else nn.Linear(condition, 2 * hidden)
+        self.last_modulation = None if condition is None else Modulation(condition, 2 * hidden, axis)
         self.last_gain = nn.Parameter(torch.ones(hidden)) if condition is None else None
         self.recompute, self.softcap = "off", 0.0
 
@@ -209,17 +228,21 @@ class Trunk(nn.Module):
         documents: Tensor | None = None,
         extra: Tensor | None = None,
     ) -> Tensor:
-        """lengths: (B,) tokens that may be seen in each row, None where all are; documents: (B, L) which document each position is of,
-        where others' are not to be seen. With a cache, x holds the positions after it.
+        """condition: (B, c) of rows, (B, L/T, c) of a process's positions, or None. lengths: (B,) tokens that may be seen in each row, None
+        where all are; documents: (B, L) which document each position is of, where others' are not to be seen. With a cache, x holds the
+        positions after it.
 
         extra: (B, R, d) tokens without a place in the text, the same on every process, which all positions see (registers; without
         causality and documents). They are cut like the text, every process has its own before its positions, and come out no more.
+        Beside positions with conditions of their own theirs is zero.
         """
         start, length = 0 if cache is None else cache.length, x.shape[1] * self.axis.size
         places = torch.arange(start, start + length, device=x.device)
         keys = None if lengths is None else torch.arange(length, device=x.device) < lengths[:, None]
         if extra is not None:
             x = torch.cat([own(extra.to(x.dtype), self.axis, 1), x], 1)
+            if condition is not None and condition.ndim == 3:
+                condition = F.pad(condition, (0, 0, x.shape[1] - condition.shape[1], 0))
             places = self.beside(places, extra.shape[1], 0)
             keys = None if keys is None else self.beside(keys, extra.shape[1], True)
             length += extra.shape[1]
@@ -232,14 +255,15 @@ class Trunk(nn.Module):
                 x = again(x, condition, angles, attend, cache, index)
             else:
                 x = block(x, condition, angles, attend, cache, index)
-        last = self.last_gain if self.last_modulation is None else self.last_modulation(condition)
-        assert last is not None
-        (scales,) = copied_together([last], self.axis)
         if extra is not None:
             x = x[:, extra.shape[1] // self.axis.size :]
+            condition = condition[:, -x.shape[1] :] if condition is not None and condition.ndim == 3 else condition
+        last = self.last_gain if self.last_modulation is None else self.last_modulation(condition)
+        assert last is not None
+        (scales,) = copied_scales(last, condition, [], self.axis)
         if self.last_modulation is None:
             return gathered(normed(x, scales), self.axis, 1)
-        return gathered(modulated(x, *scales[:, None].chunk(2, -1)), self.axis, 1)
+        return gathered(modulated(x, *scales.chunk(2, -1)), self.axis, 1)
 
     def beside(self, of_text: Tensor, count: int, value: Any) -> Tensor:
         """Something of every position (…, L), with a value for `count` extra ones, in the order in which processes have them."""

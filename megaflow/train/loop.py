@@ -28,6 +28,7 @@ from megaflow.progress import Progress
 from megaflow.train import checkpoint as checkpoints
 from megaflow.train import checkpoint_writer, ema, engine, engine_state
 from megaflow.train.checkpoint_writer import Piece, Writer
+from megaflow.train.context import Contexts
 from megaflow.train.meter import Meter, meter_of
 from megaflow.train.run import Metrics, read_json, record_start, write_atomically
 from megaflow.train.spikes import Spikes
@@ -62,8 +63,8 @@ def train(config: Config, stage: Stage, mesh: Mesh, began: float, watch: Watch) 
     micro, accumulation = batch_split(config, mesh.data.size)
     directory, steps = Path(config.run.dir), config.train.steps
     stream = TokenStream(config.data.path, "train", config.run.seed)
-    end = end_of_documents(config, stream.manifest)
-    validation = validation_rows(config, mesh, end)
+    end, contexts = end_of_documents(config, stream.manifest), Contexts(config, stream.manifest)
+    validation = validation_rows(config, mesh, end, contexts)
     deep = engine.start(stage.network, config, mesh, micro, accumulation)
     state = resume(directory, deep, stage, mesh)
     seconds_before = state["seconds"]
@@ -100,7 +101,9 @@ def train(config: Config, stage: Stage, mesh: Mesh, began: float, watch: Watch) 
             rows = next(batches)
             wait = time.monotonic() - start
             flags = [float(stop.asked), float(writer.failure is not None)]
-            loss, observed, counted, passes, (asked, failed) = accumulate(deep, stage, rows, config, mesh, step, micro, flags, end)
+            loss, observed, counted, passes, (asked, failed) = accumulate(
+                deep, stage, rows, config, mesh, step, micro, flags, end, contexts
+            )
             if failed:
                 writer.finish()  # raises on every process, with its own sentence
             norm = engine.step(deep, take=math.isfinite(loss))
@@ -185,6 +188,7 @@ def accumulate(
     micro: int,
     flags: list[float],
     end: int | None,
+    contexts: Contexts,
 ) -> tuple[float, Tensor, int, Tensor, list[bool]]:
     """Forward and backward passes of one step over this process's rows, their ids and lengths.
 
@@ -197,28 +201,31 @@ def accumulate(
     (ids, lengths), batch_rows = rows, config.train.global_batch
     first, width, accumulation = step * batch_rows + mesh.data.rank * len(ids), ids.shape[1], len(ids) // micro
     places = torch.arange(first, first + len(ids))
-    padded = bool((lengths < width).any())
-    # two numbers must be known before the first pass: how much is padding, and whether any process has some
-    sums = meshes.total(mesh.data, torch.tensor([float(lengths.sum()), float(padded)], dtype=torch.float64), mesh.device)
-    counted, any_padded = int(sums[0]), bool(sums[1] > 0)
+    padded, there = bool((lengths < width).any()), torch.arange(width) < lengths[:, None]
+    given = contexts.given(ids, lengths, places, step)
+    written = there if given is None else there & ~given
+    # what must be known before the first pass: how many tokens there are and are written, and whether any process has padding
+    known = torch.tensor([float(lengths.sum()), float(written.sum()), float(padded)], dtype=torch.float64)
+    counted, active, any_padded = (int(x) for x in meshes.total(mesh.data, known, mesh.device))
     loss, observed, passes = 0.0, None, torch.zeros(mesh.data.size, accumulation, dtype=torch.float64)
     for index in range(accumulation):
         part = slice(index * micro, (index + 1) * micro)
-        weight = (torch.arange(width) < lengths[part, None]).flatten().float() / counted
+        weight = written[part].flatten().float() / active
         batch = Batch(
             ids[part].to(mesh.device),
-            lengths[part].to(mesh.device) if any_padded else None,
+            lengths[part].to(mesh.device) if any_padded > 0 else None,
             places[part],
             step,
             batch_rows,
             weight.to(mesh.device),
             None if end is None else documents_of(ids[part], end).to(mesh.device),
             mesh.data.size if config.parallel.zero == 3 else 1,
+            None if given is None else given[part].to(mesh.device),
         )
         value, seen = deep(stage.loss, batch)
         deep.backward(value * float(mesh.data.size * accumulation))
         loss += value.item()
-        passes[mesh.data.rank, index] = value.item() / weight.sum().item() if lengths[part].any() else math.nan
+        passes[mesh.data.rank, index] = value.item() / weight.sum().item() if weight.any() else math.nan
         observed = seen if observed is None else observed + seen
         if index + 1 < accumulation:
             deep.step()
@@ -231,7 +238,7 @@ def accumulate(
     return total.item(), seen.view(observed.shape), counted, passes, (raised > 0).tolist()
 
 
-def validation_rows(config: Config, mesh: Mesh, end: int | None) -> tuple[Batch, Total]:
+def validation_rows(config: Config, mesh: Mesh, end: int | None, contexts: Contexts) -> tuple[Batch, Total]:
     """This process's part of the first validation rows, the same ones at every validation of the run: what Stage.validate takes.
 
     Under ZeRO 3 processes must make as many passes as each other, so parts are equal: as many as divide both the rows and the
@@ -248,8 +255,10 @@ def validation_rows(config: Config, mesh: Mesh, end: int | None) -> tuple[Batch,
     def total(value: Tensor) -> Tensor:
         return meshes.total(mesh.data, value, mesh.device) / (mesh.data.size // parts)
 
-    some = lengths.to(mesh.device) if padded else None
-    return validation_batch(ids.to(mesh.device), some, documents, first, rows, total, parts if config.parallel.zero == 3 else 1), total
+    some, peers = lengths.to(mesh.device) if padded else None, parts if config.parallel.zero == 3 else 1
+    given = contexts.validation(ids, lengths, torch.arange(first, first + len(ids)))
+    given = None if given is None else given.to(mesh.device)
+    return validation_batch(ids.to(mesh.device), some, documents, first, rows, total, peers, given), total
 
 
 def announce(config: Config, stage: Stage, step: int, mesh: Mesh) -> None:

@@ -28,7 +28,8 @@ class Batch(NamedTuple):
 
     ids: (B, L) tokens; lengths: (B,) counted tokens of each row, None where all are; places: (B,) places in the run's global order;
     step: optimizer step; rows: rows of the global batch; weight: (B L,) one over the global batch's counted tokens, 0 for padding;
-    documents: (B, L) which document of its row a token is of, None where they see each other; peers: how many processes, with rows of their
+    documents: (B, L) which document of its row a token is of, None where they see each other; given: (B, L) which tokens are not to be
+    written, but known from the start, and weigh nothing, None of stages that have none; peers: how many processes, with rows of their
     own, make every pass of the network together with this one, as ZeRO 3 asks: each must make as many.
     """
 
@@ -40,6 +41,7 @@ class Batch(NamedTuple):
     weight: Tensor
     documents: Tensor | None = None
     peers: int = 1
+    given: Tensor | None = None
 
 
 Total = Callable[[Tensor], Tensor]
@@ -59,12 +61,14 @@ def validation_batch(
     rows: int | None = None,
     total: Total = alone,
     peers: int = 1,
+    given: Tensor | None = None,
 ) -> Batch:
     """Validation rows, those from `first` on of `rows` in all, as a batch whose draws are the same at every validation."""
     counted = torch.ones_like(ids) if lengths is None else (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None])
+    counted = counted if given is None else counted * ~given
     weight = (counted / total(counted.sum().double())).flatten().float()
     places = torch.arange(first, first + len(ids))
-    return Batch(ids, lengths, places, -1, len(ids) if rows is None else rows, weight, documents, peers)
+    return Batch(ids, lengths, places, -1, len(ids) if rows is None else rows, weight, documents, peers, given)
 
 
 class Stage(Protocol):
@@ -135,4 +139,5 @@ def validation_bound(config: Config, network: TextDiT, parts: Parts, clock: Cloc
         places=batch.places,
         all_rows=batch.rows,
         total=total,
+        given=batch.given,
     )

@@ -14,6 +14,7 @@ from megaflow.flow import head as heads
 from megaflow.flow import profile as profiles
 from megaflow.flow.clock import Clock
 from megaflow.flow.code import lookup, noise_through
+from megaflow.flow.context import told
 from megaflow.flow.head import Read
 from megaflow.flow.interpolant import log_snr, noisy_state
 from megaflow.flow.laws import needs_error
@@ -49,12 +50,22 @@ class FlowStage:
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         seed, device, path = self.config.run.seed, batch.ids.device, self.parts.path
         code = self.network.refresh()
-        t = self.objective.times(self.setting, cells(seed, batch, "time"))
-        y = noisy_state(path, lookup(code, batch.ids), noise_through(code, noise(seed, batch, self.parts)), t.to(device))
-        said = self.said_before(y, t.to(device), batch)
-        hidden = self.network(y, t.to(device), lengths=batch.lengths, documents=batch.documents, said=said)
-        loss, terms = self.scored(self.network.read(hidden, y, t.to(device)), t, batch)
+        t = self.objective.times(self.setting, self.draws(batch))
+        s = told(t.to(device), batch.given)
+        y = noisy_state(path, lookup(code, batch.ids), noise_through(code, noise(seed, batch, self.parts)), s)
+        said = self.said_before(y, s, batch)
+        hidden = self.network(y, s, lengths=batch.lengths, documents=batch.documents, said=said)
+        loss, terms = self.scored(self.network.read(hidden, y, s), t, batch)
         return loss, self.observe(t, terms, batch)
+
+    def draws(self, batch: Batch) -> Tensor:
+        """Low-discrepancy draws in [0, 1) that times are made of: of rows (B,), or of tokens (B, L), of each row one in each of L parts."""
+        seed, rows = self.config.run.seed, cells(self.config.run.seed, batch, "time")
+        if self.config.flow.times == "rows":
+            return rows
+        length = batch.ids.shape[1]
+        orders = [random.permutation(length, seed, "token times", batch.step, place) for place in batch.places.tolist()]
+        return clocks.stratified(torch.stack(orders), length, 0.0) + rows[:, None] / length
 
     @torch.no_grad()
     def said_before(self, y: Tensor, t: Tensor, batch: Batch) -> Tensor | None:
@@ -73,18 +84,20 @@ class FlowStage:
         return torch.zeros_like(y).index_copy(0, some, mean * told.any())
 
     def scored(self, read: Read, t: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The objective's loss with its weights, and of every token its cross-entropy and, where it is measured, its squared error: (n, 1)
-        or (n, 2), without weights."""
+        """The objective's loss with its weights at times (B,) or (B, L), and of every token its cross-entropy and, where it is measured,
+        its squared error: (n, 1) or (n, 2), without weights."""
         head, ids, shape = self.network.head(), batch.ids.flatten(), batch.ids.shape
         weighting = choice.call(WEIGHTINGS, self.config.flow.weighting, self.known(t))
         worth = self.objective.weights(self.setting, t)
         if self.measures_error and not self.by_error:
             worth = F.pad(worth, (0, 1))
         if weighting.time is not None:
-            worth = worth * weighting.time[:, None]
-        worth = worth.to(batch.weight)  # (B, 1 or 2)
-        uncertainty = self.network.uncertainty_at(t.to(ids.device)).float() if weighting.learned else torch.zeros_like(worth[:, 0])
-        factor = batch.weight.view(*shape, 1) * (torch.exp(-uncertainty.detach())[:, None] * worth)[:, None]
+            worth = worth * weighting.time[..., None]
+        worth = worth.to(batch.weight)
+        uncertainty = self.network.uncertainty_at(t.to(ids.device)).float() if weighting.learned else torch.zeros_like(worth[..., 0])
+        if t.ndim == 1:  # of every token what its row has
+            worth, uncertainty = worth[:, None], uncertainty[:, None]
+        factor = batch.weight.view(*shape, 1) * (torch.exp(-uncertainty.detach())[..., None] * worth)
         factors = [x.flatten() for x in factor.unbind(2)]
         if len(factors) == 1:
             loss, nll = losses.cross_entropy(head, read, ids, factors[0], weighting.distance)
@@ -92,13 +105,13 @@ class FlowStage:
         else:
             loss, terms = losses.denoising_loss(head, read, ids, factors[0], factors[1], weighting.distance)
         if weighting.learned:  # exp(-w) loss + w, of which the gradient by the network is there, and that by w is not
-            plain = (terms.view(*shape, -1) * worth[:, None]).sum(2)
-            eased = torch.exp(-uncertainty)[:, None]
-            loss = loss + (batch.weight.view(shape) * ((eased - eased.detach()) * plain + uncertainty[:, None])).sum()
+            plain = (terms.view(*shape, -1) * worth).sum(2)
+            eased = torch.exp(-uncertainty)
+            loss = loss + (batch.weight.view(shape) * ((eased - eased.detach()) * plain + uncertainty)).sum()
         return loss, terms
 
     def known(self, t: Tensor) -> Known:
-        """What weights may depend on, of rows at these times: the profile of what the objective is made of."""
+        """What weights may depend on, at these times: the profile of what the objective is made of."""
         level = log_snr(self.parts.path, t)
         scores = self.profile.mean(ERROR if self.by_error else CROSS_ENTROPY)
         return Known(level, scores[bin_of(self.profile.edges, level)], scores.mean().item())
@@ -108,9 +121,10 @@ class FlowStage:
         return Setting(self.parts.path, self.clock, self.parts.span.low, self.parts.span.high)
 
     def observe(self, t: Tensor, terms: Tensor, batch: Batch) -> Tensor:
-        """(4, K) fp64: what the profile takes in of each bin of log-SNR, and its share of tokens, as shares of the global batch."""
-        row = bin_of(self.profile.edges, log_snr(self.parts.path, t))
-        weight = batch.weight.view(batch.ids.shape).double().cpu()
+        """(4, K) fp64: what the profile takes in of each bin of log-SNR, and its share of tokens, as shares of the global batch; by rows,
+        or by tokens where those have times."""
+        row = bin_of(self.profile.edges, log_snr(self.parts.path, t)).flatten()
+        weight = batch.weight.view(len(row), -1).double().cpu()
         sums, tokens = (terms.view(*weight.shape, -1).double().cpu() * weight[..., None]).sum(1), weight.sum(1)
         error = sums[:, 1] if sums.shape[1] == 2 else torch.zeros_like(tokens)
         values = torch.stack([sums[:, 0], error, error**2 / tokens.clamp(min=1e-300), tokens])
@@ -145,7 +159,7 @@ class FlowStage:
         """Cross-entropy at times uniform in log-SNR: what is shown for networks that have no bound."""
         ids, path, counted = batch.ids, self.parts.path, (batch.weight > 0.0).double()
         flat = clocks.uniform_log_snr(path, self.parts.span.low, self.parts.span.high)
-        t = clocks.inverse(flat, clocks.stratified(batch.places, batch.rows, 0.5)).to(ids.device)
+        t = told(clocks.inverse(flat, clocks.stratified(batch.places, batch.rows, 0.5)).to(ids.device), batch.given)
         y = noisy_state(path, lookup(self.network.refresh(), ids), noise(self.config.run.seed, batch, self.parts), t)
         hidden = self.network.settled(y, t, batch.lengths, batch.documents)
         nll, _ = heads.denoising_error(self.network.head(), self.network.read(hidden, y, t), ids.flatten())

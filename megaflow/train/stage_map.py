@@ -20,6 +20,7 @@ from megaflow.flow import flow_map, losses
 from megaflow.flow import head as heads
 from megaflow.flow.clock import Clock
 from megaflow.flow.code import lookup, mean
+from megaflow.flow.context import told
 from megaflow.flow.interpolant import noisy_state, transport
 from megaflow.flow.likelihood import NoBound
 from megaflow.model.parts import Parts
@@ -54,7 +55,7 @@ class MapStage:
         seed, device = self.config.run.seed, batch.ids.device
         kinds = self.kinds(batch)
         times = flow_map.draw_times(self.clock, kinds, cells(seed, batch, "gap"), cells(seed, batch, "start"))
-        times = flow_map.Times(*(x.to(device) for x in times))
+        times = flow_map.Times(*(told(x.to(device), batch.given) for x in times))
         y = noisy_state(self.parts.path, lookup(self.parts.code, batch.ids), noise(seed, batch, self.parts), times.s)
         # rows of one kind go together, so that each kind pays only for the passes it needs
         order = torch.argsort(kinds, stable=True).to(device)
@@ -120,7 +121,7 @@ class MapStage:
         midway = transport(path, y, s, u, heads.expectation(head, at_s).view(y.shape))
         at_u = network.read(network(midway, u, t, lengths, documents=documents), midway, u)
         from_s, from_u = heads.probabilities(head), heads.probabilities(head)
-        share = flow_map.semigroup_share(path, s, u, t).to(y.dtype).repeat_interleave(y.shape[1])[:, None]
+        share = self.share(times, y)
         return lambda tokens: from_u(at_u[tokens]).lerp_(from_s(at_s[tokens]), share[tokens])
 
     def semigroup_target_by_rows(
@@ -138,10 +139,14 @@ class MapStage:
             from_s = first(network.read(network(y[rows], s, u, some, seen[rows], of), y[rows], s))
             midway = transport(path, y[rows], s, u, mean(self.parts.code, from_s).view(y[rows].shape))
             from_u = second(network.read(network(midway, u, t, some, documents=of), midway, u))
-            share = flow_map.semigroup_share(path, s, u, t).to(y.dtype).repeat_interleave(length)
-            return from_u.lerp_(from_s, share[:, None])
+            return from_u.lerp_(from_s, self.share(flow_map.Times(s, u, t), y[rows]))
 
         return target
+
+    def share(self, times: flow_map.Times, y: Tensor) -> Tensor:
+        """a of the identity, (B L, 1) of tokens."""
+        share = flow_map.semigroup_share(self.parts.path, *times).to(y.dtype)
+        return (share if share.ndim == 2 else share[:, None].expand(y.shape[:2])).reshape(-1, 1)
 
     def learn(self, observed: Tensor, step: int) -> dict[str, float]:
         """The step's divergences from its targets without weights, nats a token, of rows with s = t and of those with s < t."""

@@ -33,6 +33,7 @@ from megaflow.parallel.mesh import Mesh
 from megaflow.train import checkpoint as checkpoints
 from megaflow.train import code_start, ema
 from megaflow.train.checkpoint import Checkpoint
+from megaflow.train.context import Contexts
 from megaflow.train.loop import NotFinite, finished, train
 from megaflow.train.run import LOCK_PATIENCE, load_distill, lock, open_run, read_json, source_digest, versions, write_atomically
 from megaflow.train.stage import Stage, end_of_documents
@@ -86,6 +87,7 @@ def _train(loaded: Loaded, kind: str, began: float) -> int:
         batch_split(loaded.config, mesh.data.size)
         model = loaded.config.model
         end_of_documents(loaded.config, manifest)
+        Contexts(loaded.config, manifest)
         choose(model.attention, mesh.device, loaded.config.train.precision == "bf16", model.hidden // model.heads)
         if loaded.config.parallel.compile:
             compiles(mesh.device, directory)

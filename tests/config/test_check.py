@@ -97,7 +97,7 @@ def sensible() -> list[tuple[str, object]]:
         if name == "parallel.offload":
             values = ("none",)
         elif rule["table"]:
-            values = [value.replace("NAME=SHARE,…", "uniform=1") for value in choice.described(entries(item))]
+            values = [value.replace("NAME=SHARE,…", f"{next(iter(entries(item)))}=1") for value in choice.described(entries(item))]
         elif rule["choices"] is not None:
             values = rule["choices"]
         elif name in numbers:

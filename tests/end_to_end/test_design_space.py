@@ -20,8 +20,9 @@ from megaflow.train import stages
 from tests.conftest import DATA, NETWORK, ROOT, TRAINING
 
 PAGE = ROOT / "docs" / "design-space.md"
+SHARES = {"flow.clock.name": "argmax=0.9,uniform=0.1", "flow.context.law": "prefix=1,suffix=1,infilling=1,random=1"}
 VALUES = [
-    (name, value.replace("NAME=SHARE,…", "argmax=0.9,uniform=0.1"))
+    (name, value.replace("NAME=SHARE,…", SHARES.get(name, "")))
     for name, item in keys().items()
     if item.metadata["table"]
     for value in choice.described(entries(item))
@@ -29,6 +30,7 @@ VALUES = [
 VALUES += [("flow.code", value) for value in keys()["flow.code"].metadata["choices"] if value != "auto"]
 VALUES += [
     ("flow.self_conditioning", "0.5"),
+    ("flow.times", "tokens"),
     ("model.time", "tokens"),
     ("model.time", "none"),
     ("model.registers", "4"),
@@ -37,7 +39,7 @@ VALUES += [
 ]
 """Of every key that chooses from a table, each entry with its options; the codes; and what a trunk may be."""
 NO_BOUND = ("vertices", "dirichlet")
-DISTILLED = ("flow.interpolant", "flow.prior", "flow.code", "flow.self_conditioning", "model.registers", "model.head")
+DISTILLED = ("flow.interpolant", "flow.prior", "flow.code", "flow.self_conditioning", "flow.context.law", "model.registers", "model.head")
 
 
 def losses(directory: Path) -> dict[int, float]:
@@ -56,6 +58,7 @@ def test_every_value_trains_goes_on_and_writes(config, tmp_path, name, value):
     def train(*overrides: str) -> None:
         command = [f"run.dir={directory}", f"{name}={value}", "train.steps=5", "train.checkpoint_every=3", "train.validate_every=5"]
         command += ["model.belief_dim=auto"] if value == "tied" else []  # the small config's is another
+        command += ["flow.context.share=0.5"] if name == "flow.context.law" else []
         assert stages.pretrain(str(config("coded")), [*command, "flow.clock.refit_every=2", "train.validation_rows=8", *overrides]) == 0
 
     train()

@@ -128,6 +128,9 @@ DESIGNS = {
     "beside the text": ("model.time=tokens", "model.registers=4"),
     "told before": ("flow.self_conditioning=0.5", "flow.objective=endpoint_mse"),
     "told before, dense": ("flow.self_conditioning=0.25", "flow.code=identity"),
+    "token times": ("flow.times=tokens", "flow.weighting=learned", "model.registers=4", "flow.objective=endpoint_mse"),
+    "contexts": ("flow.context.share=0.5", "model.input=both"),
+    "all given something": ("flow.context.share=1", "flow.context.law=infilling", "flow.code=learned"),
     "hot noise": ("flow.prior=gaussian:temperature=2", "flow.weighting=balanced", "flow.clock.name=argmax_code"),
 }
 """Corners of the design space in which something is computed in parts of its own."""
@@ -138,6 +141,8 @@ SHORT = [
     ("learned code", 2, 1, 1),
     ("embedding", 1, 2, 3),
     ("beside the text", 2, 1, 1),
+    ("token times", 2, 1, 1),
+    ("contexts", 1, 2, 3),
 ]
 
 

@@ -1,8 +1,8 @@
 """A categorical flow that is solved exactly: what a network is trained towards, by enumeration of all texts, in fp64.
 
 Nothing here calls the formulas under test: likelihoods are Gaussian densities of the state, the flow is integrated numerically.
-States are (n, L, d_c); a time is a number, or one for each row. A path is a pair of functions (alpha, beta) of tensors; the linear one
-unless another is given.
+States are (n, L, d_c); a time is a number, or one for each row, or of the denoiser one for each token. A path is a pair of functions
+(alpha, beta) of tensors; the linear one unless another is given.
 """
 
 import itertools
@@ -163,7 +163,9 @@ class Exact(nn.Module):
 
 
 def _times(t: float | Tensor, rows: int) -> Tensor:
-    return torch.as_tensor(t, dtype=torch.float64).expand(rows)[:, None, None]
+    """(n, 1, 1), or (n, L, 1) of times for every token; those of given ones are a little less than 1."""
+    t = torch.as_tensor(t, dtype=torch.float64)
+    return t.clamp(max=1.0 - 1e-5)[..., None] if t.ndim == 2 else t.expand(rows)[:, None, None]
 
 
 def _marginals(toy: Toy, posterior: Tensor) -> Tensor:

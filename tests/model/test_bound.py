@@ -98,6 +98,37 @@ def test_padding_counts_for_nothing(kind):
     assert full.mean == pytest.approx(bound_of_rows(network, parts, clock, ids, None, draws=2, seed=0).mean, abs=1e-6)
 
 
+@each
+def test_given_tokens_count_for_nothing_and_are_seen(kind):
+    """Of a network that knows no context the entropy of the others; what is given changes what one that knows some says of them."""
+    network, parts, clock, ids = setup(kind)
+    given = torch.rand(ids.shape, generator=torch.Generator().manual_seed(2)) < 0.4
+    other = torch.where(given, (ids + 1) % 7, ids)
+    one, two = (bound_of_rows(network, parts, clock, x, None, draws=2, seed=0, given=given) for x in (ids, other))
+    assert one.tokens == (~given).sum() and one.unigram == two.unigram and abs(one.mean - two.mean) > 1e-6
+    with torch.no_grad():
+        network.weight.zero_()
+    found = bound_of_rows(network, parts, clock, ids, None, draws=3, seed=0, given=given)
+    entropy = -parts.log_prior.double()[ids][~given].mean().item()
+    assert found.mean == pytest.approx(entropy, rel=1e-9) and found.standard_error < 1e-9
+
+
+@pytest.mark.parametrize("code", [codes.identity(4), codes.frame(5, 3, torch.Generator().manual_seed(1))], ids=["identity", "frame"])
+@pytest.mark.parametrize("first", [0, 1])
+def test_of_the_exact_denoiser_it_is_the_likelihood_of_the_rest_given_some(code, first):
+    """One of two tokens given: the law of the other, given it, by Bayes."""
+    toy = toys.make(code, length=2, seed=2, spread=1.5)
+    ids = toys.draw(toy, 1500, torch.Generator().manual_seed(0))
+    parts = Parts(code, toy.marginal.mean(0).log(), Range(information_range(code, 0.0).low, 9.0))
+    given = (torch.arange(2) == first).expand(ids.shape)
+    clock = clocks.uniform_log_snr(LINEAR, -6.0, 10.0)
+    found = bound_of_rows(toys.Exact(toy, code).double(), parts, clock, ids, None, draws=20, seed=0, batch=1500, given=given)
+    both = toy.law[(ids * torch.tensor([code.vocab, 1])).sum(1)].log()
+    exact = -(both - toy.marginal[first][ids[:, first]].log()).mean().item()
+    assert abs(found.mean - exact) < 4.0 * found.standard_error < 0.1
+    assert found.tokens == 1500 and found.unigram - exact > 6.0 * found.standard_error
+
+
 def test_draws_are_a_function_of_the_seed_and_not_of_the_batch():
     network, parts, clock, ids = setup("frame of 5")
     once = bound_of_rows(network, parts, clock, ids, None, draws=3, seed=0, batch=64)

@@ -17,7 +17,7 @@ from megaflow.flow import channel
 from megaflow.flow import clock as clocks
 from megaflow.flow import code as codes
 from megaflow.flow import head as heads
-from megaflow.flow.interpolant import LINEAR, noisy_state
+from megaflow.flow.interpolant import LINEAR, noisy_state, transport
 from megaflow.flow.likelihood import Range, information_range
 from megaflow.model import parts as made
 from megaflow.model.parts import Parts
@@ -401,3 +401,56 @@ def test_the_time_is_told_by_what_there_is(shape):
     y, s = torch.randn(3, LENGTH, DIM), torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
     differ = (network(y[:1].expand(3, -1, -1), s) - network(y[:1], s[:1])).abs().amax((1, 2))[1:].min()
     assert (differ > 1e-3) == (shape.get("timed", True) or shape.get("time_tokens", 0) > 0)
+
+
+TIMED = [{}, {"timed": False}, {"registers": 2}, {"timed": False, "registers": 2}]
+
+
+@pytest.mark.parametrize("reads", INPUTS, ids="+".join)
+@pytest.mark.parametrize("map_reads", [None, *MAP_READS])
+@pytest.mark.parametrize("shape", [{}, {"timed": False}], ids=["adaptive", "none"])
+def test_one_time_for_all_tokens_is_the_time_of_the_row(reads, map_reads, shape):
+    if map_reads == "hot_belief" and "belief" not in reads:
+        return
+    network = stirred(make(reads=reads, map_reads=map_reads, **shape))
+    y, s = some_states(network)
+    t = None if map_reads is None else (s + 1.0) / 2.0
+    each = [None if x is None else x[:, None].expand(y.shape[:2]) for x in (s, t)]
+    assert network.read(network(y, s, t), y, s).level.equal(network.read(network(y, s, t), y, each[0]).level)
+    torch.testing.assert_close(network(y, *each), network(y, s, t), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", TIMED, ids=lambda shape: ",".join(shape) or "adaptive")
+def test_a_token_of_another_time_changes_what_all_others_hear_of_it(shape):
+    """By what its state then says, and by how its own position is moved."""
+    network = stirred(make(**shape))
+    y, s = some_states(network)
+    times = s[:, None].repeat(1, LENGTH)
+    later = times.clone()
+    later[:, 2] += 0.15
+    changed = (network(y, later) - network(y, times)).abs().amax(-1)
+    assert (changed > 1e-5).all() and network(y, later).isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["identity", "frame"])
+@pytest.mark.parametrize("map_reads", [None, "linear", "hot_belief"])
+def test_a_given_token_is_known_for_certain_and_does_not_move(kind, map_reads):
+    """Its belief is the token alone, for the network and the head, at the time 1 and to the end of any step."""
+    network = stirred(make(kind, map_reads=map_reads))
+    ids = torch.tensor([[3, 1, 4, 1, 5, 9]])
+    clean = codes.lookup(network.code, ids)
+    times = torch.tensor([[1.0, 0.2, 0.2, 1.0, 0.2, 0.2]], dtype=torch.float64)
+    given = times == 1.0
+    y = noisy_state(LINEAR, clean, torch.randn(clean.shape, generator=torch.Generator().manual_seed(0)), times)
+    assert torch.equal(y[given], clean[given])
+    seen = network.embed_belief(y, network.level(times, y))[:, 1:-1]
+    assert network.table is not None
+    torch.testing.assert_close(seen[given], network.table[ids[given]])
+    end = None if map_reads is None else torch.where(given, 1.0, 0.8)
+    psi_of = psi(network, y, times, end)
+    assert psi_of.isfinite().all() and (psi_of[given].argmax(-1) == ids[given]).all() and (psi_of[given].amax(-1) > 0.9999).all()
+    if end is not None:
+        moved = transport(LINEAR, y, times, end, psi_of @ codes.lookup(network.code, torch.arange(VOCAB)))
+        assert torch.equal(moved[given], y[given]) and (moved[~given] != y[~given]).any()
+        network(y, times, end).sum().backward()
+        assert all(p.grad is None or p.grad.isfinite().all() for p in network.parameters())

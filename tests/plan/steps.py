@@ -15,6 +15,7 @@ from megaflow.parallel import mesh as meshes
 from megaflow.parallel import random
 from megaflow.parallel.mesh import Mesh
 from megaflow.train import ema, engine, engine_state, loop
+from megaflow.train.context import Contexts
 from megaflow.train.stage_autoregressive import AutoregressiveStage
 from megaflow.train.stage_flow import FlowStage
 from megaflow.train.stage_map import MapStage
@@ -79,6 +80,7 @@ class Run:
         self.split = batch_split(self.config, mesh.data.size)
         self.deep = engine.start(self.stage.network, self.config, mesh, *self.split)
         self.tokens = Tokens(vocab, self.config.data.length)
+        self.contexts = Contexts(self.config, {"tokenizer": {"end_id": None}})
 
     def step(self, index: int) -> tuple[float, float]:
         """What loop.train does in a step, but for reading and writing files. Returns loss and gradient norm."""
@@ -86,7 +88,7 @@ class Run:
         first = (index * self.mesh.data.size + self.mesh.data.rank) * micro * accumulation
         rows = self.tokens.rows(torch.arange(first, first + micro * accumulation))
         engine.set_learning_rate(self.deep, 1e-3)
-        told = loop.accumulate(self.deep, self.stage, rows, self.config, self.mesh, index, micro, [0.0, 0.0], None)
+        told = loop.accumulate(self.deep, self.stage, rows, self.config, self.mesh, index, micro, [0.0, 0.0], None, self.contexts)
         norm = engine.step(self.deep)
         self.stage.learn(told[1], index)
         engine_state.update_average(self.deep, ema.decay(self.config.optim.ema_decay, index))

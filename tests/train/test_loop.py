@@ -14,11 +14,13 @@ import torch
 
 from megaflow.config.load import load
 from megaflow.data.prepare import prepare
+from megaflow.data.shards import open_prepared
 from megaflow.model import build, parts
 from megaflow.parallel import mesh as meshes
 from megaflow.train import checkpoint as checkpoints
 from megaflow.train import engine, loop, stages
 from megaflow.train import run as runs
+from megaflow.train.context import Contexts
 from megaflow.train.meter import SPEED
 from megaflow.train.stage_flow import FlowStage
 
@@ -656,7 +658,8 @@ class TestRefusals:
 def validation_part(path: str, rows: int, tensor: int) -> tuple[list[int], int, float]:
     """(places that this process reads, of how many, the sum of all weights over the processes)."""
     with meshes.join(tensor) as mesh:
-        batch, total = loop.validation_rows(load(path, [f"train.validation_rows={rows}"]).config, mesh, None)
+        config = load(path, [f"train.validation_rows={rows}"]).config
+        batch, total = loop.validation_rows(config, mesh, None, Contexts(config, open_prepared(config.data.path)))
         return batch.places.tolist(), batch.rows, total(batch.weight.double().sum()).item()
 
 

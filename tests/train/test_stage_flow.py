@@ -15,6 +15,7 @@ from megaflow.config.schema import Config
 from megaflow.flow import choice, interpolant
 from megaflow.flow import head as heads
 from megaflow.flow.code import lookup
+from megaflow.flow.context import told
 from megaflow.flow.interpolant import log_snr, noisy_state
 from megaflow.flow.profile import CROSS_ENTROPY, ERROR, SQUARE, bin_of
 from megaflow.flow.weighting import WEIGHTINGS, Known
@@ -52,15 +53,73 @@ def batch(padded: bool = False) -> Batch:
 
 def dense(stage: FlowStage, rows: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(times, -log psi[token], |C_x - psi C|^2, |psi - e_x|^2), with gradient, by the whole (B, L, V) tensor."""
-    t = stage.objective.times(stage.setting, cells(0, rows, "time"))
-    y = noisy_state(stage.parts.path, lookup(stage.parts.code, rows.ids), noise(0, rows, stage.parts), t)
+    t = stage.objective.times(stage.setting, stage.draws(rows))
+    s = told(t, rows.given)
+    y = noisy_state(stage.parts.path, lookup(stage.parts.code, rows.ids), noise(0, rows, stage.parts), s)
     head = stage.network.head()
-    log_p = torch.log_softmax(heads.logits(head, stage.network.read(stage.network(y, t, lengths=rows.lengths), y, t)), -1)
+    log_p = torch.log_softmax(heads.logits(head, stage.network.read(stage.network(y, s, lengths=rows.lengths), y, s)), -1)
     clean = lookup(stage.parts.code, torch.arange(11))
     error = (log_p.exp() @ clean - clean[rows.ids.flatten()]).square().sum(-1)
     square = (log_p.exp() - F.one_hot(rows.ids.flatten(), 11)).square().sum(-1)
     nll = F.nll_loss(log_p, rows.ids.flatten(), reduction="none")
     return t, *(x.view(ROWS, LENGTH) for x in (nll, error, square))
+
+
+def test_times_of_tokens_are_spread_evenly_over_every_row():
+    """One in each of L cells, by an order of its own, shifted by the row's own draw; a row's is the same whatever rows are beside it."""
+    ours, rows = stage(("flow.times", "tokens")), batch()
+    draws = ours.draws(rows)
+    assert draws.shape == (ROWS, LENGTH) and (0.0 <= draws).all() and (draws < 1.0).all()
+    assert (draws * LENGTH).floor().sort(1).values.equal(torch.arange(LENGTH).double().expand(ROWS, -1))
+    torch.testing.assert_close((draws * LENGTH).frac(), cells(0, rows, "time")[:, None].expand(-1, LENGTH))
+    assert len({tuple(row) for row in (draws * LENGTH).floor().tolist()}) > 1
+    some = ours.draws(rows._replace(ids=rows.ids[3:5], places=rows.places[3:5]))
+    assert torch.equal(some, draws[3:5])
+
+
+TIMES = [("cross_entropy", "none"), ("endpoint_mse", "sigmoid"), ("velocity_mse", "none"), ("cross_entropy", "balanced")]
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("objective, weighting", TIMES)
+def test_the_loss_where_every_token_has_a_time(objective, weighting, given):
+    """Each token's own weight by time; what is given weighs nothing, and is not observed."""
+    ours = stage(("flow.objective", objective), ("flow.weighting", weighting), ("flow.times", "tokens"))
+    rows = batch(padded=True)
+    if given:
+        chosen = torch.rand(ROWS, LENGTH, generator=torch.Generator().manual_seed(1)) < 0.5
+        rows = rows._replace(given=chosen, weight=rows.weight * ~chosen.flatten())
+    t, nll, error, _ = dense(ours, rows)
+    worth = ours.objective.weights(ours.setting, t)
+    level = log_snr(ours.parts.path, t)
+    scores = ours.profile.mean(ERROR if objective != "cross_entropy" else CROSS_ENTROPY)
+    known = Known(level, scores[bin_of(ours.profile.edges, level)], scores.mean().item())
+    factor = choice.call(WEIGHTINGS, weighting, known).time
+    per_token = worth[..., 0] * nll + (worth[..., 1] * error if worth.shape[-1] == 2 else 0.0)
+    per_token = per_token * (1.0 if factor is None else factor)
+    expected = (rows.weight.view(ROWS, LENGTH) * per_token).sum()
+    loss, observed = ours.loss(rows)
+    torch.testing.assert_close(loss, expected)
+    weights = [p for p in ours.network.parameters() if p.requires_grad]
+    for grad, exact in zip(torch.autograd.grad(loss, weights), torch.autograd.grad(expected, weights), strict=True):
+        torch.testing.assert_close(grad, exact, rtol=1e-6, atol=1e-9)
+    by_bin = torch.zeros(20, dtype=torch.float64)
+    by_bin.index_add_(0, bin_of(ours.profile.edges, level).flatten(), (rows.weight.view(ROWS, LENGTH) * nll.detach()).flatten())
+    torch.testing.assert_close(observed[0], by_bin)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_what_is_given_is_clean_and_weighs_nothing(padded):
+    """Rows whose other tokens have the row's time."""
+    ours, rows = stage(), batch(padded)
+    chosen = torch.rand(ROWS, LENGTH, generator=torch.Generator().manual_seed(1)) < 0.5
+    rows = rows._replace(given=chosen, weight=rows.weight * ~chosen.flatten())
+    t, nll, _, _ = dense(ours, rows)
+    assert t.shape == (ROWS,)
+    loss, observed = ours.loss(rows)
+    torch.testing.assert_close(loss, (rows.weight.view(ROWS, LENGTH) * nll).sum())
+    assert nll[chosen].max() < 1e-6 and observed[3].sum().item() == pytest.approx(rows.weight.sum().item())
+    assert abs(loss.item() - ours.loss(rows._replace(given=None))[0].item()) > 1e-4  # context is seen
 
 
 OBJECTIVES = ["cross_entropy", "endpoint_mse", "velocity_mse", "likelihood"]

@@ -70,6 +70,9 @@ def parser() -> argparse.ArgumentParser:
     )
     sample.add_argument("--gamma", type=float, default=None, help="share of fresh noise of --method stochastic, 0 to 1 (default 0.75)")
     sample.add_argument("--temperature", type=float, default=1.0, help="of the posteriors, above 0 (default 1)")
+    sample.add_argument("--prompt", metavar="TEXT", default=None, help="what every text begins with")
+    sample.add_argument("--infill", metavar="TEXT", default=None, help="text with blanks to fill in, 'The ___ of ___'")
+    sample.add_argument("--blank", type=int, default=None, help="tokens of a blank (default 8)")
     sample.add_argument("--seed", type=int, default=0, help="of noise and draws (default 0)")
     sample.add_argument("--json", action="store_true", help="JSON with tokens instead of plain text")
 
@@ -202,7 +205,8 @@ def run(arguments: argparse.Namespace, began: float) -> int:
         from megaflow.evaluate.generate import sample
 
         way = arguments.method, arguments.temperature, arguments.gamma
-        found = sample(arguments.run, arguments.count, arguments.steps, *way, arguments.seed, arguments.last, arguments.clock)
+        given = arguments.prompt, arguments.infill, arguments.blank
+        found = sample(arguments.run, arguments.count, arguments.steps, *way, arguments.seed, arguments.last, arguments.clock, *given)
         print(as_json(found) if arguments.json else "\n\n".join(found["texts"]))
         return 0
     if arguments.command == "evaluate":

@@ -49,6 +49,7 @@ class DataConfig:
     source: list[str] = key([], "files or glob patterns of raw text that prepare reads")
     source_format: str = key("auto", "format of the sources; auto goes by file name", choices=("auto", "text", "jsonl", "parquet"))
     text_field: str = key("text", "field of JSONL or column of Parquet that holds the text")
+    target_field: str = key("", "of pairs: the field of what is to be written, where text_field's is given (data.packing=document)")
     document_separator: str = key("", "string between documents of a plain text file; empty: a file is one document")
     normalize: str = key("none", "letters: lower-case a-z, everything else one space (27 symbols)", choices=("none", "letters"))
     tokenizer: str = key("bpe", "characters, bytes, bpe (trained by prepare), gpt2, bert, or the path of a tokenizer.json")

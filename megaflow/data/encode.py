@@ -33,6 +33,8 @@ class Piece(NamedTuple):
     split: str
     first: bool
     last: bool
+    parted: bool = False
+    """Whether it ends a part of a document that has another."""
 
 
 def pieces(text: str, split: str, kind: str, size: int = PIECE) -> Iterator[Piece]:
@@ -53,6 +55,14 @@ def pieces(text: str, split: str, kind: str, size: int = PIECE) -> Iterator[Piec
         yield Piece(text[start:end], split, start == 0, False)
         start = end
     yield Piece(text[start:], split, start == 0, True)
+
+
+def pieces_of_parts(parts: tuple[str, ...], split: str, kind: str, size: int = PIECE) -> Iterator[Piece]:
+    """`pieces` of every part of a document."""
+    for number, text in enumerate(parts):
+        more = number + 1 < len(parts)
+        for piece in pieces(text, split, kind, size):
+            yield piece._replace(last=piece.last and not more, parted=piece.last and more)
 
 
 def usable_cores() -> int:

@@ -41,6 +41,8 @@ def prepare(config: DataConfig, began: float | None = None) -> dict[str, Any]:
     began = time.monotonic() if began is None else began
     files = sources.find_sources(config.source, config.source_format)
     given = tokenizers.given_tokenizer(config)
+    if config.target_field:
+        check_pairs(config, files, given)
     remove_stale(Path(config.path))
     files = sources.hash_sources(files)
     settings = _settings(config, files)
@@ -87,6 +89,19 @@ def prepare(config: DataConfig, began: float | None = None) -> dict[str, Any]:
     return manifest
 
 
+def check_pairs(config: DataConfig, files: list[sources.Source], given: Tokenizer | None) -> None:
+    """Refuse what pairs of data.text_field and data.target_field cannot be made of. Raises UserError."""
+    what = f"data.target_field={config.target_field} makes pairs"
+    if texts := [file.name for file in files if file.format == "text"]:
+        raise UserError(f"{what}, and {texts[0]} is plain text without fields: give JSONL or Parquet.")
+    if config.packing != "document":
+        raise UserError(f"{what}, which are rows of their own: set data.packing=document.")
+    if config.target_field == config.text_field:
+        raise UserError(f"{what} with data.text_field={config.text_field}, the same field: name two.")
+    if given is not None and tokenizers.end_id(given) is None:
+        raise UserError(f"{what}, whose halves an end token parts, and the tokenizer has none: use data.normalize=none.")
+
+
 def _peak_memory() -> int:
     """Largest resident set so far of this process or of one that it has waited for, in bytes."""
     return 1024 * max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
@@ -103,7 +118,7 @@ def _settings(config: DataConfig, files: list[sources.Source]) -> dict[str, Any]
     if "text" in formats:
         names.append("document_separator")
     if formats - {"text"}:
-        names += ["text_field", "on_bad_line"]
+        names += ["text_field", "on_bad_line"] + (["target_field"] if config.target_field else [])
     if config.tokenizer == "bpe":
         names.append("vocab_size")
     # not the path of a tokenizer.json: its content is compared by the tokenizer's hash
@@ -197,11 +212,12 @@ class _Survey:
 def _survey(files: list[sources.Source], config: DataConfig) -> _Survey:
     survey = _Survey()
     report = partial(sources.report_bad_line, survey.bad_lines, config.on_bad_line == "stop")
-    for text in sources.corpus(files, config, "survey documents", report):
-        if not text.strip():
+    for parts in sources.corpus(files, config, "survey documents", report):
+        if not all(text.strip() for text in parts):
             survey.blank += 1
             continue
-        place = _document_hash(text)
+        text = "".join(parts)
+        place = _document_hash(parts[0])  # all targets of a source on one side
         survey.documents += 1
         survey.characters += len(text)
         survey.lowest, survey.highest = min(survey.lowest, place), max(survey.highest, place)
@@ -210,6 +226,8 @@ def _survey(files: list[sources.Source], config: DataConfig) -> _Survey:
     if survey.documents == 0:
         broken = survey.bad_lines.total()
         raise UserError(f"the sources hold no document with text ({broken} broken lines): check data.source and data.text_field.")
+    if survey.documents == 1 and config.target_field:
+        raise UserError("the sources hold one pair, so that none can be held out: add others.")
     if survey.documents == 1:
         print(f"one document only: its last {config.validation_fraction:.2%} of characters are the validation split", file=sys.stderr)
     elif survey.lowest == survey.highest:
@@ -223,20 +241,23 @@ def _document_hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "big")
 
 
-def _split_documents(files: list[sources.Source], config: DataConfig, survey: _Survey, label: str) -> Iterator[tuple[str, str]]:
-    """(split, text) of every document in order; a single document is cut in two."""
+def _split_documents(
+    files: list[sources.Source], config: DataConfig, survey: _Survey, label: str
+) -> Iterator[tuple[str, sources.Document]]:
+    """(split, parts) of every document in order; a single document is cut in two."""
     documents = characters = 0
-    for text in sources.corpus(files, config, label):
-        if not text.strip():
+    for parts in sources.corpus(files, config, label):
+        if not all(text.strip() for text in parts):
             continue
+        text = "".join(parts)
         documents += 1
         characters += len(text)
         if survey.documents == 1:
             cut = _cut_near(text, round(len(text) * (1 - config.validation_fraction)))
-            yield "train", text[:cut]
-            yield "validation", text[cut:]
+            yield "train", (text[:cut],)
+            yield "validation", (text[cut:],)
         else:
-            yield ("validation" if _document_hash(text) < survey.threshold else "train"), text
+            yield ("validation" if _document_hash(parts[0]) < survey.threshold else "train"), parts
     if (documents, characters) != (survey.documents, survey.characters):
         raise UserError(f"the sources changed between two readings ({survey.documents} documents, then {documents}): run prepare again.")
 
@@ -255,7 +276,7 @@ def _tokenizer_of_text(files: list[sources.Source], config: DataConfig, survey: 
     if config.tokenizer == "characters":
         return tokenizers.characters_tokenizer(sorted(survey.alphabet))
     documents = _split_documents(files, config, survey, "train tokenizer")
-    texts = (piece.text for split, text in documents if split == "train" for piece in encode.pieces(text, split, "bpe"))
+    texts = (piece.text for split, parts in documents if split == "train" for text in parts for piece in encode.pieces(text, split, "bpe"))
     tokenizer = tokenizers.train_bpe(texts, config.vocab_size)
     if (size := tokenizers.vocabulary_size(tokenizer)) < config.vocab_size:
         print(f"the text gives a BPE of {size} tokens only, not data.vocab_size={config.vocab_size}", file=sys.stderr)
@@ -272,12 +293,15 @@ def _write_splits(
     closing = tokenizer.token_to_id(" ") if end is None and config.packing == "wrap" else end
     writers = {split: shards.SplitWriter(folder, split, config.length, config.packing, size, config.format) for split in shards.SPLITS}
     documents = _split_documents(files, config, survey, "tokenize")
-    stream = (piece for split, text in documents for piece in encode.pieces(text, split, kind))
+    stream = (piece for split, parts in documents for piece in encode.pieces_of_parts(parts, split, kind))
     workers = encode.usable_cores() if config.workers == "auto" else config.workers
     for piece, ids, characters in encode.encode_pieces(folder, kind, stream, workers):
         writers[piece.split].add(ids, characters, piece.first)
         if piece.last:
             writers[piece.split].end_document(closing)
+        elif piece.parted:
+            assert closing is not None  # check_pairs
+            writers[piece.split].end_part(closing)
     np.save(folder / shards.UNIGRAM_FILE, writers["train"].unigram)
     if config.packing == "document":
         np.save(folder / shards.LENGTH_COUNTS_FILE, writers["train"].length_counts)

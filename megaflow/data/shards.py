@@ -68,6 +68,10 @@ class SplitWriter:
             self.last_cut = ids, characters, first, len(ids) - self.rest_tokens, self.characters
         self.characters += characters
 
+    def end_part(self, closing: int) -> None:
+        """Close a part of a document that has another with the token `closing`."""
+        self.add(np.array([closing], np.int32), 1, False)
+
     def end_document(self, closing: int | None) -> None:
         """Close a document with the token `closing` (one character in decoded text), or with none."""
         if closing is not None:

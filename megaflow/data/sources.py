@@ -1,7 +1,7 @@
 """Raw text: finding the source files, hashing them, and reading them one document at a time.
 
 A document is a whole plain text file (or what lies between two `document_separator`s), one line of JSONL, or
-one row of Parquet. Nothing here holds more than one document in memory.
+one row of Parquet; with data.target_field its two fields are its parts. Nothing here holds more than one document in memory.
 """
 
 import codecs
@@ -28,6 +28,9 @@ COMPRESSIONS = {".gz": "gz", ".xz": "xz", ".zst": "zst"}
 FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
 CHUNK = 1 << 20
 BAD_LINES_SHOWN = 100
+
+Document = tuple[str, ...]
+"""The parts of a document: its text, or what is given and what is to be written of a pair."""
 
 # what a reader does with a broken line: (line or row number, what is wrong with it)
 BadLine = Callable[[int, str], None]
@@ -111,7 +114,9 @@ def check_unchanged(sources: list[Source]) -> None:
             raise UserError(f"{source.name} changed while it was being prepared: run megaflow prepare again when it is complete.")
 
 
-def corpus(sources: list[Source], config: DataConfig, label: str, bad_line: Callable[[str, int, str], None] | None = None) -> Iterator[str]:
+def corpus(
+    sources: list[Source], config: DataConfig, label: str, bad_line: Callable[[str, int, str], None] | None = None
+) -> Iterator[Document]:
     """Every document of every source in order, normalized, blank ones too, with progress by bytes of source read.
 
     `bad_line(name, number, problem)` is told of every broken line of JSONL or row of Parquet; without it they are
@@ -126,8 +131,8 @@ def corpus(sources: list[Source], config: DataConfig, label: str, bad_line: Call
             if bad_line is not None:
                 bad_line(name, number, problem)
 
-        for text, position in documents(source, config, report):
-            yield letters(text) if config.normalize == "letters" else text
+        for parts, position in documents(source, config, report):
+            yield tuple(letters(text) for text in parts) if config.normalize == "letters" else parts
             _below(progress, (before + position) / 1e6)
         before += source.bytes
     progress.update(progress.total)
@@ -149,24 +154,29 @@ def report_bad_line(counts: Counter[str], stop: bool, name: str, number: int, pr
         print(f"{name}: more than {BAD_LINES_SHOWN} broken lines; further ones are skipped and counted in silence", file=sys.stderr)
 
 
-def documents(source: Source, config: DataConfig, bad_line: BadLine) -> Iterator[tuple[str, int]]:
-    """(text, bytes of the file read so far) of every document of one source.
+def fields(config: DataConfig) -> list[str]:
+    """Fields of JSONL or columns of Parquet that hold the parts of a document."""
+    return [config.text_field, config.target_field] if config.target_field else [config.text_field]
+
+
+def documents(source: Source, config: DataConfig, bad_line: BadLine) -> Iterator[tuple[Document, int]]:
+    """(parts, bytes of the file read so far) of every document of one source.
 
     Raises UserError for a file that is not what its name says: truncated or corrupt compression, not UTF-8, not
     Parquet, no such column.
     """
     if source.format == "parquet":
-        yield from _parquet_documents(source, config.text_field, bad_line)
+        yield from _parquet_documents(source, fields(config), bad_line)
         return
     try:
         with open(source.name, "rb") as raw:
             stream = _decompressed(source, raw)
             if source.format == "jsonl":
-                texts = _jsonl_documents(stream, config.text_field, bad_line)
+                found = _jsonl_documents(stream, fields(config), bad_line)
             else:
-                texts = _text_documents(source.name, stream, config.document_separator)
-            for text in texts:
-                yield text, raw.tell()
+                found = ((text,) for text in _text_documents(source.name, stream, config.document_separator))
+            for parts in found:
+                yield parts, raw.tell()
     except EOFError as error:
         raise UserError(f"{source.name} is cut short (its {source.compression} stream ends too early): fetch it again.") from error
     except (zlib.error, lzma.LZMAError, gzip.BadGzipFile, _CorruptError) as error:
@@ -196,22 +206,22 @@ def _text_documents(name: str, stream: io.BufferedIOBase, separator: str) -> Ite
         yield buffer
 
 
-def _jsonl_documents(stream: io.BufferedIOBase, field: str, bad_line: BadLine) -> Iterator[str]:
+def _jsonl_documents(stream: io.BufferedIOBase, names: list[str], bad_line: BadLine) -> Iterator[Document]:
     for number, line in enumerate(stream, start=1):
         if number == 1:
             line = line.removeprefix(codecs.BOM_UTF8)
         if not line.strip():
             continue
         try:
-            text = _json_text(line, field)
+            parts = _json_texts(line, names)
         except ValueError as error:
             bad_line(number, str(error))
         else:
-            yield text
+            yield parts
 
 
-def _json_text(line: bytes, field: str) -> str:
-    """The text of one line of JSONL; raises ValueError saying what is wrong with it."""
+def _json_texts(line: bytes, names: list[str]) -> Document:
+    """The texts of one line of JSONL by their fields; raises ValueError saying what is wrong with it."""
     try:
         item = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError:
@@ -220,9 +230,10 @@ def _json_text(line: bytes, field: str) -> str:
         raise ValueError(f"not JSON ({error})") from None
     if not isinstance(item, dict):
         raise ValueError("not a JSON object")
-    if field not in item:
-        raise ValueError(f"no field {field!r}")
-    return _checked_text(item[field], f"field {field!r}")
+    for name in names:
+        if name not in item:
+            raise ValueError(f"no field {name!r}")
+    return tuple(_checked_text(item[name], f"field {name!r}") for name in names)
 
 
 def _checked_text(text: Any, where: str) -> str:
@@ -235,7 +246,7 @@ def _checked_text(text: Any, where: str) -> str:
     return text
 
 
-def _parquet_documents(source: Source, column: str, bad_line: BadLine) -> Iterator[tuple[str, int]]:
+def _parquet_documents(source: Source, names: list[str], bad_line: BadLine) -> Iterator[tuple[Document, int]]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -243,21 +254,22 @@ def _parquet_documents(source: Source, column: str, bad_line: BadLine) -> Iterat
         raise UserError(f"{source.name}: Parquet needs the package pyarrow: pip install pyarrow.") from error
     try:
         with pyarrow.parquet.ParquetFile(source.name) as file:
-            if column not in file.schema_arrow.names:
-                columns = ", ".join(file.schema_arrow.names)
-                raise UserError(f"{source.name} has no column {column!r}: set data.text_field to one of {columns}.")
+            for key, name in zip(("data.text_field", "data.target_field"), names, strict=False):
+                if name not in file.schema_arrow.names:
+                    columns = ", ".join(file.schema_arrow.names)
+                    raise UserError(f"{source.name} has no column {name!r}: set {key} to one of {columns}.")
             row, rows = 0, max(file.metadata.num_rows, 1)
-            for batch in file.iter_batches(batch_size=1024, columns=[column]):
-                for value in batch.column(0):
+            for batch in file.iter_batches(batch_size=1024, columns=names):
+                for values in zip(*(batch.column(name) for name in names), strict=True):
                     row += 1
                     try:
-                        text = _checked_text(value.as_py(), f"column {column!r}")
+                        parts = tuple(_checked_text(v.as_py(), f"column {name!r}") for name, v in zip(names, values, strict=True))
                     except UnicodeDecodeError:
                         bad_line(row, "not UTF-8")
                     except ValueError as error:
                         bad_line(row, str(error))
                     else:
-                        yield text, source.bytes * row // rows
+                        yield parts, source.bytes * row // rows
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{source.name} is not a sound Parquet file ({str(error).splitlines()[0]}): fetch or write it again.") from error
 

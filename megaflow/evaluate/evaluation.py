@@ -34,6 +34,7 @@ from megaflow.evaluate.generate import (
     text_of,
 )
 from megaflow.evaluate.judge import Judge
+from megaflow.evaluate.template import Template
 from megaflow.flow import profile as profiles
 from megaflow.flow.interpolant import time_of
 from megaflow.flow.likelihood import Estimate, NoBound
@@ -41,6 +42,7 @@ from megaflow.model.autoregressive import Autoregressive
 from megaflow.model.bound import bound_of_rows
 from megaflow.parallel import random
 from megaflow.progress import Progress
+from megaflow.train.context import Contexts, masks
 from megaflow.train.run import read_config, write_atomically
 from megaflow.train.stage import documents_of, end_of_documents, validation_batch
 from megaflow.train.stage_autoregressive import AutoregressiveStage
@@ -195,36 +197,57 @@ class RealText:
 
 @torch.no_grad()
 def likelihood(run: Run, held_out: RealText, draws: int, seed: int) -> dict[str, Any]:
-    """Nats per token and bits per character: a bound with its Monte-Carlo error for flows, exact for the baseline."""
+    """Nats per token and bits per character: a bound with its Monte-Carlo error for flows, exact for the baseline.
+
+    Of a run that writes nothing without being given some (flow.context.share=1) it is that of the tokens that are written, given the
+    others. Where a run can be given the beginning of a text, `continuation` is that of the rest: of the second half of every row, given the
+    first, or of what belongs to the source of a pair.
+    """
+    contexts, pairs = Contexts(run.config, run.manifest), bool(run.manifest["settings"].get("target_field"))
+    ids, lengths, places = held_out.ids, torch.tensor([len(row) for row in held_out.rows]), torch.arange(len(held_out.rows))
+    found = nats(run, held_out, draws, seed, contexts.validation(ids, lengths, places))
+    if found["kind"] == "none":
+        return found
+    if isinstance(run.network, Autoregressive) or contexts.there:
+        what = "source" if pairs else "first half"
+        half = torch.arange(ids.shape[1]) < (lengths // 2)[:, None]
+        given = masks("source", contexts.end, ids, lengths, seed, places, -1) if pairs else half
+        rest = nats(run, held_out, draws, seed, given)
+        keep = ("nats_per_token", "standard_error_nats", "row_error_nats", "unigram_nats_per_token", "tokens")
+        found["continuation"] = {"given": what} | {key: rest[key] for key in keep if key in rest}
+    return found
+
+
+def nats(run: Run, held_out: RealText, draws: int, seed: int, given: torch.Tensor | None) -> dict[str, Any]:
+    """The likelihood of the tokens that are not `given` (R, L), given these; of all where that is None."""
     device = run.network.weight.device
     ids = held_out.ids.to(device)
     lengths = None if held_out.lengths is None else held_out.lengths.to(device)
+    given = None if given is None else given.to(device)
     law = shards.log_length_law(run.directory / SHARDS)
     end = end_of_documents(run.config, run.manifest)
     documents = None if end is None else documents_of(ids, end)
     if isinstance(run.network, Autoregressive):
-        stage = AutoregressiveStage(run.config, run.network)
-        parts = [slice(i, i + 64) for i in range(0, len(ids), 64)]
-        batches = [
-            validation_batch(ids[part], None if lengths is None else lengths[part], None if documents is None else documents[part])
-            for part in parts
-        ]
-        losses = [stage.validate(batch)["validation_loss"] for batch in batches]
-        nats = sum(loss * counted(held_out, part.start) for loss, part in zip(losses, parts, strict=True)) / counted(held_out, 0, len(ids))
-        if law is not None and run.manifest["tokenizer"]["end_id"] is None:  # nothing in a row tells its length
-            nats -= float(sum(law[len(row)] for row in held_out.rows)) / counted(held_out, 0, len(ids))
-        log_prior = run.network.log_prior.double().cpu()
-        entropy = -float(np.mean(np.concatenate([log_prior[torch.tensor(row)].numpy() for row in held_out.rows])))
-        found: dict[str, Any] = {
-            "kind": "exact",
-            "nats_per_token": nats,
-            "standard_error_nats": 0.0,
-            "tokens": counted(held_out, 0, len(ids)),
-        }
+        stage, total, tokens = AutoregressiveStage(run.config, run.network), 0.0, 0
+        log_prior, entropy = run.network.log_prior.double(), 0.0
+        for start in range(0, len(ids), 64):
+            part = slice(start, start + 64)
+            some, of, known = (None if x is None else x[part] for x in (lengths, documents, given))
+            batch = validation_batch(ids[part], some, of, given=known)
+            here = batch.weight > 0.0
+            total += stage.validate(batch)["validation_loss"] * int(here.sum())
+            entropy -= log_prior[ids[part].flatten()[here]].sum().item()
+            tokens += int(here.sum())
+        if law is not None and given is None and run.manifest["tokenizer"]["end_id"] is None:  # nothing in a row tells its length
+            total -= float(sum(law[len(row)] for row in held_out.rows))
+        entropy /= tokens
+        found: dict[str, Any] = {"kind": "exact", "nats_per_token": total / tokens, "standard_error_nats": 0.0, "tokens": tokens}
     else:
-        progress = Progress(f"bound {run.directory.name}", len(ids), "rows")
+        progress = Progress(f"bound {run.directory.name}" + (" of the rest" if given is not None else ""), len(ids), "rows")
         try:
-            bound: Estimate = bound_of_rows(*run.flow, ids, lengths, draws, seed, progress=progress, log_length=law, documents=documents)
+            bound: Estimate = bound_of_rows(
+                *run.flow, ids, lengths, draws, seed, progress=progress, log_length=law, documents=documents, given=given
+            )
         except NoBound as error:
             return {"kind": "none", "reason": str(error)}
         entropy = bound.unigram
@@ -242,10 +265,6 @@ def likelihood(run: Run, held_out: RealText, draws: int, seed: int) -> dict[str,
     found["unigram_nats_per_token"] = entropy
     found["unigram_bits_per_char"] = held_out.bits_per_character(entropy)
     return found
-
-
-def counted(held_out: RealText, start: int, rows: int = 64) -> int:
-    return sum(len(row) for row in held_out.rows[start : start + rows])
 
 
 def fitted_judge(run: Run) -> Judge:
@@ -302,7 +321,8 @@ def judged(run: Run, rows: list[list[int]], judge: Judge, real: list[str]) -> di
 
 def written(run: Run, settings: dict[str, Any], judge: Judge, held_out: RealText) -> dict[str, Any]:
     """Judged `samples` by number of steps ('autoregressive' for the baseline), the same `cooled`, without texts; of a flow map also
-    those it writes on a grid without a longer last step, `even`, and its one-step text as the plain argmax, `unbalanced`."""
+    those it writes on a grid without a longer last step, `even`, and its one-step text as the plain argmax, `unbalanced`. A run that writes
+    nothing without being given some is given what its law gives of held-out rows, which is part of its texts."""
     method = "autoregressive" if run.parts is None else ("flow_map" if run.is_map else "ode")
     counts, temperature = [None] if run.parts is None else settings["steps"], settings["temperature"]
     plan = [("samples", count, temperature) for count in counts]
@@ -311,12 +331,15 @@ def written(run: Run, settings: dict[str, Any], judge: Judge, held_out: RealText
         plan += [("even", n, temperature) for n in counts if n and 2 < n <= EVEN_STEPS]  # two steps are even
         plan += [("unbalanced", n, temperature) for n in counts if n == 1]
     found: dict[str, Any] = {"samples": {}, "cooled": {}, "even": {}, "unbalanced": {}}
+    template = given_of(run, held_out)
     if run.is_map and 1 in counts:
         one_step_offsets(run)  # has a progress of its own
     progress, done = Progress(f"samples {run.directory.name}", sum(count or 1 for _, count, _ in plan), "steps"), 0
     for kind, count, heat in plan:
         last = None if kind == "even" else last_step(method, count)
-        rows = generate(run, settings["samples"], count, method, heat, None, settings["seed"], last, unbalanced=kind == "unbalanced")
+        rows = generate(
+            run, settings["samples"], count, method, heat, None, settings["seed"], last, unbalanced=kind == "unbalanced", template=template
+        )
         entry = judged(run, rows, judge, held_out.texts)
         name = "autoregressive" if count is None else str(count)
         if kind == "cooled":
@@ -326,6 +349,13 @@ def written(run: Run, settings: dict[str, Any], judge: Judge, held_out: RealText
             found[kind][name] = entry
         progress.update(done := done + (count or 1))
     return found
+
+
+def given_of(run: Run, held_out: RealText) -> Template | None:
+    """Of a run that writes nothing without being given some: what its law gives of the held-out rows, one after the other."""
+    lengths = torch.tensor([len(row) for row in held_out.rows])
+    given = Contexts(run.config, run.manifest).validation(held_out.ids, lengths, torch.arange(len(lengths)))
+    return None if given is None else Template(held_out.ids, given, None if held_out.lengths is None else lengths.tolist())
 
 
 def reference(run: Run, held_out: RealText, judge: Judge, samples: int, seed: int) -> dict[str, Any]:
@@ -381,6 +411,10 @@ def table(result: dict[str, Any]) -> str:
             lines.append(f"  standard error  {found['standard_error_bits_per_char']:.4f} bits/char of noise and times")
             lines.append(f"  over rows       {found['row_error_bits_per_char']:.4f} bits/char of bound minus unigram entropy")
         lines.append(f"unigram entropy   {found['unigram_bits_per_char']:.4f} bits/char")
+    if rest := found.get("continuation"):
+        of = "what follows the source" if rest["given"] == "source" else "the second half of a row, given the first"
+        entropy = rest["unigram_nats_per_token"]
+        lines.append(f"continuation      {rest['nats_per_token']:.4f} nats/token of {of}; unigram entropy {entropy:.4f}")
     lines.append(f"judge             {result['judge']['name']}; sums to one within {result['judge']['sum_error']:.0e}")
     lines.append("reverse           real text under an n-gram of the texts, bits/char: what they leave out")
     lines.append(f"{'text':<34}{'judge bits/char':>16}{'+-':>8}{'entropy nats':>14}{'+-':>8}{'reverse':>9}{'distinct':>10}")

@@ -14,6 +14,8 @@ from megaflow.config.schema import Config
 from megaflow.data.shards import length_counts, read_description
 from megaflow.data.tokenizer import decode, end_id, load_tokenizer
 from megaflow.errors import UserError
+from megaflow.evaluate import template as templates
+from megaflow.evaluate.template import Template
 from megaflow.export import folder
 from megaflow.flow import balance, choice, laws, sampler
 from megaflow.flow import clock as clocks
@@ -21,6 +23,7 @@ from megaflow.flow import head as heads
 from megaflow.flow import profile as profiles
 from megaflow.flow.clock import Clock
 from megaflow.flow.code import lookup
+from megaflow.flow.context import told
 from megaflow.flow.sampler import Callback, Posterior
 from megaflow.model.autoregressive import Autoregressive
 from megaflow.model.parts import Parts, draw_noise
@@ -34,6 +37,8 @@ from megaflow.train.stages import SHARDS, trained_autoregressive, trained_flow
 BATCH = 64
 BALANCE_TOKENS = 2**14
 """Positions that the balance of one-step text is found on, or four for every entry of the vocabulary where that is more."""
+BLANK = 8
+"""Tokens of a blank, unless asked otherwise."""
 LAST_STEP = 0.5
 """Share of the clock that the last step of --method flow_map covers, unless asked otherwise: more steps refine the way to there."""
 
@@ -96,13 +101,17 @@ def sample(
     seed: int = 0,
     last: float | None = None,
     clock: str = "auto",
+    prompt: str | None = None,
+    infill: str | None = None,
+    blank: int | None = None,
 ) -> dict[str, Any]:
     """`megaflow sample RUN`: texts, their tokens and how they were made. `clock` is the law of flow/laws.py that the grid is even on, auto:
-    that of training. Raises UserError."""
+    that of training; prompt, infill and blank are of template.py. Raises UserError."""
     if count < 1:
         raise UserError(f"--count: {count} is not a positive number of texts")
     check_temperature(temperature)
     run = load_run(directory)
+    template = given_text(run, prompt, infill, blank)
     method, steps, gamma, last = chosen(run, method, steps, gamma, last)
     if clock != "auto":
         run.clock = grid_clock(run, clock)
@@ -110,11 +119,44 @@ def sample(
         raise UserError(f"--temperature: one step of {method} is an argmax, which no temperature changes; give --steps 2 or more")
     passes = (steps or run.manifest["length"]) * -(-count // BATCH)
     progress, done = Progress(f"sample {run.directory.name}", passes, "passes"), iter(range(1, passes + 1))
-    rows = generate(run, count, steps, method, temperature, gamma, seed, last, tick=lambda: progress.update(next(done)))
+
+    def tick() -> None:
+        progress.update(next(done))
+
+    rows = generate(run, count, steps, method, temperature, gamma, seed, last, tick=tick, template=template)
     settings = {"method": method, "steps": steps, "last": last, "clock": None if run.parts is None else clock}
     settings |= {"temperature": temperature, "gamma": gamma, "seed": seed}
     made = {"run": str(directory), "step": run.step, **settings}
+    if template is not None:
+        made |= {"prompt": prompt, "infill": infill, "given_tokens": int(template.given.sum())}
+        rows = [row[: template.shown] for row in rows]
     return {**made, "texts": [text_of(run, row) for row in rows], "tokens": rows}
+
+
+def given_text(run: Run, prompt: str | None, infill: str | None, blank: int | None) -> Template | None:
+    """What `megaflow sample` is given of every text. Raises UserError."""
+    if blank is not None and infill is None:
+        raise UserError("--blank is the size of the blanks of --infill; give both")
+    if prompt is None and infill is None:
+        if run.parts is not None and (run.config.flow.context.share, run.config.flow.context.law) == (1.0, "source"):
+            raise UserError(
+                f"{run.directory} writes what belongs to a source, which every row of its training had; give one, --prompt TEXT"
+            )
+        return None
+    if prompt is not None and infill is not None:
+        raise UserError("--prompt and --infill exclude each other: --infill takes all of the text, its beginning too")
+    option = "--prompt" if infill is None else "--infill"
+    if infill is not None and run.parts is None:
+        raise UserError(f"--infill: {run.directory} is autoregressive and knows nothing of what comes later; use --prompt, or a flow")
+    if run.parts is not None and run.config.flow.context.share == 0.0:
+        raise UserError(
+            f"{option}: {run.directory} has been trained without given tokens (flow.context.share=0) and does not heed them; train a flow "
+            "with flow.context.share above 0"
+        )
+    if infill is not None:
+        return templates.of_blanks(run.manifest, run.tokenizer, infill, BLANK if blank is None else blank)
+    assert prompt is not None
+    return templates.of_prompt(run.manifest, run.tokenizer, prompt)
 
 
 def grid_clock(run: Run, name: str) -> Clock:
@@ -189,26 +231,29 @@ def generate(
     callback: Callback | None = None,
     unbalanced: bool = False,
     tick: Callable[[], None] = lambda: None,
+    template: Template | None = None,
 ) -> list[list[int]]:
     """`count` rows of tokens, each a function of (seed, its index) alone; `callback` sees the steps of the first batch, `tick` is
     called after every pass of the network.
 
     `last` is the share of the clock that the last step covers; None is an even grid. The one-step text of a map is balanced, so that
-    its tokens are as frequent as the law says (flow/balance.py), or `unbalanced`.
+    its tokens are as frequent as the law says (flow/balance.py), or `unbalanced`, as are those that are given something by a template.
     """
     check_temperature(temperature)
-    balanced = run.is_map and steps == 1 and method in ("flow_map", "stochastic") and not unbalanced
+    balanced = run.is_map and steps == 1 and method in ("flow_map", "stochastic") and not unbalanced and template is None
     offset = one_step_offsets(run) if balanced else None
     rows: list[list[int]] = []
     for start in range(0, count, BATCH):
         places = list(range(start, min(start + BATCH, count)))
-        lengths = row_lengths(run, places, seed)
+        lengths = row_lengths(run, places, seed, 0 if template is None else template.longest)
+        if template is not None and template.lengths is not None:
+            lengths = [template.lengths[place % len(template.lengths)] for place in places]
         if run.parts is None:
-            ids = write_autoregressively(run, places, temperature, seed, tick)
+            ids = write_autoregressively(run, places, temperature, seed, tick, template)
             lengths = None if lengths is None else written_lengths(run, ids, lengths)
         else:
             see = callback if callback is not None and start == 0 else sampler.silent
-            ids = write_by_flow(run, places, lengths, steps or 1, last, method, temperature, gamma, seed, see, offset, tick)
+            ids = write_by_flow(run, places, lengths, steps or 1, last, method, temperature, gamma, seed, see, offset, tick, template)
         rows += ids.tolist() if lengths is None else [row[:length] for row, length in zip(ids.tolist(), lengths, strict=True)]
     return rows
 
@@ -226,6 +271,7 @@ def write_by_flow(
     see: Callback,
     offset: Tensor | None,
     tick: Callable[[], None],
+    template: Template | None = None,
 ) -> Tensor:
     """(B, L) tokens by one of the samplers, on `steps` steps of the run's own clock."""
     network, parts, clock = run.flow
@@ -236,7 +282,7 @@ def write_by_flow(
     def fresh(step: int) -> Tensor:
         return random.normal(places, shape, seed, "sampler noise", step).to(device)
 
-    denoise = denoiser(run, places, counted, temperature, seed, draws=method == "ancestral", offset=offset, tick=tick)
+    denoise = denoiser(run, places, counted, temperature, seed, method == "ancestral", offset, tick, template)
     path = parts.path
     y = path.scale * draw_noise(parts, places, shape[0], seed, "initial noise")
     times = clocks.grid(clock, steps, last).tolist()
@@ -260,15 +306,21 @@ def denoiser(
     draws: bool,
     offset: Tensor | None,
     tick: Callable[[], None],
+    template: Template | None = None,
 ) -> Callable[[Tensor, float, float], Posterior]:
     """The network as samplers see it. `draws`: tokens are drawn from the posterior instead of its most likely ones, after `offset`. A
-    network that recalls is told what it said a step before."""
-    network, _, _ = run.flow
+    network that recalls is told what it said a step before. What a template gives is clean in every state that the network sees, and
+    certain in what it says."""
+    network, parts, _ = run.flow
+    known, given = (None, None) if template is None else template.rows(places, network.weight.device)
+    clean = None if known is None else lookup(parts.code, known)
     calls = iter(range(10**9))
     said: list[Tensor | None] = [None]
 
     def denoise(y: Tensor, s: float, t: float) -> Posterior:
-        start, end = (torch.full((len(y),), x, dtype=torch.float64, device=y.device) for x in (s, t))
+        start, end = (told(torch.full((len(y),), x, dtype=torch.float64, device=y.device), given) for x in (s, t))
+        if clean is not None and given is not None:
+            y = torch.where(given[..., None], clean, y)
         hidden = network(y, start, end if run.is_map else None, lengths, said=said[0])
         read, shape = network.read(hidden, y, start), y.shape[:2]
         mean, tokens, confidence = heads.posterior(network.head(), read, temperature, offset)
@@ -278,7 +330,11 @@ def denoiser(
             tokens, confidence = heads.draw(network.head(), read, uniform.flatten().to(y.device), temperature)
         tick()
         said[0] = mean.view(y.shape) if network.recall is not None else None
-        return Posterior(mean.view(y.shape), tokens.view(shape), confidence.view(shape))
+        found = Posterior(mean.view(y.shape), tokens.view(shape), confidence.view(shape))
+        if clean is None or known is None or given is None:
+            return found
+        certain = torch.where(given, 1.0, found.confidence)
+        return Posterior(torch.where(given[..., None], clean, found.mean), torch.where(given, known, found.tokens), certain)
 
     return denoise
 
@@ -308,42 +364,57 @@ def one_step_offsets(run: Run) -> Tensor:
     return run.offsets
 
 
-def write_autoregressively(run: Run, places: list[int], temperature: float, seed: int, tick: Callable[[], None]) -> Tensor:
-    """(B, L) tokens drawn one after another, keys and values cached."""
+def write_autoregressively(
+    run: Run, places: list[int], temperature: float, seed: int, tick: Callable[[], None], template: Template | None = None
+) -> Tensor:
+    """(B, L) tokens drawn one after another, keys and values cached; those that a template gives are taken from it."""
     network, cache, width = run.network, Cache(), run.manifest["length"]
     assert isinstance(network, Autoregressive)
     uniform = torch.stack([torch.rand(width, generator=random.generator(seed, "token draws", place)) for place in places])
     previous, columns = None, []
+    known, given = (None, None) if template is None else template.rows(places, network.weight.device)
     for position in range(width):
         hidden = network.step(previous, len(places), cache)
         previous, _ = heads.draw(network.head(), heads.Read(hidden), uniform[:, position].to(hidden.device), temperature)
+        if known is not None and given is not None:
+            previous = torch.where(given[:, position], known[:, position], previous)
         columns.append(previous)
         tick()
     return torch.stack(columns, 1)
 
 
 def written_lengths(run: Run, ids: Tensor, drawn: list[int]) -> list[int]:
-    """How far a baseline wrote each row (B, L) of one document: up to its first end token, which counts. Without such a token it cannot
+    """How far a baseline wrote each row (B, L) of one document: up to its end token, which counts. Without such a token it cannot
     say where a text ends, which is then as long as is `drawn` for a flow."""
     end = run.manifest["tokenizer"]["end_id"]
     if end is None:
         return drawn
-    ended = (ids == end).int()
-    return torch.where(ended.any(1), ended.argmax(1) + 1, ids.shape[1]).tolist()
+    ended = (ids == end) & ((ids == end).cumsum(1) == ends(run))
+    return torch.where(ended.any(1), ended.int().argmax(1) + 1, ids.shape[1]).tolist()
 
 
-def row_lengths(run: Run, places: list[int], seed: int) -> list[int] | None:
-    """Lengths of rows of single documents, drawn from the training rows' lengths; None where every row is full."""
+def ends(run: Run) -> int:
+    """End tokens in a row of one document: one, and of a pair two."""
+    return 2 if run.manifest["settings"].get("target_field") else 1
+
+
+def row_lengths(run: Run, places: list[int], seed: int, least: int = 0) -> list[int] | None:
+    """Lengths of rows of single documents, drawn from those of the training rows that are longer than `least`, or the whole width where
+    there is none; None where every row is full."""
     counts = length_counts(run.directory / SHARDS)
     if counts is None:
         return None
+    counts = np.where(np.arange(len(counts)) > least, counts, 0)
+    counts[-1] += not counts.any()
     cumulative = np.cumsum(counts / counts.sum())
     return [min(int(np.searchsorted(cumulative, random.uniform(seed, "length", place), side="right")), len(counts) - 1) for place in places]
 
 
 def text_of(run: Run, row: list[int]) -> str:
-    """Decoded text of a row. A row of one document (packing=document) ends before its end token."""
+    """Decoded text of a row. A row of one document (packing=document) ends before its end token; what is given of a pair is a line of its
+    own."""
     end = end_id(run.tokenizer)
-    if run.manifest["packing"] == "document" and end is not None and end in row:
-        row = row[: row.index(end)]
+    if run.manifest["packing"] == "document" and end is not None:
+        places = [place for place, token in enumerate(row) if token == end]
+        row = row[: places[ends(run) - 1]] if len(places) >= ends(run) else row
     return decode(run.tokenizer, row)

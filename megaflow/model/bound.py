@@ -54,7 +54,7 @@ def bound_of_rows(
     end is frequent.
 
     given: (R, L) tokens that are known from the start: the bound is then one of -log p of the others, given these, in nats per token of
-    the others.
+    the others (and of the row's length, where that has a law, as if the given tokens told nothing of it).
 
     The channel's terms are in fp64, or with `double` off in fp32, twice as fast and good for watching a training run.
     Raises flow.likelihood.NoBound where the noise is not Gaussian, or the network has no bound on the flow's range.
@@ -65,6 +65,7 @@ def bound_of_rows(
     rows = own if all_rows is None else all_rows
     places = torch.arange(own) if places is None else places
     counted = torch.ones_like(ids) if lengths is None else (torch.arange(width, device=ids.device) < lengths[:, None]).long()
+    whole = counted.sum(1).cpu()
     counted = counted if given is None else counted * ~given
     ours, channel = torch.zeros(2, draws, own, dtype=torch.float64)
     last, last_channel = torch.zeros(2, own, dtype=torch.float64)
@@ -91,7 +92,7 @@ def bound_of_rows(
     first = (likelihood.prior_term(parts.code, ids, parts.bounded) * counted).sum(1).cpu().double()
     unigram = -(look_up(parts.code.part, parts.log_prior, ids).double() * counted).sum(1).cpu()
     tokens = counted.sum(1).cpu()
-    shape = torch.zeros(own, dtype=torch.float64) if log_length is None else -torch.from_numpy(log_length)[tokens]
+    shape = torch.zeros(own, dtype=torch.float64) if log_length is None else -torch.from_numpy(log_length)[whole]
     if documents is not None:
         shape = shape + boundary_cost(ids, documents, parts, counted)
     everyones = torch.zeros(2 * draws + 3, rows, dtype=torch.float64)

@@ -30,18 +30,20 @@ class Contexts:
             return None
         card = random.permutation(self.rows, self.seed, "context rows", step)[places % self.rows]
         some = card < round(self.config.share * self.rows)
-        return self._drawn(ids, lengths, places, step, some)
+        return masks(self.config.law, self.end, ids, lengths * some, self.seed, places, step)
 
     def validation(self, ids: Tensor, lengths: Tensor, places: Tensor) -> Tensor | None:
         """The same of validation rows, where no row of training is without: the same at every validation."""
         if not self.there or self.config.share < 1.0:
             return None
-        return self._drawn(ids, lengths, places, -1, torch.ones(len(ids), dtype=torch.bool))
+        return masks(self.config.law, self.end, ids, lengths, self.seed, places, -1)
 
-    def _drawn(self, ids: Tensor, lengths: Tensor, places: Tensor, step: int, some: Tensor) -> Tensor:
-        found = torch.zeros(ids.shape, dtype=torch.bool)
-        for index in torch.nonzero(some)[:, 0].tolist():
-            length = int(lengths[index])
-            row = Row(ids[index, :length], self.end, random.generator(self.seed, "context", step, int(places[index])))
-            found[index, :length] = choice.call(CONTEXTS, self.config.law, row)
-        return found
+
+def masks(law: str, end: int | None, ids: Tensor, lengths: Tensor, seed: int, places: Tensor, step: int) -> Tensor:
+    """(B, L) bool, which tokens of rows a law gives; none of a row of length 0."""
+    found = torch.zeros(ids.shape, dtype=torch.bool)
+    for index, length in enumerate(lengths.tolist()):
+        if length:
+            row = Row(ids[index, :length], end, random.generator(seed, "context", step, int(places[index])))
+            found[index, :length] = choice.call(CONTEXTS, law, row)
+    return found

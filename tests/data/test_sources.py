@@ -35,8 +35,12 @@ def write(path: Path, data: bytes) -> str:
     return str(path)
 
 
-def read(name: str, bad_line=None, **settings) -> list[str]:
+def read_parts(name: str, bad_line=None, **settings) -> list[tuple[str, ...]]:
     return list(sources.corpus(sources.find_sources([name]), DataConfig(**settings), "read", bad_line))
+
+
+def read(name: str, bad_line=None, **settings) -> list[str]:
+    return [text for (text,) in read_parts(name, bad_line, **settings)]
 
 
 class TestFinding:
@@ -195,3 +199,32 @@ class TestBrokenInput:
             read(write(tmp_path / "a.txt", "aç".encode() + b"bc\xe9d"))
         with pytest.raises(UserError, match=r"not UTF-8 text \(byte 3\)"):
             read(write(tmp_path / "b.txt", b"abc\xe2\x82"))
+
+
+class TestPairs:
+    PAIRS = [("hound", "dog"), ("tabby", "cat")]
+
+    def test_both_fields_of_a_line(self, tmp_path):
+        lines = "".join(json.dumps({"a": a, "b": b, "text": "x"}) + "\n" for a, b in self.PAIRS)
+        assert read_parts(write(tmp_path / "a.jsonl", lines.encode()), text_field="a", target_field="b") == self.PAIRS
+
+    def test_both_columns_of_parquet(self, tmp_path):
+        import pyarrow
+        import pyarrow.parquet
+
+        name, (a, b) = str(tmp_path / "a.parquet"), zip(*self.PAIRS, strict=True)
+        pyarrow.parquet.write_table(pyarrow.table({"a": a, "b": b}), name)
+        assert read_parts(name, text_field="a", target_field="b") == self.PAIRS
+        with pytest.raises(UserError, match="no column 'c': set data.target_field to one of a, b"):
+            read_parts(name, text_field="a", target_field="c")
+
+    def test_a_line_without_one_of_them_is_broken(self, tmp_path):
+        told = []
+        lines = b'{"a": "hound", "b": "dog"}\n{"a": "tabby"}\n{"a": "x", "b": 3}\n'
+        name = write(tmp_path / "a.jsonl", lines)
+        assert read_parts(name, lambda *problem: told.append(problem[1:]), text_field="a", target_field="b") == self.PAIRS[:1]
+        assert told == [(2, "no field 'b'"), (3, "field 'b' is not a string")]
+
+    def test_each_is_normalized_by_itself(self, tmp_path):
+        name = write(tmp_path / "a.jsonl", b'{"a": "A-B ", "b": " C!"}\n')
+        assert read_parts(name, text_field="a", target_field="b", normalize="letters") == [("a b", "c")]

@@ -32,7 +32,7 @@ def alone(words, workspace):
     """The run of one process."""
 
     def run(kind: str, family: str, steps: int, *overrides: str) -> Path:
-        name = "-".join(["alone", kind, family, str(steps), *overrides])
+        name = "-".join(["alone", kind, family, str(steps), *overrides]).replace("/", "_")
         if not (workspace / name / "summary.json").exists():
             train(words(kind, family, name, f"train.steps={steps}", *overrides))
         return workspace / name

@@ -11,6 +11,7 @@ import pytest
 
 from megaflow.train import checkpoint as checkpoints
 from megaflow.train import run as runs
+from megaflow.train.run import read_config
 from tests.layout_job import layout, same_curve, train, train_sharded
 
 COVER = [
@@ -161,6 +162,16 @@ def test_every_design_has_the_losses_of_one_process(ranks, words, alone, workspa
     name = f"design-{design.replace(' ', '-')}-{tensor}{data}{zero}"
     ranks(tensor * data, train, words("coded", "flow", name, *layout(8, tensor, data, zero), *DESIGNS[design]))
     same_curve(workspace / name, alone("coded", "flow", 8, *DESIGNS[design]), 8)
+
+
+@pytest.mark.parametrize("zero, tensor", [(1, 2), pytest.param(3, 1, marks=pytest.mark.long), pytest.param(2, 1, marks=pytest.mark.long)])
+def test_a_map_of_a_flow_that_is_given_tokens(ranks, words, alone, workspace, zero, tensor):
+    teacher = f"distill.teacher={alone('coded', 'flow', 8, *DESIGNS['contexts'])}"
+    name = f"given-map-{tensor}-{zero}"
+    ranks(2, train, words("coded", "flow_map", name, *layout(8, tensor, 2 // tensor, zero), teacher))
+    same_curve(workspace / name, alone("coded", "flow_map", 8, teacher), 8)
+    config = read_config(workspace / name).config
+    assert config.flow.context.share == 0.5  # the teacher's
 
 
 @pytest.mark.parametrize("family, tensor, zero", [("flow", 2, 0), ("autoregressive", 1, 3)])

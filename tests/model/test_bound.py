@@ -98,6 +98,18 @@ def test_padding_counts_for_nothing(kind):
     assert full.mean == pytest.approx(bound_of_rows(network, parts, clock, ids, None, draws=2, seed=0).mean, abs=1e-6)
 
 
+def test_given_tokens_change_nothing_of_what_the_length_costs():
+    network, parts, clock, ids = setup("frame of 5")
+    with torch.no_grad():
+        network.weight.zero_()
+    lengths, given = torch.tensor([1, 2, 3, 4, 5, 6, 6, 3]), torch.arange(6).expand(8, -1) < 2
+    law = np.log(np.array([1e-9, 0.05, 0.1, 0.35, 0.05, 0.15, 0.3]))
+    found = bound_of_rows(network, parts, clock, ids, lengths, draws=3, seed=0, log_length=law, given=given)
+    counted = (torch.arange(6) < lengths[:, None]) & ~given
+    tokens = -parts.log_prior.double()[ids][counted].sum().item()
+    assert found.mean * counted.sum().item() == pytest.approx(tokens - law[lengths.numpy()].sum(), rel=1e-9)
+
+
 @each
 def test_given_tokens_count_for_nothing_and_are_seen(kind):
     """Of a network that knows no context the entropy of the others; what is given changes what one that knows some says of them."""

@@ -45,7 +45,7 @@ def test_a_prompt_stands_at_the_beginning_of_every_text(runs, kind, way):
     prompt = sample(runs / kind, 3, **way, prompt="And God")
     tokens = encode(load_tokenizer(load_run(runs / kind).config.data.path), "And God")
     assert all(row[: len(tokens)] == tokens and len(row) == 16 for row in prompt["tokens"])
-    assert all(text.startswith("And God") for text in prompt["texts"]) and len(set(prompt["texts"])) == 3
+    assert all(text.startswith("And God") for text in prompt["texts"])
     assert prompt["prompt"] == "And God" and prompt["given_tokens"] == len(tokens)
     assert "prompt" not in sample(runs / kind, 1, **way)
     assert sample(runs / kind, 2, **way, prompt="And God")["tokens"] == prompt["tokens"][:2]

@@ -56,9 +56,8 @@ def test_a_document_with_blanks_ends_after_them(described):
     """Its end token is given, and shown no more."""
     manifest, tokenizer = described("documents")
     found = of_blanks(manifest, tokenizer, "the ___.", 4)
-    assert (
-        found.lengths == [found.shown + 1] and found.given[0, found.shown] and found.ids[0, found.shown] == manifest["tokenizer"]["end_id"]
-    )
+    assert found.lengths == [found.shown + 1] and found.given[0, found.shown]
+    assert found.ids[0, found.shown] == manifest["tokenizer"]["end_id"]
 
 
 @pytest.mark.parametrize(

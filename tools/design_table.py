@@ -5,7 +5,8 @@
 
 Every point is trained and evaluated by the ordinary commands, with the overrides for all of them, one value of every axis, and run.seed
 0, 1, … OUT/table.md has a line a point: likelihood in nats a token with the standard error over seeds, its paired difference from the
-first point (the same seeds, so that what seeds share cancels), judge and entropy of texts. A combination that the config refuses has
+first point (the same seeds, so that what seeds share cancels), judge and entropy of texts; and where some runs can be given the beginning
+of a text, the likelihood of the second half of a row given the first. A combination that the config refuses has
 the sentence that says why. Killed, it goes on where it was; more seeds or values run only what is new.
 """
 
@@ -61,7 +62,7 @@ def shown(values: list[float | None], digits: int, sign: str = "") -> str:
 
 def table(points: list[tuple[str, ...]], results: dict[tuple[str, ...], list[dict[str, Any] | str]]) -> str:
     """Markdown of what has been measured."""
-    lines = ["| choice | likelihood, nats/token | against the first | judge, bits/char | entropy, nats |", "|---|---|---|---|---|"]
+    rest = "likelihood", "continuation", "nats_per_token"
 
     def of(point: tuple[str, ...], *path: str) -> list[float | None]:
         found = []
@@ -72,6 +73,9 @@ def table(points: list[tuple[str, ...]], results: dict[tuple[str, ...], list[dic
             found.append(value)
         return found
 
+    given = any(value is not None for point in points for value in of(point, *rest))
+    lines = ["| choice | likelihood, nats/token | against the first | judge, bits/char | entropy, nats |" + " second half |" * given]
+    lines.append("|---|---|---|---|---|" + "---|" * given)
     first = of(points[0], "likelihood", "nats_per_token")
     for point in points:
         runs = results.get(point, [])
@@ -79,13 +83,14 @@ def table(points: list[tuple[str, ...]], results: dict[tuple[str, ...], list[dic
             continue
         name = ", ".join(f"`{part}`" for part in point)
         if isinstance(runs[0], str):
-            lines.append(f"| {name} | refused: {runs[0]} | | | |")
+            lines.append(f"| {name} | refused: {runs[0]} | | | |" + " |" * given)
             continue
         bounds = of(point, "likelihood", "nats_per_token")
         pairs = list(zip(bounds, first, strict=False))
         apart = [None if a is None or b is None else a - b for a, b in pairs]
         drawn = [shown(of(point, "samples", STEPS, key), 2) for key in ("judge_bits_per_char", "entropy")]
         difference = "" if point == points[0] else shown(apart, 3, "+")
+        drawn += [shown(of(point, *rest), 3)] if given else []
         lines.append(f"| {name} | {shown(bounds, 3)} | {difference} | {' | '.join(drawn)} |")
     seeds = max(map(len, results.values()))
     unigram = next(

@@ -19,6 +19,8 @@ the multiplications of a token are (layers that read what nothing is learned in 
     autoregressive    forward N + A + W + H                           backward 2 (N + A + W + H) + V
     flow              forward N + A + M + T + W + S + B + 2 Q + H     backward 2 (N + A + M + W + H) + V + S + B + (f + 2 c) c / L
 
+Where tokens have times of their own, or some are given, M and T are of every token, and of what is beside the text.
+
 A flow map has two time embeddings, reads W or S once more ahead, and has a frozen table. Of its targets, a diagonal row's takes a
 forward pass of the teacher; another's two of the map, on one set of beliefs more and with the product V d_c of a frame's mean between
 them (under ZeRO 3 the posteriors at s, H + Q, are computed a second time). Hot beliefs, B + Q each, are of rows with s < t, at s
@@ -73,6 +75,11 @@ def hot_shares(hot: float) -> tuple[float, float]:
     return at_s, hot + (0.5 - hot) * math.log(abs(1.0 - 2.0 * hot)) if hot != 0.5 else 0.5
 
 
+def times_of_tokens(config: Config, is_map: bool) -> bool:
+    """Whether a network is told a time for every token: of stage 1 if it is asked to, or where some are given."""
+    return config.flow.context.share > 0.0 or config.flow.times == "tokens" and not is_map
+
+
 def _of_choices(config: Config, vocab: int) -> Iterator[tuple[float, float]]:
     """Products of (forward, backward) passes a token that choices of stage 1 have besides: squared errors, weights and codes that are
     trained. Of a learned code's, taken once a pass, a process is thought to hold train.micro_batch rows."""
@@ -85,7 +92,8 @@ def _of_choices(config: Config, vocab: int) -> Iterator[tuple[float, float]]:
     if errors:
         yield (vocab * dim, vocab * dim) if framed else (vocab, 0)
     if flow.weighting == "learned":
-        yield (2 * FREQUENCIES * CONDITION + CONDITION**2 + CONDITION) / length, CONDITION / length
+        rows = 1 if flow.times == "tokens" else length
+        yield (2 * FREQUENCIES * CONDITION + CONDITION**2 + CONDITION) / rows, CONDITION / rows
     if flow.code not in codes.TRAINED:
         return
     by_channel = 2 * vocab * dim + vocab
@@ -123,8 +131,9 @@ def of_step(config: Config, vocab: int, is_map: bool = False, hot: float = 1.0) 
     skip = evidence if config.flow.skip == "on" else 0
     timed = model.time != "none"
     wide = 6 * model.layers + 2 if model.time == "adaptive" else TIME_TOKENS if model.time == "tokens" else 0
-    modulation = CONDITION * wide * d / length
-    features, deep = timed * 2 * FREQUENCIES * CONDITION / length, timed * CONDITION**2 / length
+    per = 1 if times_of_tokens(config, is_map) else length  # tokens of a time
+    modulation = CONDITION * (wide + (longer - 1.0) * 6 * model.layers * (per == 1)) * d / per
+    features, deep = timed * 2 * FREQUENCIES * CONDITION / per, timed * CONDITION**2 / per
 
     trained = blocks + attention + modulation + head
     once = trained + features + deep + embedded + linear + skip  # a pass of a flow on beliefs that are there

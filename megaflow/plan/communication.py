@@ -29,7 +29,8 @@ from megaflow.flow import code as codes
 from megaflow.flow import flow_map
 from megaflow.flow.laws import needs_error
 from megaflow.flow.prior import on_simplex
-from megaflow.model.flops import hot_shares
+from megaflow.model.flops import hot_shares, times_of_tokens
+from megaflow.model.reading import CONDITION
 from megaflow.parallel.recorder import RINGS
 from megaflow.plan.layout import Layout, Weight, weights
 
@@ -162,7 +163,9 @@ def _over_tensor(config: Config, layout: Layout, is_map: bool, hot: float) -> li
         send(what, "reduce-scatter", tokens * beside * p)
 
     gated = not baseline and model.time == "adaptive"
-    modulations, last = (6 * rows.all * d, 2 * rows.all * d) if gated else (2 * passes * d, passes * d)
+    of_tokens = gated and times_of_tokens(config, is_map)
+    one = passes * (CONDITION + 1) * d if of_tokens else rows.all * d  # gradients of weights, or of what is made of a row's time
+    modulations, last = (6 * one, 2 * one) if gated else (2 * passes * d, passes * d)
     gains = passes * (d + (2 * d // int(model.heads) if model.qk_norm else 0))
     # a block that is computed again stops at the last result that its backward pass needs: of a gated one the last scatter's
     again = (2, 2 if gated else 1) if layout.recompute == "full" else (0, 0)
@@ -170,6 +173,7 @@ def _over_tensor(config: Config, layout: Layout, is_map: bool, hot: float) -> li
     longer = 1.0 + extra / length
     send("trunk", "all-gather", ((4 + again[0]) * model.layers * longer + 1) * n * d * p)
     send("trunk", "reduce-scatter", ((4 + again[1]) * model.layers * longer + 1) * n * d * p)
+    send("trunk", "all-gather", of_tokens * n * CONDITION * p)  # gradients of what they are told
     send("trunk", "all-gather", rows.all * extra * d * p)  # gradients of what is beside the text
     send("trunk", "all-reduce", (model.layers * (modulations + gains) + last) * SINGLE)
     log_sum("head", n)

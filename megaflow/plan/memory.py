@@ -27,6 +27,8 @@ from megaflow.config.schema import Config
 from megaflow.flow import code as codes
 from megaflow.flow.channel import CHUNK_ELEMENTS, CHUNK_TOKENS, ROUND
 from megaflow.flow.laws import needs_error
+from megaflow.model.flops import times_of_tokens
+from megaflow.model.reading import CONDITION, FREQUENCIES
 from megaflow.parallel.reduction import FLYING, bucket_elements
 from megaflow.plan.communication import PERSISTENT, REUSED, rows_of
 from megaflow.plan.layout import Layout, Weight, weights
@@ -173,7 +175,7 @@ def of_activations(config: Config, vocab: int, layout: Layout, is_map: bool = Fa
     own = n / tensor * d * p
     trunk = _kept_of_blocks(config, layout, device, is_map) + (2 if gated else 1) * own
     if layout.recompute == "full" and again:
-        trunk += _block(config, layout, device, gated)
+        trunk += _block(config, layout, device, gated, is_map)
     part, width = math.ceil(vocab / tensor), (2 * model.neighbors + 1) * model.belief_dim
     parts = 2 if is_map and 0.0 < config.distill.diagonal_fraction < 1.0 else 1
     head = n * d * p + parts * part * (d + 1) * p
@@ -182,6 +184,9 @@ def of_activations(config: Config, vocab: int, layout: Layout, is_map: bool = Fa
     dim, dense = int(config.flow.code_dim), config.flow.code == "identity"
     here = part if dense else dim
     entering = 2.0 * layout.micro * (positions(config, is_map) - config.data.length) / tensor * d * p  # what is beside the text
+    if gated and times_of_tokens(config, is_map):  # features of the times, and what is made of them on the way to the trunk
+        beside = positions(config, is_map) > config.data.length
+        entering += (n * (2 * FREQUENCIES + 4 * CONDITION) + n / tensor * ((tensor > 1 or beside) * CONDITION + d)) * p
     if model.input in ("belief", "both"):
         entering += n / tensor * width * p * (2 if is_map and config.distill.state_input == "hot_belief" else 1)
         entering += 0 if is_map else n * (here + 2) * SINGLE  # beliefs are computed again from the state
@@ -201,7 +206,7 @@ def _kept_of_blocks(config: Config, layout: Layout, device: str, is_map: bool) -
     gated = _gated(config, is_map)
     if layout.recompute == "full":
         return config.model.layers * layout.micro * positions(config, is_map) / layout.tensor * config.model.hidden * layout.width
-    return config.model.layers * _block(config, layout, device, gated)
+    return config.model.layers * _block(config, layout, device, gated, is_map)
 
 
 def positions(config: Config, is_map: bool = False) -> int:
@@ -210,7 +215,7 @@ def positions(config: Config, is_map: bool = False) -> int:
     return config.data.length + flow * (config.model.registers + (TIME_TOKENS if config.model.time == "tokens" else 0))
 
 
-def _block(config: Config, layout: Layout, device: str, gated: bool) -> float:
+def _block(config: Config, layout: Layout, device: str, gated: bool, is_map: bool) -> float:
     model, d, p, tensor, length = config.model, config.model.hidden, layout.width, layout.tensor, positions(config)
     n, again = layout.micro * length, layout.recompute == "selective"
     own = n / tensor * d
@@ -221,7 +226,8 @@ def _block(config: Config, layout: Layout, device: str, gated: bool) -> float:
     found += 3 * n / tensor * int(model.heads) * SINGLE + 4 * n / tensor * p  # log-sum-exps and norms
     if model.attention == "plain":
         found += layout.micro * int(model.heads) / tensor * length**2 * p
-    return found + (8 * layout.micro * d * p if gated else 0)
+    scales = own * (6 if again else 8) if times_of_tokens(config, is_map) else 8 * layout.micro * d
+    return found + (scales * p if gated else 0)
 
 
 def _block_backward(config: Config, layout: Layout) -> float:

@@ -56,6 +56,7 @@ DESIGNS: dict[str, tuple[int, dict[str, Any]]] = {
     "beside the text": (400, {"model.time": "tokens", "model.registers": 3}),
     "told before": (400, {"flow.self_conditioning": 0.5}),
     "told before, one-hot": (100, {"flow.self_conditioning": 0.25, "flow.code": "identity", "model.input": "linear"}),
+    "token times": (400, {"flow.times": "tokens", "model.registers": 3, "flow.weighting": "learned"}),
     "no time": (400, {"model.time": "none"}),
     "tied head": (400, {"model.head": "tied", "model.belief_dim": "auto"}),
 }

@@ -66,6 +66,8 @@ SIZES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "both read": ("flow", 400, {"model.input": "both", "model.neighbors": 2}),
     "dense map": ("map", 100, {"model.input": "linear"}),
     "beside the text": ("flow", 400, {"model.time": "tokens", "model.registers": 4}),
+    "token times": ("flow", 400, {"flow.times": "tokens"}),
+    "token times, wide": ("flow", 400, {"flow.times": "tokens", "model.hidden": 160, "model.registers": 2}),
     "no time": ("flow", 400, {"model.time": "none"}),
     "queries and keys as they are": ("flow", 400, {"model.qk_norm": False}),
     "tied head": ("flow", 400, {"model.head": "tied", "model.belief_dim": "auto"}),

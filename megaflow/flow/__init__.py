@@ -11,6 +11,7 @@
     clock         laws of training times and grids of samplers, as two arrays
     profile       what a model is measured to score at each log-SNR
     laws          where clocks come from
+    context       which tokens of a row are given
     objective     losses of stage 1, as weights by time
     weighting     weights of a token's loss
     flow_map      the semigroup identity and the rows of stage 2

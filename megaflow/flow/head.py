@@ -149,11 +149,15 @@ def candidates(head: Head, z: Tensor) -> tuple[Tensor, Tensor]:
     return largest(head.part, z, balance.CANDIDATES)
 
 
-def draw(head: Head, read: Read, uniform: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Tokens drawn from psi by inverting its distribution function at `uniform` (n,), and the probability of each."""
+def draw(
+    head: Head, read: Read, uniform: Tensor, temperature: float = 1.0, reshaped: Callable[[Tensor, slice], Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Tokens drawn from psi by inverting its distribution function at `uniform` (n,), and the probability of each. With `reshaped` from
+    weights that it makes of psi (n, V), which it may write over, of a chunk of tokens."""
 
     def one(z: Tensor, part: slice) -> tuple[Tensor, ...]:
         p = softmax_(head.part, z.double() if temperature == 1.0 else z.double() / temperature)
+        p = p if reshaped is None else reshaped(p, part)
         cumulative = p.cumsum(-1)
         everything, below = cumulative[:, -1:], torch.zeros_like(cumulative[:, -1:])
         if head.part.stack is not None:

@@ -3,6 +3,7 @@
 cross_entropy    of the token                                                      stage 1 and the baseline
 denoising_loss   any share of cross-entropy and of squared error in code space     objectives of stage 1
 divergence       KL from a target that has no gradient                             stage 2
+jump_divergence  integrand of the bound of uniform discrete diffusion              that baseline
 """
 
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from torch import Tensor
 from megaflow.flow import code as codes
 from megaflow.flow.channel import Buffer, chunks, evidence_gradient, rounded, row_products
 from megaflow.flow.head import Head, Read, reader
-from megaflow.flow.vocabulary import log_softmax_, own_ids, pick, total
+from megaflow.flow.vocabulary import log_softmax_, own_ids, pick, softmax_, total
 
 Reweight = Callable[[Tensor], Tensor]
 """Factors of tokens (n,) from their squared distance from the target, without gradient."""
@@ -148,6 +149,44 @@ def denoising_loss(
         return w * (a * nll + b * error), torch.stack([nll, error], 1), w, gradient
 
     return _loss(head, read, measure, 1, direct)
+
+
+def jump_divergence(head: Head, read: Read, ids: Tensor, seen: Tensor, t: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """sum_i w_i D_i, and D (n,) without weights: the rate at which the true reverse process diverges from the network's, whose mean over
+    uniform times t is the bound of -log p of uniform discrete diffusion (UDLM, eq. 18; Duo, eq. 7; with alpha_t = t).
+
+    With x = V t e_token + 1 - t, and x' the same of psi, the rates of jumps from `seen` to j are r_j = x_j / x_seen and r'_j, over V t:
+
+        D = 1/(V t) sum_j [ r_j log(r_j / r'_j) - r_j + r'_j ]
+
+    ids, seen: (n,) clean and noisy tokens; t: (n,) fp64 in (0, 1).
+    """
+
+    def measure(z: Tensor, part: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        p, vocab = softmax_(head.part, z), head.part.size
+        token, now, time = ids[part], seen[part], t[part]
+        rest, gain = (1.0 - time), vocab * time
+        same = token == now
+        own = torch.where(same, gain + rest, rest)  # x of what is seen
+        low, high = rest / own, (gain + rest) / own  # r of all others, and of the clean token
+        constant = torch.where(same, (vocab - 1) * torch.xlogy(low, low), torch.xlogy(high, high))
+        x = p * gain.to(p)[:, None] + rest.to(p)[:, None]
+        log_x = x.log()
+        total_log, log_now, log_token = total(head.part, log_x.sum(-1)), pick(head.part, log_x, now), pick(head.part, log_x, token)
+        low_, extra = low.to(p), (gain / own).to(p)
+        crossed = low_ * total_log + extra * log_token - (vocab / own).to(p) * log_now
+        losses = (constant.to(p) - crossed - (vocab / own).to(p) + vocab * torch.exp(-log_now)) / gain.to(p)
+        slope = low_[:, None] / x
+        place, inside = own_ids(head.part, token)
+        here, there = own_ids(head.part, now)
+        slope = slope.scatter_add_(1, place[:, None], (inside * extra * torch.exp(-log_token))[:, None])
+        at_seen = vocab * torch.exp(-2.0 * log_now) - (vocab / own).to(p) * torch.exp(-log_now)
+        slope = slope.scatter_add_(1, here[:, None], (there * at_seen)[:, None]).neg_()
+        gradient = slope.sub_(total(head.part, row_products(p, slope))[:, None]).mul_(p)
+        w = weight[part].to(z.dtype)
+        return losses * w, losses, w, gradient
+
+    return _loss(head, read, measure, 1)
 
 
 def _from_token(head: Head, p: Tensor, ids: Tensor) -> Tensor:

@@ -11,7 +11,19 @@ import zstandard
 from megaflow.config.schema import keys
 
 ROOT = Path(__file__).resolve().parents[2]
-NAMES = ("data", "pretraining", "design-space", "extending", "parallelism", "scaling", "distillation", "sampling", "given", "evaluation", "export")
+NAMES = (
+    "data",
+    "pretraining",
+    "design-space",
+    "extending",
+    "parallelism",
+    "scaling",
+    "distillation",
+    "sampling",
+    "given",
+    "evaluation",
+    "export",
+)
 PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in NAMES)]
 
 SMALL = {

@@ -74,7 +74,7 @@ def side(kind: str, values: dict[str, Any], vocab: int, length: int) -> Side:
     log_prior = torch.log_softmax(-torch.log1p(torch.arange(vocab, dtype=torch.float32)), 0)  # Zipf's law
     torch.manual_seed(0)
     if family == "autoregressive":
-        network = build.autoregressive_network(config, log_prior, device)
+        network = build.baseline_network(config, log_prior, device)
         network.initialize()
         stage: Any = AutoregressiveStage(config, network)
     else:

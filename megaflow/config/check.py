@@ -147,8 +147,10 @@ def contradictions(loaded: Loaded, vocab: int | None = None) -> None:
     extra = model.registers + (TIME_TOKENS if model.time == "tokens" and model.family == "flow" else 0)
     beside = f"model.registers={model.registers}" + (f" and {TIME_TOKENS} tokens of the time" if extra > model.registers else "")
     named = ("model.registers", "model.time")
-    if extra and model.family == "autoregressive":
-        refuse(f"{beside} are of a flow: tokens that all others see have no place in the order of a baseline; use 0", "model.registers")
+    if extra and model.family != "flow":
+        refuse(f"{beside} are of a flow: tokens that all others see have no place in a baseline; use 0", "model.registers")
+    if model.time == "tokens" and model.family in ("masked", "uniform"):
+        refuse("model.time=tokens are of a flow; a baseline is told the time by model.time=adaptive, or not at all", "model.time")
     if extra % parallel.tensor:
         refuse(f"parallel.tensor={parallel.tensor} does not divide {beside}: each process has as many", "parallel.tensor", *named)
     if extra and config.data.mask_documents:
@@ -278,9 +280,9 @@ def doubts(loaded: Loaded) -> list[str]:
         )
     elif config.model.family == "flow" and config.flow.skip == "off" and config.flow.code not in ("auto", "identity"):
         found.append(f"flow.skip=off with flow.code={config.flow.code} has no likelihood: its tokens are never resolved")
-    if config.model.family == "autoregressive":
+    if config.model.family != "flow":
         idle = [name for name, origin in loaded.origin.items() if name.startswith(("flow.", "model.input")) and origin == "command line"]
-        found += [f"{name} changes nothing of an autoregressive baseline" for name in idle]
+        found += [f"{name} changes nothing of the baseline model.family={config.model.family}" for name in idle]
     return found
 
 

@@ -70,7 +70,11 @@ class DataConfig:
 
 @dataclass
 class ModelConfig:
-    family: str = key("flow", "what is trained on this trunk", choices=("flow", "autoregressive"))
+    family: str = key(
+        "flow",
+        "what is trained on this trunk: a flow, or a baseline; masked and uniform are discrete diffusion by tokens hidden or replaced",
+        choices=("flow", "autoregressive", "masked", "uniform"),
+    )
     layers: int = key(4, "transformer blocks", low=1)
     hidden: int = key(128, "width of the trunk", low=8)
     heads: Any = key("auto", "attention heads; auto: of 64 dimensions each, at least 4", low=1, auto=True)

@@ -38,8 +38,10 @@ from megaflow.evaluate.template import Template
 from megaflow.flow import profile as profiles
 from megaflow.flow.interpolant import time_of
 from megaflow.flow.likelihood import Estimate, NoBound
+from megaflow.model import discrete_bound
 from megaflow.model.autoregressive import Autoregressive
 from megaflow.model.bound import bound_of_rows
+from megaflow.model.discrete import Discrete
 from megaflow.parallel import random
 from megaflow.progress import Progress
 from megaflow.train.context import Contexts, masks
@@ -59,6 +61,8 @@ EVEN_STEPS = 16
 """A flow map's texts of up to so many steps are also written on a grid that is even to its end, without a longer last step."""
 CONTEXTS_CHECKED = 256
 SHOWN_TEXTS = 8
+METHODS = {"flow": "ode", "flow_map": "flow_map", "autoregressive": "autoregressive"}
+"""How texts are written that are judged; those of other baselines by their ancestral samplers."""
 
 
 def evaluate(
@@ -156,7 +160,7 @@ def measure(run: Run, identity: dict[str, Any], began: float) -> dict[str, Any]:
     result: dict[str, Any] = {
         "run": str(run.directory),
         **identity,
-        "kind": "autoregressive" if run.parts is None else ("flow_map" if run.is_map else "flow"),
+        "kind": run.kind,
         "likelihood": likelihood(run, held_out, draws, seed),
         "judge": {
             "name": f"smoothed character n-gram, order {judge.order}, of the training split",
@@ -208,7 +212,7 @@ def likelihood(run: Run, held_out: RealText, draws: int, seed: int) -> dict[str,
     found = nats(run, held_out, draws, seed, contexts.validation(ids, lengths, places))
     if found["kind"] == "none":
         return found
-    if isinstance(run.network, Autoregressive) or contexts.there:
+    if run.kind in ("autoregressive", "masked") or contexts.there:
         what = "source" if pairs else "first half"
         half = torch.arange(ids.shape[1]) < (lengths // 2)[:, None]
         given = masks("source", contexts.end, ids, lengths, seed, places, -1) if pairs else half
@@ -244,10 +248,13 @@ def nats(run: Run, held_out: RealText, draws: int, seed: int, given: torch.Tenso
         found: dict[str, Any] = {"kind": "exact", "nats_per_token": total / tokens, "standard_error_nats": 0.0, "tokens": tokens}
     else:
         progress = Progress(f"bound {run.directory.name}" + (" of the rest" if given is not None else ""), len(ids), "rows")
+        facts: dict[str, Any] = {"progress": progress, "log_length": law, "documents": documents, "given": given}
         try:
-            bound: Estimate = bound_of_rows(
-                *run.flow, ids, lengths, draws, seed, progress=progress, log_length=law, documents=documents, given=given
-            )
+            bound: Estimate
+            if isinstance(run.network, Discrete):
+                bound = discrete_bound.bound_of_rows(run.network, ids, lengths, draws, seed, **facts)
+            else:
+                bound = bound_of_rows(*run.flow, ids, lengths, draws, seed, **facts)
         except NoBound as error:
             return {"kind": "none", "reason": str(error)}
         entropy = bound.unigram
@@ -323,8 +330,8 @@ def written(run: Run, settings: dict[str, Any], judge: Judge, held_out: RealText
     """Judged `samples` by number of steps ('autoregressive' for the baseline), the same `cooled`, without texts; of a flow map also
     those it writes on a grid without a longer last step, `even`, and its one-step text as the plain argmax, `unbalanced`. A run that writes
     nothing without being given some is given what its law gives of held-out rows, which is part of its texts."""
-    method = "autoregressive" if run.parts is None else ("flow_map" if run.is_map else "ode")
-    counts, temperature = [None] if run.parts is None else settings["steps"], settings["temperature"]
+    method = METHODS.get(run.kind, "ancestral")
+    counts, temperature = [None] if run.kind == "autoregressive" else settings["steps"], settings["temperature"]
     plan = [("samples", count, temperature) for count in counts]
     plan += [("cooled", n, cold) for n in counts if n is None or 1 < n <= COOLED_STEPS for cold in settings["cooled"]]
     if run.is_map:

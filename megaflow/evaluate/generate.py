@@ -14,6 +14,7 @@ from megaflow.config.schema import Config
 from megaflow.data.shards import length_counts, read_description
 from megaflow.data.tokenizer import decode, end_id, load_tokenizer
 from megaflow.errors import UserError
+from megaflow.evaluate import discrete_text
 from megaflow.evaluate import template as templates
 from megaflow.evaluate.template import Template
 from megaflow.export import folder
@@ -24,15 +25,18 @@ from megaflow.flow import profile as profiles
 from megaflow.flow.clock import Clock
 from megaflow.flow.code import lookup
 from megaflow.flow.context import told
+from megaflow.flow.head import Read
 from megaflow.flow.sampler import Callback, Posterior
 from megaflow.model.autoregressive import Autoregressive
+from megaflow.model.build import Baseline
+from megaflow.model.discrete import Discrete
 from megaflow.model.parts import Parts, draw_noise
 from megaflow.model.text_dit import TextDiT
 from megaflow.model.trunk import Cache
 from megaflow.parallel import random
 from megaflow.progress import Progress
 from megaflow.train.run import read_config, stage_of
-from megaflow.train.stages import SHARDS, trained_autoregressive, trained_flow
+from megaflow.train.stages import SHARDS, trained_baseline, trained_flow
 
 BATCH = 64
 BALANCE_TOKENS = 2**14
@@ -47,14 +51,14 @@ LAST_STEP = 0.5
 class Run:
     """A trained run, or a model that was converted from one, loaded for sampling and evaluation.
 
-    parts and clock are None for the autoregressive baseline. step, weights: what identifies its weights, see kept.py; kept: what its stage
+    parts and clock are None for a baseline. step, weights: what identifies its weights, see kept.py; kept: what its stage
     has measured.
     """
 
     directory: Path
     config: Config
     is_map: bool
-    network: TextDiT | Autoregressive
+    network: TextDiT | Baseline
     parts: Parts | None
     clock: Clock | None
     manifest: dict[str, Any]
@@ -63,6 +67,11 @@ class Run:
     weights: str
     kept: dict[str, Tensor]
     offsets: Tensor | None = None  # see one_step_offsets
+
+    @property
+    def kind(self) -> str:
+        """flow, flow_map, or the family of a baseline."""
+        return "flow_map" if self.is_map else self.config.model.family
 
     @property
     def flow(self) -> tuple[TextDiT, Parts, Clock]:
@@ -82,8 +91,8 @@ def load_run(directory: str | Path) -> Run:
         is_map = about["kind"] == "flow_map"
     else:
         config, is_map = read_config(directory).config, stage_of(directory) == "distill"
-        if config.model.family == "autoregressive":
-            (network, found), parts, clock = trained_autoregressive(directory, config, device), None, None
+        if config.model.family != "flow":
+            (network, found), parts, clock = trained_baseline(directory, config, device), None, None
         else:
             network, parts, clock, found = trained_flow(directory, config, is_map, device)
         step, weights, kept = found.state["step"], found.sha256, found.tensors("stage")
@@ -146,7 +155,9 @@ def given_text(run: Run, prompt: str | None, infill: str | None, blank: int | No
     if prompt is not None and infill is not None:
         raise UserError("--prompt and --infill exclude each other: --infill takes all of the text, its beginning too")
     option = "--prompt" if infill is None else "--infill"
-    if infill is not None and run.parts is None:
+    if run.kind == "uniform":
+        raise UserError(f"{option}: {run.directory} replaces tokens by random ones and is given none; use a flow, or model.family=masked")
+    if infill is not None and run.kind == "autoregressive":
         raise UserError(f"--infill: {run.directory} is autoregressive and knows nothing of what comes later; use --prompt, or a flow")
     if run.parts is not None and run.config.flow.context.share == 0.0:
         raise UserError(
@@ -162,7 +173,7 @@ def given_text(run: Run, prompt: str | None, infill: str | None, blank: int | No
 def grid_clock(run: Run, name: str) -> Clock:
     """The clock of a law by name, fitted to what the run has measured. Raises UserError."""
     if run.parts is None:
-        raise UserError(f"--clock: {run.directory} is autoregressive and has no clock")
+        raise UserError(f"--clock: {run.directory} is a baseline (model.family={run.kind}) and has no clock")
     profile = profiles.kept(run.kept)
     try:
         return choice.call(laws.LAWS, name, laws.Measured(run.parts.path, run.parts.code.vocab, profile))
@@ -183,6 +194,13 @@ def chosen(
     run: Run, method: str, steps: int | None, gamma: float | None, last: float | None
 ) -> tuple[str, int | None, float | None, float | None]:
     """The sampler's settings after `auto`; refuses what this run cannot do. Raises UserError."""
+    if run.kind in ("masked", "uniform"):
+        if method not in ("auto", "ancestral") or gamma is not None or last is not None:
+            family = f"model.family={run.kind}"
+            raise UserError(f"{run.directory} is a baseline ({family}): it takes --steps, and no other --method, --last or --gamma")
+        if steps is not None and steps < 1:
+            raise UserError(f"--steps: {steps} is not a positive number of steps")
+        return "ancestral", steps or 64, None, None
     if run.parts is None:
         if method != "auto" or any(given is not None for given in (steps, gamma, last)):
             raise UserError(
@@ -248,9 +266,12 @@ def generate(
         lengths = row_lengths(run, places, seed, 0 if template is None else template.longest)
         if template is not None and template.lengths is not None:
             lengths = [template.lengths[place % len(template.lengths)] for place in places]
-        if run.parts is None:
+        if run.kind == "autoregressive":
             ids = write_autoregressively(run, places, temperature, seed, tick, template)
             lengths = None if lengths is None else written_lengths(run, ids, lengths)
+        elif run.parts is None:
+            assert isinstance(run.network, Discrete)
+            ids = discrete_text.write(run.network, run.manifest["length"], places, lengths, steps or 1, temperature, seed, tick, template)
         else:
             see = callback if callback is not None and start == 0 else sampler.silent
             ids = write_by_flow(run, places, lengths, steps or 1, last, method, temperature, gamma, seed, see, offset, tick, template)
@@ -375,7 +396,7 @@ def write_autoregressively(
     known, given = (None, None) if template is None else template.rows(places, network.weight.device)
     for position in range(width):
         hidden = network.step(previous, len(places), cache)
-        previous, _ = heads.draw(network.head(), heads.Read(hidden), uniform[:, position].to(hidden.device), temperature)
+        previous, _ = heads.draw(network.head(), Read(hidden), uniform[:, position].to(hidden.device), temperature)
         if known is not None and given is not None:
             previous = torch.where(given[:, position], known[:, position], previous)
         columns.append(previous)

@@ -141,7 +141,7 @@ def _write_rest(source: Source, partial: Path) -> None:
     (partial / "config.yaml").write_text(to_yaml(source.loaded.config), "utf-8")
     _write_json(partial / "origin.json", source.loaded.origin)
     shards.copy_description(source.run / SHARDS, partial / SHARDS)
-    if source.kind != "autoregressive":
+    if source.kind in ("flow", "flow_map"):
         (partial / parts.FILE).write_bytes((source.run / parts.FILE).read_bytes())
         tensor_file.write(partial / STAGE, *tensor_file.given(source.found.tensors("stage")), {"format": "pt"})
 

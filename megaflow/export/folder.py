@@ -4,11 +4,11 @@
     model-00001-of-00003.safetensors, …, and model.safetensors.index.json, which says where each is, as Hugging Face's libraries write it
     export.json                 what it was made of, and a hash of every other file
     config.yaml, origin.json    the run's resolved config, and where each of its values came from
-    flow.safetensors            the fixed parts of a flow: code, prior and range of log-SNR; not of an autoregressive baseline
+    flow.safetensors            the fixed parts of a flow: code, prior and range of log-SNR; not of a baseline
     stage.safetensors           what the stage has measured: the clock of a flow and its profile; not of a baseline
     shards/                     what the shards say of themselves: tokenizer, counts, length of rows
 
-export.json is {"version", "megaflow", "kind": flow, flow_map or autoregressive, "weights": averaged or live, "precision",
+export.json is {"version", "megaflow", "kind": flow, flow_map, or the family of a baseline, "weights": averaged or live, "precision",
 "parameters", "source": {run, step, tokens, manifest: SHA-256 of the checkpoint's manifest.json, content: identity of its averaged weights
 and stage}, "verified": what was compared after writing, "files": {name: {bytes, sha256}}}.
 
@@ -28,7 +28,7 @@ from megaflow.data.shards import unigram_counts
 from megaflow.errors import UserError
 from megaflow.flow.clock import Clock
 from megaflow.model import build, parts
-from megaflow.model.autoregressive import Autoregressive
+from megaflow.model.build import Baseline
 from megaflow.model.parts import Parts
 from megaflow.model.text_dit import TextDiT
 from megaflow.parallel import boxes
@@ -43,13 +43,13 @@ INDEX = "model.safetensors.index.json"
 MODEL = "model.safetensors"
 STAGE = "stage.safetensors"
 VERSION = 1
-KINDS = ("flow", "flow_map", "autoregressive")
+KINDS = ("flow", "flow_map", "autoregressive", "masked", "uniform")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NEEDED = {"version", "kind", "weights", "precision", "source", "files"}
 DAMAGED = "convert the run again into another folder"
 
 
-def load(directory: str | Path, device: torch.device | str) -> tuple[TextDiT | Autoregressive, Parts | None, Clock | None, Config]:
+def load(directory: str | Path, device: torch.device | str) -> tuple[TextDiT | Baseline, Parts | None, Clock | None, Config]:
     """The network of a converted model, in fp32 and ready to be evaluated, its fixed parts and its clock (None of a baseline), its config.
 
     At no time more than one tensor is held beside the network. Raises UserError where the folder is none, or its files are not the ones
@@ -165,14 +165,12 @@ def _places(directory: Path) -> dict[str, str]:
         raise ValueError(f"{INDEX}: {error}") from None
 
 
-def build_network(
-    directory: Path, config: Config, is_map: bool, device: torch.device
-) -> tuple[TextDiT, Parts] | tuple[Autoregressive, None]:
+def build_network(directory: Path, config: Config, is_map: bool, device: torch.device) -> tuple[TextDiT, Parts] | tuple[Baseline, None]:
     """A network with undrawn weights, and a flow's parts, from the folder of a run or of a converted model. Raises UserError."""
-    if config.model.family == "autoregressive":
+    if config.model.family != "flow":
         log_prior = parts.unigram(unigram_counts(directory / SHARDS))
         with torch.device(device):
-            return build.autoregressive_network(config, log_prior, device), None
+            return build.baseline_network(config, log_prior, device), None
     fixed = parts.read(directory / parts.FILE)
     with torch.device(device):
         return build.flow_network(config, fixed, device, is_map), parts.to(fixed, device)

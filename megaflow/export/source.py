@@ -31,7 +31,7 @@ SPARE = 2**26
 
 @dataclass(frozen=True)
 class Source:
-    """A run, its config, its kind ('flow', 'flow_map' or 'autoregressive'), the checkpoint that is converted, and its network's shapes."""
+    """A run, its config, its kind ('flow', 'flow_map', or a baseline's family), the checkpoint, and the network's shapes."""
 
     run: Path
     loaded: Loaded
@@ -73,7 +73,7 @@ def open_source(run: Path, step: int | None, groups: list[str]) -> Source:
         if step is None and len(kept) > 1:
             raise Damaged(f"{error}, or convert that, --step {kept[-2]}") from None
         raise
-    kind = "autoregressive" if loaded.config.model.family == "autoregressive" else ("flow_map" if stage == "distill" else "flow")
+    kind = "flow_map" if stage == "distill" else loaded.config.model.family
     return Source(run, loaded, kind, found, shapes)
 
 

@@ -19,6 +19,8 @@ from megaflow.flow import head as heads
 from megaflow.flow.code import lookup
 from megaflow.flow.interpolant import noisy_state
 from megaflow.model.autoregressive import Autoregressive
+from megaflow.model.build import Baseline
+from megaflow.model.discrete import Discrete
 from megaflow.model.parts import Parts
 from megaflow.model.text_dit import TextDiT
 from megaflow.parallel import random
@@ -36,7 +38,7 @@ WORKING = 2**28
 class Network:
     """A network to be computed with: how it is loaded, and how many numbers it has in all and in its largest tensor."""
 
-    load: Callable[[], tuple[TextDiT | Autoregressive, Parts | None]]
+    load: Callable[[], tuple[TextDiT | Baseline, Parts | None]]
     numbers: int
     largest: int
 
@@ -76,13 +78,16 @@ def compare_logits(out: Path, before: Network, after: Network, precision: str) -
 
 
 @torch.no_grad()
-def logits(network: TextDiT | Autoregressive, fixed: Parts | None, seed: int = 0) -> Tensor:
+def logits(network: TextDiT | Baseline, fixed: Parts | None, seed: int = 0) -> Tensor:
     """(N, V) logits in fp32 of fixed tokens, noise and times: of the diagonal, and of a flow map also of the ways ahead."""
     source = random.generator(seed, "verification")
     vocab = len(network.log_prior)
     ids = torch.randint(vocab, (ROWS, POSITIONS), generator=source)
     if isinstance(network, Autoregressive):
         return heads.logits(network.head(), network.read(network(ids)))
+    if isinstance(network, Discrete):
+        times, mask = torch.tensor([s for s, _ in TIMES], dtype=torch.float64), torch.rand(ids.shape, generator=source) < 0.5
+        return heads.logits(network.head(), network.read(network(ids, times, mask)))
     assert fixed is not None
     s, t = torch.tensor(TIMES, dtype=torch.float64).unbind(1)
     y = noisy_state(fixed.path, lookup(network.refresh(), ids), torch.randn(ROWS, POSITIONS, fixed.code.dim, generator=source), s)

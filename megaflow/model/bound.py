@@ -17,7 +17,7 @@ from megaflow.flow.context import told
 from megaflow.flow.head import Head, Read
 from megaflow.flow.interpolant import level, noisy_state, time_of
 from megaflow.flow.likelihood import Estimate, NoBound
-from megaflow.flow.vocabulary import look_up
+from megaflow.flow.vocabulary import Vocabulary, look_up
 from megaflow.model.parts import Parts
 from megaflow.model.text_dit import TextDiT, of_tokens
 from megaflow.parallel import random
@@ -94,20 +94,20 @@ def bound_of_rows(
     tokens = counted.sum(1).cpu()
     shape = torch.zeros(own, dtype=torch.float64) if log_length is None else -torch.from_numpy(log_length)[whole]
     if documents is not None:
-        shape = shape + boundary_cost(ids, documents, parts, counted)
+        shape = shape + boundary_cost(ids, documents, parts.code.part, parts.log_prior, counted)
     everyones = torch.zeros(2 * draws + 3, rows, dtype=torch.float64)
     everyones[:, places] = torch.cat([ours + first + last + shape, channel + first + last_channel, unigram[None], tokens[None], last[None]])
     ours, channel, (unigram, tokens, last) = total(everyones).split([draws, draws, 3])
     return likelihood.estimate(ours, channel, unigram, tokens, (last.sum() / tokens.sum()).item())
 
 
-def boundary_cost(ids: Tensor, documents: Tensor, parts: Parts, counted: Tensor) -> Tensor:
+def boundary_cost(ids: Tensor, documents: Tensor, part: Vocabulary, log_prior: Tensor, counted: Tensor) -> Tensor:
     """-log p, in nats (R,), of where documents end within rows, were every token's being an end a coin as likely as the law has it."""
     last = documents[:, 1:] != documents[:, :-1]
     if not last.any():
         return torch.zeros(len(ids), dtype=torch.float64)
     end = ids[:, :-1][last][:1]
-    log_p = look_up(parts.code.part, parts.log_prior, end).double()
+    log_p = look_up(part, log_prior, end).double()
     cost = torch.where(last, -log_p, -torch.log1p(-log_p.exp())) * counted[:, 1:]
     return cost.sum(1).cpu()
 

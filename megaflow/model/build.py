@@ -9,6 +9,7 @@ from megaflow.flow import code as codes
 from megaflow.flow.vocabulary import Vocabulary
 from megaflow.model import parts as made
 from megaflow.model.autoregressive import Autoregressive
+from megaflow.model.discrete import Discrete
 from megaflow.model.parts import Parts
 from megaflow.model.text_dit import Shape, TextDiT
 from megaflow.parallel import random
@@ -61,19 +62,27 @@ def cut_parts(config: Config, parts: Parts, axis: Axis) -> Parts:
     return parts if axis.size == 1 else made.cut(parts, part_of(config, parts.code.vocab, axis))
 
 
-def autoregressive_network(
+Baseline = Autoregressive | Discrete
+
+
+def baseline_network(
     config: Config, log_prior: torch.Tensor, device: torch.device, axis: Axis = ALONE, home: torch.device | None = None
-) -> Autoregressive:
-    """The baseline with undrawn weights. log_prior: (V,) of the whole vocabulary; home: as of `flow_network`."""
+) -> Baseline:
+    """The baseline that a config names, with undrawn weights. log_prior: (V,) of the whole vocabulary; home: as of `flow_network`."""
     vocab = len(log_prior)
     part = part_of(config, vocab, axis)
     ours = log_prior[part.start : part.stop].to(device)
-    network = Autoregressive(shape_of(config, vocab), ours, config.model.attention, part, axis)
+    shape, kernel = shape_of(config, vocab), config.model.attention
+    network: Baseline
+    if config.model.family == "autoregressive":
+        network = Autoregressive(shape, ours, kernel, part, axis)
+    else:
+        network = Discrete(shape, ours, kernel, config.model.family == "masked", part, axis)
     network.trunk.softcap = config.model.softcap
     return network.to(home or device)
 
 
-def draw(network: TextDiT | Autoregressive, seed: int) -> None:
+def draw(network: TextDiT | Baseline, seed: int) -> None:
     """Draw the initial weights: the same logical tensors on any number of processes and any device, since a CPU draws them."""
     device = next(network.parameters()).device
     torch.manual_seed(random.generator(seed, "weights").initial_seed())

@@ -16,8 +16,10 @@ Both together are what PyTorch's FlopCounterMode counts of model.attention=plain
 
 the multiplications of a token are (layers that read what nothing is learned in have half a backward pass; V is the head's bias)
 
-    autoregressive    forward N + A + W + H                           backward 2 (N + A + W + H) + V
+    baseline          forward N + A + W + H                           backward 2 (N + A + W + H) + V
     flow              forward N + A + M + T + W + S + B + 2 Q + H     backward 2 (N + A + M + W + H) + V + S + B + (f + 2 c) c / L
+
+A baseline of discrete diffusion that is told the time has M and T besides; that of uniform noise V forward, in its loss.
 
 Where tokens have times of their own, or some are given, M and T are of every token, and of what is beside the text.
 
@@ -118,9 +120,12 @@ def of_step(config: Config, vocab: int, is_map: bool = False, hot: float = 1.0) 
     blocks = longer * model.layers * (4 + 2 * model.mlp_ratio) * d**2
     attention = longer * 2 * model.layers * (length + extra) * d
     embedded, head = window * model.belief_dim * d, vocab * d
-    if model.family == "autoregressive" and not is_map:
+    if model.family != "flow" and not is_map:
         products = blocks + attention + embedded + head
-        return Flops(2.0 * products, 4.0 * products + 2.0 * vocab, 0.0, 0.0)
+        timed = float(model.family != "autoregressive" and model.time == "adaptive") * CONDITION / length
+        products += timed * ((6 * model.layers + 2) * d + CONDITION)
+        features, along = timed * 2 * FREQUENCIES, vocab if model.family == "uniform" else 0
+        return Flops(2.0 * (products + features + along), 4.0 * products + 2.0 * (features + vocab), 0.0, 0.0)
 
     dim, framed = config.flow.code_dim, config.flow.code != "identity"
     belief = model.input in ("belief", "both")

@@ -92,7 +92,7 @@ def of_step(
 
 def _observed(config: Config, layout: Layout, is_map: bool) -> Send:
     axis = "tensor" if layout.data == 1 else "data" if layout.tensor == 1 else "world"
-    of_stage = 4 if is_map else 0 if config.model.family == "autoregressive" else 4 * config.flow.clock.bins
+    of_stage = 4 if is_map else 0 if config.model.family != "flow" else 4 * config.flow.clock.bins
     return Send("observed", axis, "all-reduce", layout.processes, DOUBLE * (3 + of_stage + layout.data * layout.accumulation))
 
 
@@ -147,7 +147,7 @@ def _over_tensor(config: Config, layout: Layout, is_map: bool, hot: float) -> li
     model, length, d, p = config.model, config.data.length, config.model.hidden, layout.width
     rows = rows_of(config, layout, is_map, hot)
     n, passes = rows.all * length, layout.accumulation
-    baseline = model.family == "autoregressive" and not is_map
+    baseline = model.family != "flow" and not is_map
     embedded = (2 * model.neighbors + 1) * model.belief_dim
     beside = (1 + 2 * model.neighbors * layout.tensor / length) * model.belief_dim  # a process's positions come with their neighbours
     sends: list[Send] = []
@@ -162,8 +162,8 @@ def _over_tensor(config: Config, layout: Layout, is_map: bool, hot: float) -> li
         log_sum(what, tokens)
         send(what, "reduce-scatter", tokens * beside * p)
 
-    gated = not baseline and model.time == "adaptive"
-    of_tokens = gated and times_of_tokens(config, is_map)
+    gated = (is_map or model.family != "autoregressive") and model.time == "adaptive"
+    of_tokens = gated and not baseline and times_of_tokens(config, is_map)
     one = passes * (CONDITION + 1) * d if of_tokens else rows.all * d  # gradients of weights, or of what is made of a row's time
     modulations, last = (6 * one, 2 * one) if gated else (2 * passes * d, passes * d)
     gains = passes * (d + (2 * d // int(model.heads) if model.qk_norm else 0))
@@ -178,10 +178,11 @@ def _over_tensor(config: Config, layout: Layout, is_map: bool, hot: float) -> li
     send("trunk", "all-reduce", (model.layers * (modulations + gains) + last) * SINGLE)
     log_sum("head", n)
     if baseline:
-        send("head", "all-reduce", n * SINGLE)
+        send("head", "all-reduce", (4 if model.family == "uniform" else 1) * n * SINGLE)
         send("input", "reduce-scatter", n * beside * p)
         send("input", "all-gather", n * beside * p)
-        send("input", "all-reduce", passes * (embedded * d + model.belief_dim) * SINGLE)
+        vector = model.belief_dim if model.family != "uniform" else 0  # of a start, or of what is hidden
+        send("input", "all-reduce", passes * (embedded * d + vector) * SINGLE)
         return sends
 
     dim, dense = int(config.flow.code_dim), config.flow.code == "identity"

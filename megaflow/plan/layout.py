@@ -77,8 +77,8 @@ def network_of(config: Config, vocab: int, tensor: int, is_map: bool = False) ->
     axis = Axis(0, tensor)
     with META:
         log_prior = torch.empty(vocab)
-        if config.model.family == "autoregressive" and not is_map:
-            return build.autoregressive_network(config, log_prior, META, axis)
+        if config.model.family != "flow" and not is_map:
+            return build.baseline_network(config, log_prior, META, axis)
         identity, dim = config.flow.code == "identity", int(config.flow.code_dim)
         part = build.part_of(config, vocab, axis)
         code = Code(vocab, dim, None if identity else torch.empty(vocab, dim), torch.empty(vocab), dim / vocab, part)

@@ -109,7 +109,7 @@ def of_step(
 
 def _fixed(config: Config, vocab: int, layout: Layout, held: list[Weight], is_map: bool) -> float:
     """Codes and prior, and of a map its teacher and the fp32 copy of its table, which is not trained."""
-    if config.model.family == "autoregressive" and not is_map:
+    if config.model.family != "flow" and not is_map:
         return SINGLE * vocab / layout.tensor
     part = math.ceil(vocab / layout.tensor)
     code = part * (int(config.flow.code_dim) + 2) if config.flow.code != "identity" else 2 * part
@@ -179,7 +179,7 @@ def of_activations(config: Config, vocab: int, layout: Layout, is_map: bool = Fa
     part, width = math.ceil(vocab / tensor), (2 * model.neighbors + 1) * model.belief_dim
     parts = 2 if is_map and 0.0 < config.distill.diagonal_fraction < 1.0 else 1
     head = n * d * p + parts * part * (d + 1) * p
-    if config.model.family == "autoregressive" and not is_map:
+    if config.model.family != "flow" and not is_map:
         return trunk + head + n / tensor * width * p + n * 8
     dim, dense = int(config.flow.code_dim), config.flow.code == "identity"
     here = part if dense else dim
@@ -211,7 +211,7 @@ def _kept_of_blocks(config: Config, layout: Layout, device: str, is_map: bool) -
 
 def positions(config: Config, is_map: bool = False) -> int:
     """Positions of a row in the trunk: those of the text, and of a flow what is beside it."""
-    flow = is_map or config.model.family != "autoregressive"
+    flow = is_map or config.model.family == "flow"
     return config.data.length + flow * (config.model.registers + (TIME_TOKENS if config.model.time == "tokens" else 0))
 
 
@@ -226,7 +226,8 @@ def _block(config: Config, layout: Layout, device: str, gated: bool, is_map: boo
     found += 3 * n / tensor * int(model.heads) * SINGLE + 4 * n / tensor * p  # log-sum-exps and norms
     if model.attention == "plain":
         found += layout.micro * int(model.heads) / tensor * length**2 * p
-    scales = own * (6 if again else 8) if times_of_tokens(config, is_map) else 8 * layout.micro * d
+    of_tokens = (is_map or model.family == "flow") and times_of_tokens(config, is_map)
+    scales = own * (6 if again else 8) if of_tokens else 8 * layout.micro * d
     return found + (scales * p if gated else 0)
 
 
@@ -257,6 +258,8 @@ def of_loss(config: Config, vocab: int, layout: Layout, is_map: bool = False, de
     if layout.half:
         found += (2 if is_map else 1) * chunk * p + part * d * p
         found += (2 if is_map else 1) * part * d * p if part % ROUND else 0  # the head with a round number of rows
+    if config.model.family == "uniform":
+        found += 3 * chunk * SINGLE  # of rates and slopes
     if flow and config.flow.code != "identity" and config.flow.skip == "on":
         found += part * (int(config.flow.code_dim) + 2) * SINGLE
     if flow and (is_map or model.input == "linear"):

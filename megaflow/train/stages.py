@@ -22,7 +22,8 @@ from megaflow.flow import code as codes
 from megaflow.flow.clock import Clock
 from megaflow.model import build, parts
 from megaflow.model.attention import choose
-from megaflow.model.autoregressive import Autoregressive
+from megaflow.model.build import Baseline
+from megaflow.model.discrete import Discrete
 from megaflow.model.parts import Parts
 from megaflow.model.text_dit import TextDiT
 from megaflow.model.trunk import Trunk
@@ -38,6 +39,7 @@ from megaflow.train.loop import NotFinite, finished, train
 from megaflow.train.run import LOCK_PATIENCE, load_distill, lock, open_run, read_json, source_digest, versions, write_atomically
 from megaflow.train.stage import Stage, end_of_documents
 from megaflow.train.stage_autoregressive import AutoregressiveStage
+from megaflow.train.stage_discrete import DiscreteStage
 from megaflow.train.stage_flow import FlowStage
 from megaflow.train.stage_map import MapStage
 
@@ -52,7 +54,7 @@ TEACHER_FILE = "teacher.json"
 
 
 def pretrain(path: str, overrides: list[str], began: float | None = None) -> int:
-    """`megaflow pretrain CONFIG a.b=c …`: train a flow, or the autoregressive baseline, on token shards. Returns the exit code.
+    """`megaflow pretrain CONFIG a.b=c …`: train a flow, or a baseline, on token shards. Returns the exit code.
 
     The run's seconds count from `began`, a time.monotonic(), now if None.
     """
@@ -155,7 +157,7 @@ def in_one_folder(directory: Path, mesh: Mesh) -> None:
 def first_parts(loaded: Loaded) -> Parts | None:
     """The fixed parts of a flow that has none yet: made before the flow becomes a run, since they may be refused. Raises ConfigError."""
     config = loaded.config
-    if config.model.family == "autoregressive" or (Path(config.run.dir) / parts.FILE).exists():
+    if config.model.family != "flow" or (Path(config.run.dir) / parts.FILE).exists():
         return None
     counts, start = unigram_counts(config.data.path), None
     if config.flow.code == "semantic":
@@ -177,12 +179,12 @@ def token_vectors(loaded: Loaded) -> torch.Tensor:
 
 def pretrain_stage(config: Config, fresh: Parts | None, mesh: Mesh) -> Stage:
     """The flow or the baseline, its weights drawn where the run begins, and the flow's fixed parts, those just made or those kept there."""
-    if config.model.family == "autoregressive":
+    if config.model.family != "flow":
         law = parts.unigram(unigram_counts(config.data.path))
-        network = build.autoregressive_network(config, law, mesh.device, mesh.tensor, HOME)
+        network = build.baseline_network(config, law, mesh.device, mesh.tensor, HOME)
         if begins(config, mesh):
             build.draw(network, config.run.seed)
-        return AutoregressiveStage(config, network)
+        return DiscreteStage(config, network) if isinstance(network, Discrete) else AutoregressiveStage(config, network)
     file = Path(config.run.dir) / parts.FILE
     if mesh.first and not file.exists():
         not_lost(file)
@@ -264,10 +266,10 @@ def trained_flow(directory: Path, config: Config, is_map: bool, device: torch.de
     return network.eval(), parts.to(fixed, device), Clock(found.read("stage/clock_times"), found.read("stage/clock_tau")), found
 
 
-def trained_autoregressive(directory: Path, config: Config, device: torch.device) -> tuple[Autoregressive, Checkpoint]:
+def trained_baseline(directory: Path, config: Config, device: torch.device) -> tuple[Baseline, Checkpoint]:
     """A baseline with its averaged weights, and its newest checkpoint. Raises UserError."""
     found = trained(directory)
-    network = build.autoregressive_network(config, parts.unigram(unigram_counts(directory / SHARDS)), device)
+    network = build.baseline_network(config, parts.unigram(unigram_counts(directory / SHARDS)), device)
     ema.load(network, found.by_name("averaged"))
     return network.eval(), found
 

@@ -58,7 +58,7 @@ def test_skip(config, parts):
 
 
 def test_the_baseline_has_the_trunk_of_the_flow(config, parts):
-    baseline, flow = build.autoregressive_network(config, parts.log_prior, CPU), build.flow_network(config, parts, CPU)
+    baseline, flow = build.baseline_network(config, parts.log_prior, CPU), build.flow_network(config, parts, CPU)
     without = {k: v.shape for k, v in flow.trunk.state_dict().items() if "modulation" not in k}
     assert without.items() < {k: v.shape for k, v in baseline.trunk.state_dict().items()}.items()
     assert baseline.weight.shape == flow.weight.shape and baseline.table.shape == flow.table.shape

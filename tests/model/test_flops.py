@@ -19,6 +19,7 @@ from megaflow.model.text_dit import HOT_GAIN
 from megaflow.parallel import random
 from megaflow.train.stage import Batch
 from megaflow.train.stage_autoregressive import AutoregressiveStage
+from megaflow.train.stage_discrete import DiscreteStage
 from megaflow.train.stage_flow import FlowStage
 from megaflow.train.stage_map import MapStage
 
@@ -64,18 +65,18 @@ every_size = pytest.mark.parametrize("size", SIZES)
 
 
 def made(kind: str, vocab: int, values: dict[str, Any]) -> Any:
-    """A stage of a kind: autoregressive, flow or map, with fresh weights and the clock that a flow starts with."""
+    """A stage of a kind: a baseline by its family, flow or map, with fresh weights and the clock that a flow starts with."""
     ours = {
-        "model.family": "autoregressive" if kind == "autoregressive" else "flow",
+        "model.family": "flow" if kind == "map" else kind,
         "distill.teacher": "runs/flow" if kind == "map" else "",
     }
     config = resolve(assemble([("test", SMALL | values | ours)]), vocab).config
     log_prior, cpu = torch.log_softmax(-torch.log1p(torch.arange(vocab, dtype=torch.float32)), 0), torch.device("cpu")
     torch.manual_seed(0)
-    if kind == "autoregressive":
-        network = build.autoregressive_network(config, log_prior, cpu)
+    if kind not in ("flow", "map"):
+        network = build.baseline_network(config, log_prior, cpu)
         network.initialize()
-        return AutoregressiveStage(config, network)
+        return (AutoregressiveStage if kind == "autoregressive" else DiscreteStage)(config, network)
     one_hot, dim = config.flow.code == "identity", config.flow.code_dim
     code = codes.identity(vocab) if one_hot else codes.frame(vocab, dim, random.generator(0, "code"), rounds=3)
     code = codes.spread(code) if config.flow.code == "embedding" else code
@@ -106,7 +107,7 @@ def counted(stage: Any, vocab: int, steps: int = 1) -> float:
 
 
 @every_size
-@pytest.mark.parametrize("kind", ["autoregressive", "flow"])
+@pytest.mark.parametrize("kind", ["autoregressive", "masked", "uniform", "flow"])
 def test_the_formula_is_what_is_counted(kind, size):
     vocab, values = SIZES[size]
     stage = made(kind, vocab, {name: value for name, value in values.items() if kind == "flow" or not name.startswith("flow.")})

@@ -58,7 +58,7 @@ def network_of(kind: str, axis: Axis, multiple: int = 1) -> tuple[nn.Module, Par
     """A network in float64 whose zeros are stirred up, the same logical one on every axis."""
     config, parts = config_of(kind, multiple), None
     if kind == "baseline":
-        network = build.autoregressive_network(config, made.unigram(COUNTS), CPU, axis)
+        network = build.baseline_network(config, made.unigram(COUNTS), CPU, axis)
     else:
         whole_parts = fixed(config.flow.code == "identity")
         double = Parts(whole_parts.code.double(), whole_parts.log_prior.double(), whole_parts.span)

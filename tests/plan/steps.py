@@ -17,6 +17,7 @@ from megaflow.parallel.mesh import Mesh
 from megaflow.train import ema, engine, engine_state, loop
 from megaflow.train.context import Contexts
 from megaflow.train.stage_autoregressive import AutoregressiveStage
+from megaflow.train.stage_discrete import DiscreteStage
 from megaflow.train.stage_flow import FlowStage
 from megaflow.train.stage_map import MapStage
 from tests.layout_job import sharded
@@ -38,20 +39,21 @@ class Tokens:
 def resolved(kind: str, vocab: int, values: dict[str, Any]) -> Loaded:
     """A config of a kind of stage with these values, resolved for a vocabulary."""
     ours = {
-        "model.family": "autoregressive" if kind == "autoregressive" else "flow",
+        "model.family": "flow" if kind == "map" else kind,
         "distill.teacher": "runs/flow" if kind == "map" else "",
     }
     return resolve(assemble([("test", {"model.attention": "sdpa"} | values | ours)]), vocab)
 
 
 def stage_of(kind: str, vocab: int, values: dict[str, Any], mesh: Mesh) -> Any:
-    """A stage with fresh weights: 'flow', 'map' (of an untrained teacher) or 'autoregressive'."""
+    """A stage with fresh weights: 'flow', 'map' (of an untrained teacher) or a baseline by its family."""
     loaded = resolved(kind, vocab, values)
     contradictions(loaded, vocab)
     config, axis = loaded.config, mesh.tensor
     log_prior = torch.log_softmax(-torch.log1p(torch.arange(vocab, dtype=torch.float32)), 0)
-    if kind == "autoregressive":
-        stage = AutoregressiveStage(config, build.autoregressive_network(config, log_prior, mesh.device, axis))
+    if kind not in ("flow", "map"):
+        of = AutoregressiveStage if kind == "autoregressive" else DiscreteStage
+        stage = of(config, build.baseline_network(config, log_prior, mesh.device, axis))
     else:
         one_hot, dim = config.flow.code == "identity", config.flow.code_dim
         code = codes.identity(vocab) if one_hot else codes.frame(vocab, dim, random.generator(0, "code"), rounds=3)

@@ -57,6 +57,8 @@ def cases() -> dict[str, tuple[int, str, int, dict[str, Any]]]:
         "told before, dense": (2, "flow", 100, TWO | dense | {"flow.self_conditioning": 0.25, "model.input": "both"}),
         "token times": (2, "flow", 400, TWO | accumulated | {"flow.times": "tokens", "model.registers": 2}),
         "contexts": (2, "flow", 400, TWO | {"flow.context.share": 0.5}),
+        "hidden tokens": (2, "masked", 400, TWO | accumulated | {"model.time": "none"}),
+        "replaced tokens": (2, "uniform", 400, TWO | accumulated),
         "tied head": (2, "flow", 400, TWO | {"model.head": "tied", "model.belief_dim": "auto", "parallel.zero": 1}),
         "simplex": (2, "flow", 400, TWO | {"flow.prior": "vertices"}),
         "tensor x data, ZeRO 1": (4, "flow", 401, TWO | {"parallel.zero": 1}),

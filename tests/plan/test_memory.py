@@ -44,7 +44,7 @@ def kept(kind: str, vocab: int, values: dict[str, Any]) -> int:
     if config.train.precision == "bf16":
         stage.network.bfloat16()
     fixed = {p.untyped_storage()._cdata for p in stage.network.parameters()}
-    if kind != "autoregressive":
+    if kind in ("flow", "map"):
         fixed |= {t.untyped_storage()._cdata for t in (stage.parts.log_prior, stage.parts.code.leverage)}
     rows, length = config.train.global_batch, config.data.length
     ids, weight = torch.randint(vocab, (rows, length)), torch.full((rows * length,), 1.0 / (rows * length))
@@ -68,6 +68,8 @@ SIZES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "beside the text": ("flow", 400, {"model.time": "tokens", "model.registers": 4}),
     "token times": ("flow", 400, {"flow.times": "tokens"}),
     "token times, wide": ("flow", 400, {"flow.times": "tokens", "model.hidden": 160, "model.registers": 2}),
+    "hidden tokens": ("masked", 400, {"model.time": "none"}),
+    "replaced tokens": ("uniform", 400, {}),
     "no time": ("flow", 400, {"model.time": "none"}),
     "queries and keys as they are": ("flow", 400, {"model.qk_norm": False}),
     "tied head": ("flow", 400, {"model.head": "tied", "model.belief_dim": "auto"}),

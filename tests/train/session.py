@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megaflow.config.schema import Config
-from megaflow.model.build import autoregressive_network
+from megaflow.model.build import baseline_network
 from megaflow.parallel import mesh as meshes
 from megaflow.parallel import random
 from megaflow.train import engine, engine_state
@@ -35,7 +35,7 @@ class Session:
 
     def __init__(self, config: Config, mesh: meshes.Mesh, seed: int, accumulation: int = 1, frozen: str = "") -> None:
         torch.manual_seed(seed)
-        network = autoregressive_network(config, torch.full((11,), 1 / 11).log(), mesh.device)
+        network = baseline_network(config, torch.full((11,), 1 / 11).log(), mesh.device)
         network.initialize()
         self.drawn = {name: p.detach().clone() for name, p in network.named_parameters()}
         for name, p in network.named_parameters():

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megaflow.model.build import autoregressive_network
+from megaflow.model.build import baseline_network
 from megaflow.parallel import mesh as meshes
 from megaflow.parallel import random
 from megaflow.train import ema, engine_state
@@ -102,7 +102,7 @@ class TestAverage:
                 return session.engine.module(network, ids).float()
 
         own = look()
-        plain = autoregressive_network(session.stage.config, torch.full((11,), 1 / 11).log(), mesh.device)
+        plain = baseline_network(session.stage.config, torch.full((11,), 1 / 11).log(), mesh.device)
         ema.load(plain.to(torch.bfloat16 if precision == "bf16" else torch.float32), group(before, "averaged/"))
         with engine_state.averaged(session.engine):
             seen = look()

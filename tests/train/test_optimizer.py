@@ -63,11 +63,11 @@ class TestMake:
     def test_every_trunk_has_block_matrices_by_these_names(self):
         """The names are those of the real network: four matrices a block, and Muon gets each."""
         from megaflow.config.schema import Config
-        from megaflow.model.build import autoregressive_network
+        from megaflow.model.build import baseline_network
 
         config = Config()
         config.model.heads, config.model.belief_dim = 4, 16
-        network = autoregressive_network(config, torch.zeros(50), torch.device("cpu"))
+        network = baseline_network(config, torch.zeros(50), torch.device("cpu"))
         found = [name for name, p in network.named_parameters() if is_block_matrix(name, p)]
         assert len(found) == 4 * config.model.layers
 

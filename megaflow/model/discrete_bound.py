@@ -1,0 +1,105 @@
+"""The bound of discrete diffusion on rows of tokens: flow/discrete.py with a network put into it."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megaflow.flow import clock as clocks
+from megaflow.flow import discrete, likelihood, losses
+from megaflow.flow import head as heads
+from megaflow.flow.likelihood import Estimate
+from megaflow.flow.vocabulary import look_up
+from megaflow.model.bound import boundary_cost
+from megaflow.model.discrete import Discrete
+from megaflow.parallel import random
+from megaflow.progress import Progress
+
+
+class Noised(NamedTuple):
+    """seen: (B, L) tokens; hidden: (B, L) which are not seen, None with uniform noise; times: (B,) fp64."""
+
+    seen: Tensor
+    hidden: Tensor | None
+    times: Tensor
+
+
+def noised(network: Discrete, ids: Tensor, times: Tensor, places: list[int], seed: int, purpose: str, *numbers: int) -> Noised:
+    """Tokens (B, L) as they are at times (B,), each row's noise a function of its own place."""
+    length, vocab = ids.shape[1], network.part.size
+    sources = [random.generator(seed, purpose, *numbers, place) for place in places]
+    chance = torch.stack([torch.rand(length, generator=source, dtype=torch.float64) for source in sources]).to(ids.device)
+    if network.mask is not None:
+        times = times.to(ids.device)
+        return Noised(ids, discrete.hidden(times, chance), times)
+    others = torch.stack([torch.randint(vocab, (length,), generator=source) for source in sources]).to(ids.device)
+    times = times.clamp(min=discrete.FIRST).to(ids.device)
+    return Noised(discrete.replaced(ids, times, chance, others), None, times)
+
+
+def terms(network: Discrete, ids: Tensor, noisy: Noised, lengths: Tensor | None, documents: Tensor | None) -> Tensor:
+    """One draw of the bound's integrand of every token, (B, L) fp64, without gradient."""
+    read = network.read(network(noisy.seen, noisy.times, noisy.hidden, lengths, documents))
+    if noisy.hidden is not None:
+        nll = heads.negative_log_likelihood(network.head(), read, ids.flatten()).view(ids.shape)
+        return nll.double() * noisy.hidden * discrete.masked_weight(noisy.times)[:, None]
+    each = noisy.times.repeat_interleave(ids.shape[1])
+    found = losses.jump_divergence(network.head(), read, ids.flatten(), noisy.seen.flatten(), each, torch.ones_like(each))[1]
+    return found.view(ids.shape).double() + discrete.prior_divergence(network.part.size)
+
+
+@torch.no_grad()
+def bound_of_rows(
+    network: Discrete,
+    ids: Tensor,
+    lengths: Tensor | None,
+    draws: int,
+    seed: int,
+    batch: int = 64,
+    progress: Progress | None = None,
+    log_length: np.ndarray | None = None,
+    documents: Tensor | None = None,
+    places: Tensor | None = None,
+    all_rows: int | None = None,
+    total: Callable[[Tensor], Tensor] = lambda value: value,
+    given: Tensor | None = None,
+) -> Estimate:
+    """The bound on rows (R, L), `draws` times and noises each, in nats per counted token; arguments as of model/bound.py.
+
+    Of a masked network the same draws under the unigram law, whose mean is its entropy, are the control variate; given tokens are never
+    hidden, and count for nothing.
+    """
+    own, width = ids.shape
+    rows = own if all_rows is None else all_rows
+    places = torch.arange(own) if places is None else places
+    there = torch.ones_like(ids) if lengths is None else (torch.arange(width, device=ids.device) < lengths[:, None]).long()
+    counted = there if given is None else there * ~given
+    nll = -look_up(network.part, network.log_prior, ids).double()
+    ours, channel = torch.zeros(2, draws, own, dtype=torch.float64)
+    order, offset = random.permutation(rows * draws, seed, "bound cells"), random.uniform(seed, "bound offset")
+    for start in range(0, own, batch):
+        part = slice(start, min(start + batch, own))
+        at, some, of = places[part], *(None if x is None else x[part] for x in (lengths, documents))
+        for draw in range(draws):
+            times = clocks.stratified(order[at * draws + draw], rows * draws, offset)
+            noisy = noised(network, ids[part], times, at.tolist(), seed, "bound noise", draw)
+            if noisy.hidden is not None and given is not None:
+                noisy = noisy._replace(hidden=noisy.hidden & ~given[part])
+            found = terms(network, ids[part], noisy, some, of)
+            ours[draw, part] = (found * counted[part]).sum(1).cpu()
+            known = nll[part]
+            if noisy.hidden is not None:
+                known = known * noisy.hidden * discrete.masked_weight(noisy.times)[:, None]
+            channel[draw, part] = (known * counted[part]).sum(1).cpu()
+        if progress is not None:
+            progress.update(part.stop)
+    tokens = counted.sum(1).cpu()
+    structure = torch.zeros(own, dtype=torch.float64) if log_length is None else -torch.from_numpy(log_length)[there.sum(1).cpu()]
+    if documents is not None:
+        structure = structure + boundary_cost(ids, documents, network.part, network.log_prior, counted)
+    everyones = torch.zeros(2 * draws + 2, rows, dtype=torch.float64)
+    everyones[:, places] = torch.cat([ours + structure, channel, (nll * counted).sum(1).cpu()[None], tokens[None]])
+    ours, channel, (unigram, tokens) = total(everyones).split([draws, draws, 2])
+    return likelihood.estimate(ours, channel, unigram, tokens, 0.0)

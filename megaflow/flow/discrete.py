@@ -3,8 +3,9 @@
 masked    a token is there with probability t and hidden otherwise (MDLM, Sahoo et al. 2024: absorbing noise)
 uniform   a token is itself with probability t and drawn uniformly otherwise (SEDD and Duo with uniform noise, Sahoo et al. 2025)
 
-As everywhere t = 0 is noise and t = 1 data. Both have an exact bound, the integral over times of an expected loss, whose value does not
-depend on how noise is spread over time; t itself is therefore uniform. Losses and draws of tokens are in losses.py and head.py.
+As everywhere t = 0 is noise and t = 1 data. Both have an exact bound, the integral over times of an expected loss. Drawn at uniform times
+its second moment is infinite, though barely (near t = 1 it goes as 1 / (1 - t) with probability 1 - t); `times` draws those near 1 more
+often and weighs them less. Losses and draws of tokens are in losses.py and head.py.
 
 With uniform noise the formulas put psi where a clean token stands among those that might have become the one that is seen. The bound is
 least, and exact, where psi is the law of a token given all *others*: what a token's own noisy self says of it comes in by Bayes, as our
@@ -22,6 +23,12 @@ from megaflow.flow.vocabulary import own_ids
 
 FIRST = 1e-5
 """Where the integral of uniform noise begins; what lies before is a divergence between two laws of noise, known exactly."""
+
+
+def times(u: Tensor) -> tuple[Tensor, Tensor]:
+    """(t, worth) of uniform draws u in [0, 1): t = 1 - (1 - u)^2, and one over its density, 2 (1 - u); fp64."""
+    left = 1.0 - u.double()
+    return (1.0 - left.square()).clamp(min=FIRST), 2.0 * left
 
 
 def hidden(t: Tensor, chance: Tensor) -> Tensor:

@@ -19,24 +19,24 @@ from megaflow.progress import Progress
 
 
 class Noised(NamedTuple):
-    """seen: (B, L) tokens; hidden: (B, L) which are not seen, None with uniform noise; times: (B,) fp64."""
+    """seen: (B, L) tokens; hidden: (B, L) which are not seen, None with uniform noise; times: (B,) fp64; worth: (B,) of the times drawn."""
 
     seen: Tensor
     hidden: Tensor | None
     times: Tensor
+    worth: Tensor
 
 
-def noised(network: Discrete, ids: Tensor, times: Tensor, places: list[int], seed: int, purpose: str, *numbers: int) -> Noised:
-    """Tokens (B, L) as they are at times (B,), each row's noise a function of its own place."""
+def noised(network: Discrete, ids: Tensor, u: Tensor, places: list[int], seed: int, purpose: str, *numbers: int) -> Noised:
+    """Tokens (B, L) as they are at the times of draws u (B,) in [0, 1), each row's noise a function of its own place."""
     length, vocab = ids.shape[1], network.part.size
     sources = [random.generator(seed, purpose, *numbers, place) for place in places]
     chance = torch.stack([torch.rand(length, generator=source, dtype=torch.float64) for source in sources]).to(ids.device)
+    times, worth = (x.to(ids.device) for x in discrete.times(u))
     if network.mask is not None:
-        times = times.to(ids.device)
-        return Noised(ids, discrete.hidden(times, chance), times)
+        return Noised(ids, discrete.hidden(times, chance), times, worth)
     others = torch.stack([torch.randint(vocab, (length,), generator=source) for source in sources]).to(ids.device)
-    times = times.clamp(min=discrete.FIRST).to(ids.device)
-    return Noised(discrete.replaced(ids, times, chance, others), None, times)
+    return Noised(discrete.replaced(ids, times, chance, others), None, times, worth)
 
 
 def terms(network: Discrete, ids: Tensor, noisy: Noised, lengths: Tensor | None, documents: Tensor | None) -> Tensor:
@@ -44,10 +44,10 @@ def terms(network: Discrete, ids: Tensor, noisy: Noised, lengths: Tensor | None,
     read = network.read(network(noisy.seen, noisy.times, noisy.hidden, lengths, documents))
     if noisy.hidden is not None:
         nll = heads.negative_log_likelihood(network.head(), read, ids.flatten()).view(ids.shape)
-        return nll.double() * noisy.hidden * discrete.masked_weight(noisy.times)[:, None]
+        return nll.double() * noisy.hidden * (noisy.worth * discrete.masked_weight(noisy.times))[:, None]
     each = noisy.times.repeat_interleave(ids.shape[1])
     found = losses.jump_divergence(network.head(), read, ids.flatten(), noisy.seen.flatten(), each, torch.ones_like(each))[1]
-    return found.view(ids.shape).double() + discrete.prior_divergence(network.part.size)
+    return found.view(ids.shape).double() * noisy.worth[:, None] + discrete.prior_divergence(network.part.size)
 
 
 @torch.no_grad()
@@ -83,15 +83,15 @@ def bound_of_rows(
         part = slice(start, min(start + batch, own))
         at, some, of = places[part], *(None if x is None else x[part] for x in (lengths, documents))
         for draw in range(draws):
-            times = clocks.stratified(order[at * draws + draw], rows * draws, offset)
-            noisy = noised(network, ids[part], times, at.tolist(), seed, "bound noise", draw)
+            u = clocks.stratified(order[at * draws + draw], rows * draws, offset)
+            noisy = noised(network, ids[part], u, at.tolist(), seed, "bound noise", draw)
             if noisy.hidden is not None and given is not None:
                 noisy = noisy._replace(hidden=noisy.hidden & ~given[part])
             found = terms(network, ids[part], noisy, some, of)
             ours[draw, part] = (found * counted[part]).sum(1).cpu()
             known = nll[part]
             if noisy.hidden is not None:
-                known = known * noisy.hidden * discrete.masked_weight(noisy.times)[:, None]
+                known = known * noisy.hidden * (noisy.worth * discrete.masked_weight(noisy.times))[:, None]
             channel[draw, part] = (known * counted[part]).sum(1).cpu()
         if progress is not None:
             progress.update(part.stop)

@@ -14,7 +14,7 @@ from megaflow.train.stage import Batch, Total, alone, cells
 
 
 class DiscreteStage:
-    """See stage.Stage. Times are uniform, one in each cell of the global batch."""
+    """See stage.Stage. Times are spread evenly over the law of discrete.times, one row in each cell of the global batch."""
 
     def __init__(self, config: Config, network: Discrete) -> None:
         self.config, self.network = config, network
@@ -24,11 +24,11 @@ class DiscreteStage:
         noisy = noised(self.network, ids, cells(seed, batch, "time"), batch.places.tolist(), seed, "noise", batch.step)
         read = self.network.read(self.network(noisy.seen, noisy.times, noisy.hidden, batch.lengths, batch.documents))
         if noisy.hidden is not None:
-            worth = noisy.hidden * discrete.masked_weight(noisy.times)[:, None]
+            worth = noisy.hidden * (noisy.worth * discrete.masked_weight(noisy.times))[:, None]
             loss, _ = losses.cross_entropy(head, read, ids.flatten(), batch.weight * worth.flatten().to(batch.weight))
         else:
-            each = noisy.times.repeat_interleave(ids.shape[1])
-            loss, _ = losses.jump_divergence(head, read, ids.flatten(), noisy.seen.flatten(), each, batch.weight)
+            each, worth = (x.repeat_interleave(ids.shape[1]) for x in (noisy.times, noisy.worth.to(batch.weight)))
+            loss, _ = losses.jump_divergence(head, read, ids.flatten(), noisy.seen.flatten(), each, batch.weight * worth)
         return loss, torch.zeros(0, dtype=torch.float64)
 
     def learn(self, observed: Tensor, step: int) -> dict[str, float]:

@@ -31,6 +31,8 @@ VALUES += [("flow.code", value) for value in keys()["flow.code"].metadata["choic
 VALUES += [
     ("flow.self_conditioning", "0.5"),
     ("flow.times", "tokens"),
+    ("model.family", "masked"),
+    ("model.family", "uniform"),
     ("model.time", "tokens"),
     ("model.time", "none"),
     ("model.registers", "4"),
@@ -71,8 +73,8 @@ def test_every_value_trains_goes_on_and_writes(config, tmp_path, name, value):
     train()
     assert losses(directory) == whole
     written = sample(directory, count=2, steps=3)
-    assert len(written["tokens"]) == 2 and written["method"] == "ode" and all(written["texts"])
-    if name in ("flow.prior", "flow.code", "model.head"):  # what a run keeps of its own goes with it
+    assert len(written["tokens"]) == 2 and written["method"] == ("ancestral" if name == "model.family" else "ode") and all(written["texts"])
+    if name in ("flow.prior", "flow.code", "model.head", "model.family"):  # what a run keeps of its own goes with it
         convert(directory, tmp_path / "model")
         assert sample(tmp_path / "model", count=2, steps=3)["tokens"] == written["tokens"]
     if name in DISTILLED or value == "tokens":

@@ -22,13 +22,14 @@ SAMPLERS = [
     ("flow", {"method": "ancestral", "steps": 3}),
     ("map", {"method": "flow_map", "steps": 1}),
     ("map", {"method": "stochastic", "steps": 2}),
+    ("masked", {"steps": 3}),
     ("autoregressive", {"steps": None}),
 ]
 
 
 @pytest.fixture(scope="module")
 def runs(config, workspace):
-    """A flow that has been trained with contexts, its map, and a baseline."""
+    """A flow that has been trained with contexts, its map, and two baselines."""
     directory = workspace / "given"
     few = ["train.steps=10", "train.validation_rows=8"]
     if not directory.exists():
@@ -36,6 +37,7 @@ def runs(config, workspace):
         assert stages.pretrain(str(config("coded")), [f"run.dir={directory / 'flow'}", *own, *few]) == 0
         teacher = f"distill.teacher={directory / 'flow'}"
         assert stages.distill(str(config("coded", "flow_map")), [f"run.dir={directory / 'map'}", teacher, *few]) == 0
+        assert stages.pretrain(str(config("coded")), [f"run.dir={directory / 'masked'}", "model.family=masked", *few]) == 0
         assert stages.pretrain(str(config("coded", "autoregressive")), [f"run.dir={directory / 'autoregressive'}", *few]) == 0
     return directory
 
@@ -79,7 +81,7 @@ def test_what_does_not_go_together_is_refused(runs, trained):
 
 def test_the_rest_of_a_row_has_a_likelihood_given_its_first_half(runs, trained):
     """Of flows that have been trained for it, and of a baseline; of others there is none."""
-    for kind in ("flow", "map", "autoregressive"):
+    for kind in ("flow", "map", "masked", "autoregressive"):
         found = evaluate(runs / kind, [1], 2, 16, 2, 0)["likelihood"]
         rest = found["continuation"]
         assert rest["given"] == "first half" and rest["tokens"] == found["tokens"] // 2

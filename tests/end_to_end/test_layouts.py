@@ -132,6 +132,8 @@ DESIGNS = {
     "token times": ("flow.times=tokens", "flow.weighting=learned", "model.registers=4", "flow.objective=endpoint_mse"),
     "contexts": ("flow.context.share=0.5", "model.input=both"),
     "all given something": ("flow.context.share=1", "flow.context.law=infilling", "flow.code=learned"),
+    "hidden tokens": ("model.family=masked", "model.time=none"),
+    "replaced tokens": ("model.family=uniform", "model.head=tied", "model.belief_dim=auto"),
     "hot noise": ("flow.prior=gaussian:temperature=2", "flow.weighting=balanced", "flow.clock.name=argmax_code"),
 }
 """Corners of the design space in which something is computed in parts of its own."""
@@ -144,6 +146,8 @@ SHORT = [
     ("beside the text", 2, 1, 1),
     ("token times", 2, 1, 1),
     ("contexts", 1, 2, 3),
+    ("hidden tokens", 2, 1, 1),
+    ("replaced tokens", 1, 2, 3),
 ]
 
 

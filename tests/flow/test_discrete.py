@@ -100,6 +100,17 @@ def test_the_rate_of_divergence_is_its_definition():
     assert losses.jump_divergence(HEAD, certain, ids, seen, t, weight)[1].abs().max() < 1e-9
 
 
+def test_times_near_data_are_drawn_more_often_and_weigh_less():
+    """The mean of any function is its integral, and that of the squared weight of hidden tokens is finite, 4."""
+    u = (torch.arange(100_000).double() + 0.5) / 100_000
+    t, worth = discrete.times(u)
+    for f in (torch.ones_like, torch.square, lambda t: (3.0 * t).cos()):
+        exact = torch.trapezoid(f(u), u)
+        assert (worth * f(t)).mean().item() == pytest.approx(exact.item(), abs=1e-4)
+    second = ((1.0 - t) * (worth * discrete.masked_weight(t)) ** 2).mean().item()
+    assert second == pytest.approx(4.0, rel=1e-6) and t.min() >= discrete.FIRST
+
+
 def test_what_the_integral_leaves_out_is_a_divergence():
     for vocab, t in ((4, 0.3), (50_000, discrete.FIRST), (7, 1e-9)):
         law = torch.full((vocab,), (1.0 - t) / vocab, dtype=torch.float64)

@@ -58,11 +58,12 @@ def test_padding_does_not_reach_counted_tokens(family):
 @pytest.mark.parametrize("family", ["masked", "uniform"])
 def test_noise_is_a_function_of_the_place_and_as_frequent_as_the_time_says(family):
     network, rows = make(family), torch.zeros(4000, LENGTH, dtype=torch.int64)
-    times, places = torch.full((4000,), 0.3, dtype=torch.float64), list(range(4000))
-    noisy = noised(network, rows, times, places, 0, "noise", 3)
+    u, places = torch.full((4000,), 1.0 - 0.7**0.5, dtype=torch.float64), list(range(4000))
+    noisy = noised(network, rows, u, places, 0, "noise", 3)
+    torch.testing.assert_close(noisy.times, torch.full_like(u, 0.3))
     clean = (~noisy.hidden if noisy.hidden is not None else noisy.seen == 0).double().mean().item()
     assert clean == pytest.approx(0.3 if family == "masked" else 0.3 + 0.7 / 7, abs=0.02)
-    some = noised(network, rows[5:7], times[5:7], places[5:7], 0, "noise", 3)
+    some = noised(network, rows[5:7], u[5:7], places[5:7], 0, "noise", 3)
     for one, other in zip(some, noisy, strict=True):
         assert one is other is None or torch.equal(one, other[5:7])
 
@@ -77,8 +78,8 @@ def test_an_untrained_masked_network_has_the_unigram_entropy():
         found = bound_of_rows(network, rows, None, draws=3, seed=0, given=given)
         counted = torch.ones_like(rows, dtype=torch.bool) if given is None else ~given
         entropy = -network.log_prior.double()[rows][counted].mean().item()
-        assert found.mean == pytest.approx(entropy, rel=1e-9) and found.standard_error < 1e-9
-        assert found.unigram == pytest.approx(entropy, rel=1e-9) and found.tokens == counted.sum()
+        assert found.mean == pytest.approx(entropy, rel=1e-7) and found.standard_error < 1e-7
+        assert found.unigram == pytest.approx(entropy, rel=1e-7) and found.tokens == counted.sum()
 
 
 def test_of_a_uniform_network_that_knows_no_context_it_is_the_unigram_entropy():
@@ -87,8 +88,8 @@ def test_of_a_uniform_network_that_knows_no_context_it_is_the_unigram_entropy():
     with torch.no_grad():
         network.weight.zero_()
         network.bias.copy_(network.log_prior)
-    found = bound_of_rows(network, rows, None, draws=60, seed=0)
-    assert abs(found.mean - found.unigram) < 4.0 * found.standard_error < 0.1
+    found = bound_of_rows(network, rows, None, draws=100, seed=0)
+    assert abs(found.mean - found.unigram) < 4.0 * found.standard_error < 0.15
 
 
 @pytest.mark.parametrize("family", ["masked", "uniform"])

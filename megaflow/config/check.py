@@ -245,6 +245,28 @@ def _of_flow(config: Config, vocab: int, refuse: Refuse) -> None:
 def _of_map(config: Config, refuse: Refuse) -> None:
     """What stage 2 needs of its rows and of its flow."""
     distill, train, model = config.distill, config.train, config.model
+    parallel, what = config.parallel, f"distill.objective={distill.objective}"
+    if distill.objective not in ("psd", "fmlm_mse"):
+        if parallel.zero == 3:
+            refuse(
+                f"{what} has forward-mode derivatives, which need whole weights; parallel.zero=3 scatters them: use 0 to 2, or psd",
+                "distill.objective",
+                "parallel.zero",
+            )
+        if parallel.compile:
+            refuse(
+                f"{what} has forward-mode derivatives, which torch.compile has none of; use psd", "distill.objective", "parallel.compile"
+            )
+        if distill.between == "uniform":
+            refuse(
+                f"distill.between=uniform is of the semigroup identity, and {what} is not; leave it", "distill.between", "distill.objective"
+            )
+    if distill.objective in ("lsd_cfm", "ecld") and parallel.recompute != "off":
+        refuse(
+            f"{what} has a gradient through a derivative, which nothing that is computed again has; use parallel.recompute=off",
+            "distill.objective",
+            "parallel.recompute",
+        )
     if round(train.global_batch * distill.diagonal_fraction) == train.global_batch:
         refuse(
             f"distill.diagonal_fraction={distill.diagonal_fraction:g} leaves no row of train.global_batch={train.global_batch} "

@@ -200,7 +200,15 @@ class TrainConfig:
 @dataclass
 class DistillConfig:
     teacher: str = key("", "run of the flow that is distilled")
-    objective: str = key("psd", "psd: the semigroup identity in KL form", choices=("psd",))
+    objective: str = key(
+        "psd",
+        "identity that rows with s < t are trained by: psd, the semigroup's in KL form, or fmlm_mse, by least squares; lsd and esd, "
+        "Lagrangian and Eulerian in logits, lsd_cfm and ecld, the Lagrangian residual and a bound on it, by forward-mode derivatives",
+        choices=("psd", "fmlm_mse", "lsd", "esd", "lsd_cfm", "ecld"),
+    )
+    between: str = key(
+        "middle", "u of the semigroup identity: the middle on the clock, or uniform between s and t", choices=("middle", "uniform")
+    )
     diagonal_fraction: float = key(0.5, "share of rows with s = t, anchored to the teacher", low=0.0, high=1.0)
     boundary_fraction: float = key(0.03125, "share of the other rows with (s, t) = (0, 1)", low=0.0, high=1.0)
     weighting: str = key("adaptive", "adaptive: detached (|q - p|^2 + c)^-r of the distance to the target", choices=("none", "adaptive"))

@@ -3,6 +3,7 @@
 cross_entropy    of the token                                                      stage 1 and the baseline
 denoising_loss   any share of cross-entropy and of squared error in code space     objectives of stage 1
 divergence       KL from a target that has no gradient                             stage 2
+endpoint_distance  squares from a target's mean in code space                      stage 2 by least squares
 jump_divergence  integrand of the bound of uniform discrete diffusion              that baseline
 """
 
@@ -149,6 +150,38 @@ def denoising_loss(
         return w * (a * nll + b * error), torch.stack([nll, error], 1), w, gradient
 
     return _loss(head, read, measure, 1, direct)
+
+
+def endpoint_distance(
+    head: Head,
+    read: Read,
+    target: Callable[[slice], Tensor],
+    weight: Tensor,
+    reweight: Reweight | None = None,
+    whole: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """sum_i w_i |psi_i C - m_i|^2, and the unweighted squares (n,) for logging (the squared form of FMLM's objective).
+
+    target: m (n, d_c) by chunks as of `divergence`, of a dense state the columns that are here; w is `weight` times `reweight(square)`.
+    """
+    code = head.code
+    assert code is not None
+
+    def measure(z: Tensor, part: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        wanted, p = target(part), softmax_(head.part, z)
+        off = codes.mean(code, p) - wanted
+        square = off.square().sum(-1)
+        slope = off.clone()
+        if code.matrix is None:
+            square = total(head.part, square)
+        else:
+            slope = off @ code.matrix.T.to(z.dtype)
+        w = weight[part].to(z.dtype)
+        w = w if reweight is None else w * reweight(square)
+        gradient = slope.sub_(total(head.part, row_products(p, slope))[:, None]).mul_(p).mul_(2.0)
+        return square * w, square, w, gradient
+
+    return _loss(head, read, measure, whole)
 
 
 def jump_divergence(head: Head, read: Read, ids: Tensor, seen: Tensor, t: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -25,6 +25,7 @@ from megaflow.flow import head as heads
 from megaflow.flow.channel import chunks, evidence_tangent, row_products
 from megaflow.flow.head import Head, Read
 from megaflow.flow.interpolant import Interpolant, move, slope, velocity_terms
+from megaflow.flow.losses import Reweight
 from megaflow.flow.vocabulary import Vocabulary, log_softmax_, softmax_, total
 
 FLOOR = 1e-4
@@ -137,12 +138,13 @@ def _by_logits(v: Vocabulary, p: Tensor, dz: Tensor, a: Tensor, e: Tensor) -> tu
 
 
 def lagrangian_residual(
-    head: Head, read: Read, moved: Tensor, rate: Tensor, gain: Tensor, base: Tensor, weight: Tensor
+    head: Head, read: Read, moved: Tensor, rate: Tensor, gain: Tensor, base: Tensor, weight: Tensor, reweight: Reweight | None = None
 ) -> tuple[Tensor, Tensor]:
     """sum_i w_i |r_i|^2 in the state's dimensions, and the unweighted squares (n,): Lagrangian self-distillation (CFM), differentiable in
     hidden and its tangent `moved` (n, d), E and bias.
 
-    r = rate psi C + gain (d_t psi) C + base, of `residual_terms`: rate, gain (n,); base: (n, d_c), without gradient.
+    r = rate psi C + gain (d_t psi) C + base, of `residual_terms`: rate, gain (n,); base: (n, d_c), without gradient; w is `weight` times
+    `reweight(|r|^2)`, detached.
     """
     code = head.code
     assert code is not None
@@ -154,7 +156,7 @@ def lagrangian_residual(
         r = by_mean * codes.mean(code, p) + by_tangent * codes.mean(code, dp) + base[part].to(p.dtype)
         square = r.square().sum(-1)
         square = square if code.matrix is not None else total(head.part, square)
-        w = weight[part].to(p.dtype)
+        w = weight[part].to(p.dtype) * (1.0 if reweight is None else reweight(square))
         along = 2.0 * w[:, None] * r
         along = along if code.matrix is None else along @ code.matrix.T.to(p.dtype)
         return w * square, square, *_by_logits(head.part, p, dz, by_mean * along, by_tangent * along)
@@ -173,11 +175,12 @@ def residual_terms(path: Interpolant, y: Tensor, s: Tensor, t: Tensor, mean: Ten
 
 
 def endpoint_bound(
-    head: Head, read: Read, moved: Tensor, target: Callable[[slice], Tensor], gain: Tensor, weight: Tensor
+    head: Head, read: Read, moved: Tensor, target: Callable[[slice], Tensor], gain: Tensor, weight: Tensor, reweight: Reweight | None = None
 ) -> tuple[Tensor, Tensor]:
     """sum_i w_i [4 KL(psi_{t,t}(X) || psi_{s,t}) + 2 g^2 |d_t psi_{s,t}|^2], and the two without weights (n, 2): the endpoint-consistent
-    bound on |r|^2 (CFM), by |a + b|^2 <= 2 |a|^2 + 2 |b|^2 and Pinsker's inequality. Its second term is least where psi does not move, which
-    the exact map does: it bounds, and is not consistent. target: psi_{t,t}(X) by chunks, without gradient; gain: g (n,).
+    bound on |r|^2 (CFM), by |a + b|^2 <= 2 |a|^2 + 2 |b|^2 and Pinsker's inequality. Its second term is least where psi does not move,
+    which the exact map does: it bounds, and is not consistent. target: psi_{t,t}(X) by chunks, without gradient; gain: g (n,); w is
+    `weight` times `reweight` of |psi_{s,t} - target|^2, detached.
     """
 
     def measure(z: Tensor, dz: Tensor, part: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -188,6 +191,8 @@ def endpoint_bound(
         dp = p * deviation(v, p, dz)
         apart, energy = total(v, torch.stack([(q * (log_q - log_p)).sum(-1), dp.square().sum(-1)]))
         w, square = weight[part].to(p.dtype), gain[part].to(p.dtype).square()
+        if reweight is not None:
+            w = w * reweight(total(v, (p - q).square().sum(-1)))
         by_z, by_dz = _by_logits(v, p, dz, torch.zeros_like(p), (4.0 * w * square)[:, None] * dp)
         by_z = by_z + (4.0 * w)[:, None] * (p - q)
         return w * (4.0 * apart + 2.0 * square * energy), torch.stack([apart, energy], 1), by_z, by_dz

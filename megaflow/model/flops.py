@@ -50,6 +50,9 @@ from megaflow.flow.laws import needs_error
 from megaflow.model.reading import CONDITION, FREQUENCIES
 from megaflow.model.text_dit import HOT_GAIN
 
+COUNTED = ("psd",)
+"""Objectives of stage 2 whose passes the formula knows, and those of the planner."""
+
 
 class Flops(NamedTuple):
     """FLOPs per token. targets: of the passes without gradient that stage 2 takes its targets from; recomputed: what is computed again

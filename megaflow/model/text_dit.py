@@ -72,7 +72,7 @@ class Seen:
     belief: Tensor | None
     hot: Tensor | None
 
-    def __getitem__(self, rows: slice) -> "Seen":
+    def __getitem__(self, rows: slice | Tensor) -> "Seen":
         return Seen(None if self.belief is None else self.belief[rows], None if self.hot is None else self.hot[rows])
 
 

@@ -301,7 +301,7 @@ def summarize(directory: Path, config: Config, stage: Stage, state: dict, mesh: 
         "seconds": state["seconds"],
         "tokens_per_second": state["tokens"] / max(state["training_seconds"], 1e-9),
         "model_flops_per_token": meter.flops,
-        "mfu": devices.mfu(meter.flops, state["tokens"] / max(state["process_seconds"], 1e-9), meter.peak, 1),
+        "mfu": meter.flops and devices.mfu(meter.flops, state["tokens"] / max(state["process_seconds"], 1e-9), meter.peak, 1),
         "checkpoint_wait_seconds": state["checkpoint_wait_seconds"],
         "parameters": parameters(stage.network),
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,

@@ -17,17 +17,20 @@ SPEED = ("tokens_per_second", "data_wait", "memory_bytes", "mfu")
 
 @dataclass
 class Meter:
-    """flops: model FLOPs of a token's training step (model/flops.py); peak: FLOP/s of one device, None where it is not known."""
+    """flops: model FLOPs of a token's training step (model/flops.py), None of objectives that it does not count; peak: FLOP/s of one
+    device, None where it is not known."""
 
     mesh: Mesh
-    flops: float
+    flops: float | None
     peak: float | None
 
     def line(self, tokens: int, seconds: float, data_wait: float) -> dict[str, float]:
         """Of one step on all devices together: the metrics of metrics.jsonl. data_wait: seconds of the step spent waiting for rows."""
         speed = tokens / seconds
-        found = {"tokens_per_second": speed, "model_flops_per_token": self.flops}
-        found |= {"data_wait": data_wait / seconds, "memory_bytes": float(memory(self.mesh.device))}
+        found = {"tokens_per_second": speed, "data_wait": data_wait / seconds, "memory_bytes": float(memory(self.mesh.device))}
+        if self.flops is None:
+            return found
+        found |= {"model_flops_per_token": self.flops}
         mfu = devices.mfu(self.flops, speed, self.peak, self.mesh.world.size)
         return found if mfu is None else found | {"mfu": mfu}
 
@@ -38,7 +41,8 @@ def meter_of(config: Config, stage: Any, mesh: Mesh) -> Meter:
     vocab = stage.network.code.vocab if hasattr(stage.network, "code") else stage.network.part.size
     hot = flops.hot_until(stage.parts.path, stage.clock, stage.network.code) if is_map else 1.0
     peak = devices.peak(mesh.device, config.train.precision)
-    return Meter(mesh, flops.of_step(config, vocab, is_map, hot).model, peak)
+    known = not is_map or config.distill.objective in flops.COUNTED
+    return Meter(mesh, flops.of_step(config, vocab, is_map, hot).model if known else None, peak)
 
 
 def memory(device: torch.device) -> int:

@@ -178,6 +178,24 @@ def test_a_map_of_a_flow_that_is_given_tokens(ranks, words, alone, workspace, ze
     assert config.flow.context.share == 0.5  # the teacher's
 
 
+@pytest.mark.parametrize(
+    "objective, zero, tensor",
+    [
+        ("esd", 1, 2),
+        ("lsd_cfm", 2, 1),
+        *(
+            pytest.param(*each, marks=pytest.mark.long)
+            for each in itertools.product(["fmlm_mse", "lsd", "esd", "lsd_cfm", "ecld"], [0, 2], [2, 1])
+            if each != ("lsd_cfm", 2, 1)
+        ),
+    ],
+)
+def test_every_objective_of_stage_2_has_the_losses_of_one_process(ranks, words, alone, workspace, objective, zero, tensor):
+    name, own = f"objective-{objective}-{zero}{tensor}", f"distill.objective={objective}"
+    ranks(2, train, words("coded", "flow_map", name, *layout(8, tensor, 2 // tensor, zero), own))
+    same_curve(workspace / name, alone("coded", "flow_map", 8, own), 8, tolerance=1e-3)
+
+
 @pytest.mark.parametrize("family, tensor, zero", [("flow", 2, 0), ("autoregressive", 1, 3)])
 def test_documents_that_do_not_see_each_other(ranks, words, alone, workspace, family, tensor, zero):
     """With soft-capped scores and padding of the vocabulary as well."""

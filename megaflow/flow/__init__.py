@@ -15,6 +15,8 @@
     objective     losses of stage 1, as weights by time
     weighting     weights of a token's loss
     flow_map      the semigroup identity and the rows of stage 2
+    tangent       its identities with derivatives
+    discrete      masked and uniform diffusion, the baselines
     balance       one-step tokens as often as the unigram law says
     sampler       noise to text: ODE, stochastic, ancestral, flow map
     likelihood    the variational bound with its Monte-Carlo error

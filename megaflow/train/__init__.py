@@ -6,6 +6,7 @@ engine_state   logical weights, averages and moments out of it and into it again
 checkpoint     verified checkpoints of logical tensors, read by any layout; boxes and tensor_file are their arithmetic and their bytes
 checkpoint_writer  writing them from many processes, beside training
 context        which tokens of a batch are given
+targets        what a flow map is trained towards
 run            the run directory: config, lock, metrics, resume
 loop           the loop itself
 """

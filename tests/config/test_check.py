@@ -251,7 +251,7 @@ class TestDoubts:
         for family, said in (("flow", []), ("autoregressive", ["model.input", "flow.code_dim"])):
             layers = [("file", {"model.family": family, "flow.skip": "on"}), ("command line", given)]
             found = doubts(resolve(assemble(layers), LARGE))
-            assert found == [f"{name} changes nothing of an autoregressive baseline" for name in said]
+            assert found == [f"{name} changes nothing of the baseline model.family=autoregressive" for name in said]
 
 
 class TestBatchSplit:

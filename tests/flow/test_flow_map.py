@@ -200,3 +200,17 @@ def test_the_semigroup_loss_finds_the_exact_flow_map():
         optimizer.step()
     after = [map_error(net, toy, *route) for route in routes]
     assert all(late < early / 3.5 for early, late in zip(before, after, strict=True)), (before, after)
+
+
+def test_u_may_lie_anywhere_between():
+    """By a share of the way on the clock; the middle is the half of it."""
+    generator, clock = torch.Generator().manual_seed(0), argmax(27)
+    kind = torch.arange(3000) % 3
+    first, second, between = torch.rand(3, 3000, generator=generator, dtype=torch.float64)
+    s, u, t = flow_map.draw_times(clock, kind, first, second, between)
+    assert torch.equal(s[kind == 0], t[kind == 0]) and ((s <= u) & (u <= t)).all()
+    start, middle, end = (clocks.forward(clock, x)[kind != 0] for x in (s, u, t))
+    torch.testing.assert_close((middle - start) / (end - start), between[kind != 0], rtol=0, atol=1e-6)
+    half = flow_map.draw_times(clock, kind, first, second, torch.full_like(between, 0.5))
+    for one, other in zip(half, flow_map.draw_times(clock, kind, first, second), strict=True):
+        torch.testing.assert_close(one, other)

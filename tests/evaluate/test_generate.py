@@ -111,7 +111,7 @@ class TestSettings:
             ("flow", "linear", "--clock must be one of uniform, "),
             ("flow", "variance", "--clock variance is fitted to squared errors, which this run's objective does not measure; use uniform"),
             ("flow_map", "gumbel", "--clock gumbel is fitted to a model's scores by log-SNR, which this run has not measured; use uniform"),
-            ("autoregressive", "uniform", "is a baseline .model.family=autoregressive. and has no clock"),
+            ("autoregressive", "uniform", "is a baseline (model.family=autoregressive) and has no clock"),
         ],
     )
     def test_a_clock_that_cannot_be_had_is_refused(self, trained, family, law, sentence):

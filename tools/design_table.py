@@ -76,6 +76,14 @@ def table(points: list[tuple[str, ...]], results: dict[tuple[str, ...], list[dic
     given = any(value is not None for point in points for value in of(point, *rest))
     lines = ["| choice | likelihood, nats/token | against the first | judge, bits/char | entropy, nats |" + " second half |" * given]
     lines.append("|---|---|---|---|---|" + "---|" * given)
+
+    def texts(point: tuple[str, ...], key: str) -> list[float | None]:
+        """Of texts in STEPS steps, or of a baseline that has none of its own."""
+        return [
+            a if b is None else b
+            for a, b in zip(of(point, "samples", "autoregressive", key), of(point, "samples", STEPS, key), strict=True)
+        ]
+
     first = of(points[0], "likelihood", "nats_per_token")
     for point in points:
         runs = results.get(point, [])
@@ -88,7 +96,7 @@ def table(points: list[tuple[str, ...]], results: dict[tuple[str, ...], list[dic
         bounds = of(point, "likelihood", "nats_per_token")
         pairs = list(zip(bounds, first, strict=False))
         apart = [None if a is None or b is None else a - b for a, b in pairs]
-        drawn = [shown(of(point, "samples", STEPS, key), 2) for key in ("judge_bits_per_char", "entropy")]
+        drawn = [shown(texts(point, key), 2) for key in ("judge_bits_per_char", "entropy")]
         difference = "" if point == points[0] else shown(apart, 3, "+")
         drawn += [shown(of(point, *rest), 3)] if given else []
         lines.append(f"| {name} | {shown(bounds, 3)} | {difference} | {' | '.join(drawn)} |")

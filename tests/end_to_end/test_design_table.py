@@ -23,17 +23,23 @@ def test_means_errors_and_paired_differences():
         samples = {"32": {"judge_bits_per_char": 2.5, "entropy": 3.0}}
         return {"likelihood": {"nats_per_token": nats, "unigram_nats_per_token": 6.0}, "samples": samples}
 
-    points = [("a=1",), ("a=2",), ("a=3",), ("a=4",)]
+    points = [("a=1",), ("a=2",), ("a=3",), ("a=4",), ("a=5",)]
+    baseline = run(4.0) | {"samples": {"autoregressive": {"judge_bits_per_char": 1.5, "entropy": 2.0}}}
+    baseline["likelihood"] |= {"continuation": {"nats_per_token": 3.5}}
     results = {
         points[0]: [run(5.0), run(5.2)],
         points[1]: [run(4.9), run(5.1)],
         points[2]: [run(None), run(None)],
         points[3]: ["no such a"],
     }
+    whole = results | {points[4]: [baseline, baseline]}
     lines = tool().table(points, results).splitlines()
     assert lines[2] == "| `a=1` | 5.100 ± 0.100 |  | 2.50 ± 0.00 | 3.00 ± 0.00 |"
     assert lines[3] == "| `a=2` | 5.000 ± 0.100 | -0.100 ± 0.000 | 2.50 ± 0.00 | 3.00 ± 0.00 |"
     assert lines[4].startswith("| `a=3` | none | none |") and lines[5] == "| `a=4` | refused: no such a | | | |"
+    given = tool().table(points, whole).splitlines()
+    assert given[0].endswith("| second half |") and given[2] == lines[2] + " none |"
+    assert given[6] == "| `a=5` | 4.000 ± 0.000 | -1.100 ± 0.100 | 1.50 ± 0.00 | 2.00 ± 0.00 | 3.500 ± 0.000 |"
     assert lines[-1] == "2 seeds, mean ± standard error over them; unigram entropy 6.000."
 
 

@@ -165,3 +165,21 @@ def test_a_reweighted_cross_entropy(kind):
     leaves = (read.hidden, head.weight, head.bias)
     for grad, expected in zip(torch.autograd.grad(ours, leaves), torch.autograd.grad(dense, leaves), strict=True):
         torch.testing.assert_close(grad, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("reweighted", [False, True])
+def test_a_squared_distance_of_means(kind, reweighted):
+    """From target means in the state's dimensions, plain and with detached weights of its own."""
+    head, read = make(kind, 150)
+    if head.code is None:
+        return
+    ids, weight = ids_and_weights(150)
+    wanted = codes.lookup(head.code, ids) + 0.1
+    reweight = partial(flow_map.adaptive_weight, power=0.5, constant=0.01) if reweighted else None
+    loss, terms = losses.endpoint_distance(head, read, lambda part: wanted[part], weight, reweight)
+    off = torch.softmax(dense_logits(head, read), -1) @ codes.lookup(head.code, torch.arange(VOCAB)) - wanted
+    square = off.square().sum(-1)
+    factor = weight if reweight is None else weight * reweight(square)
+    torch.testing.assert_close(terms, square.detach())
+    torch.testing.assert_close(loss, (factor * square).sum())
+    same_gradients(loss, (factor * square).sum(), head, read)

@@ -86,7 +86,7 @@ def side(kind: str, values: dict[str, Any], vocab: int, length: int) -> Side:
             teacher = build.flow_network(config, fixed, device)
             teacher.initialize()
             clock = fit_clock(config.flow.clock, fixed, initial_profile(fixed, config.flow.clock, seed=0))  # a flow's own at its start
-            stage = MapStage(config, network, teacher, fixed, clock)
+            stage = MapStage(config, network, fixed, clock, teacher)
         else:
             stage = FlowStage(config, network, fixed, initial_profile(fixed, config.flow.clock, seed=0))
     return Side(stage, make(network, config.optim, Mesh(ALONE, ALONE, ALONE, device)), config.train.global_batch, length)

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from megaflow.config.load import ConfigError, Loaded, assemble, flatten
-from megaflow.config.schema import TOKENIZERS, Config
-from megaflow.flow import interpolant
+from megaflow.config.schema import TOKENIZERS, Config, entries, keys
+from megaflow.flow import choice, interpolant
+from megaflow.flow.code import TRAINED
 from megaflow.flow.prior import on_simplex
 
 IDENTITY_UP_TO = 256
@@ -46,14 +47,20 @@ def resolve(loaded: Loaded, vocab: int) -> Loaded:
     settle(model, "belief_dim", "model.belief_dim", model.hidden if model.head == "tied" else 128)
     settle(model, "input", "model.input", "linear" if simplex else "belief")
     settle(flow, "skip", "flow.skip", "off" if simplex or model.input == "linear" and flow.code == "identity" else "on")
-    if config.distill.teacher:
+    if is_map(config):
         settle(config.distill, "state_input", "distill.state_input", "linear" if model.input == "linear" else "hot_belief")
+        settle(config.distill, "anchor", "distill.anchor", "data" if train.joint else "teacher")
     settle(optim, "name", "optim.name", "muon")
     settle(optim, "warmup_steps", "optim.warmup_steps", min(2500, train.steps // 10))
     settle(train, "validate_every", "train.validate_every", max(50, train.steps // 20))
     found = Loaded(config, origin)
     contradictions(found, vocab)
     return found
+
+
+def is_map(config: Config) -> bool:
+    """Whether what a config trains is a flow map: of a teacher, or together with its flow."""
+    return bool(config.distill.teacher) or config.train.joint
 
 
 def heads(hidden: int) -> int:
@@ -120,7 +127,7 @@ def contradictions(loaded: Loaded, vocab: int | None = None) -> None:
                 "flow.weighting",
                 "model.time",
             )
-        if config.distill.teacher:
+        if is_map(config):
             refuse("a flow map must be told where it goes, and its flow has model.time=none; train one with adaptive", "model.time")
     parallel = config.parallel
     for name, size in (("model.heads", count), ("data.length", config.data.length)):
@@ -177,7 +184,9 @@ def contradictions(loaded: Loaded, vocab: int | None = None) -> None:
         )
     if model.family == "flow" and vocab is not None:
         _of_flow(config, vocab, refuse)
-    if config.distill.teacher:
+    if train.joint:
+        _of_joint(config, refuse)
+    if is_map(config):
         _of_map(config, refuse)
 
 
@@ -242,26 +251,77 @@ def _of_flow(config: Config, vocab: int, refuse: Refuse) -> None:
         )
 
 
+def _of_joint(config: Config, refuse: Refuse) -> None:
+    """What training a flow and its map together does not go with."""
+    flow, distill, model = config.flow, config.distill, config.model
+    if distill.teacher:
+        refuse(
+            "train.joint=true trains a map with its flow, without distill.teacher; leave one out",
+            "train.joint",
+            "distill.teacher",
+        )
+    if model.family != "flow":
+        refuse(f"train.joint=true is of a flow, and model.family={model.family} is a baseline; use flow", "train.joint", "model.family")
+    if distill.anchor == "teacher":
+        refuse("distill.anchor=teacher contradicts train.joint=true, which has none; use data, or auto", "distill.anchor", "train.joint")
+    if distill.objective.partition(":")[0] == "dmd":
+        refuse("distill.objective=dmd needs a trained flow, and train.joint=true has none; use psd", "distill.objective", "train.joint")
+    if flow.code in TRAINED:
+        refuse(
+            f"train.joint=true with flow.code={flow.code}: a trained code would follow what the map says of itself; use a fixed one, "
+            "or two stages",
+            "train.joint",
+            "flow.code",
+        )
+    if flow.self_conditioning:
+        refuse(
+            f"train.joint=true with flow.self_conditioning={flow.self_conditioning:g}: a flow map has no earlier pass to be told of; use 0",
+            "train.joint",
+            "flow.self_conditioning",
+        )
+    if flow.times == "tokens":
+        refuse("train.joint=true with flow.times=tokens: a map takes whole rows from s to t; use rows", "train.joint", "flow.times")
+
+
 def _of_map(config: Config, refuse: Refuse) -> None:
-    """What stage 2 needs of its rows and of its flow."""
+    """What a map needs of its rows and of its flow."""
     distill, train, model = config.distill, config.train, config.model
     parallel, what = config.parallel, f"distill.objective={distill.objective}"
-    if distill.objective not in ("psd", "fmlm_mse"):
+    objective = choice.call(entries(keys()["distill.objective"]), distill.objective)
+    if parallel.zero == 3 and (objective.derivative or objective.loss):
+        has = "forward-mode derivatives, which need" if objective.derivative else "passes that not every process makes, which needs"
+        refuse(
+            f"{what} has {has} whole weights; parallel.zero=3 scatters them: use 0 to 2, or psd",
+            "distill.objective",
+            "parallel.zero",
+        )
+    if parallel.compile and objective.derivative:
+        refuse(f"{what} has forward-mode derivatives, which torch.compile has none of; use psd", "distill.objective", "parallel.compile")
+    if distill.between == "uniform" and (objective.target or objective.loss):
+        refuse(f"distill.between=uniform is of the semigroup identity, and {what} is not; leave it", "distill.between", "distill.objective")
+    if objective.to_the_end and on_simplex(config.flow.prior):
+        refuse(f"{what} compares scores, and flow.prior={config.flow.prior} has none; use psd", "distill.objective", "flow.prior")
+    if distill.anchor == "data" and config.flow.objective == "likelihood":
+        refuse(
+            "flow.objective=likelihood draws times of its own, and rows with s = t that are trained towards the data have the map's; "
+            "use another objective" + ("" if train.joint else ", or distill.anchor=teacher"),
+            "flow.objective",
+            "train.joint",
+            "distill.anchor",
+        )
+    if distill.surgery:
         if parallel.zero == 3:
             refuse(
-                f"{what} has forward-mode derivatives, which need whole weights; parallel.zero=3 scatters them: use 0 to 2, or psd",
-                "distill.objective",
-                "parallel.zero",
+                "distill.surgery needs whole gradients, and parallel.zero=3 scatters them; use 0 to 2", "distill.surgery", "parallel.zero"
             )
-        if parallel.compile:
+        if not round(train.global_batch * distill.diagonal_fraction):
             refuse(
-                f"{what} has forward-mode derivatives, which torch.compile has none of; use psd", "distill.objective", "parallel.compile"
+                f"distill.surgery=true with distill.diagonal_fraction={distill.diagonal_fraction:g}: no row has s = t, whose "
+                "gradient comes first",
+                "distill.surgery",
+                "distill.diagonal_fraction",
             )
-        if distill.between == "uniform":
-            refuse(
-                f"distill.between=uniform is of the semigroup identity, and {what} is not; leave it", "distill.between", "distill.objective"
-            )
-    if distill.objective in ("lsd_cfm", "ecld") and parallel.recompute != "off":
+    if objective.derivative == "loss" and parallel.recompute != "off":
         refuse(
             f"{what} has a gradient through a derivative, which nothing that is computed again has; use parallel.recompute=off",
             "distill.objective",

@@ -192,6 +192,7 @@ class TrainConfig:
     validate_every: Any = key("auto", "steps between validations; auto: a twentieth of the run, 50 at least", low=1, auto=True)
     validation_rows: int = key(64, "validation rows a validation reads", low=1)
     hang_timeout: float = key(600.0, "seconds without progress after which a job of several processes ends; 0: it waits for ever", low=0.0)
+    joint: bool = key(False, "megaflow pretrain trains flow and map together: rows with s < t by distill.objective beside the flow's own")
     skip_nonfinite: int = key(
         0, "steps in a row that are passed over where loss or gradient is not finite; the next one ends the run", low=0
     )
@@ -202,16 +203,30 @@ class DistillConfig:
     teacher: str = key("", "run of the flow that is distilled")
     objective: str = key(
         "psd",
-        "identity that rows with s < t are trained by: psd, the semigroup's in KL form, or fmlm_mse, by least squares; lsd and esd, "
-        "Lagrangian and Eulerian in logits, lsd_cfm and ecld, the Lagrangian residual and a bound on it, by forward-mode derivatives",
-        choices=("psd", "fmlm_mse", "lsd", "esd", "lsd_cfm", "ecld"),
+        "what rows with s < t are trained by: psd, the semigroup identity in KL form, or fmlm_mse, by least squares; lsd and esd, "
+        "Lagrangian and Eulerian in logits, lsd_cfm and ecld, the Lagrangian residual and a bound on it, by forward-mode derivatives; "
+        "dmd, the law of what the map writes, by an auxiliary denoiser",
+        table="megaflow.train.map_objective:OBJECTIVES",
+    )
+    anchor: str = key(
+        "auto",
+        "what rows with s = t are trained towards: the teacher, or the data by the flow's own objective; auto: the teacher if there is one",
+        choices=("auto", "teacher", "data"),
+    )
+    surgery: bool = key(
+        False,
+        "the gradient of rows with s < t loses what works against that of rows with s = t; it costs a second backward pass",
     )
     between: str = key(
         "middle", "u of the semigroup identity: the middle on the clock, or uniform between s and t", choices=("middle", "uniform")
     )
-    diagonal_fraction: float = key(0.5, "share of rows with s = t, anchored to the teacher", low=0.0, high=1.0)
+    diagonal_fraction: float = key(0.5, "share of rows with s = t", low=0.0, high=1.0)
     boundary_fraction: float = key(0.03125, "share of the other rows with (s, t) = (0, 1)", low=0.0, high=1.0)
-    weighting: str = key("adaptive", "adaptive: detached (|q - p|^2 + c)^-r of the distance to the target", choices=("none", "adaptive"))
+    weighting: str = key(
+        "adaptive",
+        "adaptive: detached (|q - p|^2 + c)^-r of the distance to the target; learned: exp(-w) loss + w with w of s and t, or of s alone",
+        choices=("none", "adaptive", "learned", "learned_start"),
+    )
     adaptive_power: float = key(0.5, "r of the adaptive weight", low=0.0, high=1.0)
     adaptive_constant: float = key(0.01, "c of the adaptive weight", above=0.0)
     state_input: str = key(

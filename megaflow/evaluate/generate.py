@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megaflow.config import check
 from megaflow.config.schema import Config
 from megaflow.data.shards import length_counts, read_description
 from megaflow.data.tokenizer import decode, end_id, load_tokenizer
@@ -35,7 +36,7 @@ from megaflow.model.text_dit import TextDiT
 from megaflow.model.trunk import Cache
 from megaflow.parallel import random
 from megaflow.progress import Progress
-from megaflow.train.run import read_config, stage_of
+from megaflow.train.run import read_config
 from megaflow.train.stages import SHARDS, trained_baseline, trained_flow
 
 BATCH = 64
@@ -90,7 +91,8 @@ def load_run(directory: str | Path) -> Run:
         network, parts, clock, config = folder.load(directory, device)
         is_map = about["kind"] == "flow_map"
     else:
-        config, is_map = read_config(directory).config, stage_of(directory) == "distill"
+        config = read_config(directory).config
+        is_map = check.is_map(config)
         if config.model.family != "flow":
             (network, found), parts, clock = trained_baseline(directory, config, device), None, None
         else:

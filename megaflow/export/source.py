@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from megaflow import process
+from megaflow.config.check import is_map
 from megaflow.config.load import Loaded
 from megaflow.data.shards import read_description
 from megaflow.errors import UserError
@@ -21,7 +22,7 @@ from megaflow.progress import Progress
 from megaflow.train import checkpoint as checkpoints
 from megaflow.train.checkpoint import HASHERS, Checkpoint, Damaged
 from megaflow.train.checkpoint_writer import flush
-from megaflow.train.run import read_config, stage_of
+from megaflow.train.run import read_config
 from megaflow.train.stages import SHARDS
 
 MEGABYTE = 1e6
@@ -55,7 +56,7 @@ def open_source(run: Path, step: int | None, groups: list[str]) -> Source:
     """
     if is_model(run):
         raise UserError(f"{run}: this is a converted model and no run; convert the run that it was made of")
-    loaded, stage = read_config(run), stage_of(run)
+    loaded = read_config(run)
     read_description(run / SHARDS)
     kept = checkpoints.steps(run)
     if not kept:
@@ -64,7 +65,7 @@ def open_source(run: Path, step: int | None, groups: list[str]) -> Source:
         raise UserError(f"--step: {run} keeps no checkpoint of step {step}; it keeps {', '.join(map(str, kept))}")
     try:
         found = checkpoints.open_checkpoint(checkpoints.folder(run, kept[-1] if step is None else step), verify=False)
-        network, _ = build_network(run, loaded.config, stage == "distill", torch.device("meta"))
+        network, _ = build_network(run, loaded.config, is_map(loaded.config), torch.device("meta"))
         shapes = shapes_of(network)
         for group in ("weights", "averaged"):
             check_same(shapes, {name.partition("/")[2]: found.shape(name) for name in found.names(f"{group}/")}, found.path)
@@ -73,7 +74,7 @@ def open_source(run: Path, step: int | None, groups: list[str]) -> Source:
         if step is None and len(kept) > 1:
             raise Damaged(f"{error}, or convert that, --step {kept[-2]}") from None
         raise
-    kind = "flow_map" if stage == "distill" else loaded.config.model.family
+    kind = "flow_map" if is_map(loaded.config) else loaded.config.model.family
     return Source(run, loaded, kind, found, shapes)
 
 

@@ -177,7 +177,7 @@ def residual_terms(path: Interpolant, y: Tensor, s: Tensor, t: Tensor, mean: Ten
 def endpoint_bound(
     head: Head, read: Read, moved: Tensor, target: Callable[[slice], Tensor], gain: Tensor, weight: Tensor, reweight: Reweight | None = None
 ) -> tuple[Tensor, Tensor]:
-    """sum_i w_i [4 KL(psi_{t,t}(X) || psi_{s,t}) + 2 g^2 |d_t psi_{s,t}|^2], and the two without weights (n, 2): the endpoint-consistent
+    """sum_i w_i [4 KL(psi_{t,t}(X) || psi_{s,t}) + 2 g^2 |d_t psi_{s,t}|^2], and the terms without weights (n,): the endpoint-consistent
     bound on |r|^2 (CFM), by |a + b|^2 <= 2 |a|^2 + 2 |b|^2 and Pinsker's inequality. Its second term is least where psi does not move,
     which the exact map does: it bounds, and is not consistent. target: psi_{t,t}(X) by chunks, without gradient; gain: g (n,); w is
     `weight` times `reweight` of |psi_{s,t} - target|^2, detached.
@@ -195,6 +195,7 @@ def endpoint_bound(
             w = w * reweight(total(v, (p - q).square().sum(-1)))
         by_z, by_dz = _by_logits(v, p, dz, torch.zeros_like(p), (4.0 * w * square)[:, None] * dp)
         by_z = by_z + (4.0 * w)[:, None] * (p - q)
-        return w * (4.0 * apart + 2.0 * square * energy), torch.stack([apart, energy], 1), by_z, by_dz
+        bound = 4.0 * apart + 2.0 * square * energy
+        return w * bound, bound, by_z, by_dz
 
     return _MovingLoss.apply(read.hidden, moved, head.weight, head.bias, head, read, measure)

@@ -51,8 +51,10 @@ def flow_network(
     fixed = parts.code.to(device), parts.log_prior.to(device), parts.span, parts.path
     trained = config.flow.code if config.flow.code in codes.TRAINED and not (is_map or frozen) else None
     recalls = config.flow.self_conditioning > 0.0 and not is_map
-    uncertain = config.flow.weighting == "learned" and not is_map
-    network = TextDiT(shape, *fixed, skip, reads, map_reads, kernel, axis, uncertain, parts.moments, trained, recalls)
+    joint = is_map and config.train.joint
+    uncertain = config.flow.weighting == "learned" and (not is_map or config.distill.anchor == "data")
+    weights = {"learned_start": 1, "learned": 2}.get(config.distill.weighting, 0) if is_map else 0
+    network = TextDiT(shape, *fixed, skip, reads, map_reads, kernel, axis, uncertain, parts.moments, trained, recalls, joint, weights)
     network.trunk.softcap = config.model.softcap
     return network.to(home or device)
 

@@ -38,7 +38,7 @@ from typing import NamedTuple
 
 import torch
 
-from megaflow.config.check import TIME_TOKENS
+from megaflow.config.check import TIME_TOKENS, is_map
 from megaflow.config.schema import Config
 from megaflow.flow import clock as clocks
 from megaflow.flow import code as codes
@@ -50,8 +50,16 @@ from megaflow.flow.laws import needs_error
 from megaflow.model.reading import CONDITION, FREQUENCIES
 from megaflow.model.text_dit import HOT_GAIN
 
-COUNTED = ("psd",)
-"""Objectives of stage 2 whose passes the formula knows, and those of the planner."""
+
+def uncounted(config: Config) -> str:
+    """The choice whose passes the formulas, and the planner's, do not know, 'key=value'; empty where there is none."""
+    distill, train = config.distill, config.train
+    if not is_map(config):
+        return ""
+    if train.joint:
+        return "train.joint=true"
+    others = {"objective": ("psd",), "anchor": ("teacher", "auto"), "weighting": ("adaptive", "none"), "surgery": (False,)}
+    return next((f"distill.{name}={getattr(distill, name)}" for name, known in others.items() if getattr(distill, name) not in known), "")
 
 
 class Flops(NamedTuple):

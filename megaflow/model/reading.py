@@ -40,6 +40,24 @@ class TimeEmbedding(nn.Module):
         return self.second(F.silu(self.first(features)))
 
 
+class LossWeight(nn.Module):
+    """Embedded times, (B, CONDITION) each, to w (B,) of a loss's weight exp(-w); one of all times at first."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self.first = nn.Linear(times * CONDITION, CONDITION)
+        self.second = nn.Linear(CONDITION, 1)
+
+    def initialize(self) -> None:
+        nn.init.normal_(self.first.weight, std=self.first.in_features**-0.5)
+        nn.init.zeros_(self.first.bias)
+        nn.init.zeros_(self.second.weight)
+        nn.init.zeros_(self.second.bias)
+
+    def forward(self, *embedded: Tensor) -> Tensor:
+        return self.second(F.silu(self.first(torch.cat(embedded, -1))))[..., 0]
+
+
 class Reading(nn.Module):
     """A linear layer into the stream, without bias: (B, L/T, window * inputs) to (B, L/T, d), this process's positions.
 

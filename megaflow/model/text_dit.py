@@ -24,7 +24,7 @@ from megaflow.flow.interpolant import Interpolant, along
 from megaflow.flow.likelihood import Range
 from megaflow.flow.prior import Moments
 from megaflow.flow.vocabulary import shared
-from megaflow.model.reading import CONDITION, Reading, TimeEmbedding, real, windows
+from megaflow.model.reading import CONDITION, LossWeight, Reading, TimeEmbedding, real, windows
 from megaflow.model.trunk import Trunk
 from megaflow.parallel.collectives import own, scattered_with_neighbors
 from megaflow.parallel.cut import draw, padded, parameter
@@ -81,9 +81,10 @@ class TextDiT(nn.Module):
 
     reads: which of 'belief' and 'linear' (a linear reading of y) enter the trunk; map_reads: None for a plain flow, else what a flow map
     reads besides, times the share of psi in its step and therefore silent on the diagonal: 'linear', 'hot_belief' (where beliefs are
-    read) or 'none'. A flow map's table gets no gradient.
+    read) or 'none'. A flow map's table gets no gradient, unless `joint`: then there is no teacher, and all is trained together.
 
     recalls: whether it reads what an earlier pass has said of the text (self-conditioning, Chen et al. 2023).
+    map_weights: of how many times, s or s and t, weights of a map's losses are learned; 0: of none.
     trained_code: 'learned' or 'embedding' where C is made of weights of the network's own, anew at every `refresh`.
     """
 
@@ -103,8 +104,11 @@ class TextDiT(nn.Module):
         moments: Moments | None = None,
         trained_code: str | None = None,
         recalls: bool = False,
+        joint: bool = False,
+        map_weights: int = 0,
     ) -> None:
         super().__init__()
+        self.auxiliary: TextDiT | None = None  # what a map's texts are told from its teacher's by (train/map_objective.py, dmd)
         self.moments = Moments(float(code.dim), 0.0) if moments is None else moments
         self.code, self.log_prior, self.span, self.path, self.skip = code, log_prior, span, path, skip
         self.reads, self.map_reads, self.neighbors, self.axis = reads, map_reads, shape.neighbors, axis
@@ -113,8 +117,9 @@ class TextDiT(nn.Module):
         self.table = self.widen = None
         self.table_scale = math.sqrt(shape.hidden) / HEAD_STD if shape.tied else 1.0
         if "belief" in reads:
-            if not shape.tied or map_reads is not None:  # a map's table stays, and its head does not
-                self.table = parameter((shape.vocab, shape.belief_dim), rows).requires_grad_(map_reads is None)
+            stays = map_reads is not None and not joint
+            if not shape.tied or stays:  # a map's table stays, and its head does not
+                self.table = parameter((shape.vocab, shape.belief_dim), rows).requires_grad_(not stays)
             self.widen = Reading(shape.window, shape.belief_dim, shape.hidden, axis, None)
         multiple = shape.vocab_multiple if dense else None
         self.trained_code = trained_code
@@ -129,6 +134,7 @@ class TextDiT(nn.Module):
         self.timed = shape.timed
         self.map_time = TimeEmbedding(path, span) if map_reads is not None else None
         self.uncertainty = nn.Linear(CONDITION, 1) if uncertain else None
+        self.map_weights = LossWeight(map_weights) if map_weights else None
         self.trunk = Trunk(
             shape.layers, shape.hidden, shape.heads, shape.mlp_ratio, CONDITION if shape.timed else None, kernel, axis, shape.qk_norm
         )
@@ -171,6 +177,8 @@ class TextDiT(nn.Module):
             nn.init.zeros_(self.uncertainty.bias)
         if self.map_time is not None:
             self.map_time.initialize(zero=True)
+        if self.map_weights is not None:
+            self.map_weights.initialize()
         if self.map_state is not None:
             nn.init.zeros_(self.map_state.weight)
         if self.map_widen is not None:
@@ -193,6 +201,13 @@ class TextDiT(nn.Module):
         with torch.no_grad():
             condition = F.silu(self.time(s))
         return self.uncertainty(condition)[..., 0]
+
+    def ease(self, s: Tensor, t: Tensor) -> Tensor:
+        """The same of a map's losses, from s to t, (B,); w is learned of s alone where it has one time."""
+        assert self.map_weights is not None and self.time is not None
+        with torch.no_grad():
+            embedded = [F.silu(self.time(x)) for x in (s, t)[: self.map_weights.first.in_features // CONDITION]]
+        return self.map_weights(*embedded).float()
 
     def read(self, hidden: Tensor, y: Tensor, s: Tensor) -> Read:
         """Flat tokens for the head: hidden (B, L, d), state y (B, L, d_c) and its time s, (B,) or (B, L)."""

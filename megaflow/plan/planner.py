@@ -15,7 +15,7 @@ import copy
 from dataclasses import dataclass
 from typing import Any
 
-from megaflow.config.check import contradictions, resolve
+from megaflow.config.check import contradictions, is_map, resolve
 from megaflow.config.load import ConfigError, Loaded
 from megaflow.config.schema import Config
 from megaflow.model import flops
@@ -92,7 +92,7 @@ def _layouts(loaded: Loaded, vocab: int, gpus: int, stages: tuple[int, ...], cap
         for zero in stages:
             try:
                 config = _with(loaded, vocab, tensor, zero)
-                held = weights(config, vocab, tensor, _is_map(config)) if held is None else held
+                held = weights(config, vocab, tensor, is_map(config)) if held is None else held
                 for recompute in ("off", "selective", "full"):
                     found.append(_best(config, vocab, gpus, recompute, capacity, device, links, held))
             except ConfigError as error:
@@ -100,10 +100,6 @@ def _layouts(loaded: Loaded, vocab: int, gpus: int, stages: tuple[int, ...], cap
     if not found:
         raise refused or ConfigError(f"--gpus={gpus} leaves no layout; use 1 or more")
     return found
-
-
-def _is_map(config: Config) -> bool:
-    return bool(config.distill.teacher)
 
 
 def _with(loaded: Loaded, vocab: int, tensor: int, zero: int) -> Config:
@@ -133,11 +129,11 @@ def of_layout(
     config: Config, vocab: int, layout: Layout, capacity: float, device: Device, links: Links, held: list[Weight] | None = None
 ) -> Plan:
     """What a resolved config needs and takes on a layout."""
-    is_map = _is_map(config)
-    held = weights(config, vocab, layout.tensor, is_map) if held is None else held
-    needed = memory.of_step(config, vocab, layout, is_map, "cuda", held)
-    sends = communication.of_step(config, vocab, layout, is_map, held=held)
-    counted = flops.of_step(config, vocab, is_map)
+    as_map = is_map(config)
+    held = weights(config, vocab, layout.tensor, as_map) if held is None else held
+    needed = memory.of_step(config, vocab, layout, as_map, "cuda", held)
+    sends = communication.of_step(config, vocab, layout, as_map, held=held)
+    counted = flops.of_step(config, vocab, as_map)
     model = config.model
     again = 2.0 * model.layers * model.hidden * ((4 + 2 * model.mlp_ratio) * model.hidden + 2 * config.data.length)
     per_token = counted.model + counted.recomputed + (again if layout.recompute == "full" else 0.0)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megaflow.config.check import batch_split
+from megaflow.config.check import batch_split, is_map
 from megaflow.config.schema import Config
 from megaflow.data.stream import TokenStream, read_ahead
 from megaflow.model import devices
@@ -33,6 +33,7 @@ from megaflow.train.meter import Meter, meter_of
 from megaflow.train.run import Metrics, read_json, record_start, write_atomically
 from megaflow.train.spikes import Spikes
 from megaflow.train.stage import Batch, Stage, Total, documents_of, end_of_documents, validation_batch
+from megaflow.train.surgery import Gradients
 
 
 class NotFinite(Exception):
@@ -65,7 +66,7 @@ def train(config: Config, stage: Stage, mesh: Mesh, began: float, watch: Watch) 
     stream = TokenStream(config.data.path, "train", config.run.seed)
     end, contexts = end_of_documents(config, stream.manifest), Contexts(config, stream.manifest)
     validation = validation_rows(config, mesh, end, contexts)
-    deep = engine.start(stage.network, config, mesh, micro, accumulation)
+    deep = engine.start(stage.network, config, mesh, micro, 1 if surgery(config) else accumulation)
     state = resume(directory, deep, stage, mesh)
     seconds_before = state["seconds"]
     job = meshes.shared(mesh, secrets.token_hex(4))
@@ -101,7 +102,7 @@ def train(config: Config, stage: Stage, mesh: Mesh, began: float, watch: Watch) 
             rows = next(batches)
             wait = time.monotonic() - start
             flags = [float(stop.asked), float(writer.failure is not None)]
-            loss, observed, counted, passes, (asked, failed) = accumulate(
+            loss, observed, counted, passes, agreement, (asked, failed) = accumulate(
                 deep, stage, rows, config, mesh, step, micro, flags, end, contexts
             )
             if failed:
@@ -125,6 +126,7 @@ def train(config: Config, stage: Stage, mesh: Mesh, began: float, watch: Watch) 
             line = {"step": step + 1, "tokens": state["tokens"]}
             if taken:
                 line |= {"loss": loss, "learning_rate": rate, "grad_norm": norm, **learned, **meter.line(counted, elapsed, wait)}
+                line |= {} if agreement is None else {"gradient_cosine": agreement}
             else:
                 line |= {"skipped": state["skipped"], "first_sample": step * config.train.global_batch}
                 line["last_sample"] = line["first_sample"] + config.train.global_batch - 1
@@ -189,11 +191,11 @@ def accumulate(
     flags: list[float],
     end: int | None,
     contexts: Contexts,
-) -> tuple[float, Tensor, int, Tensor, list[bool]]:
+) -> tuple[float, Tensor, int, Tensor, float | None, list[bool]]:
     """Forward and backward passes of one step over this process's rows, their ids and lengths.
 
     Returns the global batch's loss, observations and counted tokens, the loss per token of each pass of any process in the order of the
-    samples, and of every flag whether any process has raised it.
+    samples, the cosine between the two gradients where there is surgery, and of every flag whether any process has raised it.
 
     The gradient is the mean over all counted tokens of the global batch: DeepSpeed averages over passes and processes, which the
     factor in front of the loss takes back.
@@ -208,6 +210,7 @@ def accumulate(
     known = torch.tensor([float(lengths.sum()), float(written.sum()), float(padded)], dtype=torch.float64)
     counted, active, any_padded = (int(x) for x in meshes.total(mesh.data, known, mesh.device))
     loss, observed, passes = 0.0, None, torch.zeros(mesh.data.size, accumulation, dtype=torch.float64)
+    two, agreement = Gradients(stage.network, mesh) if surgery(config) else None, None
     for index in range(accumulation):
         part = slice(index * micro, (index + 1) * micro)
         weight = written[part].flatten().float() / active
@@ -222,20 +225,33 @@ def accumulate(
             mesh.data.size if config.parallel.zero == 3 else 1,
             None if given is None else given[part].to(mesh.device),
         )
-        value, seen = deep(stage.loss, batch)
-        deep.backward(value * float(mesh.data.size * accumulation))
+        if two is not None:
+            value, seen = deep.module(stage.loss, batch)
+            two.take(value)
+            value = value.detach().sum()
+        else:
+            value, seen = deep(stage.loss, batch)
+            deep.backward(value * float(mesh.data.size * accumulation))
         loss += value.item()
         passes[mesh.data.rank, index] = value.item() / weight.sum().item() if weight.any() else math.nan
         observed = seen if observed is None else observed + seen
-        if index + 1 < accumulation:
+        if index + 1 < accumulation and two is None:
             deep.step()
+    if two is not None:
+        gradient, agreement = two.merged()
+        deep.backward(two.loss(gradient))
     assert observed is not None
     once = float(mesh.tensor.rank == 0)  # what tensor-parallel processes see is the same; any process may be asked to stop
     ours = torch.tensor([*flags, loss * once], dtype=torch.float64)
     sums = torch.cat([ours, observed.flatten() * once, passes.flatten() * once])
     sizes = [len(flags), 1, observed.numel(), passes.numel()]
     raised, total, seen, passes = meshes.total(mesh.world, sums, mesh.device).split(sizes)
-    return total.item(), seen.view(observed.shape), counted, passes, (raised > 0).tolist()
+    return total.item(), seen.view(observed.shape), counted, passes, agreement, (raised > 0).tolist()
+
+
+def surgery(config: Config) -> bool:
+    """Whether a step has two gradients, of which one comes first."""
+    return is_map(config) and config.distill.surgery
 
 
 def validation_rows(config: Config, mesh: Mesh, end: int | None, contexts: Contexts) -> tuple[Batch, Total]:

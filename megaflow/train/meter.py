@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from megaflow.config.check import is_map
 from megaflow.config.schema import Config
 from megaflow.model import devices, flops
 from megaflow.parallel.mesh import Mesh
@@ -37,12 +38,12 @@ class Meter:
 
 def meter_of(config: Config, stage: Any, mesh: Mesh) -> Meter:
     """A meter for a stage. On a CPU it measures a matrix product first, half a second long, which MFU is then against."""
-    is_map = hasattr(stage, "teacher")
+    of_map = is_map(config)
     vocab = stage.network.code.vocab if hasattr(stage.network, "code") else stage.network.part.size
-    hot = flops.hot_until(stage.parts.path, stage.clock, stage.network.code) if is_map else 1.0
+    hot = flops.hot_until(stage.parts.path, stage.clock, stage.network.code) if of_map else 1.0
     peak = devices.peak(mesh.device, config.train.precision)
-    known = not is_map or config.distill.objective in flops.COUNTED
-    return Meter(mesh, flops.of_step(config, vocab, is_map, hot).model if known else None, peak)
+    counted = None if flops.uncounted(config) else flops.of_step(config, vocab, of_map, hot).model
+    return Meter(mesh, counted, peak)
 
 
 def memory(device: torch.device) -> int:

@@ -22,6 +22,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
 
+from megaflow.config.check import is_map
 from megaflow.config.load import ConfigError, Loaded, assemble, flatten, load, to_yaml
 from megaflow.config.schema import Config, keys
 from megaflow.errors import UserError, naming
@@ -115,7 +116,7 @@ def open_run(loaded: Loaded, stage: str) -> Loaded:
     for name, value in new.items():
         if loaded.origin[name] == "auto":
             new[name] = old[name] if recorded.origin.get(name) == "auto" else value
-        unread = stage == "pretrain" and name.startswith("distill.")
+        unread = stage == "pretrain" and name.startswith("distill.") and not loaded.config.train.joint
         if new[name] != old[name] and not unread and not name.startswith(MAY_CHANGE):
             changed.append(name)
     if "train.steps" in changed:
@@ -153,8 +154,9 @@ def load_distill(path: str, overrides: list[str]) -> Loaded:
     if not name:
         raise ConfigError(f"{path}: distill.teacher is not set; give the run directory of a trained flow, distill.teacher=RUN")
     teacher = read_config(name)
-    if stage_of(name) != "pretrain" or teacher.config.model.family != "flow":
+    if is_map(teacher.config) or teacher.config.model.family != "flow":
         raise ConfigError(f"distill.teacher={name} is not a pretrained flow; a flow map is distilled from one")
+    stage_of(name)
     inherited = {k: v for k, v in flatten(teacher.config).items() if k.startswith(("model.", "flow.")) or k in TEACHER_DATA}
     loaded = load(path, overrides, inherited, f"teacher {name}")
     new = flatten(loaded.config)

@@ -43,6 +43,14 @@ class Batch(NamedTuple):
     peers: int = 1
     given: Tensor | None = None
 
+    def of(self, rows: Tensor) -> "Batch":
+        """Some of its rows, by their indices, or all in another order."""
+        there = rows.to(self.ids.device)
+        lengths, documents, given = (None if x is None else x[there] for x in (self.lengths, self.documents, self.given))
+        weight = self.weight.view(self.ids.shape)[there].flatten()
+        ids, places = self.ids[there], self.places[rows]
+        return self._replace(ids=ids, places=places, weight=weight, lengths=lengths, documents=documents, given=given)
+
 
 Total = Callable[[Tensor], Tensor]
 """The sum of a tensor over the processes that have the other rows."""
@@ -78,7 +86,8 @@ class Stage(Protocol):
     def network(self) -> nn.Module: ...
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Weighted sum over the batch's tokens, with gradient, and the stage's observations, a fixed-size fp64 vector that adds up."""
+        """Weighted sum over the batch's tokens, with gradient, and the stage's observations, a fixed-size fp64 tensor that adds up. A loss
+        in two, (2,), asks for a gradient in which the second takes nothing back of the first (surgery.py)."""
 
     def learn(self, observed: Tensor, step: int) -> dict[str, float]:
         """Take in a step's observations, summed over the global batch. Returns what of them belongs into the step's line of metrics."""
@@ -118,9 +127,9 @@ def cells(seed: int, batch: Batch, purpose: str) -> Tensor:
     return clocks.stratified(order[batch.places % batch.rows], batch.rows, offset)
 
 
-def noise(seed: int, batch: Batch, parts: Parts) -> Tensor:
+def noise(seed: int, batch: Batch, parts: Parts, purpose: str = "noise") -> Tensor:
     """The prior's noise (B, L, d_c), each row a function of its place; of a dense state's, the columns that are here."""
-    return draw_noise(parts, batch.places.tolist(), batch.ids.shape[1], seed, "noise", batch.step)
+    return draw_noise(parts, batch.places.tolist(), batch.ids.shape[1], seed, purpose, batch.step)
 
 
 def validation_bound(config: Config, network: TextDiT, parts: Parts, clock: Clock, batch: Batch, total: Total) -> Estimate:

@@ -1,17 +1,10 @@
-"""Stage 2: a flow map by one of its identities, from a frozen teacher.
+"""Stage 2 and joint training: a flow map by one of the objectives of map_objective.py.
 
-Exact counts of the global batch's rows are diagonal (s = t, towards the teacher's posterior), inner (s < t) and boundary ((0, 1)). What
-inner rows are trained towards is distill.objective:
+Exact counts of the global batch's rows are diagonal (s = t), inner (s < t) and boundary ((0, 1)). Diagonal rows are anchored to a frozen
+teacher's posterior, or to the data by the flow's own objective, which is what stage 1 trains: with that in one run from the start training
+is joint. Targets come from the live network without gradient.
 
-    psd        the semigroup identity, KL (FMLM, DFM)                                     no derivative
-    fmlm_mse   the same by least squares in the state's dimensions (FMLM's first form)    no derivative
-    lsd        the Lagrangian identity in logits, KL (DFM)                                one in t, inside the target
-    esd        the Eulerian identity in logits, KL (DFM)                                  one along the flow, inside the target
-    lsd_cfm    the Lagrangian residual, squared (CFM)                                     one in t, with gradient through it
-    ecld       a bound on that residual (CFM)                                             the same
-
-Boundary rows always have the semigroup's target: at t = 1 the Eulerian identity says nothing. Targets come from the live network without
-gradient. The codes, the prior and the clock are the teacher's, frozen.
+In stage 2 codes, prior and clock are the teacher's, frozen; in joint training the clock follows what the diagonal scores.
 """
 
 from collections.abc import Callable
@@ -20,10 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from megaflow.config.schema import Config
-from megaflow.flow import flow_map, losses, tangent
-from megaflow.flow import head as heads
+from megaflow.flow import choice, flow_map, losses
+from megaflow.flow import clock as clocks
 from megaflow.flow.clock import Clock
 from megaflow.flow.code import lookup
 from megaflow.flow.context import told
@@ -33,31 +27,41 @@ from megaflow.flow.likelihood import NoBound
 from megaflow.model.parts import Parts
 from megaflow.model.text_dit import TextDiT
 from megaflow.parallel import random
-from megaflow.train import targets
+from megaflow.train import map_objective as objectives
+from megaflow.train.map_objective import OBJECTIVES, MapObjective, Models, Rows, Target
 from megaflow.train.stage import Batch, Total, alone, cells, noise, validation_bound
-from megaflow.train.targets import Rows, Target
+from megaflow.train.stage_flow import FlowStage
 
 DIAGONAL, INNER, BOUNDARY = 0, 1, 2
-WITH_DERIVATIVES = ("lsd", "esd", "lsd_cfm", "ecld")
-"""Objectives whose inner rows go apart from the boundary rows, and end within the range of log-SNR."""
-NAMES = {
-    "psd": "semigroup_divergence",
-    "fmlm_mse": "semigroup_distance",
-    "lsd": "lagrangian_divergence",
-    "esd": "eulerian_divergence",
-    "lsd_cfm": "lagrangian_residual",
-    "ecld": "endpoint_divergence",
-}
-"""What metrics.jsonl calls the loss of rows with s < t without weights; distance and residual are squared, in the state's dimensions."""
 
 
 class MapStage:
-    """See stage.Stage. `teacher` holds its averaged weights and never changes."""
+    """See stage.Stage. Diagonal rows are trained as `flow` trains its rows, a stage of the same network; where that is None towards
+    `teacher`, which holds its averaged weights and never changes. clock: the teacher's; None in joint training, which has the flow's.
 
-    def __init__(self, config: Config, network: TextDiT, teacher: TextDiT, parts: Parts, clock: Clock) -> None:
-        self.config, self.network, self.parts, self.clock = config, network, parts, clock
-        self.teacher, self.objective = teacher.requires_grad_(False), config.distill.objective
+    The loss is that of all rows together; or with distill.surgery the two of diagonal and other rows, (2,).
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        network: TextDiT,
+        parts: Parts,
+        clock: Clock | None = None,
+        teacher: TextDiT | None = None,
+        flow: FlowStage | None = None,
+    ) -> None:
+        self.config, self.network, self.parts, self.frozen_clock = config, network, parts, clock
+        self.teacher, self.flow = None if teacher is None else teacher.requires_grad_(False), flow
+        self.objective: MapObjective = choice.call(OBJECTIVES, config.distill.objective)
         self.at_once = config.parallel.zero == 3  # where each pass gathers the network anew
+
+    @property
+    def clock(self) -> Clock:
+        if self.frozen_clock is None:
+            assert self.flow is not None
+            return self.flow.clock
+        return self.frozen_clock
 
     def kinds(self, batch: Batch, peer: int = 0) -> Tensor:
         """(B,) kind of each row, of this process or of the `peer`-th after it. The kinds of a global batch are dealt by a permutation of
@@ -71,95 +75,100 @@ class MapStage:
         kinds[card >= batch.rows - boundary] = BOUNDARY
         return kinds
 
-    def rows(self, batch: Batch, kinds: Tensor) -> Rows:
-        """The batch's rows with their times and states, ordered by kind, so that each pays only for the passes it needs."""
+    def rows(self, batch: Batch, kinds: Tensor) -> tuple[Rows, Batch, Tensor]:
+        """The batch's rows with their times and states, ordered by kind, so that each pays only for the passes it needs; the batch in that
+        order, and the times s as they were drawn, on the CPU."""
         seed, device, path = self.config.run.seed, batch.ids.device, self.parts.path
         share = cells(seed, batch, "between") if self.config.distill.between == "uniform" else None
         times = flow_map.draw_times(self.clock, kinds, cells(seed, batch, "gap"), cells(seed, batch, "start"), share)
-        if self.objective in WITH_DERIVATIVES:
+        if self.objective.derivative:
             end = time_of(path, torch.tensor(self.parts.span.high, dtype=torch.float64))
-            inner = kinds == INNER
-            times = Times(*(torch.where(inner, torch.minimum(x, end), x) for x in times))
-        times = Times(*(x.to(device) for x in times))
+            times = Times(*(torch.where(kinds == INNER, torch.minimum(x, end), x) for x in times))
+        if self.objective.to_the_end:
+            times = times._replace(t=torch.where(kinds == DIAGONAL, times.t, 1.0))
+        order = torch.argsort(kinds, stable=True)
+        batch, drawn, times = batch.of(order), times.s[order], Times(*(x[order].to(device) for x in times))
         seen_times = Times(*(told(x, batch.given) for x in times))
         y = noisy_state(path, lookup(self.parts.code, batch.ids), noise(seed, batch, self.parts), seen_times.s)
-        order = torch.argsort(kinds, stable=True).to(device)
-        lengths, documents = (None if x is None else x[order] for x in (batch.lengths, batch.documents))
-        y, (seen_times, times) = y[order], (Times(*(x[order] for x in each)) for each in (seen_times, times))
-        seen = self.network.see(y, seen_times.s, seen_times.t)  # with nothing trained in it: the teacher and every target see the same
-        return Rows(y, seen_times, times, seen, lengths, documents, batch.weight.view(batch.ids.shape)[order])
+        seen = self.network.see(y, seen_times.s, seen_times.t)
+        weight, learned = batch.weight.view(batch.ids.shape), self.config.distill.weighting.startswith("learned")
+        ease = self.network.ease(times.s, times.t) if learned else None
+        return Rows(y, seen_times, times, seen, batch.lengths, batch.documents, weight, batch.places, batch.given, ease), batch, drawn
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         kinds = self.kinds(batch)
-        rows = self.rows(batch, kinds)
-        counts = [int((kinds == kind).sum()) for kind in (DIAGONAL, INNER, BOUNDARY)]
-        still, total = counts[0], len(kinds)
-        apart = slice(still, still + counts[1]) if self.objective in WITH_DERIVATIVES else slice(still, still)
-        parts = [slice(0, still), apart, slice(apart.stop, total)]
-        make = [partial(targets.diagonal, self.teacher), self.inner_target(), self.semigroup_target()]
-        found: list[tuple[int, slice, Target]] = []
-        for index, (part, of) in enumerate(zip(parts, make, strict=True)):
-            if part.start < part.stop and of is not None:
-                found.append((min(index, 1), part, of(rows.part(part))))
+        rows, batch, drawn = self.rows(batch, kinds)
+        still, inner, total = int((kinds == DIAGONAL).sum()), int((kinds == INNER).sum()), len(kinds)
+        objective, network = self.objective, self.network
+        ends = total if objective.to_the_end else still + inner if objective.apart else still
+        diagonal, apart, others = slice(0, still), slice(still, ends), slice(ends, total)
         if still == total and batch.peers > 1:
             self.keep_company(batch, rows)
-        terms, observed = [], torch.zeros(2, 2, dtype=torch.float64)
-        if self.inner_target() is None and apart.start < apart.stop:
-            loss, divergences = self.through_tangent(rows.part(apart))
-            terms.append(loss)
-            note(observed, 1, divergences, rows.part(apart))
-        plain = [part for _, part, _ in found]
-        hidden = self.passes(rows, plain)
-        while found:
-            index, part, target = found.pop(0)  # with its chunk, which is not kept beside the next one's
-            loss, divergences = self.towards(hidden[part.start], rows.part(part), target, index == 0)
-            terms.append(loss)
-            note(observed, index, divergences, rows.part(part))
-        return torch.stack(terms).sum(), observed
+        terms, noted, of_flow = [rows.y.new_zeros(2)], torch.zeros(2, 2, dtype=torch.float64), []
 
-    def passes(self, rows: Rows, parts: list[slice]) -> dict[int, Tensor]:
-        """Hidden states of every part's rows by where it begins, with gradient, in one pass."""
+        def take(kind: int, some: Rows, loss: Tensor, values: Tensor) -> None:
+            terms.append(F.one_hot(torch.tensor(kind), 2).to(loss) * loss)
+            weight = some.weight.flatten().double()
+            noted[kind] += torch.stack([(values.double() * weight).sum(), weight.sum()]).cpu()
+
+        if objective.loss is not None and apart.start < apart.stop:
+            some = rows.part(apart)
+            take(1, some, *eased(some, partial(objective.loss, self.models(batch), reweight=self.reweight())))
+        todo: list[tuple[int, slice, Target | None]] = []
+        if still:
+            todo.append((0, diagonal, self.diagonal_target(rows.part(diagonal))))
+        if objective.target is not None and apart.start < apart.stop:
+            todo.append((1, apart, objective.target(network, rows.part(apart))))
+        if others.start < others.stop:
+            todo.append((1, others, (objectives.semigroup if self.at_once else objectives.semigroup_by_rows)(network, rows.part(others))))
+        hidden = self.passes(rows, [part for _, part, _ in todo])
+        while todo:
+            kind, part, target = todo.pop(0)  # with its chunk, which is not kept beside the next one's
+            some, last = rows.part(part), hidden.pop(0)
+            if target is None:
+                assert self.flow is not None
+                of_rows = batch.of(torch.arange(part.start, part.stop))
+                loss, values = self.flow.scored(network.read(last, some.y, some.told.s), drawn[part], of_rows)
+                of_flow.append(self.flow.observe(drawn[part], values, of_rows))
+                take(kind, some, loss, values[:, 0])
+            else:
+                take(kind, some, *eased(some, partial(self.towards, last, target, kind)))
+        if self.flow is not None and not of_flow:
+            of_flow.append(torch.zeros(4, len(self.flow.profile.weight), dtype=torch.float64))
+        both = sum(terms[1:], terms[0])
+        return both if self.config.distill.surgery else both.sum(), torch.cat([x.flatten() for x in (noted, *of_flow)])
+
+    def passes(self, rows: Rows, parts: list[slice]) -> list[Tensor]:
+        """Hidden states of every part's rows, with gradient, in one pass."""
         if not parts:
-            return {}
+            return []
         whole = len(rows.y) == sum(part.stop - part.start for part in parts)
         some = rows if whole else rows.part(torch.cat([torch.arange(part.start, part.stop) for part in parts]).to(rows.y.device))
         hidden = self.network(some.y, some.told.s, some.told.t, some.lengths, some.seen, some.documents)
-        split = hidden.split([part.stop - part.start for part in parts])
-        return {part.start: each for part, each in zip(parts, split, strict=True)}
+        return list(hidden.split([part.stop - part.start for part in parts]))
 
-    def towards(self, hidden: Tensor, rows: Rows, target: Target, diagonal: bool) -> tuple[Tensor, Tensor]:
+    def towards(self, hidden: Tensor, target: Target, kind: int, rows: Rows) -> tuple[Tensor, Tensor]:
         """The loss of rows with their weights, and what of it is to be noted, per token."""
         head, read, weight = self.network.head(), self.network.read(hidden, rows.y, rows.told.s), rows.weight.flatten()
-        whole = 1 if diagonal or self.at_once else rows.y.shape[1]
-        if self.objective == "fmlm_mse" and not diagonal:
-            return losses.endpoint_distance(head, read, targets.means(self.parts.code, target), weight, self.reweight(), whole)
+        whole = 1 if kind == 0 or self.at_once else rows.y.shape[1]
+        if self.objective.squared and kind == 1:
+            return losses.endpoint_distance(head, read, objectives.means(self.parts.code, target), weight, self.reweight(), whole)
         return losses.divergence(head, read, target, weight, self.reweight(), whole)
 
-    def inner_target(self) -> Callable[[Rows], Target] | None:
-        """Of inner rows that go apart from boundary rows; None where their loss has a gradient through a tangent."""
-        of = {"lsd": targets.lagrangian, "esd": targets.eulerian}.get(self.objective)
-        return None if of is None else partial(of, self.network)
+    def diagonal_target(self, rows: Rows) -> Target | None:
+        """None where diagonal rows are trained towards the data."""
+        if self.flow is not None:
+            return None
+        assert self.teacher is not None
+        return objectives.diagonal(self.teacher, rows)
 
-    def semigroup_target(self) -> Callable[[Rows], Target]:
-        return partial(targets.semigroup if self.at_once else targets.semigroup_by_rows, self.network)
+    def models(self, batch: Batch) -> Models:
+        def fresh(places: Tensor, draw: int) -> tuple[Tensor, Tensor]:
+            some, purpose = batch._replace(places=places), f"again {draw}"
+            times = clocks.inverse(self.clock, cells(self.config.run.seed, some, purpose))
+            return times, noise(self.config.run.seed, some, self.parts, purpose)
 
-    def through_tangent(self, rows: Rows) -> tuple[Tensor, Tensor]:
-        """The losses of Categorical Flow Maps, and (n,) the squared residual or the divergence, without weights."""
-        network, path, weight = self.network, self.parts.path, rows.weight.flatten()
-        hidden, moved = targets.by_end(network, rows)
-        read, head, moved = network.read(hidden, rows.y, rows.told.s), network.head(), moved.flatten(0, 1)
-        without = heads.Read(read.hidden.detach(), read.y, read.level)
-        end = targets.at_the_end(network, rows, without)
-        if self.objective == "ecld":
-            gain = rows.tokens(tangent.lagrangian_gain(path, rows.times.s, rows.times.t))
-            psi = heads.probabilities(head)
-            loss, terms = tangent.endpoint_bound(head, read, moved, lambda tokens: psi(end[tokens]), gain, weight, self.reweight())
-            return loss, terms[:, 0]
-        frozen, y = head.frozen(), rows.y.flatten(0, 1)
-        mean, at_end = heads.expectation(frozen, without), heads.expectation(frozen, end)
-        s, t = rows.tokens(rows.times.s), rows.tokens(rows.times.t)
-        terms_of = tangent.residual_terms(path, y, s, t, mean, at_end)
-        return tangent.lagrangian_residual(head, read, moved, *terms_of, weight, self.reweight())
+        return Models(self.network, self.teacher, self.network.auxiliary, fresh)
 
     @torch.no_grad()
     def keep_company(self, batch: Batch, rows: Rows) -> None:
@@ -170,20 +179,22 @@ class MapStage:
 
     def reweight(self) -> Any:
         distill = self.config.distill
-        if distill.weighting == "none":
+        if distill.weighting != "adaptive":
             return None
         return partial(flow_map.adaptive_weight, power=distill.adaptive_power, constant=distill.adaptive_constant)
 
     def learn(self, observed: Tensor, step: int) -> dict[str, float]:
-        """The step's divergences from its targets without weights, a token, of rows with s = t and of those with s < t."""
-        names = ("diagonal_divergence", NAMES[self.objective])
-        return {name: (total / weight).item() for name, (total, weight) in zip(names, observed, strict=True) if weight > 0.0}
+        """The step's losses without weights, a token, of rows with s = t and of those with s < t."""
+        if self.flow is not None and self.frozen_clock is None:
+            self.flow.learn(observed[4:].view(4, -1), step)
+        names = ("diagonal_divergence" if self.flow is None else "cross_entropy", self.objective.measures)
+        return {name: (total / weight).item() for name, (total, weight) in zip(names, observed[:4].view(2, 2), strict=True) if weight > 0.0}
 
     def validate(self, batch: Batch, total: Total = alone) -> dict[str, float]:
         """The objective itself on validation rows with draws that never change, the same without its weights, and the diagonal's bound."""
         with torch.no_grad():
             loss, observed = self.loss(batch)
-        sums = total(torch.stack([loss.double().cpu(), observed[:, 0].sum()]))
+        sums = total(torch.stack([loss.sum().double().cpu(), observed[:4].view(2, 2)[:, 0].sum()]))
         metrics = {"validation_loss": sums[0].item(), "validation_divergence": sums[1].item()}
         try:
             metrics["validation_bound"] = validation_bound(self.config, self.network, self.parts, self.clock, batch, total).mean
@@ -192,22 +203,32 @@ class MapStage:
         return metrics
 
     def state(self) -> dict[str, Tensor]:
+        if self.flow is not None and self.frozen_clock is None:
+            return self.flow.state()
         return {"clock_times": self.clock.times, "clock_tau": self.clock.tau}
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        assert torch.equal(state["clock_times"], self.clock.times) and torch.equal(state["clock_tau"], self.clock.tau)
+        if self.flow is not None and self.frozen_clock is None:
+            self.flow.restore(state)
+        else:
+            assert torch.equal(state["clock_times"], self.clock.times) and torch.equal(state["clock_tau"], self.clock.tau)
 
     def describe(self) -> dict[str, Any]:
         distill = self.config.distill
-        return {
-            "teacher": distill.teacher,
+        where = {"teacher": distill.teacher} if distill.teacher else {"training": "of flow and map together"}
+        return where | {
             "objective": distill.objective,
+            "diagonal": "towards the teacher" if self.flow is None else f"towards the data, {self.config.flow.objective}",
             "reads": ", ".join([*self.network.reads, f"ahead: {distill.state_input}"]),
         }
 
 
-def note(observed: Tensor, index: int, values: Tensor, rows: Rows) -> None:
-    """Add what was found of rows, (n,) without weights, and their weight to a line of what is observed."""
-    weight = rows.weight.flatten().double()
-    observed[index, 0] += (values.double() * weight).sum().item()
-    observed[index, 1] += weight.sum().item()
+def eased(rows: Rows, measure: Callable[..., tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """measure(rows=…), a loss and its values per token; where weights are learned exp(-w) loss + w (FMM), with a gradient by w too."""
+    if rows.ease is None:
+        return measure(rows=rows)
+    w = rows.ease[:, None]
+    factor = torch.exp(-w)
+    loss, values = measure(rows=rows._replace(weight=rows.weight * factor.detach()))
+    plain = values.view(rows.weight.shape)
+    return loss + (rows.weight * ((factor - factor.detach()) * plain + w)).sum(), values

@@ -18,6 +18,7 @@ from megaflow.config.schema import Config
 from megaflow.data import shards
 from megaflow.data.shards import open_prepared, unigram_counts
 from megaflow.errors import UserError
+from megaflow.flow import choice
 from megaflow.flow import code as codes
 from megaflow.flow.clock import Clock
 from megaflow.model import build, parts
@@ -36,6 +37,7 @@ from megaflow.train import code_start, ema
 from megaflow.train.checkpoint import Checkpoint
 from megaflow.train.context import Contexts
 from megaflow.train.loop import NotFinite, finished, train
+from megaflow.train.map_objective import OBJECTIVES
 from megaflow.train.run import LOCK_PATIENCE, load_distill, lock, open_run, read_json, source_digest, versions, write_atomically
 from megaflow.train.stage import Stage, end_of_documents
 from megaflow.train.stage_autoregressive import AutoregressiveStage
@@ -71,7 +73,7 @@ def distill(path: str, overrides: list[str], began: float | None = None) -> int:
 def _train(loaded: Loaded, kind: str, began: float) -> int:
     values, defaults = flatten(loaded.config), flatten(Config())  # a run's own config.yaml says the defaults too
     distilling = [name for name, value in values.items() if name.startswith("distill.") and value != defaults[name]]
-    if kind == "pretrain" and distilling:
+    if kind == "pretrain" and distilling and not loaded.config.train.joint:
         raise ConfigError(f"{loaded.origin[distilling[0]]}: {distilling[0]} is set; this is a config for megaflow distill")
     contradictions(loaded)
     manifest = open_prepared(loaded.config.data.path)
@@ -193,12 +195,14 @@ def pretrain_stage(config: Config, fresh: Parts | None, mesh: Mesh) -> Stage:
     meshes.barrier(mesh)
     fixed = parts.read(file)
     ours = parts.to(build.cut_parts(config, fixed, mesh.tensor), mesh.device)
-    flow = build.flow_network(config, ours, mesh.device, axis=mesh.tensor, home=HOME)
-    if not begins(config, mesh):
-        return FlowStage(config, flow, ours, None)
-    build.draw(flow, config.run.seed)
-    profile = parts.initial_profile(fixed, config.flow.clock, config.run.seed) if mesh.first else None
-    return FlowStage(config, flow, ours, meshes.shared(mesh, profile))
+    flow = build.flow_network(config, ours, mesh.device, config.train.joint, mesh.tensor, HOME)
+    profile = None
+    if begins(config, mesh):
+        build.draw(flow, config.run.seed)
+        profile = parts.initial_profile(fixed, config.flow.clock, config.run.seed) if mesh.first else None
+        profile = meshes.shared(mesh, profile)
+    stage = FlowStage(config, flow, ours, profile)
+    return MapStage(config, flow, ours, flow=stage) if config.train.joint else stage
 
 
 def begins(config: Config, mesh: Mesh) -> bool:
@@ -223,16 +227,28 @@ def distill_stage(config: Config, mesh: Mesh) -> Stage:
         )
     _same_teacher(Path(config.run.dir), source, found, mesh)
     ours = parts.to(build.cut_parts(config, fixed, mesh.tensor), mesh.device)
-    teacher = build.flow_network(config, ours, mesh.device, axis=mesh.tensor, frozen=True)
-    ema.load(teacher, averaged)
+    teacher = _teacher(config, ours, averaged, mesh)
     network = build.flow_network(config, ours, mesh.device, True, mesh.tensor, HOME)
     if begins(config, mesh):
         build.draw(network, config.run.seed)  # zeros where only a map has weights; all others become the teacher's
         ema.load(network, averaged, partial=True)
         if config.model.head == "tied" and network.table is not None:  # it parts from the head here
             put(network.table, averaged["weight"])
+    if choice.call(OBJECTIVES, config.distill.objective).to_the_end:
+        network.auxiliary = _teacher(config, ours, averaged, mesh, trained=True)
     clock = Clock(found.read("stage/clock_times"), found.read("stage/clock_tau"))
-    return MapStage(config, network, teacher.eval(), ours, clock)
+    if config.distill.anchor == "teacher":
+        return MapStage(config, network, ours, clock, teacher)
+    flow = FlowStage(config, network, ours, None)
+    flow.restore(found.tensors("stage"))
+    return MapStage(config, network, ours, clock, teacher if network.auxiliary is not None else None, flow)
+
+
+def _teacher(config: Config, ours: Parts, averaged: Mapping[str, torch.Tensor], mesh: Mesh, trained: bool = False) -> TextDiT:
+    """The flow that a map is distilled from, with its averaged weights; or one that begins with them and is trained."""
+    network = build.flow_network(config, ours, mesh.device, axis=mesh.tensor, home=HOME if trained else None, frozen=True)
+    ema.load(network, averaged)
+    return network if trained else network.eval()
 
 
 def with_code(fixed: Parts, config: Config, averaged: Mapping[str, torch.Tensor]) -> Parts:

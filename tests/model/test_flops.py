@@ -87,7 +87,8 @@ def made(kind: str, vocab: int, values: dict[str, Any]) -> Any:
         return FlowStage(config, flow, parts, initial_profile(parts, config.flow.clock, seed=0))
     network = build.flow_network(config, parts, cpu, is_map=True)
     network.initialize()
-    return MapStage(config, network, flow, parts, fit_clock(config.flow.clock, parts, initial_profile(parts, config.flow.clock, seed=0)))
+    clock = fit_clock(config.flow.clock, parts, initial_profile(parts, config.flow.clock, seed=0))
+    return MapStage(config, network, parts, clock, flow)
 
 
 def in_place_product(added: list[int], left: list[int], right: list[int], out_shape: Any = None, **_: Any) -> int:

@@ -285,7 +285,7 @@ def test_no_tensor_of_tokens_times_vocabulary_exists_in_stage_1():
 def large_stage_2(map_reads: str, zero: int) -> MapStage:
     network, teacher = large(map_reads), large(None)
     parts = Parts(network.code, network.log_prior, network.span)
-    return MapStage(Config(parallel=ParallelConfig(zero=zero)), network, teacher, parts, clocks.uniform())
+    return MapStage(Config(parallel=ParallelConfig(zero=zero)), network, parts, clocks.uniform(), teacher)
 
 
 @pytest.mark.parametrize("zero", [0, 3])
@@ -336,7 +336,7 @@ def test_stage_2_finds_the_flow_map_of_a_solved_flow(kind, map_reads):
     network = TextDiT(shape, code, parts.log_prior, parts.span, LINEAR, True, ("belief",), map_reads, "sdpa")
     network.initialize()
     clock = clocks.uniform_log_snr(LINEAR, -4.0, 5.0)
-    stage = MapStage(Config(), network, toys.Exact(toy, code), parts, clock)
+    stage = MapStage(Config(), network, parts, clock, toys.Exact(toy, code))
     optimizer = torch.optim.Adam(network.parameters(), lr=5e-3)
     before, steps, rows = map_error(network, toy), 300, 128
     for step in range(steps):

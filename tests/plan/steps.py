@@ -67,7 +67,7 @@ def stage_of(kind: str, vocab: int, values: dict[str, Any], mesh: Mesh) -> Any:
         else:
             teacher = build.flow_network(config, ours, mesh.device, axis=axis)
             build.draw(teacher, 0)
-            stage = MapStage(config, network, teacher, ours, fit_clock(config.flow.clock, whole, profile))
+            stage = MapStage(config, network, ours, fit_clock(config.flow.clock, whole, profile), teacher)
     build.draw(stage.network, 0)
     stage.network.trunk.settle(config.parallel.recompute, config.parallel.compile)
     return stage

@@ -299,7 +299,7 @@ def _of_map(config: Config, refuse: Refuse) -> None:
         refuse(f"{what} has forward-mode derivatives, which torch.compile has none of; use psd", "distill.objective", "parallel.compile")
     if distill.between == "uniform" and (objective.target or objective.loss):
         refuse(f"distill.between=uniform is of the semigroup identity, and {what} is not; leave it", "distill.between", "distill.objective")
-    if objective.to_the_end and on_simplex(config.flow.prior):
+    if objective.one_step and on_simplex(config.flow.prior):
         refuse(f"{what} compares scores, and flow.prior={config.flow.prior} has none; use psd", "distill.objective", "flow.prior")
     if distill.anchor == "data" and config.flow.objective == "likelihood":
         refuse(

@@ -6,7 +6,8 @@
     esd        the Eulerian identity in logits, KL (DFM)                                  one along the flow, inside the target
     lsd_cfm    the Lagrangian residual, squared (CFM)                                     one in t, with gradient through it
     ecld       a bound on that residual (CFM)                                             the same
-    dmd        the law of what comes out, reverse KL by an auxiliary denoiser (DMD)       no derivative
+    dmd        the law of one-step texts, reverse KL by an auxiliary denoiser (DMD);      no derivative
+               inner rows by psd, which is what DMD regresses on noise and text for
 
 One is either a target, which has no gradient, or a loss of its own. A target's function makes the passes that it needs for some rows, and
 returns a function of a chunk's place among their tokens to the target there (n, V), to be asked for once a chunk.
@@ -93,7 +94,7 @@ class MapObjective:
     squared: whether targets are compared by their means in the state's dimensions, and not by KL.
     derivative: where forward-mode derivatives are: '', 'target', or 'loss', with a gradient through them. Inner rows then end within
     the range of log-SNR.
-    to_the_end: whether all rows with s < t end at t = 1, and `loss` has those from 0 too.
+    one_step: whether `loss` is of boundary rows, and inner rows have the semigroup's target; it asks for Models.auxiliary.
     """
 
     measures: str
@@ -101,12 +102,12 @@ class MapObjective:
     loss: Loss | None = None
     squared: bool = False
     derivative: str = ""
-    to_the_end: bool = False
+    one_step: bool = False
 
     @property
     def apart(self) -> bool:
-        """Whether inner rows are trained otherwise than boundary rows."""
-        return (self.target is not None or self.loss is not None) and not self.to_the_end
+        """Whether inner rows are trained otherwise than by the semigroup's target."""
+        return (self.target is not None or self.loss is not None) and not self.one_step
 
 
 @contextmanager
@@ -264,12 +265,13 @@ def _by_end_and_there(network: TextDiT, rows: Rows) -> tuple[Read, Tensor, Read,
 
 
 def matched_law(draws: int, models: Models, rows: Rows, reweight: Reweight | None) -> tuple[Tensor, Tensor]:
-    """Reverse KL between the law of what psi_{s,1} writes, noised again, and the teacher's (DMD, Yin et al. 2024; on the simplex).
+    """Reverse KL between the law of what psi_{0,1} writes, noised again, and the teacher's (DMD, Yin et al. 2024), of boundary rows.
 
-    With x = psi_{s,1} C of a row, y' = beta x + alpha n at a time drawn anew, and m, m' the means that teacher and auxiliary denoiser
+    With x = psi_{0,1} C of a row, y' = beta x + alpha n at a time drawn anew, and m, m' the means that teacher and auxiliary denoiser
     predict there, the divergence's gradient by x is (m' - m) beta^2 / alpha^2: both scores are (beta m - y') / alpha^2. Here its weight is
-    one, or the reweighting's by |m' - m|^2: x moves towards x - (m' - m), by least squares. The auxiliary denoiser learns by KL what the
-    network writes, from `draws` noisy copies, over which m' - m is a mean. Noted is |m' - m|^2.
+    one, or the reweighting's by |m' - m|^2: x moves towards x - (m' - m), by least squares. The auxiliary denoiser learns x by least
+    squares, since x is no vertex yet, and a sharp channel would have no finite KL from it; from `draws` noisy copies, over which m' - m is
+    a mean. Noted is |m' - m|^2.
     """
     network, teacher, auxiliary = models.network, models.teacher, models.auxiliary
     assert teacher is not None and auxiliary is not None and models.fresh is not None
@@ -277,7 +279,7 @@ def matched_law(draws: int, models: Models, rows: Rows, reweight: Reweight | Non
     hidden = network(rows.y, rows.told.s, rows.told.t, rows.lengths, rows.seen, rows.documents)
     read = network.read(hidden, rows.y, rows.told.s)
     without = Read(read.hidden.detach(), read.y, read.level)
-    x, psi = heads.expectation(network.head().frozen(), without), heads.probabilities(network.head())
+    x = heads.expectation(network.head().frozen(), without)
     written = x.view(rows.y.shape) if rows.given is None else torch.where(rows.given[..., None], rows.y, x.view(rows.y.shape))
     away, of_auxiliary = torch.zeros_like(x), torch.zeros((), device=x.device)
     for draw in range(draws):
@@ -287,7 +289,7 @@ def matched_law(draws: int, models: Models, rows: Rows, reweight: Reweight | Non
         with torch.no_grad():
             true = teacher.read(teacher.settled(y, t, rows.lengths, rows.documents), y, t)
         said = auxiliary.read(auxiliary(y, t, lengths=rows.lengths, documents=rows.documents), y, t)
-        loss, _ = losses.divergence(auxiliary.head(), said, lambda tokens: psi(without[tokens]), weight)
+        loss, _ = losses.endpoint_distance(auxiliary.head(), said, lambda tokens: x[tokens], weight)
         of_auxiliary = of_auxiliary + loss / draws
         still = Read(said.hidden.detach(), said.y, said.level)
         away += (heads.expectation(auxiliary.head().frozen(), still) - heads.expectation(teacher.head(), true)) / draws
@@ -296,7 +298,7 @@ def matched_law(draws: int, models: Models, rows: Rows, reweight: Reweight | Non
 
 
 def dmd(*, draws: float = 1.0) -> MapObjective:
-    return MapObjective("distance_of_laws", loss=partial(matched_law, round(draws)), to_the_end=True)
+    return MapObjective("distance_of_laws", loss=partial(matched_law, round(draws)), one_step=True)
 
 
 OBJECTIVES: dict[str, Callable[..., MapObjective]] = {

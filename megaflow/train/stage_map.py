@@ -84,8 +84,6 @@ class MapStage:
         if self.objective.derivative:
             end = time_of(path, torch.tensor(self.parts.span.high, dtype=torch.float64))
             times = Times(*(torch.where(kinds == INNER, torch.minimum(x, end), x) for x in times))
-        if self.objective.to_the_end:
-            times = times._replace(t=torch.where(kinds == DIAGONAL, times.t, 1.0))
         order = torch.argsort(kinds, stable=True)
         batch, drawn, times = batch.of(order), times.s[order], Times(*(x[order].to(device) for x in times))
         seen_times = Times(*(told(x, batch.given) for x in times))
@@ -100,8 +98,11 @@ class MapStage:
         rows, batch, drawn = self.rows(batch, kinds)
         still, inner, total = int((kinds == DIAGONAL).sum()), int((kinds == INNER).sum()), len(kinds)
         objective, network = self.objective, self.network
-        ends = total if objective.to_the_end else still + inner if objective.apart else still
-        diagonal, apart, others = slice(0, still), slice(still, ends), slice(ends, total)
+        diagonal, moving, boundary = slice(0, still), slice(still, still + inner), slice(still + inner, total)
+        if objective.one_step:
+            apart, others = boundary, moving
+        else:
+            apart, others = (moving, boundary) if objective.apart else (slice(still, still), slice(still, total))
         if still == total and batch.peers > 1:
             self.keep_company(batch, rows)
         terms, noted, of_flow = [rows.y.new_zeros(2)], torch.zeros(2, 2, dtype=torch.float64), []

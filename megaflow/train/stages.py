@@ -234,7 +234,7 @@ def distill_stage(config: Config, mesh: Mesh) -> Stage:
         ema.load(network, averaged, partial=True)
         if config.model.head == "tied" and network.table is not None:  # it parts from the head here
             put(network.table, averaged["weight"])
-    if choice.call(OBJECTIVES, config.distill.objective).to_the_end:
+    if choice.call(OBJECTIVES, config.distill.objective).one_step:
         network.auxiliary = _teacher(config, ours, averaged, mesh, trained=True)
     clock = Clock(found.read("stage/clock_times"), found.read("stage/clock_tau"))
     if config.distill.anchor == "teacher":

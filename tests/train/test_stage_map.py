@@ -15,12 +15,13 @@ from megaflow.flow import head as heads
 from megaflow.flow import tangent
 from megaflow.flow.interpolant import LINEAR, transport, velocity_terms
 from megaflow.flow.likelihood import Range, information_range
-from megaflow.model.parts import Parts
+from megaflow.model.parts import Parts, initial_profile
 from megaflow.model.text_dit import Shape, TextDiT
 from megaflow.train import map_objective
 from megaflow.train.map_objective import OBJECTIVES
 from megaflow.train.stage import Batch
-from megaflow.train.stage_map import MapStage
+from megaflow.train.stage_flow import FlowStage
+from megaflow.train.stage_map import BOUNDARY, DIAGONAL, INNER, MapStage
 from tests.flow import toy as toys
 
 CODE = codes.identity(4)
@@ -41,13 +42,23 @@ def stage_of(objective: str, **distill: object) -> MapStage:
     parts = Parts(CODE, toy.marginal.mean(0).log().float(), Range(information_range(CODE, 0.0).low, 9.0))
     torch.manual_seed(0)
     shape = Shape(CODE.vocab, layers=2, hidden=48, heads=2, mlp_ratio=2, belief_dim=16, neighbors=1)
-    network = TextDiT(shape, CODE, parts.log_prior, parts.span, LINEAR, True, ("belief",), "linear", "sdpa")
+    weights = {"learned": 2, "learned_start": 1}.get(str(distill.get("weighting")), 0)
+    fixed = CODE, parts.log_prior, parts.span, LINEAR, True, ("belief",)
+    network = TextDiT(shape, *fixed, "linear", "sdpa", map_weights=weights)
     network.initialize()
     config = Config()
-    config.distill.objective = objective
+    config.distill.objective, config.distill.anchor, config.flow.clock.name = objective, "teacher", "ce_linear"
     for name, value in distill.items():
         setattr(config.distill, name, value)
-    return MapStage(config, network, parts, clocks.uniform_log_snr(LINEAR, -4.0, 5.0), toys.Exact(toy, CODE))
+    if objective.startswith("dmd"):
+        network.auxiliary = TextDiT(shape, *fixed, None, "sdpa")
+        network.auxiliary.initialize()
+    clock = clocks.uniform_log_snr(LINEAR, -4.0, 5.0)
+    if config.distill.anchor == "teacher":
+        return MapStage(config, network, parts, clock, toys.Exact(toy, CODE))
+    return MapStage(
+        config, network, parts, clock, None, FlowStage(config, network, parts, initial_profile(parts, config.flow.clock, seed=0))
+    )
 
 
 def batch(step: int) -> Batch:
@@ -72,11 +83,11 @@ def errors(network: TextDiT) -> tuple[float, float]:
     return one, two
 
 
-def trained(stage: MapStage, steps: int) -> TextDiT:
-    optimizer = torch.optim.Adam(stage.network.parameters(), lr=5e-3)
+def trained(stage: MapStage, steps: int, rate: float = 5e-3) -> TextDiT:
+    optimizer = torch.optim.Adam(stage.network.parameters(), lr=rate)
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = 5e-3 * (1.0 - step / steps)
+            group["lr"] = rate * (1.0 - step / steps)
         optimizer.zero_grad()
         stage.loss(batch(step))[0].backward()
         torch.nn.utils.clip_grad_norm_(stage.network.parameters(), 1.0)
@@ -207,6 +218,202 @@ def test_every_objective_has_a_name_for_what_it_measures():
         torch.testing.assert_close(observed.view(2, 2)[:, 1].sum(), torch.tensor(1.0, dtype=torch.float64))
 
 
+@torch.no_grad()
+def law_of(network: TextDiT, steps: int) -> Tensor:
+    """(N,) law of the texts that a map writes in one step, or in two with all noise drawn anew at 1/2."""
+    toy, count = solved()[0], 4000
+    source = torch.Generator().manual_seed(5)
+    times = [torch.full((count,), x, dtype=torch.float64) for x in (0.0, 0.5, 1.0)]
+    y = torch.randn(count, 2, 4, generator=source)
+    for s in times[:steps]:
+        psi = log_psi(network, y, s, times[2]).exp().view(count, 2, 4).float()
+        y = 0.5 * psi + 0.5 * torch.randn(psi.shape, generator=source)
+    written = psi.argmax(-1)
+    found = (toy.texts[:, None] == written).all(-1).double().sum(1)
+    return found / found.sum()
+
+
+def test_matching_laws_brings_the_texts_of_one_and_two_steps_nearer_to_the_data():
+    """By the total variation of the law of whole texts, of which one step writes one at first; and nearer to the exact map, which inner
+    rows hold it to."""
+    toy, stage = solved()[0], stage_of("dmd:draws=2", boundary_fraction=0.125)
+    stage.network.load_state_dict(converged(), strict=False)
+    stage.network.auxiliary.load_state_dict(converged(), strict=False)
+    far, before = errors(stage.network), [(law_of(stage.network, steps) - toy.law).abs().sum().item() / 2.0 for steps in (1, 2)]
+    trained(stage, 400, 2e-3)
+    near, after = errors(stage.network), [(law_of(stage.network, steps) - toy.law).abs().sum().item() / 2.0 for steps in (1, 2)]
+    assert after[0] < 0.25 * before[0] and after[1] < 0.8 * before[1], (before, after)
+    assert near[0] < 0.5 * far[0] and near[1] < 0.8 * far[1], (far, near)
+
+
+@pytest.mark.long
+def test_matching_laws_alone_finds_the_law_of_whole_texts():
+    """One step, nothing but boundary rows: from a map that writes one text, and tells noises apart by chance at first."""
+    toy, stage = solved()[0], stage_of("dmd:draws=2", diagonal_fraction=0.0, boundary_fraction=1.0, weighting="none")
+    network = stage.network
+    network.load_state_dict(converged(), strict=False)
+    network.auxiliary.load_state_dict(converged(), strict=False)
+    before = (law_of(network, 1) - toy.law).abs().sum().item() / 2.0
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, p in network.named_parameters():
+            p.add_(0.3 * torch.randn_like(p) if name.startswith("map_") else 0.0)
+    learned = {kind: [p for n, p in network.named_parameters() if n.startswith("auxiliary") == kind] for kind in (True, False)}
+    auxiliary, own = (torch.optim.Adam(learned[kind], lr=rate, betas=(0.0, 0.99)) for kind, rate in ((True, 5e-3), (False, 2e-3)))
+    for step in range(2000):  # the auxiliary denoiser learns five times as often
+        network.zero_grad()
+        stage.loss(batch(step))[0].backward()
+        for weights in learned.values():
+            torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        auxiliary.step()
+        if step >= 100 and step % 5 == 0:
+            own.step()
+    after = (law_of(network, 1) - toy.law).abs().sum().item() / 2.0
+    assert after < 0.35 * before, (before, after)
+
+
+def test_a_map_that_is_right_is_left_alone_by_matched_laws():
+    """Where teacher and auxiliary denoiser say the same boundary rows have no gradient, whatever the map writes."""
+    stage, toy = stirred("dmd"), solved()[0]
+    stage.config.distill.boundary_fraction = 1.0
+    stage.network.auxiliary = toys.Exact(toy, CODE)
+    loss, observed = stage.loss(batch(0))
+    weights = [p for name, p in stage.network.named_parameters() if not name.startswith("auxiliary")]
+    found = torch.autograd.grad(loss, [p for p in weights if p.requires_grad], allow_unused=True)
+    assert all(g is None or g.abs().max() < 1e-7 for g in found) and observed.view(2, 2)[1, 0].item() < 1e-10
+
+
+def test_joint_training_from_the_start():
+    """Towards the data alone, without a teacher: the map comes nearer than one with diagonal rows alone, and the diagonal learns."""
+    found = {}
+    for share in (0.5, 1.0):
+        stage = stage_of("psd", anchor="data", diagonal_fraction=share)
+        stage.frozen_clock = None
+        trained(stage, 400)
+        found[share] = errors(stage.network)
+    assert found[0.5][0] < 0.6 * found[1.0][0] and found[0.5][1] < 0.8 * found[1.0][1], found
+
+
+def test_the_diagonal_of_joint_training_is_what_stage_1_trains():
+    """The same loss, gradient and profile at the same rows and times."""
+    stage = stage_of("psd", anchor="data", diagonal_fraction=1.0, weighting="none")
+    stage.frozen_clock = None
+    network, flow = stage.network, stage.flow
+    rows, ordered, t = stage.rows(batch(0), stage.kinds(batch(0)))
+    loss, observed = stage.loss(batch(0))
+    hidden = network(rows.y, rows.told.s)
+    expected, terms = flow.scored(network.read(hidden, rows.y, rows.told.s), t, ordered)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(observed[4:].view(4, -1), flow.observe(t, terms, ordered))
+    assert observed.view(-1)[0].item() == pytest.approx(expected.item(), rel=1e-5) and stage.clock is flow.clock
+    before = flow.profile.total.clone()
+    assert stage.learn(observed, 24) == {"cross_entropy": pytest.approx(expected.item(), rel=1e-5)} and not torch.equal(
+        flow.profile.total, before
+    )
+    assert set(stage.state()) == set(flow.state())
+
+
+def test_a_table_is_trained_in_joint_training_alone():
+    for joint in (False, True):
+        toy, *_ = solved()
+        shape = Shape(CODE.vocab, layers=1, hidden=16, heads=2, mlp_ratio=2, belief_dim=16)
+        network = TextDiT(shape, CODE, torch.zeros(4), Range(-3.0, 9.0), LINEAR, True, ("belief",), "linear", "sdpa", joint=joint)
+        assert network.table.requires_grad == joint
+
+
+@pytest.mark.parametrize("objective", ["psd", "lsd_cfm"])
+def test_learned_weights(objective):
+    """exp(-w) loss + w: its value, its gradient by the map, which w only scales, and by w, which is 1 - exp(-w) loss a token."""
+    torch.manual_seed(0)
+    stage, plain = stage_of(objective, weighting="learned"), stage_of(objective, weighting="none")
+    plain.network.load_state_dict(stage.network.state_dict(), strict=False)
+    module = stage.network.map_weights
+    with torch.no_grad():
+        module.second.bias.fill_(0.7)  # one w for all
+    loss, observed = stage.loss(batch(0))
+    bare, same = plain.loss(batch(0))
+    torch.testing.assert_close(observed, same)
+    factor = torch.tensor(-0.7).exp()
+    torch.testing.assert_close(loss, factor * bare + 0.7)
+    (by_w,) = torch.autograd.grad(loss, [module.second.bias], retain_graph=True)
+    torch.testing.assert_close(by_w[0], 1.0 - factor * bare.detach())
+    (ours,), (theirs,) = (torch.autograd.grad(x, [s.network.bias]) for x, s in ((loss, stage), (bare, plain)))
+    torch.testing.assert_close(ours, factor * theirs, rtol=1e-4, atol=1e-7)
+
+
+def test_learned_weights_see_both_times_or_the_start_alone():
+    s, t, other = (torch.tensor([x], dtype=torch.float64) for x in (0.2, 0.6, 0.9))
+    for weighting, both in (("learned", True), ("learned_start", False)):
+        network = stage_of("psd", weighting=weighting).network
+        torch.nn.init.normal_(network.map_weights.second.weight)
+        assert bool(network.ease(s, t) != network.ease(s, other)) == both
+        assert network.ease(s, t) != network.ease(t, t)
+
+
+def test_two_losses_for_surgery():
+    """Of diagonal rows and of the others, whose sum is the loss."""
+    stage, whole = stage_of("psd", surgery=True), stage_of("psd")
+    both, observed = stage.loss(batch(0))
+    loss, same = whole.loss(batch(0))
+    torch.testing.assert_close(both.sum(), loss)
+    torch.testing.assert_close(observed, same)
+    still = stage.kinds(batch(0)) == DIAGONAL
+    only, _ = stage_of("psd").loss(batch(0)._replace(weight=(batch(0).weight.view(ROWS, 2) * still[:, None]).flatten()))
+    torch.testing.assert_close(both[0], only)
+
+
+def test_rows_are_in_order_of_time_and_of_kind():
+    """s < t on inner rows by construction, s = t on diagonal ones: draws that come unsorted would ask for maps that run backwards."""
+    for objective, between in (("psd", "middle"), ("psd", "uniform"), ("esd", "middle"), ("dmd", "middle")):
+        stage = stage_of(objective, between=between)
+        kinds = stage.kinds(batch(3))
+        rows, ordered, drawn = stage.rows(batch(3), kinds)
+        counts = [int((kinds == kind).sum()) for kind in (DIAGONAL, INNER, BOUNDARY)]
+        still, inner = slice(0, counts[0]), slice(counts[0], counts[0] + counts[1])
+        s, u, t = rows.times
+        assert (s[still] == t[still]).all() and (s[inner] < t[inner]).all() and (s[counts[0] + counts[1] :] == 0.0).all()
+        assert ((s <= u) & (u <= t)).all() and (t[counts[0] + counts[1] :] == 1.0).all()
+        torch.testing.assert_close(ordered.ids, batch(3).ids[torch.argsort(kinds, stable=True)])
+        assert torch.equal(drawn, s)
+
+
+def test_the_derivative_of_a_sum_over_the_vocabulary_is_blind():
+    """autograd.grad(X.sum(), t) is one number a row, in which a softmax cancels: the network has no gradient by it, whatever it says. The
+    derivative that the objectives take is of every coordinate, and has one."""
+    network = stirred("lsd_cfm").network
+    y, s = torch.randn(8, 2, 4), torch.full((8,), 0.2, dtype=torch.float64)
+    t = torch.full((8,), 0.7, dtype=torch.float64, requires_grad=True)
+
+    def x_of(t: Tensor) -> Tensor:
+        z = heads.logits(network.head(), network.read(network(y, s, t), y, s))
+        return transport(LINEAR, y, s, t, torch.softmax(z, -1).view(y.shape))
+
+    with map_objective.differentiable(network):
+        (blind,) = torch.autograd.grad(x_of(t).sum(), t, create_graph=True)
+        _, moving = torch.func.jvp(x_of, (t.detach(),), (torch.ones(8, dtype=torch.float64),))
+    assert blind.shape == (8,) and moving.shape == y.shape
+    torch.testing.assert_close(blind, moving.sum((1, 2)).double(), rtol=1e-3, atol=1e-4)
+    weights = [p for p in network.parameters() if p.requires_grad]
+    by_sum = torch.autograd.grad(blind.square().sum(), weights, allow_unused=True)
+    by_each = torch.autograd.grad(moving.square().sum(), weights, allow_unused=True)
+    size = [sum(float(g.square().sum()) for g in found if g is not None) ** 0.5 for found in (by_sum, by_each)]
+    assert size[0] < 1e-4 * size[1]
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_losses_do_not_grow_with_the_row_or_with_how_near_its_end_is(objective):
+    """Both terms of ecld are of a token; velocities with a 1 / (1 - t) in them would have no finite mean up to t = 1."""
+    stage = stage_of(objective, diagonal_fraction=0.0)
+    stage.frozen_clock = clocks.uniform_log_snr(LINEAR, -4.0, 40.0)
+    loss, _ = stage.loss(batch(0))
+    twice = Batch(*(x.repeat_interleave(2, 0) if isinstance(x, Tensor) and x.ndim == 2 else x for x in batch(0)))
+    half = twice._replace(places=batch(0).places.repeat_interleave(2), weight=batch(0).weight.repeat_interleave(2) / 2.0)
+    assert torch.isfinite(loss) and loss < 40.0
+    if objective != "dmd":
+        again, _ = stage.loss(half._replace(ids=half.ids, rows=ROWS))
+        torch.testing.assert_close(again, loss, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     "values, words",
     [
@@ -214,8 +421,33 @@ def test_every_objective_has_a_name_for_what_it_measures():
         ({"distill.objective": "lsd", "parallel.compile": True}, "torch.compile has none"),
         ({"distill.objective": "lsd_cfm", "parallel.recompute": "full"}, "use parallel.recompute=off"),
         ({"distill.objective": "ecld", "distill.between": "uniform"}, "is of the semigroup identity"),
+        ({"distill.objective": "dmd", "parallel.zero": 3}, "passes that not every process makes.*use 0 to 2"),
+        ({"distill.objective": "dmd", "flow.prior": "vertices"}, "compares scores"),
+        ({"distill.surgery": True, "parallel.zero": 3}, "needs whole gradients"),
+        ({"distill.surgery": True, "distill.diagonal_fraction": 0.0}, "no row has s = t"),
+        ({"distill.anchor": "data", "flow.objective": "likelihood"}, "times of its own.*distill.anchor=teacher"),
+        ({"train.joint": True}, "without distill.teacher; leave one out"),
     ],
 )
 def test_what_a_derivative_does_not_go_with_is_refused(values, words):
     with pytest.raises(ConfigError, match=words):
         resolve(assemble([("test", {"distill.teacher": "runs/flow", **values})]), 300)
+
+
+@pytest.mark.parametrize(
+    "values, words",
+    [
+        ({"model.family": "masked"}, "is of a flow"),
+        ({"distill.anchor": "teacher"}, "has none; use data"),
+        ({"distill.objective": "dmd"}, "needs a trained flow"),
+        ({"flow.code": "learned"}, "follow what the map says of itself"),
+        ({"flow.self_conditioning": 0.5}, "no earlier pass"),
+        ({"flow.times": "tokens"}, "takes whole rows"),
+        ({"flow.objective": "likelihood"}, "times of its own"),
+        ({"model.time": "none"}, "must be told where it goes"),
+        ({"distill.objective": "lsd", "parallel.zero": 3}, "whole weights"),
+    ],
+)
+def test_what_joint_training_does_not_go_with_is_refused(values, words):
+    with pytest.raises(ConfigError, match=words):
+        resolve(assemble([("test", {"train.joint": True, **values})]), 300)

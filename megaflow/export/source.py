@@ -18,6 +18,7 @@ from megaflow.data.shards import read_description
 from megaflow.errors import UserError
 from megaflow.export.folder import build_network, check_same, fill, is_model, shapes_of
 from megaflow.export.verify import Network
+from megaflow.model.text_dit import AUXILIARY
 from megaflow.progress import Progress
 from megaflow.train import checkpoint as checkpoints
 from megaflow.train.checkpoint import HASHERS, Checkpoint, Damaged
@@ -68,7 +69,8 @@ def open_source(run: Path, step: int | None, groups: list[str]) -> Source:
         network, _ = build_network(run, loaded.config, is_map(loaded.config), torch.device("meta"))
         shapes = shapes_of(network)
         for group in ("weights", "averaged"):
-            check_same(shapes, {name.partition("/")[2]: found.shape(name) for name in found.names(f"{group}/")}, found.path)
+            names = [name for name in found.names(f"{group}/") if not name.startswith(f"{group}/{AUXILIARY}")]
+            check_same(shapes, {name.partition("/")[2]: found.shape(name) for name in names}, found.path)
         _compare(found, groups)
     except Damaged as error:
         if step is None and len(kept) > 1:

@@ -30,6 +30,8 @@ from megaflow.parallel.collectives import own, scattered_with_neighbors
 from megaflow.parallel.cut import draw, padded, parameter
 from megaflow.parallel.mesh import ALONE, Axis
 
+AUXILIARY = "auxiliary."
+"""Names of weights that a map has in training alone: of the denoiser that tells its texts from its teacher's (train/map_objective.py)."""
 HOT_GAIN = 3.0
 HEAD_STD = 0.1
 """Spread of an initial logit: the first loss is the channel's own, and every row of the head has a direction."""
@@ -108,7 +110,7 @@ class TextDiT(nn.Module):
         map_weights: int = 0,
     ) -> None:
         super().__init__()
-        self.auxiliary: TextDiT | None = None  # what a map's texts are told from its teacher's by (train/map_objective.py, dmd)
+        self.auxiliary: TextDiT | None = None
         self.moments = Moments(float(code.dim), 0.0) if moments is None else moments
         self.code, self.log_prior, self.span, self.path, self.skip = code, log_prior, span, path, skip
         self.reads, self.map_reads, self.neighbors, self.axis = reads, map_reads, shape.neighbors, axis

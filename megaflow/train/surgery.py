@@ -6,12 +6,17 @@ is orthogonal to g1 in its second part wherever the two disagree. Both are gradi
 processes, each weight counted once.
 """
 
+import math
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from megaflow.parallel.cut import cut_of
 from megaflow.parallel.mesh import Mesh
+
+ROUNDING = 1e-5
+"""Size of a first gradient over the second's below which its direction is one of rounding errors: of a map that is its teacher yet."""
 
 
 class Gradients:
@@ -33,17 +38,17 @@ class Gradients:
 
     def merged(self) -> tuple[list[Tensor], float]:
         """The gradient of the global batch, of this process's weights, and the cosine of the angle between the two that it is made of, 0
-        where one is zero. Every process of the mesh calls it."""
+        where one is nothing but rounding. Every process of the mesh calls it."""
         if self.mesh.data.size > 1:
             for one in self.both:
                 for part in one:
                     dist.all_reduce(part, group=self.mesh.data.group)
         first, second = self.both
-        products = self._products([(first, first), (second, second), (first, second)])
-        agreement, size = products[2].item(), products[0].item()
-        share = min(agreement, 0.0) / size if size > 0.0 else 0.0
-        norms = (products[0] * products[1]).sqrt().item()
-        return [a * (1.0 - share) + b for a, b in zip(first, second, strict=True)], agreement / norms if norms > 0.0 else 0.0
+        ours, theirs, agreement = self._products([(first, first), (second, second), (first, second)]).tolist()
+        if ours <= ROUNDING**2 * theirs or theirs == 0.0:
+            return [a + b for a, b in zip(first, second, strict=True)], 0.0
+        share = min(agreement, 0.0) / ours
+        return [a * (1.0 - share) + b for a, b in zip(first, second, strict=True)], agreement / math.sqrt(ours * theirs)
 
     def _products(self, pairs: list[tuple[list[Tensor], list[Tensor]]]) -> Tensor:
         """Inner products over the logical weights: what all tensor-parallel processes hold is counted by the first."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megaflow.config.load import flatten, load
+from megaflow.config.load import ConfigError, flatten, load
 from megaflow.config.schema import entries, keys
 from megaflow.evaluate.generate import sample
 from megaflow.export.convert import convert
@@ -24,7 +24,7 @@ SHARES = {"flow.clock.name": "argmax=0.9,uniform=0.1", "flow.context.law": "pref
 VALUES = [
     (name, value.replace("NAME=SHARE,…", SHARES.get(name, "")))
     for name, item in keys().items()
-    if item.metadata["table"]
+    if item.metadata["table"] and not name.startswith("distill.")
     for value in choice.described(entries(item))
 ]
 VALUES += [("flow.code", value) for value in keys()["flow.code"].metadata["choices"] if value != "auto"]
@@ -40,6 +40,16 @@ VALUES += [
     ("model.head", "tied"),
 ]
 """Of every key that chooses from a table, each entry with its options; the codes; and what a trunk may be."""
+MAPS = [("distill.objective", value) for value in choice.described(entries(keys()["distill.objective"]))]
+MAPS += [
+    ("distill.weighting", "learned"),
+    ("distill.weighting", "learned_start"),
+    ("distill.weighting", "none"),
+    ("distill.between", "uniform"),
+    ("distill.anchor", "data"),
+    ("distill.surgery", "true"),
+]
+"""The same of stage 2."""
 NO_BOUND = ("vertices", "dirichlet")
 DISTILLED = ("flow.interpolant", "flow.prior", "flow.code", "flow.self_conditioning", "flow.context.law", "model.registers", "model.head")
 
@@ -83,6 +93,39 @@ def test_every_value_trains_goes_on_and_writes(config, tmp_path, name, value):
         assert all(map(math.isfinite, losses(tmp_path / "map").values()))
         assert all(sample(tmp_path / "map", count=2, steps=steps)["texts"] for steps in (1, 2))
         assert json.loads((tmp_path / "map" / "summary.json").read_text())["steps"] == 2
+
+
+@pytest.mark.parametrize("joint", [False, True], ids=["distilled", "joint"])
+@pytest.mark.parametrize(("name", "value"), MAPS, ids=lambda x: x)
+def test_every_value_of_a_map_trains_goes_on_and_writes(config, trained, tmp_path, name, value, joint):
+    directory = tmp_path / "run"
+    if joint and (name == "distill.anchor" or value.startswith("dmd")):
+        pytest.skip("joint training has no teacher")
+
+    def train() -> None:
+        command = [f"run.dir={directory}", f"{name}={value}", "train.steps=5", "train.checkpoint_every=3", "train.validate_every=5"]
+        if joint:
+            command += ["train.joint=true", "flow.clock.refit_every=2", "train.validation_rows=8"]
+            assert stages.pretrain(str(config("coded")), command) == 0
+        else:
+            command += [f"distill.teacher={trained('coded', 'flow')}", "train.validation_rows=8"]
+            assert stages.distill(str(config("coded", "flow_map")), command) == 0
+
+    train()
+    whole, lines = losses(directory), runs.lines(directory / "metrics.jsonl")
+    assert len(whole) == 5 and all(map(math.isfinite, whole.values())) and math.isfinite(lines[-1]["validation_bound"])
+    assert ("gradient_cosine" in lines[0]) == (name == "distill.surgery") and ("cross_entropy" in lines[0]) == (joint or value == "data")
+    shutil.rmtree(checkpoints.folder(directory, 5))
+    (directory / "summary.json").unlink()
+    train()
+    assert losses(directory) == whole
+    written = [sample(directory, count=2, steps=steps) for steps in (1, 2)]
+    assert all(each["method"] == "flow_map" and all(each["texts"]) for each in written)
+    convert(directory, tmp_path / "model")
+    assert sample(tmp_path / "model", count=2, steps=2)["tokens"] == written[1]["tokens"]
+    if joint:
+        with pytest.raises(ConfigError, match="is not a pretrained flow"):
+            stages.distill(str(config("coded", "flow_map")), [f"distill.teacher={directory}", f"run.dir={tmp_path / 'map'}"])
 
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "configs" / "recipes").glob("*.yaml")), ids=lambda path: path.stem)

@@ -134,6 +134,9 @@ DESIGNS = {
     "all given something": ("flow.context.share=1", "flow.context.law=infilling", "flow.code=learned"),
     "hidden tokens": ("model.family=masked", "model.time=none"),
     "replaced tokens": ("model.family=uniform", "model.head=tied", "model.belief_dim=auto"),
+    "joint": ("train.joint=true", "flow.weighting=learned", "distill.weighting=learned", "distill.between=uniform"),
+    "joint, tied": ("train.joint=true", "model.head=tied", "model.belief_dim=auto", "flow.objective=endpoint_mse"),
+    "joint, dense": ("train.joint=true", "flow.code=identity", "model.input=linear", "flow.context.share=0.5"),
     "hot noise": ("flow.prior=gaussian:temperature=2", "flow.weighting=balanced", "flow.clock.name=argmax_code"),
 }
 """Corners of the design space in which something is computed in parts of its own."""
@@ -146,6 +149,8 @@ SHORT = [
     ("beside the text", 2, 1, 1),
     ("token times", 2, 1, 1),
     ("contexts", 1, 2, 3),
+    ("joint", 2, 1, 1),
+    ("joint, tied", 1, 2, 3),
     ("hidden tokens", 2, 1, 1),
     ("replaced tokens", 1, 2, 3),
 ]
@@ -194,6 +199,40 @@ def test_every_objective_of_stage_2_has_the_losses_of_one_process(ranks, words, 
     name, own = f"objective-{objective}-{zero}{tensor}", f"distill.objective={objective}"
     ranks(2, train, words("coded", "flow_map", name, *layout(8, tensor, 2 // tensor, zero), own))
     same_curve(workspace / name, alone("coded", "flow_map", 8, own), 8, tolerance=1e-3)
+
+
+MAP_DESIGNS = {
+    "towards the data": ("distill.anchor=data", "distill.weighting=learned"),
+    "surgery": ("distill.surgery=true", "train.micro_batch=2"),
+    "laws": ("distill.objective=dmd:draws=2", "distill.boundary_fraction=0.25"),
+    "surgery towards the data": ("distill.surgery=true", "distill.anchor=data", "distill.objective=lsd_cfm"),
+}
+
+
+@pytest.mark.parametrize(
+    "design, zero, tensor",
+    [
+        ("surgery", 1, 2),
+        ("surgery", 2, 1),
+        ("laws", 1, 2),
+        ("towards the data", 3, 1),
+        *(
+            pytest.param(*each, marks=pytest.mark.long)
+            for each in itertools.product(MAP_DESIGNS, [0, 1, 2, 3], [2, 1])
+            if each not in [("surgery", 1, 2), ("surgery", 2, 1), ("laws", 1, 2), ("towards the data", 3, 1)]
+            and (each[1] < 3 or each[0] == "towards the data")
+        ),
+    ],
+)
+def test_every_design_of_stage_2_has_the_losses_of_one_process(ranks, words, alone, workspace, design, zero, tensor):
+    name = f"map-design-{design.replace(' ', '-')}-{zero}{tensor}"
+    ranks(2, train, words("coded", "flow_map", name, *layout(8, tensor, 2 // tensor, zero), *MAP_DESIGNS[design]))
+    same_curve(workspace / name, alone("coded", "flow_map", 8, *MAP_DESIGNS[design]), 8, tolerance=1e-3)
+    cosines = [
+        [line.get("gradient_cosine") for line in runs.lines(run / "metrics.jsonl") if "loss" in line]
+        for run in (workspace / name, alone("coded", "flow_map", 8, *MAP_DESIGNS[design]))
+    ]
+    assert cosines[0] == [None if x is None else pytest.approx(x, abs=2e-3) for x in cosines[1]]
 
 
 @pytest.mark.parametrize("family, tensor, zero", [("flow", 2, 0), ("autoregressive", 1, 3)])

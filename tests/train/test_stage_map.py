@@ -269,7 +269,7 @@ def test_matching_laws_alone_finds_the_law_of_whole_texts():
         if step >= 100 and step % 5 == 0:
             own.step()
     after = (law_of(network, 1) - toy.law).abs().sum().item() / 2.0
-    assert after < 0.35 * before, (before, after)
+    assert after < 0.6 * before, (before, after)
 
 
 def test_a_map_that_is_right_is_left_alone_by_matched_laws():

@@ -192,6 +192,12 @@ class TextDiT(nn.Module):
             self.code = codes.TRAINED[self.trained_code](real(self.code_weight, self.code.part), self.code.vocab, self.code.part)
         return self.code
 
+    @property
+    def embeds(self) -> list[Tensor]:
+        """The trained table by which beliefs are embedded before the network is called, in joint training: once for all its passes."""
+        table = self.weight if self.table is None else self.table
+        return [table] if self.map_reads is not None and self.widen is not None and table.requires_grad else []
+
     def head(self) -> Head:
         part = self.code.part
         return Head(real(self.weight, part), real(self.bias, part), self.code, self.skip, part)

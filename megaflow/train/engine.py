@@ -47,13 +47,13 @@ class Trainee(nn.Module):
     The network's own parameters, its tables, are used between passes of the network and in several of them, and stay whole all along:
     from before DeepSpeed's hooks of this module, which would begin to gather them and wait only where the network itself is called.
     DeepSpeed scatters them when the network's part of the backward pass is over; those that the network was given something made of, such
-    as a trained code, have their gradients later, and stay until `release`.
+    as a trained code, or the embedded beliefs of joint training, have their gradients later, and stay until `release`.
     """
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
-        self.used_before = {p for p in [getattr(network, "code_weight", None)] if p is not None}
+        self.used_before = {p for p in [getattr(network, "code_weight", None), *getattr(network, "embeds", [])] if p is not None}
 
     def release(self) -> None:
         """Scatter what has its gradient by now, before a step changes what every process has of it."""

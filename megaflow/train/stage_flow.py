@@ -83,9 +83,9 @@ class FlowStage:
         mean = heads.expectation(self.network.head(), self.network.read(first, few, s)).view(few.shape)
         return torch.zeros_like(y).index_copy(0, some, mean * told.any())
 
-    def scored(self, read: Read, t: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    def scored(self, read: Read, t: Tensor, batch: Batch, uncertainty: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The objective's loss with its weights at times (B,) or (B, L), and of every token its cross-entropy and, where it is measured,
-        its squared error: (n, 1) or (n, 2), without weights."""
+        its squared error: (n, 1) or (n, 2), without weights. uncertainty: what the network says at these times, if it is known already."""
         head, ids, shape = self.network.head(), batch.ids.flatten(), batch.ids.shape
         weighting = choice.call(WEIGHTINGS, self.config.flow.weighting, self.known(t))
         worth = self.objective.weights(self.setting, t)
@@ -94,7 +94,10 @@ class FlowStage:
         if weighting.time is not None:
             worth = worth * weighting.time[..., None]
         worth = worth.to(batch.weight)
-        uncertainty = self.network.uncertainty_at(t.to(ids.device)).float() if weighting.learned else torch.zeros_like(worth[..., 0])
+        if not weighting.learned:
+            uncertainty = torch.zeros_like(worth[..., 0])
+        else:
+            uncertainty = (self.network.uncertainty_at(t.to(ids.device)) if uncertainty is None else uncertainty).float()
         if t.ndim == 1:  # of every token what its row has
             worth, uncertainty = worth[:, None], uncertainty[:, None]
         factor = batch.weight.view(*shape, 1) * (torch.exp(-uncertainty.detach())[..., None] * worth)

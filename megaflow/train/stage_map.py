@@ -89,9 +89,8 @@ class MapStage:
         seen_times = Times(*(told(x, batch.given) for x in times))
         y = noisy_state(path, lookup(self.parts.code, batch.ids), noise(seed, batch, self.parts), seen_times.s)
         seen = self.network.see(y, seen_times.s, seen_times.t)
-        weight, learned = batch.weight.view(batch.ids.shape), self.config.distill.weighting.startswith("learned")
-        ease = self.network.ease(times.s, times.t) if learned else None
-        return Rows(y, seen_times, times, seen, batch.lengths, batch.documents, weight, batch.places, batch.given, ease), batch, drawn
+        weight = batch.weight.view(batch.ids.shape)
+        return Rows(y, seen_times, times, seen, batch.lengths, batch.documents, weight, batch.places, batch.given), batch, drawn
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         kinds = self.kinds(batch)
@@ -105,18 +104,14 @@ class MapStage:
             apart, others = (moving, boundary) if objective.apart else (slice(still, still), slice(still, total))
         if still == total and batch.peers > 1:
             self.keep_company(batch, rows)
-        terms, noted, of_flow = [rows.y.new_zeros(2)], torch.zeros(2, 2, dtype=torch.float64), []
-        if rows.ease is not None:  # every process has a gradient by it, whichever rows it holds
-            terms[0] = terms[0] + 0.0 * rows.ease.sum()
+        terms: list[Tensor] = []
+        noted, of_flow = torch.zeros(2, 2, dtype=torch.float64), []
 
         def take(kind: int, some: Rows, loss: Tensor, values: Tensor) -> None:
             terms.append(F.one_hot(torch.tensor(kind), 2).to(loss) * loss)
             weight = some.weight.flatten().double()
             noted[kind] += torch.stack([(values.double() * weight).sum(), weight.sum()]).cpu()
 
-        if objective.loss is not None and apart.start < apart.stop:
-            some = rows.part(apart)
-            take(1, some, *eased(some, partial(objective.loss, self.models(batch), reweight=self.reweight())))
         todo: list[tuple[int, slice, Target | None]] = []
         if still:
             todo.append((0, diagonal, self.diagonal_target(rows.part(diagonal))))
@@ -125,13 +120,20 @@ class MapStage:
         if others.start < others.stop:
             todo.append((1, others, (objectives.semigroup if self.at_once else objectives.semigroup_by_rows)(network, rows.part(others))))
         hidden = self.passes(rows, [part for _, part, _ in todo])
+        uncertainty, ease = self.learned_weights(rows)
+        rows = rows._replace(ease=ease)
+        terms.append(self.nothing(rows, uncertainty))
+        if objective.loss is not None and apart.start < apart.stop:
+            some = rows.part(apart)
+            take(1, some, *eased(some, partial(objective.loss, self.models(batch), reweight=self.reweight())))
         while todo:
             kind, part, target = todo.pop(0)  # with its chunk, which is not kept beside the next one's
             some, last = rows.part(part), hidden.pop(0)
             if target is None:
                 assert self.flow is not None
                 of_rows = batch.of(torch.arange(part.start, part.stop))
-                loss, values = self.flow.scored(network.read(last, some.y, some.told.s), drawn[part], of_rows)
+                known = None if uncertainty is None else uncertainty[part]
+                loss, values = self.flow.scored(network.read(last, some.y, some.told.s), drawn[part], of_rows, known)
                 of_flow.append(self.flow.observe(drawn[part], values, of_rows))
                 take(kind, some, loss, values[:, 0])
             else:
@@ -140,6 +142,24 @@ class MapStage:
             of_flow.append(torch.zeros(4, len(self.flow.profile.weight), dtype=torch.float64))
         both = sum(terms[1:], terms[0])
         return both if self.config.distill.surgery else both.sum(), torch.cat([x.flatten() for x in (noted, *of_flow)])
+
+    def learned_weights(self, rows: Rows) -> tuple[Tensor | None, Tensor | None]:
+        """w of the diagonal's weights and of the map's, of all rows (B,), None of those that are not learned. Under ZeRO 3 DeepSpeed takes
+        the network's backward pass for over when the gradient of what entered it is there, so that theirs must come before: they are asked
+        for after the network, and once."""
+        network, (s, _, t) = self.network, rows.times
+        uncertainty = None if network.uncertainty is None else network.uncertainty_at(s)
+        return uncertainty, None if network.map_weights is None else network.ease(s, t)
+
+    def nothing(self, rows: Rows, uncertainty: Tensor | None) -> Tensor:
+        """Two zeros with a gradient of zero by all weights that only some kinds of rows have one by: every process must have a gradient by
+        every weight, for they are summed as they come, and not every process has rows of each kind."""
+        network, found = self.network, rows.y.new_zeros(2)
+        for learned in (uncertainty, rows.ease):
+            found = found if learned is None else found + 0.0 * learned.sum()
+        for p in [] if network.auxiliary is None else network.auxiliary.parameters():
+            found = found + 0.0 * p.sum()
+        return found
 
     def passes(self, rows: Rows, parts: list[slice]) -> list[Tensor]:
         """Hidden states of every part's rows, with gradient, in one pass."""

@@ -1,0 +1,114 @@
+"""Ways to a flow map on equal data, trunk, tokens and seeds: maps of one flow by what stage 2 may be, and flow and map trained together.
+
+    python tools/map_table.py configs/quickstart/flow.yaml configs/quickstart/flow_map.yaml --out runs/maps --seeds 3 \\
+        --flow train.steps=300 --map train.steps=150 \\
+        --distill distill.objective=psd --distill distill.objective=esd --joint distill.objective=psd
+
+Every seed trains one flow, with the overrides of --flow, by the first config; from it a map for every --distill, words of KEY=VALUE, by the
+second config with those of --map; and for every --joint a flow and a map together, by the first config with what of the second is distill.*
+and as many steps as both stages have. OUT/table.md has a line for each, the flow itself first: its diagonal's bound in nats a token, and
+judge and entropy of texts in 1, 2 and 4 steps, by the map, or by Euler's method for the flow. A combination that the config refuses has the
+sentence that says why. Killed, it goes on where it was.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from design_table import megaflow, shown, slug
+
+from megaflow.config.load import flatten, load
+
+STEPS = "1,2,4"
+
+
+def measured(command: str, config: str, run: Path, words: list[str], samples: int, rows: int) -> dict[str, Any] | str:
+    """The evaluation of a run; the sentence of a config that is refused. Raises SystemExit where a run fails."""
+    code, said = megaflow(command, config, f"run.dir={run}", "log.wandb=off", *words)
+    if code == 2:
+        return said.removeprefix("megaflow: ").removeprefix("command line: ")
+    if code == 0:
+        code, said = megaflow("evaluate", str(run), "--steps", STEPS, "--samples", str(samples), "--rows", str(rows), "--draws", "4")
+    if code:
+        raise SystemExit(f"{run}: exit code {code}: {said}")
+    return json.loads((run / "evaluation.json").read_text())
+
+
+def table(names: list[str], results: dict[str, list[dict[str, Any] | str]]) -> str:
+    """Markdown of what has been measured."""
+    counts = STEPS.split(",")
+    lines = ["| way | bound, nats/token | " + " | ".join(f"judge / entropy, {count} step{'s' * (count != '1')}" for count in counts) + " |"]
+    lines.append("|---|---|" + "---|" * len(counts))
+
+    def of(name: str, *path: str) -> list[float | None]:
+        found = []
+        for value in results.get(name, []):
+            here: Any = value
+            for key in path:
+                here = here.get(key) if isinstance(here, dict) else None
+            found.append(here)
+        return found
+
+    for name in names:
+        runs = results.get(name, [])
+        if not runs:
+            continue
+        if isinstance(runs[0], str):
+            lines.append(f"| {name} | refused: {runs[0]} |" + " |" * len(counts))
+            continue
+        cells = [shown(of(name, "likelihood", "nats_per_token"), 3)]
+        for count in counts:
+            cells.append(" / ".join(shown(of(name, "samples", count, key), 2) for key in ("judge_bits_per_char", "entropy")))
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    seeds = max(map(len, results.values()))
+    return "\n".join([*lines, "", f"{seeds} seeds, mean ± standard error over them.", ""])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", help="of the flow")
+    parser.add_argument("map_config", help="of the map")
+    parser.add_argument("--flow", nargs="*", default=[], metavar="a.b=c", help="of flows, and of joint training")
+    parser.add_argument("--map", nargs="*", default=[], metavar="a.b=c", help="of maps")
+    parser.add_argument("--distill", nargs="+", action="append", default=[], metavar="a.b=c", help="a map")
+    parser.add_argument("--joint", nargs="*", action="append", default=[], metavar="a.b=c", help="a flow and a map together")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--rows", type=int, default=256)
+    arguments = parser.parse_args()
+    flow, of_map = load(arguments.config, arguments.flow), load(arguments.map_config, arguments.map)
+    steps = flow.config.train.steps + of_map.config.train.steps
+    set_there = [f"{name}={value}" for name, value in flatten(of_map.config).items() if of_map.origin[name] not in ("default", "auto")]
+    shared = [word for word in set_there if word.startswith("distill.") and not word.startswith("distill.teacher=")]
+    out, began = arguments.out, time.monotonic()
+    out.mkdir(parents=True, exist_ok=True)
+    ways: list[tuple[str, str, str, list[str]]] = [("the flow", "pretrain", arguments.config, arguments.flow)]
+    for words in arguments.distill:
+        name = ", ".join(f"`{word}`" for word in words)
+        ways.append((f"two stages, {name}", "distill", arguments.map_config, [*arguments.map, *words]))
+    for words in arguments.joint:
+        name = ", ".join(f"`{word}`" for word in words)
+        joint = [*arguments.flow, *shared, "train.joint=true", f"train.steps={steps}", *words]
+        ways.append((", ".join(["joint", name] if name else ["joint"]), "pretrain", arguments.config, joint))
+    results: dict[str, list[dict[str, Any] | str]] = {}
+    total = arguments.seeds * len(ways)
+    for seed in range(arguments.seeds):
+        teacher = out / slug(("the flow",), seed)
+        for place, (name, command, config, words) in enumerate(ways):
+            run = out / slug((name.replace("`", ""),), seed)
+            of_teacher = [f"distill.teacher={teacher}"] if command == "distill" else []
+            found = measured(command, config, run, [*words, *of_teacher, f"run.seed={seed}"], arguments.samples, arguments.rows)
+            results.setdefault(name, []).append(found)
+            (out / "table.md").write_text(table([way[0] for way in ways], results))
+            done = seed * len(ways) + place + 1
+            left = (time.monotonic() - began) * (total / done - 1.0) / 60.0
+            print(f"{done}/{total} runs  {left:.0f} min left  {run.name}", file=sys.stderr, flush=True)
+    print((out / "table.md").read_text())
+
+
+if __name__ == "__main__":
+    main()

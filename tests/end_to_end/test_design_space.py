@@ -129,15 +129,24 @@ def test_every_value_of_a_map_trains_goes_on_and_writes(config, trained, tmp_pat
 
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "configs" / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_published_recipe_trains(shards, tmp_path, recipe):
+def test_every_published_recipe_trains(shards, config, trained, tmp_path, recipe):
     """Its choices at a small size; a file says where they come from."""
     assert re.search(r"arXiv \d{4}\.\d{5}", recipe.read_text("utf-8")) and str(recipe.relative_to(ROOT)) in PAGE.read_text("utf-8")
     file, directory = tmp_path / "recipe.yaml", tmp_path / "run"
-    small = f"{NETWORK[:-2]}}}\nflow: {{code_dim: 8}}\n{TRAINING}parallel: {{zero: 0}}\n"
-    file.write_text(f"base: {recipe}\nrun: {{dir: {directory}}}\ndata: {{path: {shards('coded')}, {DATA['coded']}}}\n{small}")
+    known = flatten(load(recipe).config)
+    kind = "char" if known["flow.code"] == "identity" else "coded"
+    dim = "flow: {code_dim: 8}\n" if kind == "coded" else ""
+    small = f"{NETWORK[:-2]}}}\n{dim}{TRAINING}parallel: {{zero: 0}}\n"
+    file.write_text(f"base: {recipe}\nrun: {{dir: {directory}}}\ndata: {{path: {shards(kind)}, {DATA[kind]}}}\n{small}")
     overrides = ["train.steps=4", "optim.warmup_steps=2", "train.validate_every=4", "train.micro_batch=8", "train.precision=fp32"]
-    assert stages.pretrain(str(file), overrides) == 0
+    if known["distill.teacher"]:  # network and data are the small teacher's
+        mine = [f"{name}={value}" for name, value in known.items() if name.startswith("distill.") and value != "auto"]
+        words = [*mine, *overrides, f"distill.teacher={trained('coded', 'flow')}", f"run.dir={directory}"]
+        assert stages.distill(str(config("coded", "flow_map")), words) == 0
+    else:
+        assert stages.pretrain(str(file), overrides) == 0
     assert len(losses(directory)) == 4 and all(sample(directory, count=2, steps=3)["texts"])
-    known, ours = flatten(load(recipe).config), flatten(load(directory / "config.yaml").config)
-    kept = [name for name in known if name.startswith("flow.") and name != "flow.code_dim" and known[name] != "auto"]
+    ours = flatten(load(directory / "config.yaml").config)
+    own = ("flow.", "distill.", "train.joint") if known["train.joint"] else "distill." if known["distill.teacher"] else "flow."
+    kept = [name for name in known if name.startswith(own) and known[name] != "auto" and name not in ("flow.code_dim", "distill.teacher")]
     assert all(ours[name] == known[name] for name in kept)

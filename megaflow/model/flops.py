@@ -25,7 +25,7 @@ Where tokens have times of their own, or some are given, M and T are of every to
 
 A flow map has two time embeddings, reads W or S once more ahead, and has a frozen table. Of its targets, a diagonal row's takes a
 forward pass of the teacher; another's two of the map, on one set of beliefs more and with the product V d_c of a frame's mean between
-them (under ZeRO 3 the posteriors at s, H + Q, are computed a second time). Hot beliefs, B + Q each, are of rows with s < t, at s
+them (of fmlm_mse, one more for the target, and two for the loss; under ZeRO 3 the posteriors at s, H + Q, are computed a second time). Hot beliefs, B + Q each, are of rows with s < t, at s
 and at u, where the channel is not as sharp itself: before the place h on the clock. Of the inner rows' draws (flow_map.draw_times)
 that is
 
@@ -52,14 +52,18 @@ from megaflow.model.text_dit import HOT_GAIN
 
 
 def uncounted(config: Config) -> str:
-    """The choice whose passes the formulas, and the planner's, do not know, 'key=value'; empty where there is none."""
-    distill, train = config.distill, config.train
-    if not is_map(config):
-        return ""
-    if train.joint:
-        return "train.joint=true"
-    others = {"objective": ("psd",), "anchor": ("teacher", "auto"), "weighting": ("adaptive", "none"), "surgery": (False,)}
-    return next((f"distill.{name}={getattr(distill, name)}" for name, known in others.items() if getattr(distill, name) not in known), "")
+    """The choice whose passes the formula does not know, 'key=value'; empty where it knows all."""
+    distill, flow = config.distill, config.flow
+    on_data = distill.anchor == "data"
+    unknown = {
+        f"distill.objective={distill.objective}": distill.objective not in ("psd", "fmlm_mse"),
+        f"distill.weighting={distill.weighting}": distill.weighting.startswith("learned"),
+        "distill.surgery=true": distill.surgery,
+        f"flow.objective={flow.objective}": on_data and flow.objective != "cross_entropy",
+        f"flow.weighting={flow.weighting}": on_data and flow.weighting == "learned",
+        f"flow.clock.name={flow.clock.name}": on_data and needs_error(flow.clock.name),
+    }
+    return next((name for name, is_unknown in unknown.items() if is_unknown and is_map(config)), "")
 
 
 class Flops(NamedTuple):
@@ -171,5 +175,14 @@ def of_step(config: Config, vocab: int, is_map: bool = False, hot: float = 1.0) 
     see_hot = see if distill.state_input == "hot_belief" else 0
     forward = of_map + see + at_s * see_hot
     backward = 2 * (trained + 2 * deep) + vocab + 2 * features + embedded + linear + ahead
-    targets = diagonal * once + moving * (2 * of_map + see + (vocab * dim if framed else 0)) + at_u * see_hot
-    return Flops(2.0 * forward, 2.0 * backward, 2.0 * targets, 2.0 * moving * (head + skip) if config.parallel.zero == 3 else 0.0)
+    targets = moving * (2 * of_map + see + (vocab * dim if framed else 0)) + at_u * see_hot
+    if distill.anchor != "data":
+        targets += diagonal * once
+    again = moving * (head + skip) if config.parallel.zero == 3 else 0.0
+    if distill.objective == "fmlm_mse" and framed:  # means of the target and of psi, and the latter's gradient
+        forward, backward, targets = forward + moving * vocab * dim, backward + moving * vocab * dim, targets + moving * vocab * dim
+    if config.train.joint and belief:  # the table learns, of hot beliefs too; beliefs are computed again from the state
+        learned = 1.0 + (at_s if see_hot else 0.0)
+        backward += embedded + (ahead if distill.state_input == "hot_belief" else 0) + learned * (see - evidence)
+        again += learned * evidence
+    return Flops(2.0 * forward, 2.0 * backward, 2.0 * targets, 2.0 * again)

@@ -102,6 +102,17 @@ def _layouts(loaded: Loaded, vocab: int, gpus: int, stages: tuple[int, ...], cap
     return found
 
 
+def unplanned(config: Config) -> str:
+    """The choice that time, memory or what is sent have no formula for, 'key=value'; empty where there is none."""
+    distill = config.distill
+    unknown = {
+        "train.joint=true": config.train.joint,
+        "distill.anchor=data": distill.anchor == "data",
+        f"distill.objective={distill.objective}": distill.objective != "psd",
+    }
+    return next((name for name, is_unknown in unknown.items() if is_unknown and is_map(config)), flops.uncounted(config))
+
+
 def _with(loaded: Loaded, vocab: int, tensor: int, zero: int) -> Config:
     other = copy.deepcopy(loaded)
     other.config.parallel.tensor, other.config.parallel.zero = tensor, zero

@@ -5,7 +5,6 @@ import math
 
 from megaflow.config.load import Loaded
 from megaflow.errors import UserError
-from megaflow.model.flops import uncounted
 from megaflow.plan import planner
 from megaflow.plan.links import of
 from megaflow.plan.planner import EFFICIENCY, LINK_EFFICIENCY, USABLE, Plan, as_json, plans
@@ -32,7 +31,7 @@ def plan(loaded: Loaded, vocab: int | None, gpus: int, gigabytes: float | None, 
         raise UserError(f"--gpus={gpus}: give 1 or more")
     if gigabytes is not None and not 0.0 < gigabytes < math.inf:
         raise UserError(f"--memory={gigabytes:g}: give the gigabytes of a GPU, above 0")
-    if other := uncounted(loaded.config):
+    if other := planner.unplanned(loaded.config):
         raise UserError(f"{other}: plan has no formulas for that; ask for a plan without it")
     capacity = device.memory if gigabytes is None else gigabytes * 1e9
     found = plans(loaded, vocab, gpus, capacity, device, links)

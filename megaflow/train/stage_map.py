@@ -63,13 +63,17 @@ class MapStage:
             return self.flow.clock
         return self.frozen_clock
 
+    def cards(self, batch: Batch, peer: int = 0) -> Tensor:
+        """(B,) places of rows, of this process or of the `peer`-th after it, in a permutation of the global batch that is new every step:
+        by them kinds are dealt, so that no process always gets the same ones."""
+        places = batch.places + peer * (batch.rows // batch.peers)
+        return random.permutation(batch.rows, self.config.run.seed, "kinds", batch.step)[places % batch.rows]
+
     def kinds(self, batch: Batch, peer: int = 0) -> Tensor:
-        """(B,) kind of each row, of this process or of the `peer`-th after it. The kinds of a global batch are dealt by a permutation of
-        its places, new every step, so that no process always gets the same ones."""
+        """(B,) kind of each row, of this process or of the `peer`-th after it."""
         distill = self.config.distill
         diagonal, boundary = flow_map.counts(batch.rows, distill.diagonal_fraction, distill.boundary_fraction)
-        places = batch.places + peer * (batch.rows // batch.peers)
-        card = random.permutation(batch.rows, self.config.run.seed, "kinds", batch.step)[places % batch.rows]
+        card = self.cards(batch, peer)
         kinds = torch.full_like(card, INNER)
         kinds[card < diagonal] = DIAGONAL
         kinds[card >= batch.rows - boundary] = BOUNDARY
@@ -80,7 +84,12 @@ class MapStage:
         order, and the times s as they were drawn, on the CPU."""
         seed, device, path = self.config.run.seed, batch.ids.device, self.parts.path
         share = cells(seed, batch, "between") if self.config.distill.between == "uniform" else None
-        times = flow_map.draw_times(self.clock, kinds, cells(seed, batch, "gap"), cells(seed, batch, "start"), share)
+        first = cells(seed, batch, "gap")
+        if self.flow is not None:  # diagonal rows are spread over the clock among themselves, as in stage 1: they are what it is fitted to
+            diagonal, _ = flow_map.counts(batch.rows, self.config.distill.diagonal_fraction, 0.0)
+            even = clocks.stratified(self.cards(batch), max(diagonal, 1), random.uniform(seed, "diagonal offset", batch.step))
+            first = torch.where(kinds == DIAGONAL, even, first)
+        times = flow_map.draw_times(self.clock, kinds, first, cells(seed, batch, "start"), share)
         if self.objective.derivative:
             end = time_of(path, torch.tensor(self.parts.span.high, dtype=torch.float64))
             times = Times(*(torch.where(kinds == INNER, torch.minimum(x, end), x) for x in times))

@@ -72,7 +72,7 @@ class TestAuto:
 
     def test_nothing_that_training_reads_stays_auto(self):
         never = {"data.source_format", "data.workers", "model.attention"}  # prepare's own, and a choice of the machine
-        for teacher, left in (("", {*never, "distill.state_input"}), ("x", never)):
+        for teacher, left in (("", {*never, "distill.state_input", "distill.anchor"}), ("x", never)):
             given = resolved(SMALL, distill__teacher=teacher)
             assert {name for name, value in flatten(given).items() if value == "auto"} == left
 

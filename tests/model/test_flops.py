@@ -13,7 +13,7 @@ from megaflow.flow import code as codes
 from megaflow.flow.interpolant import LINEAR, level
 from megaflow.flow.likelihood import Range
 from megaflow.model import build, devices
-from megaflow.model.flops import hot_until, of_step
+from megaflow.model.flops import hot_until, of_step, uncounted
 from megaflow.model.parts import Parts, fit_clock, initial_profile
 from megaflow.model.text_dit import HOT_GAIN
 from megaflow.parallel import random
@@ -68,7 +68,7 @@ def made(kind: str, vocab: int, values: dict[str, Any]) -> Any:
     """A stage of a kind: a baseline by its family, flow or map, with fresh weights and the clock that a flow starts with."""
     ours = {
         "model.family": "flow" if kind == "map" else kind,
-        "distill.teacher": "runs/flow" if kind == "map" else "",
+        "distill.teacher": "runs/flow" if kind == "map" and not values.get("train.joint") else "",
     }
     config = resolve(assemble([("test", SMALL | values | ours)]), vocab).config
     log_prior, cpu = torch.log_softmax(-torch.log1p(torch.arange(vocab, dtype=torch.float32)), 0), torch.device("cpu")
@@ -88,7 +88,11 @@ def made(kind: str, vocab: int, values: dict[str, Any]) -> Any:
     network = build.flow_network(config, parts, cpu, is_map=True)
     network.initialize()
     clock = fit_clock(config.flow.clock, parts, initial_profile(parts, config.flow.clock, seed=0))
-    return MapStage(config, network, parts, clock, flow)
+    if config.distill.anchor == "teacher":
+        return MapStage(config, network, parts, clock, flow)
+    return MapStage(
+        config, network, parts, clock, None, FlowStage(config, network, parts, initial_profile(parts, config.flow.clock, seed=0))
+    )
 
 
 def in_place_product(added: list[int], left: list[int], right: list[int], out_shape: Any = None, **_: Any) -> int:
@@ -142,6 +146,45 @@ def test_what_a_flow_map_reads_besides_is_counted(reads):
     stage = made("map", 400, {"distill.state_input": reads})
     flops = of_step(stage.config, 400, is_map=True)
     assert flops.model + flops.recomputed == pytest.approx(counted(stage, 400), rel=1e-4)
+
+
+JOINT = {"train.joint": True, "train.global_batch": 32, "distill.boundary_fraction": 0.25}
+MAPS = {
+    "joint": (400, JOINT),
+    "joint, linear ahead": (400, JOINT | {"distill.state_input": "linear", "distill.diagonal_fraction": 0.75}),
+    "joint, dense": (27, JOINT),
+    "joint, tied": (400, JOINT | {"model.head": "tied", "model.belief_dim": "auto"}),
+    "joint, linear, by squares": (400, JOINT | {"model.input": "linear", "distill.objective": "fmlm_mse"}),
+    "by squares": (400, {"train.global_batch": 32, "distill.objective": "fmlm_mse", "distill.anchor": "data"}),
+}
+
+
+@pytest.mark.parametrize("design", MAPS)
+def test_the_formula_of_other_ways_to_a_map_is_what_is_counted(design):
+    vocab, values = MAPS[design]
+    stage = made("map", vocab, values)
+    hot = hot_until(LINEAR, stage.clock, stage.parts.code)
+    flops = of_step(stage.config, vocab, is_map=True, hot=hot)
+    assert not uncounted(stage.config)
+    assert flops.model + flops.recomputed == pytest.approx(counted(stage, vocab, steps=2), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "values, name",
+    [
+        ({"distill.objective": "esd"}, "distill.objective=esd"),
+        ({"distill.objective": "dmd:draws=2"}, "distill.objective=dmd:draws=2"),
+        ({"distill.surgery": True}, "distill.surgery=true"),
+        ({"distill.weighting": "learned"}, "distill.weighting=learned"),
+        ({"distill.anchor": "data", "flow.objective": "endpoint_mse"}, "flow.objective=endpoint_mse"),
+        ({"distill.anchor": "data", "flow.clock.name": "variance"}, "flow.clock.name=variance"),
+        ({"flow.objective": "endpoint_mse"}, ""),
+        ({"distill.anchor": "data", "flow.weighting": "min_snr:gamma=2"}, ""),
+    ],
+)
+def test_what_the_formula_does_not_know_is_named(values, name):
+    config = resolve(assemble([("test", {"distill.teacher": "runs/flow", **values})]), 400).config
+    assert uncounted(config) == name
 
 
 def test_beliefs_that_are_computed_again_are_no_model_flops():

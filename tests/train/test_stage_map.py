@@ -313,6 +313,15 @@ def test_the_diagonal_of_joint_training_is_what_stage_1_trains():
     assert set(stage.state()) == set(flow.state())
 
 
+def test_diagonal_rows_of_joint_training_are_spread_over_the_clock_among_themselves():
+    """One in each of as many equal parts of the clock: the profile that the clock is fitted to sees what stage 1 would show it."""
+    stage = stage_of("psd", anchor="data", diagonal_fraction=0.25)
+    kinds = stage.kinds(batch(7))
+    s = stage.rows(batch(7), kinds)[0].times.s[: ROWS // 4]
+    tau = clocks.forward(stage.clock, s)
+    assert sorted((tau * ROWS / 4).long().tolist()) == list(range(ROWS // 4))
+
+
 def test_a_table_is_trained_in_joint_training_alone():
     for joint in (False, True):
         toy, *_ = solved()

@@ -23,11 +23,11 @@ A baseline of discrete diffusion that is told the time has M and T besides; that
 
 Where tokens have times of their own, or some are given, M and T are of every token, and of what is beside the text.
 
-A flow map has two time embeddings, reads W or S once more ahead, and has a frozen table. Of its targets, a diagonal row's takes a
-forward pass of the teacher; another's two of the map, on one set of beliefs more and with the product V d_c of a frame's mean between
-them (of fmlm_mse, one more for the target, and two for the loss; under ZeRO 3 the posteriors at s, H + Q, are computed a second time). Hot beliefs, B + Q each, are of rows with s < t, at s
-and at u, where the channel is not as sharp itself: before the place h on the clock. Of the inner rows' draws (flow_map.draw_times)
-that is
+A flow map has two time embeddings, reads W or S once more ahead, and has a frozen table, in joint training a trained one. Of its
+targets, a diagonal row's takes a forward pass of the teacher, towards the data none; another's two of the map, on one set of beliefs
+more and with the product V d_c of a frame's mean between them (of fmlm_mse one more for the target, and two for the loss; under ZeRO 3
+the posteriors at s, H + Q, are computed a second time). Hot beliefs, B + Q each, are of rows with s < t, at s and at u, where the
+channel is not as sharp itself: before the place h on the clock. Of the inner rows' draws (flow_map.draw_times) that is
 
     P(s < h) = h (1 - log h)        P(u < h) = h + (1/2 - h) log |1 - 2 h|
 """

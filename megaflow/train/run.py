@@ -154,9 +154,9 @@ def load_distill(path: str, overrides: list[str]) -> Loaded:
     if not name:
         raise ConfigError(f"{path}: distill.teacher is not set; give the run directory of a trained flow, distill.teacher=RUN")
     teacher = read_config(name)
+    stage_of(name)  # refuses what is no run
     if is_map(teacher.config) or teacher.config.model.family != "flow":
         raise ConfigError(f"distill.teacher={name} is not a pretrained flow; a flow map is distilled from one")
-    stage_of(name)
     inherited = {k: v for k, v in flatten(teacher.config).items() if k.startswith(("model.", "flow.")) or k in TEACHER_DATA}
     loaded = load(path, overrides, inherited, f"teacher {name}")
     new = flatten(loaded.config)

@@ -34,16 +34,31 @@ def megaflow(*words: str) -> tuple[int, str]:
     return done.returncode, (done.stderr.strip().splitlines() or [""])[-1]
 
 
-def measured(config: str, run: Path, overrides: list[str], samples: int, rows: int) -> dict[str, Any] | str:
-    """The evaluation of a point and seed; the sentence of a config that is refused. Raises SystemExit where a run fails."""
-    code, said = megaflow("pretrain", config, f"run.dir={run}", "log.wandb=off", *overrides)
+Result = dict[str, Any] | str
+"""An evaluation, or the sentence of a config that is refused."""
+
+
+def measured(command: str, config: str, run: Path, overrides: list[str], steps: str, samples: int, rows: int) -> Result:
+    """Train a run by a command, or find it trained, and evaluate it. Raises SystemExit where that fails."""
+    code, said = megaflow(command, config, f"run.dir={run}", "log.wandb=off", *overrides)
     if code == 2:
         return said.removeprefix("megaflow: ").removeprefix("command line: ")
     if code == 0:
-        code, said = megaflow("evaluate", str(run), "--steps", STEPS, "--samples", str(samples), "--rows", str(rows), "--draws", "4")
+        code, said = megaflow("evaluate", str(run), "--steps", steps, "--samples", str(samples), "--rows", str(rows), "--draws", "4")
     if code:
         raise SystemExit(f"{run}: exit code {code}: {said}")
     return json.loads((run / "evaluation.json").read_text())
+
+
+def values_of(results: list[Result], *path: str) -> list[float | None]:
+    """What is at a path of each evaluation; None where there is nothing."""
+    found: list[Any] = []
+    for value in results:
+        here: Any = value
+        for key in path:
+            here = here.get(key) if isinstance(here, dict) else None
+        found.append(here)
+    return found
 
 
 def mean_error(values: list[float]) -> tuple[float, float | None]:
@@ -60,18 +75,12 @@ def shown(values: list[float | None], digits: int, sign: str = "") -> str:
     return f"{mean:{sign}.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
 
 
-def table(points: list[tuple[str, ...]], results: dict[tuple[str, ...], list[dict[str, Any] | str]]) -> str:
+def table(points: list[tuple[str, ...]], results: dict[tuple[str, ...], list[Result]]) -> str:
     """Markdown of what has been measured."""
     rest = "likelihood", "continuation", "nats_per_token"
 
     def of(point: tuple[str, ...], *path: str) -> list[float | None]:
-        found = []
-        for result in results.get(point, []):
-            value: Any = result
-            for key in path:
-                value = value.get(key) if isinstance(value, dict) else None
-            found.append(value)
-        return found
+        return values_of(results.get(point, []), *path)
 
     given = any(value is not None for point in points for value in of(point, *rest))
     lines = ["| choice | likelihood, nats/token | against the first | judge, bits/char | entropy, nats |" + " second half |" * given]
@@ -120,12 +129,13 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
     axes = [[f"{key}={value}" for value in values] for key, *values in arguments.axis]
     points, began = list(itertools.product(*axes)), time.monotonic()
-    results: dict[tuple[str, ...], list[dict[str, Any] | str]] = {}
+    results: dict[tuple[str, ...], list[Result]] = {}
     arguments.out.mkdir(parents=True, exist_ok=True)
     for number, (seed, point) in enumerate(itertools.product(range(arguments.seeds), points)):
         run = arguments.out / slug(point, seed)
         chosen = [*arguments.overrides, *point, f"run.seed={seed}"]
-        results.setdefault(point, []).append(measured(arguments.config, run, chosen, arguments.samples, arguments.rows))
+        found = measured("pretrain", arguments.config, run, chosen, STEPS, arguments.samples, arguments.rows)
+        results.setdefault(point, []).append(found)
         (arguments.out / "table.md").write_text(table(points, results))
         share = (number + 1) / (arguments.seeds * len(points))
         left = (time.monotonic() - began) * (1.0 / share - 1.0) / 60.0

@@ -12,45 +12,22 @@ sentence that says why. Killed, it goes on where it was.
 """
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
-from design_table import megaflow, shown, slug
+from design_table import Result, measured, shown, slug, values_of
 
 from megaflow.config.load import flatten, load
 
 STEPS = "1,2,4"
 
 
-def measured(command: str, config: str, run: Path, words: list[str], samples: int, rows: int) -> dict[str, Any] | str:
-    """The evaluation of a run; the sentence of a config that is refused. Raises SystemExit where a run fails."""
-    code, said = megaflow(command, config, f"run.dir={run}", "log.wandb=off", *words)
-    if code == 2:
-        return said.removeprefix("megaflow: ").removeprefix("command line: ")
-    if code == 0:
-        code, said = megaflow("evaluate", str(run), "--steps", STEPS, "--samples", str(samples), "--rows", str(rows), "--draws", "4")
-    if code:
-        raise SystemExit(f"{run}: exit code {code}: {said}")
-    return json.loads((run / "evaluation.json").read_text())
-
-
-def table(names: list[str], results: dict[str, list[dict[str, Any] | str]]) -> str:
+def table(names: list[str], results: dict[str, list[Result]]) -> str:
     """Markdown of what has been measured."""
     counts = STEPS.split(",")
     lines = ["| way | bound, nats/token | " + " | ".join(f"judge / entropy, {count} step{'s' * (count != '1')}" for count in counts) + " |"]
     lines.append("|---|---|" + "---|" * len(counts))
-
-    def of(name: str, *path: str) -> list[float | None]:
-        found = []
-        for value in results.get(name, []):
-            here: Any = value
-            for key in path:
-                here = here.get(key) if isinstance(here, dict) else None
-            found.append(here)
-        return found
 
     for name in names:
         runs = results.get(name, [])
@@ -59,9 +36,9 @@ def table(names: list[str], results: dict[str, list[dict[str, Any] | str]]) -> s
         if isinstance(runs[0], str):
             lines.append(f"| {name} | refused: {runs[0]} |" + " |" * len(counts))
             continue
-        cells = [shown(of(name, "likelihood", "nats_per_token"), 3)]
+        cells = [shown(values_of(runs, "likelihood", "nats_per_token"), 3)]
         for count in counts:
-            cells.append(" / ".join(shown(of(name, "samples", count, key), 2) for key in ("judge_bits_per_char", "entropy")))
+            cells.append(" / ".join(shown(values_of(runs, "samples", count, key), 2) for key in ("judge_bits_per_char", "entropy")))
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     seeds = max(map(len, results.values()))
     return "\n".join([*lines, "", f"{seeds} seeds, mean ± standard error over them.", ""])
@@ -94,14 +71,15 @@ def main() -> None:
         name = ", ".join(f"`{word}`" for word in words)
         joint = [*arguments.flow, *shared, "train.joint=true", f"train.steps={steps}", *words]
         ways.append((", ".join(["joint", name] if name else ["joint"]), "pretrain", arguments.config, joint))
-    results: dict[str, list[dict[str, Any] | str]] = {}
+    results: dict[str, list[Result]] = {}
     total = arguments.seeds * len(ways)
     for seed in range(arguments.seeds):
         teacher = out / slug(("the flow",), seed)
         for place, (name, command, config, words) in enumerate(ways):
             run = out / slug((name.replace("`", ""),), seed)
             of_teacher = [f"distill.teacher={teacher}"] if command == "distill" else []
-            found = measured(command, config, run, [*words, *of_teacher, f"run.seed={seed}"], arguments.samples, arguments.rows)
+            chosen = [*words, *of_teacher, f"run.seed={seed}"]
+            found = measured(command, config, run, chosen, STEPS, arguments.samples, arguments.rows)
             results.setdefault(name, []).append(found)
             (out / "table.md").write_text(table([way[0] for way in ways], results))
             done = seed * len(ways) + place + 1

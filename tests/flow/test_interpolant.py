@@ -120,6 +120,17 @@ def test_the_coded_state_is_the_one_hot_state_seen_through_the_code(vocab, dim, 
     torch.testing.assert_close(columns.T @ columns, matrix.T @ one_hot_covariance @ matrix, rtol=0, atol=1e-6)
 
 
+def test_times_of_rows_go_along_rows_where_all_sizes_are_the_same():
+    """(B,) against (B, L, d) with B = L = d would broadcast along the last: every row is what it is alone."""
+    source = torch.Generator().manual_seed(0)
+    y, psi = torch.randn(2, 3, 3, 3, generator=source, dtype=torch.float64)
+    s, t = torch.tensor([0.1, 0.2, 0.6], dtype=torch.float64), torch.tensor([0.3, 0.9, 1.0], dtype=torch.float64)
+    alone = [interpolant.transport(LINEAR, *(x[row : row + 1] for x in (y, s, t, psi))) for row in range(3)]
+    torch.testing.assert_close(interpolant.transport(LINEAR, y, s, t, psi), torch.cat(alone))
+    noisy = interpolant.noisy_state(LINEAR, psi, y, s)
+    torch.testing.assert_close(noisy, torch.stack([s[row] * psi[row] + (1.0 - s[row]) * y[row] for row in range(3)]))
+
+
 def test_every_token_may_have_a_time_of_its_own():
     generator = torch.Generator().manual_seed(0)
     x, noise = torch.randn(2, 2, 3, 4, generator=generator, dtype=torch.float64)

@@ -287,7 +287,16 @@ def _of_map(config: Config, refuse: Refuse) -> None:
     """What a map needs of its rows and of its flow."""
     distill, train, model = config.distill, config.train, config.model
     parallel, what = config.parallel, f"distill.objective={distill.objective}"
-    objective = choice.call(entries(keys()["distill.objective"]), distill.objective)
+    table = entries(keys()["distill.objective"])
+    objective = choice.call(table, distill.objective)
+    if choice.split(table, distill.objective)[1].get("draws", 1.0) % 1.0:
+        refuse(f"{what}: draws are a whole number", "distill.objective")
+    if objective.one_step and not distill.boundary_fraction:
+        refuse(
+            f"{what} is of rows from 0 to 1, and distill.boundary_fraction=0 leaves none; give more, or psd",
+            "distill.objective",
+            "distill.boundary_fraction",
+        )
     if parallel.zero == 3 and (objective.derivative or objective.loss):
         has = "forward-mode derivatives, which need" if objective.derivative else "passes that not every process makes, which needs"
         refuse(

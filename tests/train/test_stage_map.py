@@ -432,6 +432,8 @@ def test_losses_do_not_grow_with_the_row_or_with_how_near_its_end_is(objective):
         ({"distill.objective": "ecld", "distill.between": "uniform"}, "is of the semigroup identity"),
         ({"distill.objective": "dmd", "parallel.zero": 3}, "passes that not every process makes.*use 0 to 2"),
         ({"distill.objective": "dmd", "flow.prior": "vertices"}, "compares scores"),
+        ({"distill.objective": "dmd", "distill.boundary_fraction": 0.0}, "is of rows from 0 to 1"),
+        ({"distill.objective": "dmd:draws=1.5"}, "whole number"),
         ({"distill.surgery": True, "parallel.zero": 3}, "needs whole gradients"),
         ({"distill.surgery": True, "distill.diagonal_fraction": 0.0}, "no row has s = t"),
         ({"distill.anchor": "data", "flow.objective": "likelihood"}, "times of its own.*distill.anchor=teacher"),

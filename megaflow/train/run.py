@@ -156,7 +156,8 @@ def load_distill(path: str, overrides: list[str]) -> Loaded:
     teacher = read_config(name)
     stage_of(name)  # refuses what is no run
     if is_map(teacher.config) or teacher.config.model.family != "flow":
-        raise ConfigError(f"distill.teacher={name} is not a pretrained flow; a flow map is distilled from one")
+        what = "a flow map already" if is_map(teacher.config) else f"a baseline, model.family={teacher.config.model.family}"
+        raise ConfigError(f"distill.teacher={name} is {what}; a flow map is distilled from a pretrained flow")
     inherited = {k: v for k, v in flatten(teacher.config).items() if k.startswith(("model.", "flow.")) or k in TEACHER_DATA}
     loaded = load(path, overrides, inherited, f"teacher {name}")
     new = flatten(loaded.config)

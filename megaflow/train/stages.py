@@ -74,7 +74,9 @@ def _train(loaded: Loaded, kind: str, began: float) -> int:
     values, defaults = flatten(loaded.config), flatten(Config())  # a run's own config.yaml says the defaults too
     distilling = [name for name, value in values.items() if name.startswith("distill.") and value != defaults[name]]
     if kind == "pretrain" and distilling and not loaded.config.train.joint:
-        raise ConfigError(f"{loaded.origin[distilling[0]]}: {distilling[0]} is set; this is a config for megaflow distill")
+        raise ConfigError(
+            f"{loaded.origin[distilling[0]]}: {distilling[0]} is set; this is a config for megaflow distill, or for train.joint=true"
+        )
     contradictions(loaded)
     manifest = open_prepared(loaded.config.data.path)
     loaded = resolve(of_shards(loaded, manifest), manifest["tokenizer"]["vocab_size"])

@@ -124,7 +124,7 @@ def test_every_value_of_a_map_trains_goes_on_and_writes(config, trained, tmp_pat
     convert(directory, tmp_path / "model")
     assert sample(tmp_path / "model", count=2, steps=2)["tokens"] == written[1]["tokens"]
     if joint:
-        with pytest.raises(ConfigError, match="is not a pretrained flow"):
+        with pytest.raises(ConfigError, match="is a flow map already"):
             stages.distill(str(config("coded", "flow_map")), [f"distill.teacher={directory}", f"run.dir={tmp_path / 'map'}"])
 
 

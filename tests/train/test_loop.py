@@ -619,8 +619,8 @@ class TestRefusals:
         [
             (None, ["distill.teacher is not set"]),
             ("nowhere", ["nowhere: no such directory"]),
-            (("coded", "autoregressive"), ["is not a pretrained flow"]),
-            (("coded", "flow_map"), ["is not a pretrained flow"]),
+            (("coded", "autoregressive"), ["is a baseline, model.family=autoregressive"]),
+            (("coded", "flow_map"), ["is a flow map already"]),
         ],
     )
     def test_teachers_that_are_none(self, cli, config, trained, tmp_path, teacher, words):

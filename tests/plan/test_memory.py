@@ -162,7 +162,8 @@ def buckets_of(elements: int) -> contextlib.AbstractContextManager:
 def most(kind: str, vocab: int, values: dict[str, Any], bucket: int = reduction.BUCKET) -> tuple[int, int]:
     """Bytes of this process's tensors between two steps, and at the largest moment of a step."""
     with meshes.join(int(values.get("parallel.tensor", 1))) as mesh, buckets_of(bucket):
-        before = {storage._cdata for storage in allocated.living()}
+        old = list(allocated.living())  # held: what is freed meanwhile would give its address to a tensor of this run, which went uncounted
+        before = {storage._cdata for storage in old}
         run = Run(kind, vocab, values, mesh)
         for index in range(2):
             run.step(index)

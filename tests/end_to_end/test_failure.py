@@ -89,9 +89,10 @@ def curve(directory: Path) -> list[dict]:
 
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.long), 1])
 def test_a_rank_that_is_killed(fails, rank):
-    """The other one waits in a collective call, or meets the error that gloo makes of it: neither is seen."""
+    """The other one waits in a collective call, or meets the error that gloo makes of it: neither is seen. The step is one that both have
+    told of: what was killed at the start of step 7 may have told of step 6 alone, and the other may still be at the end of it."""
     told = fails("kill", rank, 7)
-    assert re.fullmatch(rf"megaflow: rank {rank} on {HOST} ended without a word \(.*\) in step 7", sentence(told))
+    assert re.fullmatch(rf"megaflow: rank {rank} on {HOST} ended without a word \(.*\) in step [67]", sentence(told))
     assert tracebacks(told) == 0
 
 

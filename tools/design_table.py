@@ -1,13 +1,16 @@
-"""A grid of choices on equal trunk, tokens, data order and seeds, measured and put into a table with its errors.
+"""Choices on equal trunk, tokens, data order and seeds, by a grid or one by one, measured and put into a table with its errors.
 
     python tools/design_table.py configs/quickstart/flow.yaml --out runs/clocks --seeds 3 train.steps=300 \\
         --axis flow.clock.name uniform argmax ce_linear --axis flow.code frame learned
+    python tools/design_table.py configs/quickstart/flow.yaml --out runs/trunk --seeds 3 train.steps=300 \\
+        --point model.time=tokens --point model.layers=8 model.hidden=136
 
-Every point is trained and evaluated by the ordinary commands, with the overrides for all of them, one value of every axis, and run.seed
-0, 1, … OUT/table.md has a line a point: likelihood in nats a token with the standard error over seeds, its paired difference from the
-first point (the same seeds, so that what seeds share cancels), judge and entropy of texts; and where some runs can be given the beginning
-of a text, the likelihood of the second half of a row given the first. A combination that the config refuses has
-the sentence that says why. Killed, it goes on where it was; more seeds or values run only what is new.
+Points are one value of every axis each, all combinations; without an axis the config as it is; and what each --point says. Every point is
+trained and evaluated by the ordinary commands, with the overrides for all of them and run.seed 0, 1, … OUT/table.md has a line a point:
+likelihood in nats a token with the standard error over seeds, its paired difference from the first point (the same seeds, so that what
+seeds share cancels), judge and entropy of texts; and where some runs can be given the beginning of a text, the likelihood of the second
+half of a row given the first. A combination that the config refuses has the sentence that says why. Killed, it goes on where it was; more
+seeds or values run only what is new.
 """
 
 import argparse
@@ -36,6 +39,12 @@ def megaflow(*words: str) -> tuple[int, str]:
 
 Result = dict[str, Any] | str
 """An evaluation, or the sentence of a config that is refused."""
+
+
+def progress(done: int, total: int, seconds: list[float], run: Path) -> None:
+    """A line on the console; seconds: what each run took that was not there before, for the time left."""
+    left = f"  {statistics.mean(seconds) * (total - done) / 60.0:.0f} min left" if seconds else ""
+    print(f"{done}/{total} runs{left}  {run.name}", file=sys.stderr, flush=True)
 
 
 def measured(command: str, config: str, run: Path, overrides: list[str], steps: str, samples: int, rows: int) -> Result:
@@ -98,7 +107,7 @@ def table(points: list[tuple[str, ...]], results: dict[tuple[str, ...], list[Res
         runs = results.get(point, [])
         if not runs:
             continue
-        name = ", ".join(f"`{part}`" for part in point)
+        name = ", ".join(f"`{part}`" for part in point) or "the config as it is"
         if isinstance(runs[0], str):
             lines.append(f"| {name} | refused: {runs[0]} | | | |" + " |" * given)
             continue
@@ -121,25 +130,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="of every point")
-    parser.add_argument("--axis", nargs="+", action="append", required=True, metavar="KEY VALUE", help="a key and its values")
+    parser.add_argument("--axis", nargs="+", action="append", default=[], metavar="KEY VALUE", help="a key and its values")
+    parser.add_argument("--point", nargs="+", action="append", default=[], metavar="a.b=c", help="another point")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--rows", type=int, default=256)
     arguments = parser.parse_intermixed_args()
     axes = [[f"{key}={value}" for value in values] for key, *values in arguments.axis]
-    points, began = list(itertools.product(*axes)), time.monotonic()
+    points = [*itertools.product(*axes), *map(tuple, arguments.point)]
     results: dict[tuple[str, ...], list[Result]] = {}
+    seconds: list[float] = []
     arguments.out.mkdir(parents=True, exist_ok=True)
     for number, (seed, point) in enumerate(itertools.product(range(arguments.seeds), points)):
         run = arguments.out / slug(point, seed)
         chosen = [*arguments.overrides, *point, f"run.seed={seed}"]
+        began, new = time.monotonic(), not (run / "evaluation.json").exists()
         found = measured("pretrain", arguments.config, run, chosen, STEPS, arguments.samples, arguments.rows)
+        seconds += [time.monotonic() - began] * new
         results.setdefault(point, []).append(found)
         (arguments.out / "table.md").write_text(table(points, results))
-        share = (number + 1) / (arguments.seeds * len(points))
-        left = (time.monotonic() - began) * (1.0 / share - 1.0) / 60.0
-        print(f"{number + 1}/{arguments.seeds * len(points)} points  {left:.0f} min left  {run.name}", file=sys.stderr, flush=True)
+        progress(number + 1, arguments.seeds * len(points), seconds, run)
     print((arguments.out / "table.md").read_text())
 
 

@@ -12,11 +12,10 @@ sentence that says why. Killed, it goes on where it was.
 """
 
 import argparse
-import sys
 import time
 from pathlib import Path
 
-from design_table import Result, measured, shown, slug, values_of
+from design_table import Result, measured, progress, shown, slug, values_of
 
 from megaflow.config.load import flatten, load
 
@@ -61,7 +60,7 @@ def main() -> None:
     steps = flow.config.train.steps + of_map.config.train.steps
     set_there = [f"{name}={value}" for name, value in flatten(of_map.config).items() if of_map.origin[name] not in ("default", "auto")]
     shared = [word for word in set_there if word.startswith("distill.") and not word.startswith("distill.teacher=")]
-    out, began = arguments.out, time.monotonic()
+    out, seconds = arguments.out, list[float]()
     out.mkdir(parents=True, exist_ok=True)
     ways: list[tuple[str, str, str, list[str]]] = [("the flow", "pretrain", arguments.config, arguments.flow)]
     for words in arguments.distill:
@@ -72,19 +71,18 @@ def main() -> None:
         joint = [*arguments.flow, *shared, "train.joint=true", f"train.steps={steps}", *words]
         ways.append((", ".join(["joint", name] if name else ["joint"]), "pretrain", arguments.config, joint))
     results: dict[str, list[Result]] = {}
-    total = arguments.seeds * len(ways)
     for seed in range(arguments.seeds):
         teacher = out / slug(("the flow",), seed)
         for place, (name, command, config, words) in enumerate(ways):
             run = out / slug((name.replace("`", ""),), seed)
             of_teacher = [f"distill.teacher={teacher}"] if command == "distill" else []
             chosen = [*words, *of_teacher, f"run.seed={seed}"]
+            began, new = time.monotonic(), not (run / "evaluation.json").exists()
             found = measured(command, config, run, chosen, STEPS, arguments.samples, arguments.rows)
+            seconds += [time.monotonic() - began] * new
             results.setdefault(name, []).append(found)
             (out / "table.md").write_text(table([way[0] for way in ways], results))
-            done = seed * len(ways) + place + 1
-            left = (time.monotonic() - began) * (total / done - 1.0) / 60.0
-            print(f"{done}/{total} runs  {left:.0f} min left  {run.name}", file=sys.stderr, flush=True)
+            progress(seed * len(ways) + place + 1, arguments.seeds * len(ways), seconds, run)
     print((out / "table.md").read_text())
 
 

@@ -47,14 +47,15 @@ def test_means_errors_and_paired_differences():
 def test_a_grid_is_run_once(process, config, tmp_path):
     command = [ROOT / "tools" / "design_table.py", config("coded"), "--out", tmp_path / "out", "--seeds", 1, "--samples", 4, "--rows", 16]
     command += ["train.steps=3", "train.validate_every=3", "--axis", "flow.prior", "gaussian", "vertices"]
-    command += ["--axis", "flow.interpolant", "linear", "trigonometric"]
+    command += ["--axis", "flow.interpolant", "linear", "trigonometric", "--point", "flow.prior=dirichlet", "train.steps=2"]
     done = process(*command)
     assert done.returncode == 0, done.stderr
     told = done.stdout.splitlines()
-    assert len(told) == 9 and "flow.prior=vertices`, `flow.interpolant=trigonometric` | refused: " in told[5] and "simplex" in told[5]
+    assert len(told) == 10 and "flow.prior=vertices`, `flow.interpolant=trigonometric` | refused: " in told[5] and "simplex" in told[5]
     assert told[4].startswith("| `flow.prior=vertices`, `flow.interpolant=linear` | none | none | ")
+    assert told[6].startswith("| `flow.prior=dirichlet`, `train.steps=2` | none | none | ")
     kept = {path: os.stat(path).st_mtime_ns for path in (tmp_path / "out").rglob("evaluation.json")}
-    assert len(kept) == 3
+    assert len(kept) == 4
     again = process(*command)
     assert again.stdout == done.stdout and {path: os.stat(path).st_mtime_ns for path in kept} == kept
-    assert all(json.loads(path.read_text())["step"] == 3 for path in kept)
+    assert sorted(json.loads(path.read_text())["step"] for path in kept) == [2, 3, 3, 3]

@@ -36,7 +36,7 @@ from megaflow.model.text_dit import TextDiT
 from megaflow.model.trunk import Cache
 from megaflow.parallel import random
 from megaflow.progress import Progress
-from megaflow.train.run import read_config, stage_of
+from megaflow.train.run import read_run
 from megaflow.train.stages import SHARDS, trained_baseline, trained_flow
 
 BATCH = 64
@@ -91,8 +91,7 @@ def load_run(directory: str | Path) -> Run:
         network, parts, clock, config = folder.load(directory, device)
         is_map = about["kind"] == "flow_map"
     else:
-        config = read_config(directory).config
-        stage_of(directory)  # refuses what is no run
+        config = read_run(directory).config
         is_map = check.is_map(config)
         if config.model.family != "flow":
             (network, found), parts, clock = trained_baseline(directory, config, device), None, None

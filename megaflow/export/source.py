@@ -23,7 +23,7 @@ from megaflow.progress import Progress
 from megaflow.train import checkpoint as checkpoints
 from megaflow.train.checkpoint import HASHERS, Checkpoint, Damaged
 from megaflow.train.checkpoint_writer import flush
-from megaflow.train.run import read_config, stage_of
+from megaflow.train.run import read_run
 from megaflow.train.stages import SHARDS
 
 MEGABYTE = 1e6
@@ -57,8 +57,7 @@ def open_source(run: Path, step: int | None, groups: list[str]) -> Source:
     """
     if is_model(run):
         raise UserError(f"{run}: this is a converted model and no run; convert the run that it was made of")
-    loaded = read_config(run)
-    stage_of(run)  # refuses what is no run
+    loaded = read_run(run)
     read_description(run / SHARDS)
     kept = checkpoints.steps(run)
     if not kept:

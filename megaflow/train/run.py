@@ -148,13 +148,19 @@ def read_config(directory: str | Path) -> Loaded:
     return loaded
 
 
+def read_run(directory: str | Path) -> Loaded:
+    """The same of what has checkpoints of training: a run, and no converted model. Raises UserError."""
+    loaded = read_config(directory)
+    stage_of(directory)
+    return loaded
+
+
 def load_distill(path: str, overrides: list[str]) -> Loaded:
     """A distill config over what its teacher passes on: network, flow and data. Raises ConfigError where it contradicts them."""
     name = load(path, overrides).config.distill.teacher
     if not name:
         raise ConfigError(f"{path}: distill.teacher is not set; give the run directory of a trained flow, distill.teacher=RUN")
-    teacher = read_config(name)
-    stage_of(name)  # refuses what is no run
+    teacher = read_run(name)
     if is_map(teacher.config) or teacher.config.model.family != "flow":
         what = "a flow map already" if is_map(teacher.config) else f"a baseline, model.family={teacher.config.model.family}"
         raise ConfigError(f"distill.teacher={name} is {what}; a flow map is distilled from a pretrained flow")

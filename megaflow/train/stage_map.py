@@ -133,8 +133,9 @@ class MapStage:
         rows = rows._replace(ease=ease)
         terms.append(self.nothing(rows, uncertainty))
         if objective.loss is not None and apart.start < apart.stop:
-            some = rows.part(apart)
-            take(1, some, *eased(some, partial(objective.loss, self.models(batch), reweight=self.reweight())))
+            some, measure = rows.part(apart), partial(objective.loss, self.models(batch), reweight=self.reweight())
+            # a law that is matched has no learned weight: its value is not what it descends, and its loss is the auxiliary denoiser's too
+            take(1, some, *(measure(rows=some) if objective.one_step else eased(some, measure)))
         while todo:
             kind, part, target = todo.pop(0)  # with its chunk, which is not kept beside the next one's
             some, last = rows.part(part), hidden.pop(0)

@@ -350,6 +350,16 @@ def test_learned_weights(objective):
     torch.testing.assert_close(ours, factor * theirs, rtol=1e-4, atol=1e-7)
 
 
+def test_a_matched_law_has_no_learned_weight():
+    """Its auxiliary denoiser learns what the map writes, however sure the map is to be."""
+    stages = learned, plain = stage_of("dmd", weighting="learned"), stage_of("dmd", weighting="none")
+    plain.network.load_state_dict(learned.network.state_dict(), strict=False)
+    torch.nn.init.constant_(learned.network.map_weights.second.bias, 0.7)
+    ours, theirs = (torch.autograd.grad(stage.loss(batch(0))[0], [stage.network.auxiliary.bias])[0] for stage in stages)
+    assert theirs.abs().max() > 1e-4
+    torch.testing.assert_close(ours, theirs)
+
+
 def test_learned_weights_see_both_times_or_the_start_alone():
     s, t, other = (torch.tensor([x], dtype=torch.float64) for x in (0.2, 0.6, 0.9))
     for weighting, both in (("learned", True), ("learned_start", False)):

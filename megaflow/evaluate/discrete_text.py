@@ -5,6 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from megaflow.evaluate.loaded import Run
+from megaflow.evaluate.settings import Settings
 from megaflow.evaluate.template import Template
 from megaflow.flow import discrete
 from megaflow.flow import head as heads
@@ -14,18 +16,12 @@ from megaflow.parallel import random
 
 
 def write(
-    network: Discrete,
-    width: int,
-    places: list[int],
-    lengths: list[int] | None,
-    steps: int,
-    temperature: float,
-    seed: int,
-    tick: Callable[[], None],
-    template: Template | None = None,
+    run: Run, settings: Settings, places: list[int], lengths: list[int] | None, template: Template | None, tick: Callable[[], None]
 ) -> Tensor:
-    """(B, width) tokens on `steps` even steps of the time, each row a function of the seed and its place; tokens that a template gives are
-    never hidden."""
+    """(B, L) tokens on even steps of the time, each row a function of the seed and its place; tokens that a template gives are never
+    hidden."""
+    network, width, steps, temperature, seed = run.network, run.manifest["length"], settings.steps, settings.temperature, settings.seed
+    assert isinstance(network, Discrete) and steps is not None
     device, head = network.weight.device, network.head()
     counted = None if lengths is None else torch.tensor(lengths, device=device)
     times = torch.linspace(0.0, 1.0, steps + 1, dtype=torch.float64).tolist()

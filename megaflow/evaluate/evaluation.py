@@ -22,18 +22,11 @@ from megaflow.data.tokenizer import decode
 from megaflow.errors import UserError
 from megaflow.evaluate import judge as judges
 from megaflow.evaluate import kept
-from megaflow.evaluate.generate import (
-    BALANCE_TOKENS,
-    LAST_STEP,
-    Run,
-    check_temperature,
-    generate,
-    last_step,
-    load_run,
-    one_step_offsets,
-    text_of,
-)
+from megaflow.evaluate.flow_text import BALANCE_TOKENS, one_step_offsets
+from megaflow.evaluate.generate import generate
 from megaflow.evaluate.judge import Judge
+from megaflow.evaluate.loaded import Run, load_run, text_of
+from megaflow.evaluate.settings import LAST_STEP, Settings, check_temperature, last_step
 from megaflow.evaluate.template import Template
 from megaflow.flow import profile as profiles
 from megaflow.flow.interpolant import time_of
@@ -344,9 +337,8 @@ def written(run: Run, settings: dict[str, Any], judge: Judge, held_out: RealText
     progress, done = Progress(f"samples {run.directory.name}", sum(count or 1 for _, count, _ in plan), "steps"), 0
     for kind, count, heat in plan:
         last = None if kind == "even" else last_step(method, count)
-        rows = generate(
-            run, settings["samples"], count, method, heat, None, settings["seed"], last, unbalanced=kind == "unbalanced", template=template
-        )
+        way = Settings(count, method, heat, None, settings["seed"], last)
+        rows = generate(run, settings["samples"], way, template, unbalanced=kind == "unbalanced")
         entry = judged(run, rows, judge, held_out.texts)
         name = "autoregressive" if count is None else str(count)
         if kind == "cooled":
@@ -400,7 +392,7 @@ def trajectory(run: Run, seed: int, steps: int = 16) -> dict[str, Any]:
         confidence.append([round(p, 4) for p in posterior.confidence[0].tolist()])
 
     method = "flow_map" if run.is_map else "ode"
-    generate(run, 1, steps, method, 1.0, None, seed, last_step(method, steps), see)
+    generate(run, 1, Settings(steps, method, seed=seed, last=last_step(method, steps)), callback=see)
     return {"times": times, "tokens": tokens, "confidence": confidence}
 
 

@@ -12,7 +12,8 @@ from megaflow.data.stream import TokenStream
 from megaflow.data.tokenizer import encode, load_tokenizer
 from megaflow.errors import UserError
 from megaflow.evaluate.evaluation import evaluate
-from megaflow.evaluate.generate import load_run, sample, text_of
+from megaflow.evaluate.generate import sample
+from megaflow.evaluate.loaded import load_run, text_of
 from megaflow.export.convert import convert
 from megaflow.train import stages
 

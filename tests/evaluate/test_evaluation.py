@@ -13,7 +13,10 @@ from megaflow.data.shards import log_length_law
 from megaflow.data.stream import TokenStream
 from megaflow.evaluate import judge as judges
 from megaflow.evaluate.evaluation import COOLED, RealText, evaluate, fitted_judge, judged, likelihood, table
-from megaflow.evaluate.generate import BALANCE_TOKENS, LAST_STEP, generate, last_step, load_run
+from megaflow.evaluate.flow_text import BALANCE_TOKENS
+from megaflow.evaluate.generate import generate
+from megaflow.evaluate.loaded import load_run
+from megaflow.evaluate.settings import LAST_STEP, Settings, last_step
 from megaflow.train import run as runs
 from tests.train.writers import write_anew
 
@@ -55,7 +58,7 @@ class TestEveryRun:
         assert [cold["temperature"] for cold in result["cooled"][name]] == list(COOLED)
         for cold in result["cooled"][name]:
             expected = judged(
-                run, generate(run, 6, count, method, cold["temperature"], None, 0, last_step(method, count)), fitted_judge(run), []
+                run, generate(run, 6, Settings(count, method, cold["temperature"], last=last_step(method, count))), fitted_judge(run), []
             )
             assert {key: cold[key] for key in ("judge_bits_per_char", "entropy")} == {
                 key: expected[key] for key in ("judge_bits_per_char", "entropy")
@@ -66,8 +69,8 @@ class TestEveryRun:
         assert set(result["even"]) == ({"3"} if run.is_map else set())
         for entry in result["even"].values():
             real = RealText(run, "validation", QUICK["rows"]).texts
-            assert entry == judged(run, generate(run, 6, 3, "flow_map", 1.0, None, 0), fitted_judge(run), real)
-            longer = generate(run, 6, 3, "flow_map", 1.0, None, 0, LAST_STEP)
+            assert entry == judged(run, generate(run, 6, Settings(3, "flow_map")), fitted_judge(run), real)
+            longer = generate(run, 6, Settings(3, "flow_map", last=LAST_STEP))
             assert entry != result["samples"]["3"] == judged(run, longer, fitted_judge(run), real)
 
     def test_a_map_s_one_step_is_judged_without_balance_too(self, evaluated, trained, kind, family):
@@ -75,7 +78,7 @@ class TestEveryRun:
         assert set(result["unbalanced"]) == ({"1"} if run.is_map else set())
         for entry in result["unbalanced"].values():
             real = RealText(run, "validation", QUICK["rows"]).texts
-            rows = generate(run, 6, 1, "flow_map", 1.0, None, 0, unbalanced=True)
+            rows = generate(run, 6, Settings(1, "flow_map"), unbalanced=True)
             assert entry == judged(run, rows, fitted_judge(run), real)
             assert entry["texts"] != result["samples"]["1"]["texts"]
 

@@ -9,7 +9,10 @@ import torch
 
 from megaflow.data.tokenizer import decode, load_tokenizer
 from megaflow.errors import UserError
-from megaflow.evaluate.generate import generate, grid_clock, load_run, one_step_offsets, row_lengths, sample, text_of
+from megaflow.evaluate.flow_text import grid_clock, one_step_offsets
+from megaflow.evaluate.generate import generate, sample
+from megaflow.evaluate.loaded import load_run, row_lengths, text_of
+from megaflow.evaluate.settings import Settings
 from megaflow.flow import clock as clocks
 from megaflow.flow import head as heads
 from megaflow.parallel import random
@@ -66,8 +69,8 @@ def test_another_seed_gives_another_text(trained, kind, family, settings):
 def test_more_texts_than_one_batch(trained):
     """Rows beyond the first batch of 64 are functions of their own index as well."""
     run = load_run(trained("coded", "autoregressive"))
-    rows = generate(run, 66, None, "autoregressive", 1.0, None, seed=0)
-    assert len(rows) == 66 and rows[64] != rows[0] and rows[:3] == generate(run, 3, None, "autoregressive", 1.0, None, seed=0)
+    rows = generate(run, 66, Settings(None, "autoregressive"))
+    assert len(rows) == 66 and rows[64] != rows[0] and rows[:3] == generate(run, 3, Settings(None, "autoregressive"))
 
 
 @pytest.mark.parametrize("family, steps, passes", [("flow", 3, 6), ("autoregressive", None, 32)])
@@ -102,7 +105,7 @@ class TestSettings:
         found = sample(trained("coded", "flow"), 2, 4, clock=law)
         assert found["clock"] == law and clocks.grid(clock, 4).tolist() != clocks.grid(run.clock, 4).tolist()
         run.clock = clock
-        again = generate(run, 2, 4, "ode", 1.0, None, 0, callback=lambda step, time, posterior: seen.append(time))
+        again = generate(run, 2, Settings(4, "ode"), callback=lambda step, time, posterior: seen.append(time))
         assert again == found["tokens"] and seen == clocks.grid(clock, 4).tolist()[:-1]
 
     @pytest.mark.parametrize(
@@ -195,7 +198,7 @@ class TestBalance:
         law = run.parts.log_prior.exp()
 
         def distance(unbalanced: bool) -> float:
-            ids = torch.tensor(generate(run, 256, 1, "flow_map", 1.0, None, 3, unbalanced=unbalanced)).flatten()
+            ids = torch.tensor(generate(run, 256, Settings(1, "flow_map", seed=3), unbalanced=unbalanced)).flatten()
             return 0.5 * float((torch.bincount(ids, minlength=len(law)) / len(ids) - law).abs().sum())
 
         assert distance(False) < 0.05 < 0.3 < distance(True)
@@ -203,10 +206,10 @@ class TestBalance:
     def test_only_one_step_of_a_map_is_balanced(self, trained):
         run, flow = load_run(trained("coded", "flow_map")), load_run(trained("coded"))
         on, off = ({"unbalanced": unbalanced} for unbalanced in (False, True))
-        one = [run, 4, 1, "flow_map", 1.0, None, 0]
+        one = [run, 4, Settings(1, "flow_map")]
         assert generate(*one, **on) != generate(*one, **off)
-        assert generate(run, 4, 1, "stochastic", 1.0, 0.5, 0, **on) == generate(*one, **on)
-        for others in ([run, 4, 2, "flow_map", 1.0, None, 0], [run, 4, 1, "ode", 1.0, None, 0], [flow, 4, 1, "ode", 1.0, None, 0]):
+        assert generate(run, 4, Settings(1, "stochastic", 1.0, 0.5), **on) == generate(*one, **on)
+        for others in ([run, 4, Settings(2, "flow_map")], [run, 4, Settings(1, "ode")], [flow, 4, Settings(1, "ode")]):
             assert generate(*others, **on) == generate(*others, **off)
 
     def test_unbalanced_it_is_the_argmax(self, trained):
@@ -217,14 +220,14 @@ class TestBalance:
         with torch.no_grad():
             logits = heads.logits(network.head(), network.read(network(y, s, s + 1.0), y, s))
         expected = logits.argmax(-1).view(3, 16).tolist()
-        assert generate(run, 3, 1, "flow_map", 1.0, None, 5, unbalanced=True) == expected
+        assert generate(run, 3, Settings(1, "flow_map", seed=5), unbalanced=True) == expected
 
     def test_it_is_of_the_weights_alone(self, trained):
         """The same whatever was sampled before, at every temperature and seed."""
         first, second = load_run(trained("char", "flow_map")), load_run(trained("char", "flow_map"))
-        generate(first, 2, 1, "flow_map", 0.5, None, 9)
+        generate(first, 2, Settings(1, "flow_map", 0.5, seed=9))
         assert one_step_offsets(first).equal(one_step_offsets(second)) and one_step_offsets(first) is one_step_offsets(first)
-        texts = [generate(run, 2, 1, "flow_map", heat, None, 1) for run, heat in ((first, 1.0), (second, 0.3))]
+        texts = [generate(run, 2, Settings(1, "flow_map", heat, seed=1)) for run, heat in ((first, 1.0), (second, 0.3))]
         assert texts[0] == texts[1]
 
     def test_what_pads_a_row_does_not_count(self, trained, monkeypatch):
@@ -232,7 +235,7 @@ class TestBalance:
         run = load_run(trained("documents"))
         monkeypatch.setattr(run, "is_map", True)
         seen = []
-        monkeypatch.setattr("megaflow.evaluate.generate.balance.offsets", lambda logits, ids, law: seen.append(len(ids)) or 0.0 * law)
+        monkeypatch.setattr("megaflow.evaluate.flow_text.balance.offsets", lambda logits, ids, law: seen.append(len(ids)) or 0.0 * law)
         one_step_offsets(run)
         width = run.manifest["length"]
         assert seen == [sum(row_lengths(run, list(range(-(-(2**14) // width))), 0))] and seen[0] < 2**14
@@ -271,7 +274,7 @@ class TestRowsOfOneDocument:
 
     def test_a_row_has_its_length_and_its_text_ends_before_the_end_token(self, trained):
         run = load_run(trained("documents"))
-        rows = generate(run, 6, 2, "ode", 1.0, None, seed=0)
+        rows = generate(run, 6, Settings(2, "ode"))
         assert [len(row) for row in rows] == row_lengths(run, list(range(6)), seed=0)
         end = run.manifest["tokenizer"]["end_id"]
         row = [5, 6, 7, end, 8]
@@ -284,18 +287,18 @@ class TestRowsOfOneDocument:
         assert cli(*command).code == 0
         run = load_run(directory)
         end, width = run.manifest["tokenizer"]["end_id"], run.manifest["length"]
-        rows = generate(run, 64, None, "autoregressive", 1.0, None, seed=0)
+        rows = generate(run, 64, Settings(None, "autoregressive"))
         assert all(end not in row[:-1] and (row[-1] == end or len(row) == width) for row in rows)
         assert [len(row) for row in rows] != row_lengths(run, list(range(64)), seed=0)
         run.manifest["tokenizer"]["end_id"] = None  # as with the 27 letters: nothing that it could write ends a text
-        rows = generate(run, 8, None, "autoregressive", 1.0, None, seed=0)
+        rows = generate(run, 8, Settings(None, "autoregressive"))
         assert [len(row) for row in rows] == row_lengths(run, list(range(8)), seed=0)
 
     def test_positions_beyond_a_row_s_length_do_not_reach_it(self, trained):
         """The shorter row of a batch is what it is alone, where nothing is beside it."""
         run = load_run(trained("documents"))
-        rows = generate(run, 8, 2, "ode", 1.0, None, seed=0)
-        assert generate(run, 1, 2, "ode", 1.0, None, seed=0) == rows[:1]
+        rows = generate(run, 8, Settings(2, "ode"))
+        assert generate(run, 1, Settings(2, "ode")) == rows[:1]
 
     def test_full_rows_have_no_lengths(self, trained):
         assert row_lengths(load_run(trained("coded")), [0, 1], seed=0) is None
@@ -304,7 +307,7 @@ class TestRowsOfOneDocument:
 def test_autoregressive_text_is_drawn_from_the_law_that_training_measures(trained):
     """Drawing with cached keys and values, every token is the inverse of the distribution that the whole-row network gives it."""
     run = load_run(trained("coded", "autoregressive"))
-    row = torch.tensor(generate(run, 1, None, "autoregressive", 1.0, None, seed=5))
+    row = torch.tensor(generate(run, 1, Settings(None, "autoregressive", seed=5)))
     with torch.no_grad():
         p = torch.softmax(heads.logits(run.network.head(), run.network.read(run.network(row, None))).double(), -1)
     uniform = torch.rand(row.shape[1], generator=random.generator(5, "token draws", 0)).double()
@@ -315,17 +318,11 @@ def test_autoregressive_text_is_drawn_from_the_law_that_training_measures(traine
 
 def test_the_callback_sees_every_step(trained):
     seen = []
-    generate(
-        load_run(trained("char")),
-        2,
-        4,
-        "ode",
-        1.0,
-        None,
-        0,
-        None,
-        lambda step, time, posterior: seen.append((step, time, posterior.tokens.shape)),
-    )
+
+    def see(step, time, posterior):
+        seen.append((step, time, posterior.tokens.shape))
+
+    generate(load_run(trained("char")), 2, Settings(4, "ode"), callback=see)
     assert [step for step, _, _ in seen] == [0, 1, 2, 3] and seen[0][1] == 0.0 and all(shape == (2, 32) for _, _, shape in seen)
     assert all(a[1] < b[1] < 1.0 for a, b in zip(seen, seen[1:], strict=False))
 
@@ -349,5 +346,5 @@ def test_a_network_that_recalls_is_told_what_it_said_a_step_before(config, tmp_p
         return true(*arguments, said=said, **others)
 
     monkeypatch.setattr(run.network, "forward", forward)
-    generate(run, 2, 3, method, 1.0, None, 0, callback=lambda step, time, posterior: means.append(posterior.mean))
+    generate(run, 2, Settings(3, method), callback=lambda step, time, posterior: means.append(posterior.mean))
     assert told[0] is None and len(told) == 3 and all(torch.equal(a, b) for a, b in zip(told[1:], means[:-1], strict=True))

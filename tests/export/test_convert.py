@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from megaflow.config.load import flatten
 from megaflow.errors import UserError
 from megaflow.evaluate.evaluation import evaluate
-from megaflow.evaluate.generate import load_run, sample
+from megaflow.evaluate.generate import sample
+from megaflow.evaluate.loaded import load_run
 from megaflow.export import convert as converting
 from megaflow.export import load, source, verify
 from megaflow.export.convert import convert, size_of, split

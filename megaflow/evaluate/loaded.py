@@ -1,0 +1,103 @@
+"""A run, or a model that was converted from one, loaded with what it takes to write and to measure; and what its rows are."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megaflow.config import check
+from megaflow.config.schema import Config
+from megaflow.data.shards import length_counts, read_description
+from megaflow.data.tokenizer import decode, end_id, load_tokenizer
+from megaflow.export import folder
+from megaflow.flow.clock import Clock
+from megaflow.model.build import Baseline
+from megaflow.model.parts import Parts
+from megaflow.model.text_dit import TextDiT
+from megaflow.parallel import random
+from megaflow.train.run import read_run
+from megaflow.train.stages import SHARDS, trained_baseline, trained_flow
+
+
+@dataclass
+class Run:
+    """A trained run, or a model that was converted from one, loaded for sampling and evaluation.
+
+    parts and clock are None for a baseline. step, weights: what identifies its weights, see kept.py; kept: what its stage
+    has measured.
+    """
+
+    directory: Path
+    config: Config
+    is_map: bool
+    network: TextDiT | Baseline
+    parts: Parts | None
+    clock: Clock | None
+    manifest: dict[str, Any]
+    tokenizer: Any
+    step: int
+    weights: str
+    kept: dict[str, Tensor]
+    offsets: Tensor | None = None  # see one_step_offsets
+
+    @property
+    def kind(self) -> str:
+        """flow, flow_map, or the family of a baseline."""
+        return "flow_map" if self.is_map else self.config.model.family
+
+    @property
+    def flow(self) -> tuple[TextDiT, Parts, Clock]:
+        """Network, parts and clock of a flow or flow map; asked of nothing else."""
+        assert isinstance(self.network, TextDiT) and self.parts is not None and self.clock is not None
+        return self.network, self.parts, self.clock
+
+
+def load_run(directory: str | Path) -> Run:
+    """Any run, baseline included, with its averaged weights; or a converted model, with those it has. Raises UserError."""
+    directory = Path(directory)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if folder.is_model(directory):
+        about = folder.read_manifest(directory)
+        step, weights, kept = about["source"]["step"], folder.identity(about), folder.stage(directory)
+        network, parts, clock, config = folder.load(directory, device)
+        is_map = about["kind"] == "flow_map"
+    else:
+        config = read_run(directory).config
+        is_map = check.is_map(config)
+        if config.model.family != "flow":
+            (network, found), parts, clock = trained_baseline(directory, config, device), None, None
+        else:
+            network, parts, clock, found = trained_flow(directory, config, is_map, device)
+        step, weights, kept = found.state["step"], found.sha256, found.tensors("stage")
+    manifest, tokenizer = read_description(directory / SHARDS), load_tokenizer(directory / SHARDS)
+    return Run(directory, config, is_map, network, parts, clock, manifest, tokenizer, step, weights, kept)
+
+
+def ends(run: Run) -> int:
+    """End tokens in a row of one document: one, and of a pair two."""
+    return 2 if run.manifest["settings"].get("target_field") else 1
+
+
+def row_lengths(run: Run, places: list[int], seed: int, least: int = 0) -> list[int] | None:
+    """Lengths of rows of single documents, drawn from those of the training rows that are longer than `least`, or the whole width where
+    there is none; None where every row is full."""
+    counts = length_counts(run.directory / SHARDS)
+    if counts is None:
+        return None
+    counts = np.where(np.arange(len(counts)) > least, counts, 0)
+    counts[-1] += not counts.any()
+    cumulative = np.cumsum(counts / counts.sum())
+    return [min(int(np.searchsorted(cumulative, random.uniform(seed, "length", place), side="right")), len(counts) - 1) for place in places]
+
+
+def text_of(run: Run, row: list[int]) -> str:
+    """Decoded text of a row. A row of one document (packing=document) ends before its end token; what is given of a pair is a line of its
+    own."""
+    end = end_id(run.tokenizer)
+    if run.manifest["packing"] == "document" and end is not None:
+        places = [place for place, token in enumerate(row) if token == end]
+        row = row[: places[ends(run) - 1]] if len(places) >= ends(run) else row
+    return decode(run.tokenizer, row)

@@ -3,7 +3,7 @@
 import os
 from typing import Any
 
-from megaflow.config.check import contradictions, of_shards, resolve
+from megaflow.config.check import contradictions, doubts, of_shards, resolve
 from megaflow.config.load import ConfigError, Loaded, describe, flatten, load
 from megaflow.config.schema import keys
 from megaflow.errors import UserError
@@ -66,6 +66,8 @@ def resolved(path: str | None, overrides: list[str]) -> str:
                 lines.append("  " * depth + parent + ":")
         section = tuple(parents)
         lines.append(f"{'  ' * len(parents)}{leaf}: {_yaml(value)}".ljust(47) + f" # {loaded.origin[name]}")
+    if vocab is not None:
+        lines += [f"# warning: {sentence}" for sentence in doubts(loaded)]
     return "\n".join(lines)
 
 

@@ -197,10 +197,25 @@ def doubts(loaded: Loaded) -> list[str]:
         )
     elif config.model.family == "flow" and config.flow.skip == "off" and config.flow.code not in ("auto", "identity"):
         found.append(f"flow.skip=off with flow.code={config.flow.code} has no likelihood: its tokens are never resolved")
-    if config.model.family != "flow":
-        idle = [name for name, origin in loaded.origin.items() if name.startswith(("flow.", "model.input")) and origin == "command line"]
-        found += [f"{name} changes nothing of the baseline model.family={config.model.family}" for name in idle]
-    return found
+    if is_map(config) and config.distill.state_input == "none" and config.model.input == "belief":
+        found.append("distill.state_input=none: beliefs say nothing of the noise at s = 0, and the map's one-step text is the same for all")
+    # a file may share values with other runs; on the command line they are meant for this one
+    given = [name for name, origin in loaded.origin.items() if origin == "command line"]
+    return found + [f"{name} changes nothing of {why}" for name in given if (why := _without(config, name))]
+
+
+def _without(config: Config, name: str) -> str:
+    """The value that leaves a key unread; empty where it is read."""
+    flow, distill = config.flow, config.distill
+    if config.model.family != "flow" and name.startswith(("flow.", "model.input")):
+        return f"the baseline model.family={config.model.family}"
+    if name == "flow.clock.uniform_share" and flow.clock.name.partition(":")[0] in ("uniform", "mixture"):
+        return f"flow.clock.name={flow.clock.name}"
+    if name == "flow.context.law" and not flow.context.share:
+        return "flow.context.share=0"
+    if name in ("distill.adaptive_power", "distill.adaptive_constant") and distill.weighting != "adaptive":
+        return f"distill.weighting={distill.weighting}"
+    return ""
 
 
 def of_shards(loaded: Loaded, manifest: dict[str, Any]) -> Loaded:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from megaflow.config.schema import Config, entries, keys
-from megaflow.flow import choice, interpolant
+from megaflow.flow import choice, interpolant, laws
 from megaflow.flow.code import TRAINED
 from megaflow.flow.prior import on_simplex
 
@@ -40,6 +40,17 @@ def of_flow(config: Config, vocab: int, refuse: Refuse) -> None:
                 "flow.interpolant",
                 "flow.prior",
             )
+        if law := laws.gaussian_law(flow.clock.name):
+            refuse(
+                f"flow.clock.name={flow.clock.name}: {law} describes Gaussian noise, and {what} is on the simplex; use uniform",
+                "flow.clock.name",
+                "flow.prior",
+            )
+    rows = config.train.global_batch
+    for name, share in (("flow.context.share", flow.context.share), ("flow.self_conditioning", flow.self_conditioning)):
+        if share and not round(share * rows) and not config.distill.teacher:
+            few = f"{name}={share:g} of train.global_batch={rows} is no row"
+            refuse(f"{few}; give {1.0 / rows:g} or more, or 0", name, "train.global_batch")
     if flow.objective == "likelihood" and flow.weighting != "none":
         refuse(
             f"flow.weighting={flow.weighting} contradicts flow.objective=likelihood: the bound has weights of its own, and with others "
@@ -127,10 +138,18 @@ def of_map(config: Config, refuse: Refuse) -> None:
         )
     if parallel.compile and objective.derivative:
         refuse(f"{what} has forward-mode derivatives, which torch.compile has none of; use psd", "distill.objective", "parallel.compile")
-    if distill.between == "uniform" and (objective.target or objective.loss):
+    if distill.between == "uniform" and objective.apart:
         refuse(f"distill.between=uniform is of the semigroup identity, and {what} is not; leave it", "distill.between", "distill.objective")
     if objective.one_step and on_simplex(config.flow.prior):
         refuse(f"{what} compares scores, and flow.prior={config.flow.prior} has none; use psd", "distill.objective", "flow.prior")
+    if distill.anchor == "data" and not round(train.global_batch * distill.diagonal_fraction):
+        refuse(
+            f"distill.diagonal_fraction={distill.diagonal_fraction:g} leaves no row of train.global_batch={train.global_batch} with s = t, "
+            "which alone are trained towards the data; give more",
+            "distill.diagonal_fraction",
+            "distill.anchor",
+            "train.joint",
+        )
     if distill.anchor == "data" and config.flow.objective == "likelihood":
         refuse(
             "flow.objective=likelihood draws times of its own, and rows with s = t that are trained towards the data have the map's; "

@@ -33,6 +33,8 @@ def grid_clock(run: Run, name: str) -> Clock:
         raise UserError(f"--clock: {run.directory} is a baseline (model.family={run.kind}) and has no clock")
     profile = profiles.kept(run.kept)
     try:
+        if run.parts.prior.law != "gaussian" and (law := laws.gaussian_law(name)):
+            raise UserError(f"--clock {name}: {law} describes Gaussian noise, and {run.directory} has flow.prior={run.parts.prior.name}")
         return choice.call(laws.LAWS, name, laws.Measured(run.parts.path, run.parts.code.vocab, profile))
     except choice.ChoiceError as error:
         raise UserError(f"--clock must be {error}") from None

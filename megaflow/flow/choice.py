@@ -41,6 +41,8 @@ def split(table: Table, value: str) -> tuple[str, dict[str, float]]:
             near = difflib.get_close_matches(key, names, n=1)
             takes = f"takes {', '.join(names)}" if names else "takes no options"
             raise ChoiceError(f"{name}, which {takes}, not {key!r}" + (f"; did you mean {near[0]}?" if near else ""))
+        if key in given:
+            raise ChoiceError(f"{name} with {key} once, not twice: {value!r}")
         try:
             given[key] = float(number)
         except ValueError:

@@ -175,6 +175,12 @@ def needs_error(name: str) -> bool:
     return "variance" in (law, *options)
 
 
+def gaussian_law(name: str) -> str:
+    """The law of a config's value, or that it has a share of, which describes Gaussian noise and no other; '' where there is none."""
+    law, options = choice.split(LAWS, name)
+    return next((each for each in (law, *options) if each in ("argmax", "argmax_code", "variance")), "")
+
+
 def isotonic(values: Tensor) -> Tensor:
     """Least-squares increasing fit of a sequence (K,) by pooling adjacent violators (Ayer et al. 1955)."""
     pools: list[list[float]] = []

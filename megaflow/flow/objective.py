@@ -15,9 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megaflow.flow import choice
 from megaflow.flow import clock as clocks
 from megaflow.flow.clock import Clock
 from megaflow.flow.interpolant import Interpolant, snr_slope, time_of, velocity_terms
+from megaflow.flow.laws import needs_error
 
 LAST_SHARE = 1.0 / 16.0
 """Share of the rows that `likelihood` shows at the range's end, for the last term of the bound."""
@@ -44,11 +46,12 @@ class Setting:
 
 @dataclass(frozen=True)
 class Objective:
-    """times(setting, u): real times of draws u in [0, 1), of any shape; weights(setting, t): (…, 1) of the cross-entropy, or (…, 2) of it
-    and of the squared error where that is measured, fp64."""
+    """times(setting, u): real times of draws u in [0, 1), of any shape; weights(setting, t): (…, 1) of the cross-entropy, or if `squared`
+    (…, 2) of it and of the squared error, fp64."""
 
     times: Callable[[Setting, Tensor], Tensor]
     weights: Callable[[Setting, Tensor], Tensor]
+    squared: bool = False
 
 
 def _by_clock(setting: Setting, u: Tensor) -> Tensor:
@@ -91,7 +94,12 @@ def _of_error(weight: Tensor) -> Tensor:
 
 OBJECTIVES: dict[str, Callable[[], Objective]] = {
     "cross_entropy": lambda: Objective(_by_clock, _cross_entropy),
-    "endpoint_mse": lambda: Objective(_by_clock, _endpoint_mse),
-    "velocity_mse": lambda: Objective(_by_clock, _velocity_mse),
-    "likelihood": lambda: Objective(_to_the_end, _likelihood),
+    "endpoint_mse": lambda: Objective(_by_clock, _endpoint_mse, squared=True),
+    "velocity_mse": lambda: Objective(_by_clock, _velocity_mse, squared=True),
+    "likelihood": lambda: Objective(_to_the_end, _likelihood, squared=True),
 }
+
+
+def measures_error(objective: str, clock: str) -> bool:
+    """Whether a run whose config has these values measures squared errors: for its loss, or for its clock."""
+    return choice.call(OBJECTIVES, objective).squared or needs_error(clock)

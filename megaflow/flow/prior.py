@@ -88,16 +88,19 @@ def draw(prior: Prior, code: Code, law: Tensor | None, length: int, sources: Seq
     step = max(CHUNK // code.vocab, 1)
     rows = []
     for source in sources:
-        parts = [_dirichlet(prior, code, min(step, length - start), source) for start in range(0, length, step)]
+        other = torch.Generator().manual_seed(int(torch.randint(2**62, (1,), generator=source)))
+        parts = [_dirichlet(prior, code, min(step, length - start), source, other) for start in range(0, length, step)]
         rows.append(torch.cat(parts))
     return torch.stack(rows)
 
 
-def _dirichlet(prior: Prior, code: Code, count: int, source: torch.Generator) -> Tensor:
+def _dirichlet(prior: Prior, code: Code, count: int, source: torch.Generator, other: torch.Generator) -> Tensor:
     """(count, d_c) of p C; every holder of a part of the vocabulary draws all of p and takes its own."""
-    weights = torch._standard_gamma(torch.full((count, code.vocab), 1.0 / prior.temperature, dtype=torch.float64), generator=source)
-    weights = weights.clamp(min=1e-300)
-    p = (weights / weights.sum(1, keepdim=True)).to(code.leverage)
+    shape, concentration = (count, code.vocab), 1.0 / prior.temperature
+    above = torch._standard_gamma(torch.full(shape, concentration + 1.0, dtype=torch.float64), generator=source)
+    # Gamma(a) is Gamma(a + 1) U^(1/a), in logarithms: of a small concentration nearly all would be zero in any precision
+    waiting = torch.empty(shape, dtype=torch.float64).exponential_(generator=other)
+    p = torch.softmax(above.log() - waiting / concentration, 1).to(code.leverage)
     return codes.mean(code, p[:, code.part.start : code.part.stop])
 
 

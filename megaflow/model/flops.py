@@ -47,6 +47,7 @@ from megaflow.flow.clock import Clock
 from megaflow.flow.code import Code
 from megaflow.flow.interpolant import Interpolant, time_of_strength
 from megaflow.flow.laws import needs_error
+from megaflow.flow.objective import measures_error
 from megaflow.model.reading import CONDITION, FREQUENCIES
 from megaflow.model.text_dit import HOT_GAIN
 
@@ -102,7 +103,7 @@ def _of_choices(config: Config, vocab: int) -> Iterator[tuple[float, float]]:
     trained. Of a learned code's, taken once a pass, a process is thought to hold train.micro_batch rows."""
     flow, model, length = config.flow, config.model, config.data.length
     dim, framed = int(flow.code_dim), flow.code != "identity"
-    errors = flow.objective != "cross_entropy" or needs_error(flow.clock.name)
+    errors = measures_error(flow.objective, flow.clock.name)
     belief, linear = model.input in ("belief", "both"), model.input in ("linear", "both")
     if flow.self_conditioning:
         yield dim * model.hidden, dim * model.hidden

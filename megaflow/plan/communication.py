@@ -27,7 +27,7 @@ from megaflow.config.check import TIME_TOKENS
 from megaflow.config.schema import Config
 from megaflow.flow import code as codes
 from megaflow.flow import flow_map
-from megaflow.flow.laws import needs_error
+from megaflow.flow.objective import measures_error
 from megaflow.flow.prior import on_simplex
 from megaflow.model.flops import hot_shares, times_of_tokens
 from megaflow.model.reading import CONDITION
@@ -105,7 +105,7 @@ def _of_choices(config: Config, n: float, passes: int, p: int, tensor: int, send
     """What choices of stage 1 send besides over the tensor axis: squared errors, weights by distance, noise of a simplex, trained codes."""
     flow, model = config.flow, config.model
     dim, dense, trained = int(flow.code_dim), flow.code == "identity", flow.code in codes.TRAINED
-    if flow.objective != "cross_entropy" or needs_error(flow.clock.name):
+    if measures_error(flow.objective, flow.clock.name):
         send("head", "all-reduce", (2 if dense else 2 * dim) * n * SINGLE)
     if share := flow.self_conditioning:  # a pass without gradient, and a reading that is replicated
         longer = 1.0 + (model.registers + (TIME_TOKENS if model.time == "tokens" else 0)) / config.data.length

@@ -26,7 +26,7 @@ from megaflow.config.check import TIME_TOKENS
 from megaflow.config.schema import Config
 from megaflow.flow import code as codes
 from megaflow.flow.channel import CHUNK_ELEMENTS, CHUNK_TOKENS, ROUND
-from megaflow.flow.laws import needs_error
+from megaflow.flow.objective import measures_error
 from megaflow.model.flops import times_of_tokens
 from megaflow.model.reading import CONDITION, FREQUENCIES
 from megaflow.parallel.reduction import FLYING, bucket_elements
@@ -282,7 +282,7 @@ def _of_choices(config: Config, part: int, chunk: float) -> float:
     """Of stage 1 what choices hold besides: the slope of squared errors by the logits, a trained code with its gradients, and in double
     precision the weights of a learned one."""
     flow = config.flow
-    errors = flow.objective != "cross_entropy" or needs_error(flow.clock.name)
+    errors = measures_error(flow.objective, flow.clock.name)
     table = part * int(flow.code_dim)
     trained = (3 * SINGLE + (16 if flow.code == "learned" else 0)) * table if flow.code in codes.TRAINED else 0
     return errors * chunk * SINGLE + trained

@@ -17,9 +17,8 @@ from megaflow.flow.code import lookup, noise_through
 from megaflow.flow.context import told
 from megaflow.flow.head import Read
 from megaflow.flow.interpolant import log_snr, noisy_state
-from megaflow.flow.laws import needs_error
 from megaflow.flow.likelihood import NoBound
-from megaflow.flow.objective import OBJECTIVES, Objective, Setting
+from megaflow.flow.objective import OBJECTIVES, Objective, Setting, measures_error
 from megaflow.flow.profile import CROSS_ENTROPY, ERROR, Profile, bin_of
 from megaflow.flow.weighting import WEIGHTINGS, Known
 from megaflow.model.parts import Parts, fit_clock, resolving_range
@@ -40,8 +39,7 @@ class FlowStage:
     def __init__(self, config: Config, network: TextDiT, parts: Parts, profile: Profile | None) -> None:
         self.config, self.network, self.parts = config, network, parts
         self.objective: Objective = choice.call(OBJECTIVES, config.flow.objective)
-        self.by_error = config.flow.objective != "cross_entropy"
-        self.measures_error = self.by_error or needs_error(config.flow.clock.name)
+        self.measures_error = measures_error(config.flow.objective, config.flow.clock.name)
         if profile is not None:
             if not self.measures_error:
                 profile.total[ERROR:] = 0.0  # the channel's own would stay, and be taken for the network's
@@ -89,7 +87,7 @@ class FlowStage:
         head, ids, shape = self.network.head(), batch.ids.flatten(), batch.ids.shape
         weighting = choice.call(WEIGHTINGS, self.config.flow.weighting, self.known(t))
         worth = self.objective.weights(self.setting, t)
-        if self.measures_error and not self.by_error:
+        if self.measures_error and not self.objective.squared:
             worth = F.pad(worth, (0, 1))
         if weighting.time is not None:
             worth = worth * weighting.time[..., None]
@@ -116,7 +114,7 @@ class FlowStage:
     def known(self, t: Tensor) -> Known:
         """What weights may depend on, at these times: the profile of what the objective is made of."""
         level = log_snr(self.parts.path, t)
-        scores = self.profile.mean(ERROR if self.by_error else CROSS_ENTROPY)
+        scores = self.profile.mean(ERROR if self.objective.squared else CROSS_ENTROPY)
         return Known(level, scores[bin_of(self.profile.edges, level)], scores.mean().item())
 
     @property

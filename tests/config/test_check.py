@@ -11,6 +11,7 @@ from megaflow.config.check import batch_split, contradictions, doubts, heads, of
 from megaflow.config.load import ConfigError, Loaded, assemble, flatten, load
 from megaflow.config.schema import Config, entries, keys
 from megaflow.flow import choice
+from megaflow.flow.objective import OBJECTIVES
 
 SMALL, LARGE = 27, 4096
 
@@ -187,6 +188,13 @@ class TestContradictions:
             ({"flow.prior": "dirichlet", "model.input": "belief"}, ["model.input=belief", "flow.prior=dirichlet", "use linear"]),
             ({"flow.prior": "dirichlet", "flow.objective": "likelihood"}, ["flow.objective=likelihood", "flow.prior=dirichlet"]),
             ({"flow.prior": "vertices", "flow.interpolant": "trigonometric"}, ["flow.interpolant=trigonometric", "simplex", "linear"]),
+            (
+                {"flow.prior": "vertices", "flow.clock.name": "argmax_code"},
+                ["argmax_code describes Gaussian", "use uniform"],
+            ),
+            ({"flow.prior": "dirichlet", "flow.clock.name": "mixture:variance=1,uniform=1"}, ["mixture:", "variance describes Gaussian"]),
+            ({"flow.context.share": 0.01}, ["flow.context.share=0.01 of train.global_batch=32 is no row", "0.03125 or more"]),
+            ({"flow.self_conditioning": 0.01}, ["flow.self_conditioning=0.01 of train.global_batch=32 is no row"]),
             ({"model.head": "tied", "model.belief_dim": 32}, ["model.head=tied", "model.belief_dim=32", "auto"]),
             ({"model.head": "tied", "model.input": "linear"}, ["model.head=tied", "model.input=linear", "untied"]),
             ({"model.time": "none", "flow.weighting": "learned"}, ["flow.weighting=learned", "model.time=none", "balanced"]),
@@ -221,9 +229,10 @@ class TestContradictions:
             ("flow.interpolant", "cosine", "flow.interpolant must be one of linear, trigonometric, variance_preserving, power"),
             ("flow.interpolant", "power:exponent=-1", "flow.interpolant must be power:exponent=NUMBER above 0, not 'exponent=-1'"),
             ("flow.weighting", "min_snr:gama=5", "min_snr, which takes gamma, not 'gama'; did you mean gamma?"),
+            ("flow.weighting", "min_snr:gamma=2,gamma=7", "flow.weighting must be min_snr with gamma once, not twice"),
             ("flow.clock.name", "mixture", "mixture:NAME=SHARE,… with shares of uniform, argmax"),
             ("flow.prior", "gausian", "did you mean gaussian?"),
-            ("flow.objective", "3", "one of cross_entropy, endpoint_mse, velocity_mse, likelihood, not '3'"),
+            ("flow.objective", "3", f"one of {', '.join(OBJECTIVES)}, not '3'"),
         ],
     )
     def test_an_entry_or_option_that_there_is_not(self, name, value, sentence):
@@ -252,6 +261,25 @@ class TestDoubts:
             layers = [("file", {"model.family": family, "flow.skip": "on"}), ("command line", given)]
             found = doubts(resolve(assemble(layers), LARGE))
             assert found == [f"{name} changes nothing of the baseline model.family=autoregressive" for name in said]
+
+    @pytest.mark.parametrize(
+        "given, said",
+        [
+            (
+                {"flow.clock.name": "uniform", "flow.clock.uniform_share": 0.5},
+                "flow.clock.uniform_share changes nothing of flow.clock",
+            ),
+            ({"flow.context.law": "suffix"}, "flow.context.law changes nothing of flow.context.share=0"),
+            (
+                {"distill.teacher": "x", "distill.weighting": "none", "distill.adaptive_power": 1.0},
+                "distill.adaptive_power changes nothing of distill.weighting=none",
+            ),
+            ({"distill.teacher": "x", "distill.state_input": "none"}, "distill.state_input=none: beliefs say nothing of the noise"),
+        ],
+    )
+    def test_what_other_values_leave_unread(self, given, said):
+        (found,) = doubts(resolve(assemble([("command line", given)]), LARGE))
+        assert found.startswith(said)
 
 
 class TestBatchSplit:

@@ -17,6 +17,8 @@ from megaflow.flow import head as heads
 from megaflow.flow.code import lookup
 from megaflow.flow.context import told
 from megaflow.flow.interpolant import log_snr, noisy_state
+from megaflow.flow.objective import OBJECTIVES as OBJECTIVE_TABLE
+from megaflow.flow.objective import Objective
 from megaflow.flow.profile import CROSS_ENTROPY, ERROR, SQUARE, bin_of
 from megaflow.flow.weighting import WEIGHTINGS, Known
 from megaflow.model import build
@@ -163,6 +165,20 @@ def test_weights_multiply_the_objective_s(name, objective):
     weights = [p for p in ours.network.parameters() if p.requires_grad]
     for grad, exact in zip(torch.autograd.grad(loss, weights), torch.autograd.grad(expected, weights), strict=True):
         torch.testing.assert_close(grad, exact, rtol=1e-5, atol=1e-8)
+
+
+def test_an_objective_of_the_cross_entropy_alone_is_weighed_by_what_it_measures(monkeypatch):
+    """Beside a clock that is fitted to squared errors, too: half the cross-entropy is half its loss, and balanced by its profile."""
+    for name, worth in (("half", 0.5), ("whole", 1.0)):
+        made_of = Objective(lambda setting, u: u, lambda setting, t, worth=worth: torch.full_like(t, worth)[..., None])
+        monkeypatch.setitem(OBJECTIVE_TABLE, name, lambda made_of=made_of: made_of)
+    for clock in ("ce_linear", "variance"):
+        rest = ("flow.clock.name", clock), ("flow.weighting", "balanced")
+        half, whole = stage(("flow.objective", "half"), *rest), stage(("flow.objective", "whole"), *rest)
+        t = half.draws(batch())
+        level = log_snr(half.parts.path, t)
+        assert torch.equal(half.known(t).expected, half.profile.mean(CROSS_ENTROPY)[bin_of(half.profile.edges, level)])
+        torch.testing.assert_close(2.0 * half.loss(batch())[0], whole.loss(batch())[0])
 
 
 @pytest.mark.parametrize("objective", ["cross_entropy", "endpoint_mse"])

@@ -446,6 +446,7 @@ def test_losses_do_not_grow_with_the_row_or_with_how_near_its_end_is(objective):
         ({"distill.objective": "dmd:draws=1.5"}, "whole number"),
         ({"distill.surgery": True, "parallel.zero": 3}, "needs whole gradients"),
         ({"distill.surgery": True, "distill.diagonal_fraction": 0.0}, "no row has s = t"),
+        ({"distill.anchor": "data", "distill.diagonal_fraction": 0.0}, "no row of train.global_batch=32 with s = t"),
         ({"distill.anchor": "data", "flow.objective": "likelihood"}, "times of its own.*distill.anchor=teacher"),
         ({"train.joint": True}, "without distill.teacher; leave one out"),
     ],
@@ -466,6 +467,7 @@ def test_what_a_derivative_does_not_go_with_is_refused(values, words):
         ({"flow.times": "tokens"}, "takes whole rows"),
         ({"flow.objective": "likelihood"}, "times of its own"),
         ({"model.time": "none"}, "must be told where it goes"),
+        ({"distill.diagonal_fraction": 0.01}, "which alone are trained towards the data"),
         ({"distill.objective": "lsd", "parallel.zero": 3}, "whole weights"),
     ],
 )

@@ -220,6 +220,11 @@ class DistillConfig:
     between: str = key(
         "middle", "u of the semigroup identity: the middle on the clock, or uniform between s and t", choices=("middle", "uniform")
     )
+    times: str = key(
+        "gap",
+        "law of s < t on the clock: the gap t - s is uniform, and s in the room that it leaves; or the end t is uniform, and s before it",
+        choices=("gap", "end"),
+    )
     diagonal_fraction: float = key(0.5, "share of rows with s = t", low=0.0, high=1.0)
     boundary_fraction: float = key(0.03125, "share of the other rows with (s, t) = (0, 1)", low=0.0, high=1.0)
     weighting: str = key(

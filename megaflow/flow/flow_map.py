@@ -44,21 +44,23 @@ def counts(total: int, diagonal_fraction: float, boundary_fraction: float) -> tu
     return diagonal, boundary
 
 
-def draw_times(clock: Clock, kind: Tensor, first: Tensor, second: Tensor, between: Tensor | None = None) -> Times:
-    """Times of rows from two uniform draws each (FMLM: gap first, then start, both on the clock). u is the midpoint on the clock
-    (PSD-M), or the share `between` (B,) of the way (PSD-U; Boffi et al. 2025).
+def draw_times(clock: Clock, kind: Tensor, first: Tensor, second: Tensor, between: Tensor | None = None, law: str = "gap") -> Times:
+    """Times of rows from two uniform draws each, on the clock. u is the midpoint there (PSD-M), or the share `between` (B,) of the way
+    (PSD-U; Boffi et al. 2025).
 
-    kind: (B,) 0 diagonal, 1 inner, 2 boundary; first, second: (B,) in [0, 1). An inner row has gap `first` and starts at
-    `second` of what room the gap leaves; a diagonal row has the single time `first`.
+    kind: (B,) 0 diagonal, 1 inner, 2 boundary; first, second: (B,) in [0, 1). By the law `gap` (FMLM+) an inner row has gap `first` and
+    starts at `second` of what room the gap leaves; by `end` (CFM) it ends at `first` and starts at `second` of the way there. A diagonal
+    row has the single time `first`.
     """
-    s_clock = torch.where(kind == 1, second * (1.0 - first), first)
-    t_clock = torch.where(kind == 1, s_clock + first, first)
+    start, gap = (second * (1.0 - first), first) if law == "gap" else (second * first, (1.0 - second) * first)
+    s_clock = torch.where(kind == 1, start, first)
+    t_clock = torch.where(kind == 1, start + gap, first)
     u_clock = (s_clock + t_clock) / 2.0 if between is None else s_clock + between * (t_clock - s_clock)
     s, u, t = (clocks.inverse(clock, x) for x in (s_clock, u_clock, t_clock))
-    start = torch.zeros_like(s)
+    zero = torch.zeros_like(s)
     middle = clocks.inverse(clock, torch.full_like(s, 0.5) if between is None else between)
     boundary = kind == 2
-    return Times(torch.where(boundary, start, s), torch.where(boundary, middle, u), torch.where(boundary, start + 1.0, t))
+    return Times(torch.where(boundary, zero, s), torch.where(boundary, middle, u), torch.where(boundary, zero + 1.0, t))
 
 
 def adaptive_weight(square_distance: Tensor, power: float, constant: float) -> Tensor:

@@ -178,9 +178,10 @@ def endpoint_bound(
     head: Head, read: Read, moved: Tensor, target: Callable[[slice], Tensor], gain: Tensor, weight: Tensor, reweight: Reweight | None = None
 ) -> tuple[Tensor, Tensor]:
     """sum_i w_i [4 KL(psi_{t,t}(X) || psi_{s,t}) + 2 g^2 |d_t psi_{s,t}|^2], and the terms without weights (n,): the endpoint-consistent
-    bound on |r|^2 (CFM), by |a + b|^2 <= 2 |a|^2 + 2 |b|^2 and Pinsker's inequality. Its second term is least where psi does not move,
-    which the exact map does: it bounds, and is not consistent. target: psi_{t,t}(X) by chunks, without gradient; gain: g (n,); w is
-    `weight` times `reweight` of |psi_{s,t} - target|^2, detached.
+    bound on |r|^2 (CFM), by |a + b|^2 <= 2 |a|^2 + 2 |b|^2 and Pinsker's inequality, of one-hot states, and of frames, in which nothing is
+    longer; of embeddings, whose vectors are, it is a loss of the laws alone. Its second term is least where psi does not move, which the
+    exact map does: it bounds, and is not consistent. target: psi_{t,t}(X) by chunks, without gradient; gain: g (n,); w is `weight` times
+    `reweight` of |psi_{s,t} - target|^2, detached.
     """
 
     def measure(z: Tensor, dz: Tensor, part: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -60,6 +60,8 @@ def uncounted(config: Config) -> str:
         f"distill.objective={distill.objective}": distill.objective not in ("psd", "fmlm_mse"),
         f"distill.weighting={distill.weighting}": distill.weighting.startswith("learned"),
         "distill.surgery=true": distill.surgery,
+        f"distill.between={distill.between}": distill.between != "middle" and distill.state_input == "hot_belief",
+        f"distill.times={distill.times}": distill.times != "gap" and distill.state_input == "hot_belief",
         f"flow.objective={flow.objective}": on_data and flow.objective != "cross_entropy",
         f"flow.weighting={flow.weighting}": on_data and flow.weighting == "learned",
         f"flow.clock.name={flow.clock.name}": on_data and needs_error(flow.clock.name),

@@ -89,7 +89,7 @@ class MapStage:
             diagonal, _ = flow_map.counts(batch.rows, self.config.distill.diagonal_fraction, 0.0)
             even = clocks.stratified(self.cards(batch), max(diagonal, 1), random.uniform(seed, "diagonal offset", batch.step))
             first = torch.where(kinds == DIAGONAL, even, first)
-        times = flow_map.draw_times(self.clock, kinds, first, cells(seed, batch, "start"), share)
+        times = flow_map.draw_times(self.clock, kinds, first, cells(seed, batch, "start"), share, self.config.distill.times)
         if self.objective.derivative:
             end = time_of(path, torch.tensor(self.parts.span.high, dtype=torch.float64))
             times = Times(*(torch.where(kinds == INNER, torch.minimum(x, end), x) for x in times))

@@ -46,6 +46,7 @@ MAPS += [
     ("distill.weighting", "learned_start"),
     ("distill.weighting", "none"),
     ("distill.between", "uniform"),
+    ("distill.times", "end"),
     ("distill.anchor", "data"),
     ("distill.surgery", "true"),
 ]

@@ -201,6 +201,20 @@ def test_every_objective_of_stage_2_has_the_losses_of_one_process(ranks, words, 
     same_curve(workspace / name, alone("coded", "flow_map", 8, own), 8, tolerance=1e-3)
 
 
+@pytest.mark.parametrize(
+    "tensor, data, zero, surgery",
+    [
+        (2, 1, 1, "false"),
+        *(pytest.param(*each, marks=pytest.mark.long) for each in ((1, 2, 2, "false"), (1, 2, 2, "true"), (2, 1, 0, "true"))),
+    ],
+)
+def test_joint_training_by_a_residual_has_the_losses_of_one_process(ranks, words, alone, workspace, tensor, data, zero, surgery):
+    own = ["train.joint=true", "distill.objective=lsd_cfm", "distill.times=end", f"distill.surgery={surgery}"]
+    name = f"joint-residual-{tensor}{data}{zero}-{surgery}"
+    ranks(2, train, words("coded", "flow", name, *layout(8, tensor, data, zero), *own))
+    same_curve(workspace / name, alone("coded", "flow", 8, *own), 8, tolerance=1e-3)
+
+
 MAP_DESIGNS = {
     "towards the data": ("distill.anchor=data", "distill.weighting=learned"),
     "surgery": ("distill.surgery=true", "train.micro_batch=2"),

@@ -89,6 +89,12 @@ def test_times_of_rows(clock):
     torch.testing.assert_close(u, (s + t) / 2.0, rtol=0, atol=1e-9)  # midway on the clock
     torch.testing.assert_close(t - s, first[inner], rtol=0, atol=1e-9)  # the gap is uniform, whatever the start
     torch.testing.assert_close(s, second[inner] * (1.0 - first[inner]), rtol=0, atol=1e-9)
+    ends = flow_map.draw_times(clock, kind, first, second, law="end")
+    s, u, t = (clocks.forward(clock, x[inner]) for x in ends)
+    torch.testing.assert_close(t, first[inner], rtol=0, atol=1e-9)  # the end is uniform, and the start on the way there
+    torch.testing.assert_close(s, second[inner] * t, rtol=0, atol=1e-9)
+    torch.testing.assert_close(u, (s + t) / 2.0, rtol=0, atol=1e-9)
+    assert abs((t - s).mean().item() - 0.25) < 0.02
 
 
 def test_the_adaptive_weight_is_detached():

@@ -188,24 +188,41 @@ def converged() -> dict[str, Tensor]:
 
 
 REDUCED = [
-    ("psd", "adaptive", "middle"),
-    pytest.param("psd", "adaptive", "uniform", marks=pytest.mark.long),
-    ("fmlm_mse", "none", "middle"),
-    pytest.param("lsd", "none", "middle", marks=pytest.mark.long),
-    pytest.param("esd", "adaptive", "middle", marks=pytest.mark.long),
-    pytest.param("lsd_cfm", "none", "middle", marks=pytest.mark.long),
-    pytest.param("ecld", "none", "middle", marks=pytest.mark.long),
+    ("psd", "adaptive", "middle", 150, 5e-3),
+    pytest.param("psd", "adaptive", "uniform", 150, 5e-3, marks=pytest.mark.long),
+    ("fmlm_mse", "none", "middle", 150, 5e-3),
+    pytest.param("lsd", "none", "middle", 1000, 1e-3, marks=pytest.mark.long),
+    pytest.param("esd", "adaptive", "middle", 300, 5e-3, marks=pytest.mark.long),
+    pytest.param("lsd_cfm", "none", "middle", 150, 5e-3, marks=pytest.mark.long),
+    pytest.param("ecld", "none", "middle", 150, 2e-3, marks=pytest.mark.long),
 ]
 
 
-@pytest.mark.parametrize("objective, weighting, between", REDUCED)
-def test_every_objective_brings_one_and_two_steps_nearer_to_the_exact_map(objective, weighting, between):
-    """From a converged diagonal, with boundary rows as they are by default."""
-    stage = stage_of(objective, weighting=weighting, between=between)
+@pytest.mark.parametrize("objective, weighting, between, steps, rate", REDUCED)
+def test_every_objective_brings_one_and_two_steps_nearer_to_the_exact_map(objective, weighting, between, steps, rate):
+    """From a converged diagonal, by itself: without boundary rows, whose semigroup targets would do it for any."""
+    stage = stage_of(objective, weighting=weighting, between=between, boundary_fraction=0.0)
     stage.network.load_state_dict(converged())
     before = errors(stage.network)
-    after = errors(trained(stage, 300 if objective in ("lsd", "esd") else 150))  # the bound of ecld pulls back later on
+    after = errors(trained(stage, steps, rate))
     assert after[0] < 0.75 * before[0] and after[1] < 0.8 * before[1], (before, after)
+
+
+def test_diagonal_rows_alone_bring_them_no_nearer():
+    stage = stage_of("psd", diagonal_fraction=1.0, boundary_fraction=0.0)
+    stage.network.load_state_dict(converged())
+    before = errors(stage.network)
+    after = errors(trained(stage, 100))
+    assert after[0] > 0.95 * before[0] and after[1] > 0.95 * before[1], (before, after)
+
+
+@pytest.mark.long
+def test_lagrangian_targets_at_a_high_rate_lead_away():
+    """They hold the network's own derivative: what it gets wrong quickly in t comes back larger, unless it learns slowly."""
+    stage = stage_of("lsd", weighting="none", boundary_fraction=0.0)
+    stage.network.load_state_dict(converged())
+    before = errors(stage.network)
+    assert errors(trained(stage, 300, 5e-3))[0] > before[0]
 
 
 def test_every_objective_has_a_name_for_what_it_measures():

@@ -45,6 +45,7 @@ def resolve(loaded: Loaded, vocab: int) -> Loaded:
     if is_map(config):
         settle(config.distill, "state_input", "distill.state_input", "linear" if model.input == "linear" else "hot_belief")
         settle(config.distill, "anchor", "distill.anchor", "data" if train.joint else "teacher")
+        settle(config.distill, "weighting", "distill.weighting", "none" if train.joint else "adaptive")
     settle(optim, "name", "optim.name", "muon")
     settle(optim, "warmup_steps", "optim.warmup_steps", min(2500, train.steps // 10))
     settle(train, "validate_every", "train.validate_every", max(50, train.steps // 20))

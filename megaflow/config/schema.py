@@ -228,9 +228,10 @@ class DistillConfig:
     diagonal_fraction: float = key(0.5, "share of rows with s = t", low=0.0, high=1.0)
     boundary_fraction: float = key(0.03125, "share of the other rows with (s, t) = (0, 1)", low=0.0, high=1.0)
     weighting: str = key(
-        "adaptive",
-        "adaptive: detached (|q - p|^2 + c)^-r of the distance to the target; learned: exp(-w) loss + w with w of s and t, or of s alone",
-        choices=("none", "adaptive", "learned", "learned_start"),
+        "auto",
+        "adaptive: detached (|q - p|^2 + c)^-r of the distance to the target; learned: exp(-w) loss + w with w of s and t, or of s alone; "
+        "auto: adaptive, but none in joint training",
+        choices=("auto", "none", "adaptive", "learned", "learned_start"),
     )
     adaptive_power: float = key(0.5, "r of the adaptive weight", low=0.0, high=1.0)
     adaptive_constant: float = key(0.01, "c of the adaptive weight", above=0.0)

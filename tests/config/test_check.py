@@ -73,7 +73,7 @@ class TestAuto:
 
     def test_nothing_that_training_reads_stays_auto(self):
         never = {"data.source_format", "data.workers", "model.attention"}  # prepare's own, and a choice of the machine
-        for teacher, left in (("", {*never, "distill.state_input", "distill.anchor"}), ("x", never)):
+        for teacher, left in (("", {*never, "distill.state_input", "distill.anchor", "distill.weighting"}), ("x", never)):
             given = resolved(SMALL, distill__teacher=teacher)
             assert {name for name, value in flatten(given).items() if value == "auto"} == left
 
@@ -218,6 +218,11 @@ class TestContradictions:
             resolve(loaded(*values.items()), LARGE)
         assert str(error.value).startswith("test: ")
         assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
+
+    @pytest.mark.parametrize("values, weighting", [({"distill.teacher": "x"}, "adaptive"), ({"train.joint": True}, "none")])
+    def test_weights_of_a_map_s_targets(self, values, weighting):
+        """Where map and flow begin together, what they agree on first is nothing to go by."""
+        assert resolve(loaded(*values.items()), LARGE).config.distill.weighting == weighting
 
     @pytest.mark.parametrize("reads, state_input", [("belief", "hot_belief"), ("both", "hot_belief"), ("linear", "linear")])
     def test_a_map_reads_hot_what_its_teacher_reads(self, reads, state_input):

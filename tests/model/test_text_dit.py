@@ -336,7 +336,9 @@ def test_stage_2_finds_the_flow_map_of_a_solved_flow(kind, map_reads):
     network = TextDiT(shape, code, parts.log_prior, parts.span, LINEAR, True, ("belief",), map_reads, "sdpa")
     network.initialize()
     clock = clocks.uniform_log_snr(LINEAR, -4.0, 5.0)
-    stage = MapStage(Config(), network, parts, clock, toys.Exact(toy, code))
+    config = Config()
+    config.distill.weighting = "adaptive"
+    stage = MapStage(config, network, parts, clock, toys.Exact(toy, code))
     optimizer = torch.optim.Adam(network.parameters(), lr=5e-3)
     before, steps, rows = map_error(network, toy), 300, 128
     for step in range(steps):

@@ -48,6 +48,7 @@ def stage_of(objective: str, **distill: object) -> MapStage:
     network.initialize()
     config = Config()
     config.distill.objective, config.distill.anchor, config.flow.clock.name = objective, "teacher", "ce_linear"
+    config.distill.weighting = "adaptive"
     for name, value in distill.items():
         setattr(config.distill, name, value)
     if objective.startswith("dmd"):

@@ -87,3 +87,9 @@ def test_every_key_that_a_page_names_is_one():
         named = [name for name in named if not name.endswith((".safetensors", ".json"))]  # files, which are called after what is in them
         unknown = [name for name in named if name not in keys() and not (ROOT / "megaflow" / name.replace(".", "/")).exists()]
         assert not unknown, (page.name, unknown)
+
+
+def test_every_test_that_a_page_names_is_one():
+    there = set().union(*(re.findall(r"def (test_\w+)", path.read_text("utf-8")) for path in (ROOT / "tests").rglob("test_*.py")))
+    for page in sorted((ROOT / "docs").glob("*.md")):
+        assert not (unknown := set(re.findall(r"`(test_\w+)`", page.read_text("utf-8"))) - there), (page.name, unknown)

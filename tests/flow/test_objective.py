@@ -51,6 +51,18 @@ def test_velocity_mse_does_not_grow_beyond_the_range():
     assert weights[0, 1] == 4.0 and (weights[1:, 1] == weights[1, 1]).all() and weights[1, 1].item() == pytest.approx(3085.0, rel=0.01)
 
 
+def test_nearly_all_of_velocity_mse_is_where_nothing_is_left_to_learn():
+    """Of a one-hot state of 50,000 tokens and uniform times: when the state's argmax is the token, of 999 in a thousand, nine tenths
+    of its weight are still to come, and an eighth of the endpoint's."""
+    vocab = 50_000
+    flow_matching = Setting(LINEAR, clocks.uniform(), -20.0, 8.0)
+    t = stratified(100_000)
+    told = clocks.forward(argmax(vocab), t) > 0.999
+    share = {name: OBJECTIVES[name]().weights(flow_matching, t)[:, 1] for name in ("velocity_mse", "endpoint_mse")}
+    share = {name: (weight[told].sum() / weight.sum()).item() for name, weight in share.items()}
+    assert share["velocity_mse"] > 0.9 and share["endpoint_mse"] < 0.125, share
+
+
 @pytest.mark.parametrize("name", PATHS)
 def test_the_likelihood_objective_is_the_bound(name):
     """Of the exact posterior, with the prior's term: the entropy of the texts, whatever path and clock."""

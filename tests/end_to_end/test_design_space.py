@@ -129,6 +129,24 @@ def test_every_value_of_a_map_trains_goes_on_and_writes(config, trained, tmp_pat
             stages.distill(str(config("coded", "flow_map")), [f"distill.teacher={directory}", f"run.dir={tmp_path / 'map'}"])
 
 
+@pytest.fixture(scope="session")
+def flow_with_contexts(config, tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("contexts") / "flow"
+    command = [f"run.dir={directory}", "flow.context.share=0.5", "train.steps=3", "train.validate_every=3", "train.validation_rows=8"]
+    assert stages.pretrain(str(config("coded")), command) == 0
+    return directory
+
+
+@pytest.mark.parametrize("objective", ["fmlm_mse", "lsd", "esd", "lsd_cfm", "ecld", "dmd:draws=2"])
+def test_a_map_of_a_flow_that_is_given_tokens_fills_in_blanks(config, flow_with_contexts, tmp_path, objective):
+    command = [f"run.dir={tmp_path / 'map'}", f"distill.teacher={flow_with_contexts}", f"distill.objective={objective}"]
+    command += ["train.steps=3", "train.validate_every=3", "train.validation_rows=8"]
+    assert stages.distill(str(config("coded", "flow_map")), command) == 0
+    assert all(map(math.isfinite, losses(tmp_path / "map").values()))
+    texts = sample(tmp_path / "map", 2, 2, infill="And ___ God", blank=3)["texts"]
+    assert all(text.startswith("And") and text.endswith("God") for text in texts)
+
+
 @pytest.mark.parametrize("recipe", sorted((ROOT / "configs" / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_published_recipe_trains(shards, config, trained, tmp_path, recipe):
     """Its choices at a small size; a file says where they come from."""

@@ -183,6 +183,14 @@ def test_the_clock_that_a_config_names(name):
     torch.testing.assert_close(clocks.forward(clock, t), expected, rtol=0, atol=2e-3)
 
 
+def test_a_clock_that_is_hardly_ever_where_tokens_are_told_apart_is_refused():
+    flow, config = parts("frame"), ClockConfig(name="logit_normal:mean=40", uniform_share=0.0, bins=50)
+    profile = made.initial_profile(flow, config, seed=0)
+    with pytest.raises(UserError, match="flow.clock.name=logit_normal:mean=40 draws 0 % of its times where tokens are being told apart"):
+        made.fit_clock(config, flow, profile)
+    made.fit_clock(ClockConfig(name="logit_normal:mean=40", uniform_share=0.1, bins=50), flow, profile)
+
+
 def test_the_clock_follows_the_profile():
     """A model that learns earlier is trained at earlier times."""
     flow, config = parts("frame"), ClockConfig("ce_linear", bins=50)

@@ -38,7 +38,7 @@ def megaflow(*words: str) -> tuple[int, str]:
 
 
 Result = dict[str, Any] | str
-"""An evaluation, or the sentence of a config that is refused."""
+"""An evaluation, or what there is in its place: 'refused: …' of a config that is, 'ended: …' of a run that was over too early."""
 
 
 def progress(done: int, total: int, seconds: list[float], run: Path) -> None:
@@ -48,12 +48,12 @@ def progress(done: int, total: int, seconds: list[float], run: Path) -> None:
 
 
 def measured(command: str, config: str, run: Path, overrides: list[str], steps: str, samples: int, rows: int) -> Result:
-    """Train a run by a command, or find it trained, and evaluate it. Raises SystemExit where that fails."""
+    """Train a run by a command, or find it trained, and evaluate it. Raises SystemExit where the evaluation fails."""
     code, said = megaflow(command, config, f"run.dir={run}", "log.wandb=off", *overrides)
-    if code == 2:
-        return said.removeprefix("megaflow: ").removeprefix("command line: ")
-    if code == 0:
-        code, said = megaflow("evaluate", str(run), "--steps", steps, "--samples", str(samples), "--rows", str(rows), "--draws", "4")
+    if code:
+        why = "ended" if (run / "config.yaml").exists() else "refused"
+        return f"{why}: {said.removeprefix('megaflow: ').removeprefix('command line: ')}"
+    code, said = megaflow("evaluate", str(run), "--steps", steps, "--samples", str(samples), "--rows", str(rows), "--draws", "4")
     if code:
         raise SystemExit(f"{run}: exit code {code}: {said}")
     return json.loads((run / "evaluation.json").read_text())
@@ -108,8 +108,8 @@ def table(points: list[tuple[str, ...]], results: dict[tuple[str, ...], list[Res
         if not runs:
             continue
         name = ", ".join(f"`{part}`" for part in point) or "the config as it is"
-        if isinstance(runs[0], str):
-            lines.append(f"| {name} | refused: {runs[0]} | | | |" + " |" * given)
+        if said := next((run for run in runs if isinstance(run, str)), ""):
+            lines.append(f"| {name} | {said} | | | |" + " |" * given)
             continue
         bounds = of(point, "likelihood", "nats_per_token")
         pairs = list(zip(bounds, first, strict=False))

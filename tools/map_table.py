@@ -32,8 +32,8 @@ def table(names: list[str], results: dict[str, list[Result]]) -> str:
         runs = results.get(name, [])
         if not runs:
             continue
-        if isinstance(runs[0], str):
-            lines.append(f"| {name} | refused: {runs[0]} |" + " |" * len(counts))
+        if said := next((run for run in runs if isinstance(run, str)), ""):
+            lines.append(f"| {name} | {said} |" + " |" * len(counts))
             continue
         cells = [shown(values_of(runs, "likelihood", "nats_per_token"), 3)]
         for count in counts:

@@ -4,6 +4,7 @@ Code, prior and range are made once, kept in the run as flow.safetensors and rea
 teacher's bit for bit.
 """
 
+import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -45,8 +46,9 @@ RESOLVED = 1e-3
 @dataclass(frozen=True)
 class Parts:
     """code: C; log_prior: (V,) fp32 logarithms of the smoothed unigram law; span: range of log-SNR of training; reach: that of the bound,
-    where training has moved it; path: from noise to data; prior: law of the noise, moments of it and token_law, (V,) of the whole
-    vocabulary, of the tokens it draws if it does; law: log_prior of the whole vocabulary, on the CPU, where this is a part."""
+    where training has moved it, without an end if the code no longer tells all tokens apart; path: from noise to data; prior: law of the
+    noise, moments of it and token_law, (V,) of the whole vocabulary, of the tokens it draws if it does; law: log_prior of the whole
+    vocabulary, on the CPU, where this is a part."""
 
     code: Code
     log_prior: Tensor
@@ -73,7 +75,7 @@ def unigram(counts: np.ndarray) -> Tensor:
 def make(flow: FlowConfig, counts: np.ndarray, seed: int, start: Tensor | None = None) -> Parts:
     """Code, prior and range for a vocabulary with these (V,) training counts. start: (V, code_dim) vectors that a semantic code is near to.
 
-    Of a code that is trained it is where training begins.
+    Of a code that is trained it is where training begins. Raises UserError where no amount of signal tells all tokens apart.
     """
     log_prior, vocab = unigram(counts), len(counts)
     if flow.code == "identity":
@@ -81,12 +83,18 @@ def make(flow: FlowConfig, counts: np.ndarray, seed: int, start: Tensor | None =
     else:
         code = codes.frame(vocab, flow.code_dim, random.generator(seed, "code"), start=start)
         code = codes.spread(code) if flow.code == "embedding" else code
-    return with_noise(Parts(code, log_prior, resolving_range(code, log_prior, seed)), flow.interpolant, flow.prior)
+    span = resolving_range(code, log_prior, seed)
+    if math.isinf(span.high):
+        raise UserError(
+            f"flow.code_dim={code.dim} is too few dimensions for {code.vocab} tokens: no amount of signal tells all of them apart; "
+            "give more"
+        )
+    return with_noise(Parts(code, log_prior, span), flow.interpolant, flow.prior)
 
 
 def resolving_range(code: Code, log_prior: Tensor, seed: int, law: Tensor | None = None) -> Range:
-    """The range of log-SNR from where a code's channel says nothing to where it tells all tokens apart. law: as of `channel_measures`.
-    Raises UserError."""
+    """The range of log-SNR from where a code's channel says nothing to where it tells all tokens apart; without an end where nothing does.
+    law: as of `channel_measures`."""
     levels = torch.arange(information_range(code, 0.0).low + 1.0, 40.0, 0.5)
     tried, progress = count(1), Progress("range of log-SNR", len(levels).bit_length(), "levels", patience=PATIENCE)
 
@@ -99,17 +107,11 @@ def resolving_range(code: Code, log_prior: Tensor, seed: int, law: Tensor | None
     first = bisect_left(range(len(levels)), True, key=resolved)
     if next(tried) <= progress.total:  # halves may be uneven
         progress.update(progress.total)
-    if first == len(levels):
-        raise UserError(
-            f"flow.code_dim={code.dim} is too few dimensions for {code.vocab} tokens: no amount of signal tells all of them apart; "
-            "give more"
-        )
-    return information_range(code, levels[first].item() + 0.5)
+    return information_range(code, math.inf if first == len(levels) else levels[first].item() + 0.5)
 
 
 def with_trained_code(parts: Parts, kind: str, weight: Tensor, seed: int) -> Parts:
-    """Whole parts with the code that weights (V, d_c) of a network are by now, and the range of the bound, which it moves. Raises
-    UserError where it no longer tells tokens apart."""
+    """Whole parts with the code that weights (V, d_c) of a network are by now, and the range of the bound, which it moves."""
     code = codes.TRAINED[kind](weight.float(), parts.code.vocab, whole(parts.code.vocab)).detached()
     found = replace(parts, code=code, reach=resolving_range(code, parts.log_prior, seed))
     return replace(found, moments=priors.moments(parts.prior, code, parts.log_prior))

@@ -30,7 +30,7 @@ def test_means_errors_and_paired_differences():
         points[0]: [run(5.0), run(5.2)],
         points[1]: [run(4.9), run(5.1)],
         points[2]: [run(None), run(None)],
-        points[3]: ["no such a"],
+        points[3]: ["refused: no such a"],
     }
     whole = results | {points[4]: [baseline, baseline]}
     lines = tool().table(points, results).splitlines()

@@ -151,6 +151,17 @@ def test_path_and_prior_are_kept_by_name(prior, path, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["learned", "embedding"])
+def test_a_trained_code_in_which_two_tokens_are_one_has_a_range_without_an_end(kind, tmp_path):
+    flow = made.make(FlowConfig(code=kind, code_dim=4), COUNTS, 0)
+    weight = flow.code.matrix.clone()
+    weight[1] = weight[0]
+    trained = made.with_trained_code(flow, kind, weight, 0)
+    assert trained.bounded.high == float("inf") and trained.span == flow.span
+    made.save(trained, tmp_path / made.FILE)
+    assert made.read(tmp_path / made.FILE).bounded == trained.bounded
+
+
+@pytest.mark.parametrize("kind", ["learned", "embedding"])
 def test_a_trained_code_moves_the_range_of_the_bound_and_no_other(kind, tmp_path):
     """Two tokens whose weights have come near to each other are told apart later; what the network is told of the time stays."""
     flow = made.make(FlowConfig(code=kind, code_dim=4), COUNTS, 0)

@@ -236,6 +236,22 @@ def test_what_is_observed_of_every_bin(overrides):
     assert set(metrics) == ({"cross_entropy"} if ("flow.objective", "likelihood") in overrides else set())
 
 
+@pytest.mark.parametrize("code", ["learned", "embedding"])
+def test_while_a_code_makes_two_tokens_one_there_is_no_bound(code):
+    """For as long as it does; a run goes on, and shows the cross-entropy."""
+    found = stage(("flow.code", code), ("flow.code_dim", 4))
+    assert "validation_standard_error" in found.validate(batch())
+    weight = found.network.code_weight
+    kept = weight[1].detach().clone()
+    with torch.no_grad():
+        weight[1] = weight[0]
+    (one,) = found.validate(batch()).values()
+    assert math.isfinite(one)
+    with torch.no_grad():
+        weight[1] = kept
+    assert "validation_standard_error" in found.validate(batch())
+
+
 def test_the_clock_of_the_likelihood_is_the_one_of_least_variance():
     assert stage(("flow.objective", "likelihood")).config.flow.clock.name == "variance"
     assert stage().config.flow.clock.name == "ce_linear"

@@ -182,9 +182,9 @@ def denoising_error(head: Head, read: Read, ids: Tensor) -> tuple[Tensor, Tensor
     assert code is not None
 
     def one(z: Tensor, part: slice) -> tuple[Tensor, ...]:
-        log_p = log_softmax_(head.part, z)
+        log_p = log_softmax_(head.part, z.to(torch.promote_types(z.dtype, code.leverage.dtype)))  # a skip would have brought it there
         nll = -pick(head.part, log_p, ids[part])
-        error = (codes.lookup(code, ids[part]).to(z.dtype) - codes.mean(code, log_p.exp_())).square().sum(-1)
+        error = (codes.lookup(code, ids[part]).to(log_p.dtype) - codes.mean(code, log_p.exp_())).square().sum(-1)
         return nll, error if code.matrix is not None else total(head.part, error)
 
     nll, error = reduce(head, read, one)

@@ -103,6 +103,22 @@ def test_denoising_error_is_cross_entropy_and_squared_error(kind):
     torch.testing.assert_close(error, (rows[ids] - torch.softmax(z, -1) @ rows).square().sum(-1))
 
 
+@pytest.mark.parametrize("dim", [4, VOCAB])
+def test_a_code_in_double_has_its_errors_in_double_without_a_skip_too(dim):
+    """As the bound asks for them, of a network in single precision."""
+    head, read = make("frame", 130)
+    code = codes.identity(VOCAB) if dim == VOCAB else codes.frame(VOCAB, dim, torch.Generator().manual_seed(5))
+    single = Head(head.weight.detach().float(), head.bias.detach().float(), code.double(), skip=False)
+    ids, _ = ids_and_weights(130)
+    nll, error = heads.denoising_error(single, Read(read.hidden.detach().float()), ids)
+    psi, rows = (
+        dense_logits(single, Read(read.hidden.detach().float())).softmax(-1).double(),
+        codes.lookup(code.double(), torch.arange(VOCAB)),
+    )
+    torch.testing.assert_close(error, (rows[ids] - psi @ rows).square().sum(-1), rtol=1e-4, atol=1e-6)
+    assert nll.dtype == error.dtype == torch.float64
+
+
 def test_negative_log_likelihood(kind):
     head, read = make(kind, 130)
     ids, _ = ids_and_weights(130)

@@ -88,6 +88,8 @@ def test_every_value_trains_goes_on_and_writes(config, tmp_path, name, value):
     assert losses(directory) == whole
     written = sample(directory, count=2, steps=3)
     assert len(written["tokens"]) == 2 and written["method"] == ("ancestral" if name == "model.family" else "ode") and all(written["texts"])
+    found = evaluate(str(directory), steps=[2], samples=2, rows=8, draws=2, seed=0)["likelihood"]
+    assert found["kind"] == "none" if value.startswith(NO_BOUND) else found["kind"] == "bound" and math.isfinite(found["nats_per_token"])
     if name in ("flow.prior", "flow.code", "model.head", "model.family"):  # what a run keeps of its own goes with it
         convert(directory, tmp_path / "model")
         assert sample(tmp_path / "model", count=2, steps=3)["tokens"] == written["tokens"]

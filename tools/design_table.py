@@ -9,8 +9,8 @@ Points are one value of every axis each, all combinations; without an axis the c
 trained and evaluated by the ordinary commands, with the overrides for all of them and run.seed 0, 1, … OUT/table.md has a line a point:
 likelihood in nats a token with the standard error over seeds, its paired difference from the first point (the same seeds, so that what
 seeds share cancels), judge and entropy of texts; and where some runs can be given the beginning of a text, the likelihood of the second
-half of a row given the first. A combination that the config refuses has the sentence that says why. Killed, it goes on where it was; more
-seeds or values run only what is new.
+half of a row given the first. A combination that the config refuses, or whose run ended early, has the sentence that says why. Killed,
+it goes on where it was; more seeds or values run only what is new.
 """
 
 import argparse
@@ -48,12 +48,13 @@ def progress(done: int, total: int, seconds: list[float], run: Path) -> None:
 
 
 def measured(command: str, config: str, run: Path, overrides: list[str], steps: str, samples: int, rows: int) -> Result:
-    """Train a run by a command, or find it trained, and evaluate it. Raises SystemExit where the evaluation fails."""
+    """Train a run by a command, or find it trained, and evaluate it. Raises SystemExit where a signal ended that, or evaluation fails."""
     code, said = megaflow(command, config, f"run.dir={run}", "log.wandb=off", *overrides)
-    if code:
-        why = "ended" if (run / "config.yaml").exists() else "refused"
+    if code in (1, 2):  # others are of signals, and end this command too
+        why = "ended" if (run / "metrics.jsonl").exists() else "refused"
         return f"{why}: {said.removeprefix('megaflow: ').removeprefix('command line: ')}"
-    code, said = megaflow("evaluate", str(run), "--steps", steps, "--samples", str(samples), "--rows", str(rows), "--draws", "4")
+    if code == 0:
+        code, said = megaflow("evaluate", str(run), "--steps", steps, "--samples", str(samples), "--rows", str(rows), "--draws", "4")
     if code:
         raise SystemExit(f"{run}: exit code {code}: {said}")
     return json.loads((run / "evaluation.json").read_text())
@@ -138,7 +139,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=256)
     arguments = parser.parse_intermixed_args()
     axes = [[f"{key}={value}" for value in values] for key, *values in arguments.axis]
-    points = [*itertools.product(*axes), *map(tuple, arguments.point)]
+    points = list(dict.fromkeys([*itertools.product(*axes), *map(tuple, arguments.point)]))
     results: dict[tuple[str, ...], list[Result]] = {}
     seconds: list[float] = []
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -147,7 +148,7 @@ def main() -> None:
         chosen = [*arguments.overrides, *point, f"run.seed={seed}"]
         began, new = time.monotonic(), not (run / "evaluation.json").exists()
         found = measured("pretrain", arguments.config, run, chosen, STEPS, arguments.samples, arguments.rows)
-        seconds += [time.monotonic() - began] * new
+        seconds += [time.monotonic() - began] * (new and isinstance(found, dict))
         results.setdefault(point, []).append(found)
         (arguments.out / "table.md").write_text(table(points, results))
         progress(number + 1, arguments.seeds * len(points), seconds, run)

@@ -7,8 +7,8 @@
 Every seed trains one flow, with the overrides of --flow, by the first config; from it a map for every --distill, words of KEY=VALUE, by the
 second config with those of --map; and for every --joint a flow and a map together, by the first config with what of the second is distill.*
 and as many steps as both stages have. OUT/table.md has a line for each, the flow itself first: its diagonal's bound in nats a token, and
-judge and entropy of texts in 1, 2 and 4 steps, by the map, or by Euler's method for the flow. A combination that the config refuses has the
-sentence that says why. Killed, it goes on where it was.
+judge and entropy of texts in 1, 2 and 4 steps, by the map, or by Euler's method for the flow. A combination that the config refuses, or
+whose run ended early, has the sentence that says why. Killed, it goes on where it was.
 """
 
 import argparse
@@ -78,8 +78,12 @@ def main() -> None:
             of_teacher = [f"distill.teacher={teacher}"] if command == "distill" else []
             chosen = [*words, *of_teacher, f"run.seed={seed}"]
             began, new = time.monotonic(), not (run / "evaluation.json").exists()
-            found = measured(command, config, run, chosen, STEPS, arguments.samples, arguments.rows)
-            seconds += [time.monotonic() - began] * new
+            flow_of_seed = results[ways[0][0]][seed] if command == "distill" else ""
+            if isinstance(flow_of_seed, str) and flow_of_seed:
+                found: Result = flow_of_seed  # of a flow that is not finished nothing is distilled
+            else:
+                found = measured(command, config, run, chosen, STEPS, arguments.samples, arguments.rows)
+            seconds += [time.monotonic() - began] * (new and isinstance(found, dict))
             results.setdefault(name, []).append(found)
             (out / "table.md").write_text(table([way[0] for way in ways], results))
             progress(seed * len(ways) + place + 1, arguments.seeds * len(ways), seconds, run)

@@ -214,7 +214,7 @@ def _without(config: Config, name: str) -> str:
         return f"flow.clock.name={flow.clock.name}"
     if name == "flow.context.law" and not flow.context.share:
         return "flow.context.share=0"
-    if name in ("distill.adaptive_power", "distill.adaptive_constant") and distill.weighting != "adaptive":
+    if name in ("distill.adaptive_power", "distill.adaptive_constant") and is_map(config) and distill.weighting != "adaptive":
         return f"distill.weighting={distill.weighting}"
     return ""
 

@@ -40,7 +40,7 @@ def of_flow(config: Config, vocab: int, refuse: Refuse) -> None:
                 "flow.interpolant",
                 "flow.prior",
             )
-        if law := laws.gaussian_law(flow.clock.name):
+        if (law := laws.gaussian_law(flow.clock.name)) and not config.distill.teacher:
             refuse(
                 f"flow.clock.name={flow.clock.name}: {law} describes Gaussian noise, and {what} is on the simplex; use uniform",
                 "flow.clock.name",

@@ -34,14 +34,13 @@ def grid_clock(run: Run, name: str) -> Clock:
     profile = profiles.kept(run.kept)
     try:
         if run.parts.prior.law != "gaussian" and (law := laws.gaussian_law(name)):
-            raise UserError(f"--clock {name}: {law} describes Gaussian noise, and {run.directory} has flow.prior={run.parts.prior.name}")
+            prior = run.parts.prior.name
+            raise UserError(f"--clock {name}: {law} describes Gaussian noise, and {run.directory} has flow.prior={prior}; use uniform")
         return choice.call(laws.LAWS, name, laws.Measured(run.parts.path, run.parts.code.vocab, profile))
     except choice.ChoiceError as error:
         raise UserError(f"--clock must be {error}") from None
     except laws.NotMeasured as error:
-        raise UserError(
-            f"--clock {name} is fitted to {error}; use uniform, argmax or logit_normal, or the clock of training, auto"
-        ) from None
+        raise UserError(f"--clock {name} is fitted to {error}; use uniform or logit_normal, or the clock of training, auto") from None
 
 
 def write(

@@ -62,6 +62,12 @@ CURVES = {
         "validation_is": "validation",
         "meaning": "line and dots are the divergence from the targets of distillation",
     },
+    "flow and map": {
+        "axis": "objective of both (per token)",
+        "loss_is": "training",
+        "validation_is": "validation",
+        "meaning": "line and dots are the objectives of a flow and its map together, each on its share of the rows",
+    },
     "autoregressive": {
         "axis": "nats per token",
         "loss_is": "training",
@@ -288,7 +294,9 @@ def curve(name: str, path: Path) -> dict[str, Any]:
     config, kind = read_config(path).config, name
     if name == "flow" and not any("validation_standard_error" in line for line in checks):
         kind = "flow without a bound"
-    if name == "flow_map" and config.distill.weighting == "none":
+    if name == "flow_map" and config.train.joint:
+        kind = "flow and map"
+    elif name == "flow_map" and config.distill.weighting == "none":
         kind = "flow_map without weights"
     return {
         **CURVES[kind],

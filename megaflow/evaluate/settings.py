@@ -11,8 +11,8 @@ LAST_STEP = 0.5
 
 
 class Settings(NamedTuple):
-    """steps: None of a baseline that writes one token after another. method: auto, or a sampler. gamma: share of fresh noise of
-    `stochastic`. last: share of the clock that the last step covers; None is an even grid."""
+    """Resolved, `steps` is None of a baseline that writes one token after another, gamma the share of fresh noise of `stochastic`, and last
+    the share of the clock that the last step covers, None of an even grid. As asked for, None and auto leave a choice to `resolved`."""
 
     steps: int | None
     method: str = "auto"

@@ -100,7 +100,7 @@ def _dirichlet(prior: Prior, code: Code, count: int, source: torch.Generator, ot
     above = torch._standard_gamma(torch.full(shape, concentration + 1.0, dtype=torch.float64), generator=source)
     # Gamma(a) is Gamma(a + 1) U^(1/a), in logarithms: of a small concentration nearly all would be zero in any precision
     waiting = torch.empty(shape, dtype=torch.float64).exponential_(generator=other)
-    p = torch.softmax(above.log() - waiting / concentration, 1).to(code.leverage)
+    p = torch.softmax(above.log() - (waiting - waiting.amin(1, keepdim=True)) / concentration, 1).to(code.leverage)
     return codes.mean(code, p[:, code.part.start : code.part.stop])
 
 

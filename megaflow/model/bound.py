@@ -63,7 +63,7 @@ def bound_of_rows(
     if parts.prior.law != "gaussian":
         raise NoBound(f"flow.prior={parts.prior.name}: the bound is one of Gaussian noise")
     if math.isinf(parts.bounded.high):
-        raise NoBound("the code that was trained no longer tells all tokens apart, at no amount of signal")
+        raise NoBound("no amount of signal tells all tokens apart any more by the code that was trained")
     own, width = ids.shape
     rows = own if all_rows is None else all_rows
     places = torch.arange(own) if places is None else places

@@ -62,7 +62,7 @@ def uncounted(config: Config) -> str:
         "distill.surgery=true": distill.surgery,
         f"distill.between={distill.between}": distill.between != "middle" and distill.state_input == "hot_belief",
         f"distill.times={distill.times}": distill.times != "gap" and distill.state_input == "hot_belief",
-        f"flow.objective={flow.objective}": on_data and flow.objective != "cross_entropy",
+        f"flow.objective={flow.objective}": on_data and measures_error(flow.objective, "uniform"),
         f"flow.weighting={flow.weighting}": on_data and flow.weighting == "learned",
         f"flow.clock.name={flow.clock.name}": on_data and needs_error(flow.clock.name),
     }

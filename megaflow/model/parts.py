@@ -206,10 +206,6 @@ def same(a: Parts, b: Parts) -> bool:
     return (a.span, a.path, a.prior) == (b.span, b.path, b.prior) and all(torch.equal(x, y) for x, y in pairs)
 
 
-LEAST_INSIDE = 0.01
-"""Share of a clock's draws that must be within the range of log-SNR."""
-
-
 def initial_profile(parts: Parts, config: ClockConfig, seed: int) -> Profile:
     """The channel's own: what a network scores that knows no context yet."""
     edges = torch.linspace(parts.span.low, parts.span.high, config.bins + 1, dtype=torch.float64)
@@ -218,18 +214,22 @@ def initial_profile(parts: Parts, config: ClockConfig, seed: int) -> Profile:
     return Profile(edges, torch.stack([nll, error, error.square()]), torch.ones_like(nll), named)
 
 
-def fit_clock(config: ClockConfig, parts: Parts, profile: Profile) -> Clock:
+def fit_clock(config: ClockConfig, parts: Parts, profile: Profile | None) -> Clock:
     """The clock that a config names, fitted to the profile where it is a measured one, and `uniform_share` of it uniform in log-SNR: but
-    those that say their shares themselves. Raises UserError where it is hardly ever within the range of log-SNR."""
-    found = choice.call(laws.LAWS, config.name, laws.Measured(parts.path, parts.code.vocab, profile))
-    if config.name != "uniform" and not config.name.startswith("mixture:"):
-        flat = clocks.uniform_log_snr(parts.path, parts.span.low, parts.span.high, config.bins)
-        found = clocks.mixture([found, flat], [1.0 - config.uniform_share, config.uniform_share])
+    those that say their shares themselves. Raises laws.NotMeasured without the profile that it is fitted to."""
+    fitted = choice.call(laws.LAWS, config.name, laws.Measured(parts.path, parts.code.vocab, profile))
+    if config.name == "uniform" or config.name.startswith("mixture:"):
+        return fitted
+    flat = clocks.uniform_log_snr(parts.path, parts.span.low, parts.span.high, config.bins)
+    return clocks.mixture([fitted, flat], [1.0 - config.uniform_share, config.uniform_share])
+
+
+def share_inside(config: ClockConfig, parts: Parts) -> float | None:
+    """Share of a clock's draws within the range of log-SNR; None of a clock that is fitted to what a run measures, and lies there, and of
+    noise that is not Gaussian."""
+    try:
+        clock = fit_clock(config, parts, None)
+    except laws.NotMeasured:
+        return None
     ends = time_of(parts.path, torch.tensor([parts.span.low, parts.span.high], dtype=torch.float64))
-    inside = clocks.forward(found, ends).diff().item()
-    if inside < LEAST_INSIDE:
-        raise UserError(
-            f"flow.clock.name={config.name} draws {100.0 * inside:.2g} % of its times where tokens are being told apart (log-SNR "
-            f"{parts.span.low:.1f} to {parts.span.high:.1f}), and a run would learn next to nothing; give it other options"
-        )
-    return found
+    return clocks.forward(clock, ends).diff().item() if parts.prior.law == "gaussian" else None

@@ -114,8 +114,8 @@ def open_run(loaded: Loaded, stage: str) -> Loaded:
     old, new = flatten(recorded.config), flatten(loaded.config)
     changed = []
     for name, value in new.items():
-        if loaded.origin[name] == "auto":
-            new[name] = old[name] if recorded.origin.get(name) == "auto" else value
+        if loaded.origin[name] == "auto":  # a default of its time counts as what nobody chose, too
+            new[name] = old[name] if recorded.origin.get(name) in ("auto", "default") else value
         unread = stage == "pretrain" and name.startswith("distill.") and not loaded.config.train.joint
         if new[name] != old[name] and not unread and not name.startswith(MAY_CHANGE):
             changed.append(name)

@@ -212,6 +212,7 @@ class MapStage:
 
     def reweight(self) -> Any:
         distill = self.config.distill
+        assert distill.weighting != "auto"  # of a config that is resolved
         if distill.weighting != "adaptive":
             return None
         return partial(flow_map.adaptive_weight, power=distill.adaptive_power, constant=distill.adaptive_constant)

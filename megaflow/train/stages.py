@@ -1,6 +1,7 @@
 """The two commands that train, each readable from top to bottom: pretrain (stage 1 and the baseline) and distill (stage 2)."""
 
 import json
+import math
 import os
 import shutil
 import sys
@@ -51,6 +52,10 @@ SHARED_WITHIN = 30.0
 """Seconds in which a file server shows a file to another host at the latest."""
 SHARDS = "shards"
 """Folder of a run: what the shards that it is trained on say of themselves, their tokenizer and counts among it. Text needs no more."""
+EARLIER_DEFAULTS = {"distill.weighting": "adaptive"}
+"""Of keys of stage 2, as the config.yaml of any run of an earlier version says them."""
+LEAST_INSIDE = 0.01
+"""Share of a clock's draws that must be where there is something to learn."""
 TEACHER_FILE = "teacher.json"
 """Step and hash of the checkpoint that a flow map is distilled from."""
 
@@ -71,8 +76,8 @@ def distill(path: str, overrides: list[str], began: float | None = None) -> int:
 
 
 def _train(loaded: Loaded, kind: str, began: float) -> int:
-    values, defaults = flatten(loaded.config), flatten(Config())  # a run's own config.yaml says the defaults too
-    distilling = [name for name, value in values.items() if name.startswith("distill.") and value != defaults[name]]
+    values, usual = flatten(loaded.config), flatten(Config())  # a run's own config.yaml says the defaults too
+    distilling = [k for k, value in values.items() if k.startswith("distill.") and value not in (usual[k], EARLIER_DEFAULTS.get(k))]
     if kind == "pretrain" and distilling and not loaded.config.train.joint:
         raise ConfigError(
             f"{loaded.origin[distilling[0]]}: {distilling[0]} is set; this is a config for megaflow distill, or for train.joint=true"
@@ -167,9 +172,17 @@ def first_parts(loaded: Loaded) -> Parts | None:
     if config.flow.code == "semantic":
         start = code_start.from_text(config, len(counts)) if not config.flow.code_from else token_vectors(loaded)
     try:
-        return parts.make(config.flow, counts, config.run.seed, start)
+        found = parts.make(config.flow, counts, config.run.seed, start)
     except UserError as error:
         raise ConfigError(f"{loaded.origin['flow.code_dim']}: {error}") from None
+    inside = parts.share_inside(config.flow.clock, found)
+    if inside is not None and inside < LEAST_INSIDE:
+        raise ConfigError(
+            f"{loaded.origin['flow.clock.name']}: flow.clock.name={config.flow.clock.name} draws {100.0 * inside:.2g} % of its times where "
+            f"tokens are being told apart (log-SNR {found.span.low:.1f} to {found.span.high:.1f}), and a run would learn next to nothing; "
+            "use ce_linear, or raise flow.clock.uniform_share"
+        )
+    return found
 
 
 def token_vectors(loaded: Loaded) -> torch.Tensor:
@@ -218,6 +231,8 @@ def distill_stage(config: Config, mesh: Mesh) -> Stage:
     found = trained(source, mesh)
     averaged = found.by_name("averaged")
     fixed = with_code(parts.read(source / parts.FILE), config, averaged)
+    if math.isinf(fixed.bounded.high):
+        raise UserError(f"distill.teacher={source}: its trained code no longer tells all tokens apart; distil a flow whose code does")
     file = Path(config.run.dir) / parts.FILE
     if mesh.first and not file.exists():
         not_lost(file)
@@ -254,7 +269,7 @@ def _teacher(config: Config, ours: Parts, averaged: Mapping[str, torch.Tensor], 
 
 
 def with_code(fixed: Parts, config: Config, averaged: Mapping[str, torch.Tensor]) -> Parts:
-    """The fixed parts of a trained flow, with the code that its averaged weights have come to if that is trained. Raises UserError."""
+    """The fixed parts of a trained flow, with the code that its averaged weights have come to if that is trained."""
     if config.flow.code not in codes.TRAINED:
         return fixed
     return parts.with_trained_code(fixed, config.flow.code, averaged["code_weight"], config.run.seed)

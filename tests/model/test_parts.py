@@ -194,12 +194,17 @@ def test_the_clock_that_a_config_names(name):
     torch.testing.assert_close(clocks.forward(clock, t), expected, rtol=0, atol=2e-3)
 
 
-def test_a_clock_that_is_hardly_ever_where_tokens_are_told_apart_is_refused():
-    flow, config = parts("frame"), ClockConfig(name="logit_normal:mean=40", uniform_share=0.0, bins=50)
-    profile = made.initial_profile(flow, config, seed=0)
-    with pytest.raises(UserError, match="flow.clock.name=logit_normal:mean=40 draws 0 % of its times where tokens are being told apart"):
-        made.fit_clock(config, flow, profile)
-    made.fit_clock(ClockConfig(name="logit_normal:mean=40", uniform_share=0.1, bins=50), flow, profile)
+def test_how_much_of_a_clock_lies_where_tokens_are_told_apart():
+    flow = parts("frame")
+    ends = time_of(LINEAR, torch.tensor([flow.span.low, flow.span.high], dtype=torch.float64))
+    for name, share, expected in (
+        ("uniform", 0.0, (ends[1] - ends[0]).item()),
+        ("logit_normal:mean=40", 0.0, 0.0),
+        ("logit_normal:mean=40", 0.25, 0.25),
+        ("ce_linear", 0.0, None),
+    ):
+        found = made.share_inside(ClockConfig(name=name, uniform_share=share, bins=50), flow)
+        assert found == (None if expected is None else pytest.approx(expected, abs=1e-6))
 
 
 def test_the_clock_follows_the_profile():

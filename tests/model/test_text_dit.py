@@ -285,7 +285,9 @@ def test_no_tensor_of_tokens_times_vocabulary_exists_in_stage_1():
 def large_stage_2(map_reads: str, zero: int) -> MapStage:
     network, teacher = large(map_reads), large(None)
     parts = Parts(network.code, network.log_prior, network.span)
-    return MapStage(Config(parallel=ParallelConfig(zero=zero)), network, parts, clocks.uniform(), teacher)
+    config = Config(parallel=ParallelConfig(zero=zero))
+    config.distill.weighting = "adaptive"
+    return MapStage(config, network, parts, clocks.uniform(), teacher)
 
 
 @pytest.mark.parametrize("zero", [0, 3])

@@ -526,6 +526,14 @@ class TestRefusals:
         told = cli("pretrain", config("coded", family), f"run.dir={tmp_path / 'run'}", "distill.weighting=none")
         self.refused(told, "command line: distill.weighting is set; this is a config for megaflow distill")
 
+    def test_a_run_s_own_config_is_one_of_another_run_whatever_the_defaults_were(self, cli, config, tmp_path):
+        """Earlier versions wrote distill.weighting=adaptive into it."""
+        assert cli("pretrain", config("coded"), f"run.dir={tmp_path / 'run'}", "train.steps=1", "train.validate_every=1").code == 0
+        written = (tmp_path / "run" / "config.yaml").read_text()
+        (tmp_path / "mine.yaml").write_text(written.replace("weighting: auto", "weighting: adaptive"))
+        assert "weighting: adaptive" in (tmp_path / "mine.yaml").read_text()
+        assert cli("pretrain", tmp_path / "mine.yaml", f"run.dir={tmp_path / 'again'}").code == 0
+
     def test_the_start_says_which_attention(self, cli, config, tmp_path):
         command = ("pretrain", config("coded"), "train.steps=1", "model.attention=sdpa")
         told = cli(*command, f"run.dir={tmp_path / 'one'}")
@@ -560,6 +568,8 @@ class TestRefusals:
     def test_what_is_refused_at_the_start_is_no_run_yet(self, cli, config, tmp_path):
         command = ("pretrain", config("coded"), f"run.dir={tmp_path / 'run'}", "train.steps=2")
         self.refused(cli(*command, "model.attention=flash"), "model.attention=flash needs")
+        never = "flow.clock.name=logit_normal:mean=40", "flow.clock.uniform_share=0"
+        self.refused(cli(*command, *never), "command line: flow.clock.name=logit_normal:mean=40 draws 0 % of its times where")
         self.refused(cli(*command, "flow.code_dim=2"), "command line: flow.code_dim=2 is too few dimensions for 300 tokens")
         assert not (tmp_path / "run").exists() and cli(*command).code == 0
 

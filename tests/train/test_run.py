@@ -115,6 +115,16 @@ class TestOpenRun:
             open_run(given(directory, train__steps=100), "pretrain")
         assert read_config(directory).config.train.steps == 150
 
+    def test_what_was_a_default_then_is_kept_where_auto_now_stands_for_something_else(self, directory):
+        """Weights of joint training were adaptive unless something else was said; auto is none."""
+        joint = {"train.joint": True, "distill.anchor": "data", "distill.state_input": "linear"}
+        written = assemble([("file", joint | {"distill.weighting": "adaptive", "run.dir": str(directory)})])
+        written.origin["distill.weighting"] = "default"
+        open_run(written, "pretrain")
+        now = assemble([("file", joint | {"distill.weighting": "none", "run.dir": str(directory)})])
+        now.origin["distill.weighting"] = "auto"
+        assert open_run(now, "pretrain").config.distill.weighting == "adaptive"
+
     def test_what_auto_stood_for_is_kept_when_a_run_grows(self, directory):
         """Warm-up and validation were a tenth and a twentieth of the first length; a longer run does not move them."""
         open_run(given(directory, train__steps=2000), "pretrain")

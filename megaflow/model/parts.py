@@ -4,7 +4,6 @@ Code, prior and range are made once, kept in the run as flow.safetensors and rea
 teacher's bit for bit.
 """
 
-import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -41,14 +40,15 @@ PATIENCE = 3.0
 GAUSSIAN = priors.make("gaussian")
 RESOLVED = 1e-3
 """The range ends where the channel alone leaves less than this, nats a token."""
+SHARPEST = 40.0
+"""A log-SNR at which every code says what it can."""
 
 
 @dataclass(frozen=True)
 class Parts:
     """code: C; log_prior: (V,) fp32 logarithms of the smoothed unigram law; span: range of log-SNR of training; reach: that of the bound,
-    where training has moved it, without an end if the code no longer tells all tokens apart; path: from noise to data; prior: law of the
-    noise, moments of it and token_law, (V,) of the whole vocabulary, of the tokens it draws if it does; law: log_prior of the whole
-    vocabulary, on the CPU, where this is a part."""
+    where training has moved it; path: from noise to data; prior: law of the noise, moments of it and token_law, (V,) of the whole
+    vocabulary, of the tokens it draws if it does; law: log_prior of the whole vocabulary, on the CPU, where this is a part."""
 
     code: Code
     log_prior: Tensor
@@ -83,31 +83,38 @@ def make(flow: FlowConfig, counts: np.ndarray, seed: int, start: Tensor | None =
     else:
         code = codes.frame(vocab, flow.code_dim, random.generator(seed, "code"), start=start)
         code = codes.spread(code) if flow.code == "embedding" else code
-    span = resolving_range(code, log_prior, seed)
-    if math.isinf(span.high):
+    if ambiguity(code, log_prior, SHARPEST, seed) >= RESOLVED:
         raise UserError(
             f"flow.code_dim={code.dim} is too few dimensions for {code.vocab} tokens: no amount of signal tells all of them apart; "
             "give more"
         )
-    return with_noise(Parts(code, log_prior, span), flow.interpolant, flow.prior)
+    return with_noise(Parts(code, log_prior, resolving_range(code, log_prior, seed)), flow.interpolant, flow.prior)
 
 
 def resolving_range(code: Code, log_prior: Tensor, seed: int, law: Tensor | None = None) -> Range:
-    """The range of log-SNR from where a code's channel says nothing to where it tells all tokens apart; without an end where nothing does.
-    law: as of `channel_measures`."""
-    levels = torch.arange(information_range(code, 0.0).low + 1.0, 40.0, 0.5)
-    tried, progress = count(1), Progress("range of log-SNR", len(levels).bit_length(), "levels", patience=PATIENCE)
+    """The range of log-SNR from where a code's channel says nothing to where it tells tokens apart, but for those that it never does: of a
+    code that is trained, tokens that do not occur come to be one. law: as of `channel_measures`."""
+    levels = torch.arange(information_range(code, 0.0).low + 1.0, SHARPEST, 0.5)
+    tried, progress = count(1), Progress("range of log-SNR", len(levels).bit_length() + 1, "levels", patience=PATIENCE)
+    never = ambiguity(code, log_prior, SHARPEST, seed, law)
+    progress.update(next(tried))
 
     def resolved(level: int) -> bool:
-        ambiguity = channel_measures(code, log_prior, levels[level : level + 1], 2048, seed, law=law)[0, 0].item()
+        left = ambiguity(code, log_prior, levels[level].item(), seed, law) - never
         progress.update(next(tried))
-        return ambiguity < RESOLVED
+        return left < RESOLVED
 
     # more signal leaves less to guess, and the draws are the same
-    first = bisect_left(range(len(levels)), True, key=resolved)
+    first = bisect_left(range(len(levels) - 1), True, key=resolved)
     if next(tried) <= progress.total:  # halves may be uneven
         progress.update(progress.total)
-    return information_range(code, math.inf if first == len(levels) else levels[first].item() + 0.5)
+    return information_range(code, levels[first].item() + 0.5)
+
+
+def ambiguity(code: Code, log_prior: Tensor, level: float, seed: int, law: Tensor | None = None) -> float:
+    """What the channel alone leaves to guess of a token at a log-SNR, in nats; in fp64, since rounding would tell apart what is one."""
+    whole_law = log_prior if law is None else law
+    return channel_measures(code.double(), log_prior.double(), torch.tensor([level]), 2048, seed, law=whole_law)[0, 0].item()
 
 
 def with_trained_code(parts: Parts, kind: str, weight: Tensor, seed: int) -> Parts:

@@ -11,12 +11,10 @@ import pytest
 
 from megaflow.config.load import ConfigError, flatten, load
 from megaflow.config.schema import entries, keys
-from megaflow.errors import UserError
 from megaflow.evaluate.evaluation import evaluate
 from megaflow.evaluate.generate import sample
 from megaflow.export.convert import convert
 from megaflow.flow import choice
-from megaflow.model import parts
 from megaflow.train import checkpoint as checkpoints
 from megaflow.train import run as runs
 from megaflow.train import stages
@@ -134,19 +132,6 @@ def test_every_value_of_a_map_trains_goes_on_and_writes(config, trained, tmp_pat
     if joint:
         with pytest.raises(ConfigError, match="is a flow map already"):
             stages.distill(str(config("coded", "flow_map")), [f"distill.teacher={directory}", f"run.dir={tmp_path / 'map'}"])
-
-
-def test_a_flow_whose_code_makes_two_tokens_one_has_no_bound_and_is_not_distilled(config, tmp_path, monkeypatch):
-    directory = tmp_path / "flow"
-    command = [f"run.dir={directory}", "flow.code=embedding", "train.steps=2", "train.validate_every=2", "train.validation_rows=8"]
-    assert stages.pretrain(str(config("coded")), command) == 0
-    nowhere = parts.information_range
-    monkeypatch.setattr(parts, "resolving_range", lambda code, *_, **__: nowhere(code, math.inf))
-    found = evaluate(str(directory), steps=[2], samples=2, rows=8, draws=2, seed=0)["likelihood"]
-    assert found["kind"] == "none" and "no amount of signal" in found["reason"]
-    assert all(sample(directory, count=2, steps=3)["texts"])
-    with pytest.raises(UserError, match="no longer tells all tokens apart"):
-        stages.distill(str(config("coded", "flow_map")), [f"distill.teacher={directory}", f"run.dir={tmp_path / 'map'}"])
 
 
 @pytest.fixture(scope="session")

@@ -239,9 +239,8 @@ def test_what_is_observed_of_every_bin(overrides):
 @pytest.mark.parametrize("code", ["learned", "embedding"])
 def test_a_code_that_makes_two_tokens_one_has_the_bound_of_rows_without_them_and_trains_on(code):
     """Of rare tokens, that is; of frequent ones too much is left to guess, and the cross-entropy is shown in its place."""
-    found, weight = stage(("flow.code", code), ("flow.code_dim", 4)), None
+    found, rows = stage(("flow.code", code), ("flow.code_dim", 4)), batch()
     weight = found.network.code_weight
-    rows = batch()
     rare = rows._replace(ids=torch.where(rows.ids == 7, 0, torch.where(rows.ids == 6, 1, rows.ids)))
     kept = weight.detach().clone()
     with torch.no_grad():

@@ -85,6 +85,9 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--rows", type=int, default=256, help="validation rows of the likelihood (default 256)")
     evaluate.add_argument("--draws", type=int, default=8, help="draws of noise and time per row, at least 2 for a flow (default 8)")
     evaluate.add_argument("--temperature", type=float, default=1.0, help="of the posteriors that write samples, above 0 (default 1)")
+    evaluate.add_argument(
+        "--clock", metavar="LAW", default="auto", help="of the samples: the law that their grids are even on (default auto)"
+    )
     evaluate.add_argument("--seed", type=int, default=0, help="of noise and draws (default 0)")
     evaluate.add_argument("--data", metavar="PATH", default=None, help="the run's shards, where they are no longer at its data.path")
     evaluate.add_argument("--json", metavar="FILE", default=None, help="write the JSON to this file as well")
@@ -214,7 +217,8 @@ def run(arguments: argparse.Namespace, began: float) -> int:
 
         steps = [whole(part, "--steps") for part in arguments.steps.split(",")]
         sizes = arguments.samples, arguments.rows, arguments.draws
-        print(table(evaluate(arguments.run, steps, *sizes, arguments.seed, arguments.temperature, arguments.json, began, arguments.data)))
+        asked = arguments.seed, arguments.temperature, arguments.json
+        print(table(evaluate(arguments.run, steps, *sizes, *asked, began=began, data=arguments.data, clock=arguments.clock)))
         return 0
     if arguments.command == "convert":
         from megaflow.export.convert import convert

@@ -9,6 +9,7 @@ from megaflow.config import check_flow
 from megaflow.config.load import ConfigError, Loaded, assemble, flatten
 from megaflow.config.schema import TOKENIZERS, Config
 from megaflow.flow.prior import on_simplex
+from megaflow.flow.weighting import learns
 
 IDENTITY_UP_TO = 256
 """Largest vocabulary whose one-hot state is carried as it is; above, a frame costs less and loses nothing."""
@@ -116,10 +117,10 @@ def contradictions(loaded: Loaded, vocab: int | None = None) -> None:
     if model.head == "tied" and model.family == "flow" and model.input == "linear":
         refuse("model.head=tied embeds beliefs, and model.input=linear reads none; use untied", "model.head", "model.input")
     if model.time == "none" and model.family == "flow":
-        if config.flow.weighting == "learned":
+        if learns(config.flow.weighting):
             refuse(
-                "flow.weighting=learned makes weights of what the network is told of the time, and model.time=none tells it nothing; "
-                "use balanced, or model.time=adaptive",
+                f"flow.weighting={config.flow.weighting} makes weights of what the network is told of the time, and model.time=none tells "
+                "it nothing; use balanced, or model.time=adaptive",
                 "flow.weighting",
                 "model.time",
             )
@@ -210,6 +211,8 @@ def _without(config: Config, name: str) -> str:
     flow, distill = config.flow, config.distill
     if config.model.family != "flow" and name.startswith(("flow.", "model.input")):
         return f"the baseline model.family={config.model.family}"
+    if config.model.family == "autoregressive" and name == "model.time":
+        return "model.family=autoregressive, which has no time"
     if name == "flow.clock.uniform_share" and flow.clock.name.partition(":")[0] in ("uniform", "mixture"):
         return f"flow.clock.name={flow.clock.name}"
     if name == "flow.context.law" and not flow.context.share:
@@ -222,7 +225,8 @@ def _without(config: Config, name: str) -> str:
 def of_shards(loaded: Loaded, manifest: dict[str, Any]) -> Loaded:
     """The config with what its shards were made with: values that were set must agree with it, defaults give way. Raises ConfigError."""
     values, origin = flatten(loaded.config), dict(loaded.origin)
-    for name, made in manifest["settings"].items():  # what prepare was told, of the keys that shape shards
+    # what prepare was told, of the keys that shape shards; where no target is named there are no pairs
+    for name, made in ({"target_field": ""} | manifest["settings"]).items():
         key = f"data.{name}"
         if values[key] == made:
             continue
@@ -230,7 +234,7 @@ def of_shards(loaded: Loaded, manifest: dict[str, Any]) -> Loaded:
             continue  # the same tokenizer.json may lie elsewhere now; its hash is compared with the model's
         if origin[key] != "default":
             raise ConfigError(
-                f"{origin[key]}: {key}={values[key]} contradicts the shards in {values['data.path']}, which were made with {made}; "
+                f"{origin[key]}: {key}={values[key]} contradicts the shards in {values['data.path']}, which were made with {made or 'none'}; "
                 "use the value they were made with, or other shards"
             )
         values[key], origin[key] = made, "shards"

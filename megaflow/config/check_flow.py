@@ -6,6 +6,7 @@ from megaflow.config.schema import Config, entries, keys
 from megaflow.flow import choice, interpolant, laws
 from megaflow.flow.code import TRAINED
 from megaflow.flow.prior import on_simplex
+from megaflow.flow.weighting import OF_SNR
 
 Refuse = Callable[..., None]
 """(sentence, names of the keys that it is about): raises ConfigError."""
@@ -38,6 +39,12 @@ def of_flow(config: Config, vocab: int, refuse: Refuse) -> None:
             refuse(
                 f"{what} is on the simplex, which flow.interpolant={flow.interpolant} leaves; use linear or power",
                 "flow.interpolant",
+                "flow.prior",
+            )
+        if flow.weighting.partition(":")[0] in OF_SNR:
+            refuse(
+                f"flow.weighting={flow.weighting} is of a signal in Gaussian noise, and {what} is on the simplex; use none, or balanced",
+                "flow.weighting",
                 "flow.prior",
             )
         if (law := laws.gaussian_law(flow.clock.name)) and not config.distill.teacher:
@@ -142,10 +149,10 @@ def of_map(config: Config, refuse: Refuse) -> None:
         refuse(f"distill.between=uniform is of the semigroup identity, and {what} is not; leave it", "distill.between", "distill.objective")
     if objective.one_step and on_simplex(config.flow.prior):
         refuse(f"{what} compares scores, and flow.prior={config.flow.prior} has none; use psd", "distill.objective", "flow.prior")
-    if distill.anchor == "data" and not round(train.global_batch * distill.diagonal_fraction):
+    if not round(train.global_batch * distill.diagonal_fraction):
         refuse(
             f"distill.diagonal_fraction={distill.diagonal_fraction:g} leaves no row of train.global_batch={train.global_batch} with s = t, "
-            "which alone are trained towards the data; give more",
+            f"which alone are trained towards the {distill.anchor}; give more",
             "distill.diagonal_fraction",
             "distill.anchor",
             "train.joint",
@@ -158,18 +165,8 @@ def of_map(config: Config, refuse: Refuse) -> None:
             "train.joint",
             "distill.anchor",
         )
-    if distill.surgery:
-        if parallel.zero == 3:
-            refuse(
-                "distill.surgery needs whole gradients, and parallel.zero=3 scatters them; use 0 to 2", "distill.surgery", "parallel.zero"
-            )
-        if not round(train.global_batch * distill.diagonal_fraction):
-            refuse(
-                f"distill.surgery=true with distill.diagonal_fraction={distill.diagonal_fraction:g}: no row has s = t, whose "
-                "gradient comes first",
-                "distill.surgery",
-                "distill.diagonal_fraction",
-            )
+    if distill.surgery and parallel.zero == 3:
+        refuse("distill.surgery needs whole gradients, and parallel.zero=3 scatters them; use 0 to 2", "distill.surgery", "parallel.zero")
     if objective.derivative == "loss" and parallel.recompute != "off":
         refuse(
             f"{what} has a gradient through a derivative, which nothing that is computed again has; use parallel.recompute=off",

@@ -10,6 +10,7 @@ import math
 import os
 import resource
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,11 @@ import torch
 
 from megaflow.data import shards
 from megaflow.data.stream import TokenStream
-from megaflow.data.tokenizer import decode
+from megaflow.data.tokenizer import decode, end_id
 from megaflow.errors import UserError
 from megaflow.evaluate import judge as judges
 from megaflow.evaluate import kept
-from megaflow.evaluate.flow_text import BALANCE_TOKENS, one_step_offsets
+from megaflow.evaluate.flow_text import BALANCE_TOKENS, grid_clock, one_step_offsets
 from megaflow.evaluate.generate import generate
 from megaflow.evaluate.judge import Judge
 from megaflow.evaluate.loaded import Run, load_run, text_of
@@ -69,11 +70,12 @@ def evaluate(
     out: str | None = None,
     began: float | None = None,
     data: str | None = None,
+    clock: str = "auto",
 ) -> dict[str, Any]:
     """Evaluate a run, write RUN/evaluation.json, and copy it to `out`; its seconds count from `began`, a time.monotonic(), now if None.
 
-    `data` is where the run's shards are, if not where they were in training. A run that cannot be written to is evaluated into `out`
-    alone. Raises UserError.
+    `clock` is the law that texts' grids are even on, see generate.sample; `data` is where the run's shards are, if not where they were in
+    training. A run that cannot be written to is evaluated into `out` alone. Raises UserError.
     """
     began = time.monotonic() if began is None else began
     check(Path(directory), steps, samples, rows, draws, out)
@@ -84,6 +86,9 @@ def evaluate(
     settings = {"steps": steps, "samples": samples, "rows": rows, "draws": draws, "seed": seed, "temperature": temperature}
     settings |= {"cooled": list(COOLED) if temperature == 1.0 else [], "order": judges.ORDER}
     settings |= {"last": LAST_STEP, "balance": BALANCE_TOKENS} if run.is_map else {"last": None, "balance": None}
+    if clock != "auto":
+        settings |= {"clock": clock}
+        grid_clock(run, clock)  # is there
     identity = {"step": run.step, "weights": run.weights, "shards": shards.identity(run.manifest), "settings": settings}
     result = kept.read(run.directory)
     if not kept.is_of(result, identity):
@@ -188,8 +193,16 @@ class RealText:
         counts = run.manifest["splits"][split]
         self.characters_per_token = counts["characters"] / counts["tokens"]
 
-    def bits_per_character(self, nats_per_token: float) -> float:
-        return nats_per_token / self.characters_per_token / math.log(2.0)
+    def characters_of(self, run: Run, given: torch.Tensor | None) -> float:
+        """Characters per token of those that are not `given` (R, L), an end token being one; of the whole split where that is None."""
+        if given is None:
+            return self.characters_per_token
+        end, characters, tokens = end_id(run.tokenizer), 0, 0
+        for row, known in zip(self.rows, given.tolist(), strict=True):
+            mine = [token for token, is_known in zip(row, known, strict=False) if not is_known]
+            plain = [token for token in mine if token != end]
+            tokens, characters = tokens + len(mine), characters + len(decode(run.tokenizer, plain)) + len(mine) - len(plain)
+        return characters / tokens
 
 
 @torch.no_grad()
@@ -217,7 +230,7 @@ def likelihood(run: Run, held_out: RealText, draws: int, seed: int) -> dict[str,
 
 def nats(run: Run, held_out: RealText, draws: int, seed: int, given: torch.Tensor | None) -> dict[str, Any]:
     """The likelihood of the tokens that are not `given` (R, L), given these; of all where that is None."""
-    device = run.network.weight.device
+    device, per_character = run.network.weight.device, 1.0 / held_out.characters_of(run, given) / math.log(2.0)
     ids = held_out.ids.to(device)
     lengths = None if held_out.lengths is None else held_out.lengths.to(device)
     given = None if given is None else given.to(device)
@@ -258,12 +271,12 @@ def nats(run: Run, held_out: RealText, draws: int, seed: int, given: torch.Tenso
             "row_error_nats": bound.row_error,
             "last_cross_entropy": bound.last_cross_entropy,
             "tokens": bound.tokens,
-            "standard_error_bits_per_char": held_out.bits_per_character(bound.standard_error),
-            "row_error_bits_per_char": held_out.bits_per_character(bound.row_error),
+            "standard_error_bits_per_char": bound.standard_error * per_character,
+            "row_error_bits_per_char": bound.row_error * per_character,
         }
-    found["bits_per_char"] = held_out.bits_per_character(found["nats_per_token"])
+    found["bits_per_char"] = found["nats_per_token"] * per_character
     found["unigram_nats_per_token"] = entropy
-    found["unigram_bits_per_char"] = held_out.bits_per_character(entropy)
+    found["unigram_bits_per_char"] = entropy * per_character
     return found
 
 
@@ -334,6 +347,7 @@ def written(run: Run, settings: dict[str, Any], judge: Judge, held_out: RealText
     template = given_of(run, held_out)
     if run.is_map and 1 in counts:
         one_step_offsets(run)  # has a progress of its own
+    run = run if "clock" not in settings else replace(run, clock=grid_clock(run, settings["clock"]))
     progress, done = Progress(f"samples {run.directory.name}", sum(count or 1 for _, count, _ in plan), "steps"), 0
     for kind, count, heat in plan:
         last = None if kind == "even" else last_step(method, count)
@@ -401,6 +415,8 @@ def table(result: dict[str, Any]) -> str:
     found = result["likelihood"]
     temperature = result["settings"]["temperature"]
     lines = [f"{result['run']}  step {result['step']}  {result['kind']}" + (f"  temperature {temperature:g}" if temperature != 1.0 else "")]
+    if "clock" in result["settings"]:
+        lines[0] += f"  grids even on the clock {result['settings']['clock']}"
     if found["kind"] == "none":
         lines.append(f"likelihood        none: {found['reason']}")
     else:

@@ -58,6 +58,14 @@ def sample(
     return {**made, "texts": [text_of(run, row) for row in rows], "tokens": rows}
 
 
+ENDS = "what is written before an end alone"
+UNTRAINED = {
+    "--prompt": {"suffix": ENDS},
+    "--infill": {"prefix": "what is written after a beginning alone", "source": "what belongs to a source alone", "suffix": ENDS},
+}
+"""Laws of contexts by which what an option gives never came up, and what a flow knows then."""
+
+
 def given_text(run: Run, prompt: str | None, infill: str | None, blank: int | None) -> Template | None:
     """What `megaflow sample` is given of every text. Raises UserError."""
     if blank is not None and infill is None:
@@ -79,6 +87,12 @@ def given_text(run: Run, prompt: str | None, infill: str | None, blank: int | No
         raise UserError(
             f"{option}: {run.directory} has been trained without given tokens (flow.context.share=0) and does not heed them; train a flow "
             "with flow.context.share above 0"
+        )
+    law = run.config.flow.context.law
+    if run.parts is not None and law in UNTRAINED[option]:
+        raise UserError(
+            f"{option}: {run.directory} has been trained with flow.context.law={law} and knows {UNTRAINED[option][law]}; train a flow "
+            "with flow.context.law=mixture"
         )
     if infill is not None:
         return templates.of_blanks(run.manifest, run.tokenizer, infill, BLANK if blank is None else blank)

@@ -18,11 +18,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megaflow.flow import choice
+
 
 @dataclass(frozen=True)
 class Known:
-    """log_snr: of the times of rows (B,) or tokens (B, L); expected: of the same shape, the running mean of the loss at
-    that log-SNR; mean: that over all bins."""
+    """log_snr: of the times of rows (B,) or tokens (B, L); expected: of the same shape, the running mean of the objective
+    with its weights at that log-SNR; mean: that over all bins."""
 
     log_snr: Tensor
     expected: Tensor
@@ -37,6 +39,10 @@ class Weighting:
     time: Tensor | None = None
     distance: Callable[[Tensor], Tensor] | None = None
     learned: bool = False
+
+
+OF_SNR = ("min_snr", "sigmoid", "truncated")
+"""Weights of the ratio of signal and Gaussian noise."""
 
 
 def none(known: Known) -> Weighting:
@@ -78,3 +84,10 @@ def balanced(known: Known) -> Weighting:
 WEIGHTINGS: dict[str, Callable[..., Weighting]] = {
     weighting.__name__: weighting for weighting in (none, min_snr, sigmoid, truncated, adaptive, learned, balanced)
 }
+
+
+def learns(value: str) -> bool:
+    """Whether a value of flow.weighting is of weights that are learned beside the network."""
+    nothing = Known(torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64), 1.0)
+    found: Weighting = choice.call(WEIGHTINGS, value, nothing)
+    return found.learned

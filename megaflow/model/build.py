@@ -6,6 +6,7 @@ from torch import nn
 from megaflow.config.check import TIME_TOKENS
 from megaflow.config.schema import Config
 from megaflow.flow import code as codes
+from megaflow.flow import weighting
 from megaflow.flow.vocabulary import Vocabulary
 from megaflow.model import parts as made
 from megaflow.model.autoregressive import Autoregressive
@@ -52,7 +53,7 @@ def flow_network(
     trained = config.flow.code if config.flow.code in codes.TRAINED and not (is_map or frozen) else None
     recalls = config.flow.self_conditioning > 0.0 and not is_map
     joint = is_map and config.train.joint
-    uncertain = config.flow.weighting == "learned" and (not is_map or config.distill.anchor == "data")
+    uncertain = weighting.learns(config.flow.weighting) and (not is_map or config.distill.anchor == "data")
     weights = {"learned_start": 1, "learned": 2}.get(config.distill.weighting, 0) if is_map else 0
     network = TextDiT(shape, *fixed, skip, reads, map_reads, kernel, axis, uncertain, parts.moments, trained, recalls, joint, weights)
     network.trunk.softcap = config.model.softcap

@@ -48,6 +48,7 @@ from megaflow.flow.code import Code
 from megaflow.flow.interpolant import Interpolant, time_of_strength
 from megaflow.flow.laws import needs_error
 from megaflow.flow.objective import measures_error
+from megaflow.flow.weighting import learns
 from megaflow.model.reading import CONDITION, FREQUENCIES
 from megaflow.model.text_dit import HOT_GAIN
 
@@ -63,7 +64,7 @@ def uncounted(config: Config) -> str:
         f"distill.between={distill.between}": distill.between != "middle" and distill.state_input == "hot_belief",
         f"distill.times={distill.times}": distill.times != "gap" and distill.state_input == "hot_belief",
         f"flow.objective={flow.objective}": on_data and measures_error(flow.objective, "uniform"),
-        f"flow.weighting={flow.weighting}": on_data and flow.weighting == "learned",
+        f"flow.weighting={flow.weighting}": on_data and learns(flow.weighting),
         f"flow.clock.name={flow.clock.name}": on_data and needs_error(flow.clock.name),
     }
     return next((name for name, is_unknown in unknown.items() if is_unknown and is_map(config)), "")
@@ -111,7 +112,7 @@ def _of_choices(config: Config, vocab: int) -> Iterator[tuple[float, float]]:
         yield dim * model.hidden, dim * model.hidden
     if errors:
         yield (vocab * dim, vocab * dim) if framed else (vocab, 0)
-    if flow.weighting == "learned":
+    if learns(flow.weighting):
         rows = 1 if flow.times == "tokens" else length
         yield (2 * FREQUENCIES * CONDITION + CONDITION**2 + CONDITION) / rows, CONDITION / rows
     if flow.code not in codes.TRAINED:

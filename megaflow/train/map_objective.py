@@ -288,7 +288,7 @@ def matched_law(draws: int, models: Models, rows: Rows, reweight: Reweight | Non
         y = noisy_state(path, written, noise, t)
         with torch.no_grad():
             true = teacher.read(teacher.settled(y, t, rows.lengths, rows.documents), y, t)
-        said = auxiliary.read(auxiliary(y, t, lengths=rows.lengths, documents=rows.documents), y, t)
+        said = auxiliary.read(auxiliary.settled(y, t, rows.lengths, rows.documents), y, t)
         loss, _ = losses.endpoint_distance(auxiliary.head(), said, lambda tokens: x[tokens], weight)
         of_auxiliary = of_auxiliary + loss / draws
         still = Read(said.hidden.detach(), said.y, said.level)

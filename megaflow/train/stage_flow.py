@@ -16,11 +16,11 @@ from megaflow.flow.clock import Clock
 from megaflow.flow.code import lookup, noise_through
 from megaflow.flow.context import told
 from megaflow.flow.head import Read
-from megaflow.flow.interpolant import log_snr, noisy_state
+from megaflow.flow.interpolant import log_snr, noisy_state, time_of
 from megaflow.flow.likelihood import NoBound
 from megaflow.flow.objective import OBJECTIVES, Objective, Setting, measures_error
 from megaflow.flow.profile import CROSS_ENTROPY, ERROR, Profile, bin_of
-from megaflow.flow.weighting import WEIGHTINGS, Known
+from megaflow.flow.weighting import WEIGHTINGS, Known, Weighting
 from megaflow.model.parts import Parts, fit_clock, resolving_range
 from megaflow.model.text_dit import TextDiT
 from megaflow.parallel import random
@@ -85,7 +85,7 @@ class FlowStage:
         """The objective's loss with its weights at times (B,) or (B, L), and of every token its cross-entropy and, where it is measured,
         its squared error: (n, 1) or (n, 2), without weights. uncertainty: what the network says at these times, if it is known already."""
         head, ids, shape = self.network.head(), batch.ids.flatten(), batch.ids.shape
-        weighting = choice.call(WEIGHTINGS, self.config.flow.weighting, self.known(t))
+        weighting: Weighting = choice.call(WEIGHTINGS, self.config.flow.weighting, self.known(t))
         worth = self.objective.weights(self.setting, t)
         if self.measures_error and not self.objective.squared:
             worth = F.pad(worth, (0, 1))
@@ -112,10 +112,12 @@ class FlowStage:
         return loss, terms
 
     def known(self, t: Tensor) -> Known:
-        """What weights may depend on, at these times: the profile of what the objective is made of."""
-        level = log_snr(self.parts.path, t)
-        scores = self.profile.mean(ERROR if self.objective.squared else CROSS_ENTROPY)
-        return Known(level, scores[bin_of(self.profile.edges, level)], scores.mean().item())
+        """What weights may depend on, at these times: the objective's mean in each bin of the profile, with its weight in the middle."""
+        level, edges = log_snr(self.parts.path, t), self.profile.edges
+        made_of = [self.profile.mean(which) for which in (CROSS_ENTROPY, ERROR)[: 1 + self.objective.squared]]
+        middle = time_of(self.parts.path, self.profile.centres)
+        scores = (torch.stack(made_of, -1) * self.objective.weights(self.setting, middle)).sum(-1)
+        return Known(level, scores[bin_of(edges, level)], scores.mean().item())
 
     @property
     def setting(self) -> Setting:

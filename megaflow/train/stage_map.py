@@ -33,6 +33,8 @@ from megaflow.train.stage import Batch, Total, alone, cells, noise, validation_b
 from megaflow.train.stage_flow import FlowStage
 
 DIAGONAL, INNER, BOUNDARY = 0, 1, 2
+NOTED = 3
+"""What is noted apart: rows with s = t, those of the objective, and others with s < t, which have the semigroup's target."""
 
 
 class MapStage:
@@ -114,10 +116,10 @@ class MapStage:
         if still == total and batch.peers > 1:
             self.keep_company(batch, rows)
         terms: list[Tensor] = []
-        noted, of_flow = torch.zeros(2, 2, dtype=torch.float64), []
+        noted, of_flow = torch.zeros(NOTED, 2, dtype=torch.float64), []
 
         def take(kind: int, some: Rows, loss: Tensor, values: Tensor) -> None:
-            terms.append(F.one_hot(torch.tensor(kind), 2).to(loss) * loss)
+            terms.append(F.one_hot(torch.tensor(min(kind, 1)), 2).to(loss) * loss)
             weight = some.weight.flatten().double()
             noted[kind] += torch.stack([(values.double() * weight).sum(), weight.sum()]).cpu()
 
@@ -127,7 +129,9 @@ class MapStage:
         if objective.target is not None and apart.start < apart.stop:
             todo.append((1, apart, objective.target(network, rows.part(apart))))
         if others.start < others.stop:
-            todo.append((1, others, (objectives.semigroup if self.at_once else objectives.semigroup_by_rows)(network, rows.part(others))))
+            kind = 2 if objective.apart or objective.one_step else 1
+            semigroup = objectives.semigroup if self.at_once else objectives.semigroup_by_rows
+            todo.append((kind, others, semigroup(network, rows.part(others))))
         hidden = self.passes(rows, [part for _, part, _ in todo])
         uncertainty, ease = self.learned_weights(rows)
         rows = rows._replace(ease=ease)
@@ -184,7 +188,7 @@ class MapStage:
         """The loss of rows with their weights, and what of it is to be noted, per token."""
         head, read, weight = self.network.head(), self.network.read(hidden, rows.y, rows.told.s), rows.weight.flatten()
         whole = 1 if kind == 0 or self.at_once else rows.y.shape[1]
-        if self.objective.squared and kind == 1:
+        if self.objective.squared and kind > 0:
             return losses.endpoint_distance(head, read, objectives.means(self.parts.code, target), weight, self.reweight(), whole)
         return losses.divergence(head, read, target, weight, self.reweight(), whole)
 
@@ -218,17 +222,18 @@ class MapStage:
         return partial(flow_map.adaptive_weight, power=distill.adaptive_power, constant=distill.adaptive_constant)
 
     def learn(self, observed: Tensor, step: int) -> dict[str, float]:
-        """The step's losses without weights, a token, of rows with s = t and of those with s < t."""
+        """The step's losses without weights, a token, of rows with s = t, of the objective's, and of others with s < t."""
+        noted = observed[: 2 * NOTED].view(NOTED, 2)
         if self.flow is not None and self.frozen_clock is None:
-            self.flow.learn(observed[4:].view(4, -1), step)
-        names = ("diagonal_divergence" if self.flow is None else "cross_entropy", self.objective.measures)
-        return {name: (total / weight).item() for name, (total, weight) in zip(names, observed[:4].view(2, 2), strict=True) if weight > 0.0}
+            self.flow.learn(observed[2 * NOTED :].view(4, -1), step)
+        names = ("diagonal_divergence" if self.flow is None else "cross_entropy", self.objective.measures, "semigroup_divergence")
+        return {name: (total / weight).item() for name, (total, weight) in zip(names, noted, strict=True) if weight > 0.0}
 
     def validate(self, batch: Batch, total: Total = alone) -> dict[str, float]:
         """The objective itself on validation rows with draws that never change, the same without its weights, and the diagonal's bound."""
         with torch.no_grad():
             loss, observed = self.loss(batch)
-        sums = total(torch.stack([loss.sum().double().cpu(), observed[:4].view(2, 2)[:, 0].sum()]))
+        sums = total(torch.stack([loss.sum().double().cpu(), observed[: 2 * NOTED].view(NOTED, 2)[:, 0].sum()]))
         metrics = {"validation_loss": sums[0].item(), "validation_divergence": sums[1].item()}
         try:
             metrics["validation_bound"] = validation_bound(self.config, self.network, self.parts, self.clock, batch, total).mean

@@ -145,7 +145,14 @@ class TestShards:
 
     @pytest.mark.parametrize(
         "name, value",
-        [("tokenizer", "bpe"), ("normalize", "letters"), ("length", 64), ("packing", "document"), ("validation_fraction", 0.3)],
+        [
+            ("tokenizer", "bpe"),
+            ("normalize", "letters"),
+            ("length", 64),
+            ("packing", "document"),
+            ("validation_fraction", 0.3),
+            ("target_field", "answer"),
+        ],
     )
     def test_what_was_set_must_agree(self, name, value):
         with pytest.raises(ConfigError, match=f"test: data.{name}={value} contradicts the shards in runs/data.*made with"):
@@ -185,6 +192,7 @@ class TestContradictions:
             ({"flow.code": "frame", "flow.code_dim": 4096}, ["flow.code=frame", "flow.code_dim", "4096", "flow.code=identity"]),
             ({"flow.skip": "off", "flow.code": "frame"}, ["flow.skip=off", "flow.code=frame"]),
             ({"flow.prior": "vertices", "flow.skip": "on"}, ["flow.skip=on", "flow.prior=vertices", "Gaussian", "use off"]),
+            ({"flow.prior": "vertices", "flow.weighting": "min_snr:gamma=2"}, ["flow.weighting=min_snr", "Gaussian noise", "balanced"]),
             ({"flow.prior": "dirichlet", "model.input": "belief"}, ["model.input=belief", "flow.prior=dirichlet", "use linear"]),
             ({"flow.prior": "dirichlet", "flow.objective": "likelihood"}, ["flow.objective=likelihood", "flow.prior=dirichlet"]),
             ({"flow.prior": "vertices", "flow.interpolant": "trigonometric"}, ["flow.interpolant=trigonometric", "simplex", "linear"]),
@@ -278,6 +286,10 @@ class TestDoubts:
             (
                 {"distill.teacher": "x", "distill.weighting": "none", "distill.adaptive_power": 1.0},
                 "distill.adaptive_power changes nothing of distill.weighting=none",
+            ),
+            (
+                {"model.family": "autoregressive", "model.time": "tokens"},
+                "model.time changes nothing of model.family=autoregressive, which has no time",
             ),
             ({"distill.teacher": "x", "distill.state_input": "none"}, "distill.state_input=none: beliefs say nothing of the noise"),
         ],

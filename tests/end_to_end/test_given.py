@@ -120,6 +120,11 @@ def reversed_words(workspace):
     return directory
 
 
+def test_blanks_are_refused_where_none_were_filled_in_training(reversed_words):
+    with pytest.raises(UserError, match="flow.context.law=source and knows what belongs to a source alone; train a flow with .*mixture"):
+        sample(reversed_words / "flow", 1, 2, infill="abc___")
+
+
 def test_pairs_are_learned_and_answered_for_sources_never_seen(reversed_words):
     """The splits share no source; the answers to those held out are right."""
     run = load_run(reversed_words / "flow")

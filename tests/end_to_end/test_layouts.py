@@ -137,6 +137,9 @@ DESIGNS = {
     "joint": ("train.joint=true", "flow.weighting=learned", "distill.weighting=learned", "distill.between=uniform"),
     "joint, tied": ("train.joint=true", "model.head=tied", "model.belief_dim=auto", "flow.objective=endpoint_mse"),
     "joint, dense": ("train.joint=true", "flow.code=identity", "model.input=linear", "flow.context.share=0.5"),
+    "by noise": ("flow.weighting=min_snr", "flow.clock.name=gumbel", "flow.interpolant=variance_preserving"),
+    "by signal": ("flow.weighting=truncated", "flow.clock.name=mixture:argmax=0.9,uniform=0.1"),
+    "by both": ("flow.weighting=sigmoid", "flow.clock.name=logit_normal"),
     "hot noise": ("flow.prior=gaussian:temperature=2", "flow.weighting=balanced", "flow.clock.name=argmax_code"),
 }
 """Corners of the design space in which something is computed in parts of its own."""

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from megaflow.data.shards import log_length_law
 from megaflow.data.stream import TokenStream
 from megaflow.evaluate import judge as judges
 from megaflow.evaluate.evaluation import COOLED, RealText, evaluate, fitted_judge, judged, likelihood, table
-from megaflow.evaluate.flow_text import BALANCE_TOKENS
+from megaflow.evaluate.flow_text import BALANCE_TOKENS, grid_clock
 from megaflow.evaluate.generate import generate
 from megaflow.evaluate.loaded import load_run
 from megaflow.evaluate.settings import LAST_STEP, Settings, last_step
@@ -211,6 +212,20 @@ class TestComputedOnce:
             cli("evaluate", directory, *OPTIONS, "--temperature", 0).err == "megaflow: --temperature: 0.0 is not a finite number above 0\n"
         )
 
+    def test_a_clock_is_of_the_samples_grids(self, copied, evaluated, cli):
+        """That of the law that is asked for, which the run's own texts in one step do not depend on; the likelihood is what it was."""
+        directory = copied("coded")
+        assert cli("evaluate", str(directory), *OPTIONS, "--clock", "uniform").code == 0
+        found, before = json.loads((directory / "evaluation.json").read_text()), evaluated("coded")
+        assert found["likelihood"] == before["likelihood"] and found["profile"] == before["profile"]
+        assert found["settings"] == before["settings"] | {"clock": "uniform"}
+        run = load_run(directory)
+        run.clock = grid_clock(run, "uniform")
+        rows = generate(run, 6, Settings(3, "ode", 1.0, None, 0, last_step("ode", 3)))
+        expected = judged(run, rows, fitted_judge(run), RealText(run, "validation", 24).texts)
+        assert found["samples"]["3"] == expected and found["samples"]["3"] != before["samples"]["3"]
+        assert "grids even on the clock uniform" in table(found)
+
     def test_a_run_trained_afresh_to_the_same_step_is_computed(self, copied, cli):
         """To the same place, as well: nothing but the weights tells the two apart."""
         directory = copied("coded", "autoregressive")
@@ -337,6 +352,17 @@ class TestOptions:
         told = cli("evaluate", tmp_path / "no")
         expected = f"megaflow: {tmp_path / 'no'}: no such directory; give the run.dir of a pretrain or distill config\n"
         assert (told.code, told.err) == (2, expected)
+
+
+def test_characters_are_of_the_tokens_that_are_written(trained):
+    run = load_run(trained("coded", "flow"))
+    held_out = RealText(run, "validation", 5)
+    given = torch.zeros(5, held_out.ids.shape[1], dtype=torch.bool)
+    given[:, ::3] = True
+    pieces = [run.tokenizer.decode([t for place, t in enumerate(row) if place % 3]) for row in held_out.rows]
+    count = sum(sum(1 for place in range(len(row)) if place % 3) for row in held_out.rows)
+    assert held_out.characters_of(run, given) == pytest.approx(sum(map(len, pieces)) / count)
+    assert held_out.characters_of(run, None) == held_out.characters_per_token != held_out.characters_of(run, given)
 
 
 def test_judged_is_the_mean_over_characters_not_over_texts(trained):

@@ -57,6 +57,35 @@ def test_vertices_are_tokens_by_their_law():
     assert all(any(torch.equal(row, C) for C in CODES["frame"].matrix) for row in noise)
 
 
+@pytest.mark.parametrize("t", [0.05, 0.3, 0.8])
+def test_noise_that_is_a_token_hides_none(t):
+    """States (1 - t) C_j + t C_k of different tokens k are never the same but at t = 1/2, where j and k change places: a state says which
+    token it has, and there is nothing to be learned from the tokens around it."""
+    for kind in CODES.values():
+        C = torch.eye(VOCAB) if kind.matrix is None else kind.matrix
+
+        def least(t: float, C: Tensor = C) -> float:
+            states = (1.0 - t) * C[:, None] + t * C[None, :]
+            apart = torch.cdist(states.flatten(0, 1), states.flatten(0, 1))
+            tokens = torch.arange(VOCAB).repeat(VOCAB)
+            return apart[tokens[:, None] != tokens[None, :]].min().item()
+
+        assert least(t) > 1e-3 and least(0.5) < 1e-6
+
+
+def test_noise_spread_over_the_simplex_hides_a_token_for_a_moment_only():
+    """Of Dirichlet noise of temperature one a token can be another than k where that one's own share of the noise is t / (1 - t) at least:
+    with probability (1 - t / (1 - t))^(V - 1), in the one-hot state. Of 27 tokens one in seventy stays at t = 1/5."""
+    vocab, count, t = 27, 20_000, 0.2
+    source = torch.Generator().manual_seed(0)
+    noise = prior.draw(prior.make("dirichlet"), codes.identity(vocab), None, count, [source])[0]
+    state = (1.0 - t) * noise
+    state[:, 0] += t
+    others = (state[:, 1:] >= t).sum(1).double()
+    expected = (vocab - 1) * (1.0 - t / (1.0 - t)) ** (vocab - 1)
+    assert abs(others.mean().item() - expected) < 5.0 * others.std().item() / count**0.5 and expected < 1.0 / 60.0
+
+
 @pytest.mark.parametrize("temperature", [0.1, 1.0, 8.0, 1e3, 1e6])
 def test_dirichlet_has_the_variance_of_its_concentration(temperature):
     """Var p_k = (1/V)(1 - 1/V) / (a V + 1), a = 1 / temperature; at temperature 1 every p_k is Beta(1, V - 1)."""

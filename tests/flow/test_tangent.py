@@ -53,6 +53,25 @@ def test_the_exact_map_is_its_own_lagrangian_and_eulerian_target(kind, s, t):
     torch.testing.assert_close(found, flat, rtol=0, atol=1e-5)
 
 
+def test_lagrangian_targets_lose_the_map_where_tokens_are_nearly_certain():
+    """The factor is psi_tt(X) / psi_st, exactly: of a wrong token it goes to nothing as t grows, where no derivative has the digits and it
+    is held at FLOOR. The exact map is then no fixed point. The Eulerian factor, psi_ss / psi_st, stays what it is."""
+    toy = toys.make(TOYS["identity"], length=2, seed=4)
+    y, v = some(toy, 0.0), whole(toy.vocab)
+    off, held = {}, {}
+    for t in (0.5, 0.7, 0.85):
+        psi = toys.mean_denoiser(toy, y, 0.0, t)
+        start, end = times(len(y) * 2, 0.0, t)
+        dz = (toys.mean_denoiser(toy, y, 0.0, t + STEP).log() - toys.mean_denoiser(toy, y, 0.0, t - STEP).log()) / (2.0 * STEP)
+        at_end = toys.denoiser(toy, transport(LINEAR, y, *times(len(y), 0.0, t), psi @ toy.matrix), t).flatten(0, 1)
+        flat = psi.flatten(0, 1)
+        found = tangent.lagrangian_target(v, at_end, flat, dz.flatten(0, 1), tangent.lagrangian_gain(LINEAR, start, end))
+        off[t] = (found - flat).abs().sum(-1).mean().item() / 2.0
+        held[t] = (at_end / flat < tangent.FLOOR).double().mean().item()
+    assert off[0.5] < 1e-5 and off[0.85] > 0.1, off
+    assert held[0.5] == 0.0 and held[0.85] > 0.5, held
+
+
 def test_gains_on_the_linear_path():
     s, t = torch.rand(2, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64).sort(0).values
     torch.testing.assert_close(tangent.lagrangian_gain(LINEAR, s, t), (t - s) * (1.0 - t) / (1.0 - s))

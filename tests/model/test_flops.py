@@ -223,7 +223,8 @@ def test_hot_beliefs_end_where_the_channel_is_as_sharp(vocab):
 
 def test_shares_of_hot_beliefs_are_those_of_the_draws():
     """At h = 0, 1/2 and 1 the formula has its limits; between, the share of draws before h."""
-    stage = made("map", 400, {"train.global_batch": 1000, "distill.diagonal_fraction": 0.0, "distill.boundary_fraction": 0.0})
+    stage = made("map", 400, {"train.global_batch": 1000, "distill.boundary_fraction": 0.0})
+    stage.config.distill.diagonal_fraction = 0.0  # no run may have it: nothing would hold the map to its flow
     none, half, near, whole = (of_step(stage.config, 400, is_map=True, hot=h) for h in (0.0, 0.5, 0.5 + 1e-9, 1.0))
     see = 2.0 * (400 * (64 + 2) + 400 * 16)
     assert whole.forward - none.forward == pytest.approx(see) and whole.targets - none.targets == pytest.approx(see)
@@ -239,8 +240,8 @@ def test_shares_of_hot_beliefs_are_those_of_the_draws():
 
 def test_boundary_rows_start_in_noise_and_change_in_the_middle_of_the_clock():
     """Their first belief is always hot; that at u = 1/2 where hot beliefs go further."""
-    config = made("map", 400, {"distill.diagonal_fraction": 0.0}).config
-    config.distill.boundary_fraction = 1.0  # no run may have it: none of its rows would teach the targets of the others
+    config = made("map", 400, {}).config
+    config.distill.diagonal_fraction, config.distill.boundary_fraction = 0.0, 1.0  # no run may have these
     short, far = (of_step(config, 400, is_map=True, hot=h) for h in (0.4, 0.6))
     assert short.forward == far.forward
     assert far.targets - short.targets == pytest.approx(2.0 * (400 * (64 + 2) + 400 * 16))

@@ -172,7 +172,7 @@ class TestOverrides:
     @pytest.mark.parametrize(
         "override",
         [
-            "distill.diagonal_fraction=0",
+            "distill.diagonal_fraction=0.1",
             "distill.diagonal_fraction=0.9",
             "distill.boundary_fraction=0",
             "distill.boundary_fraction=0.9",

@@ -16,7 +16,7 @@ from megaflow.flow import choice, interpolant
 from megaflow.flow import head as heads
 from megaflow.flow.code import lookup
 from megaflow.flow.context import told
-from megaflow.flow.interpolant import log_snr, noisy_state
+from megaflow.flow.interpolant import log_snr, noisy_state, time_of
 from megaflow.flow.objective import OBJECTIVES as OBJECTIVE_TABLE
 from megaflow.flow.objective import Objective
 from megaflow.flow.profile import CROSS_ENTROPY, ERROR, SQUARE, bin_of
@@ -177,8 +177,22 @@ def test_an_objective_of_the_cross_entropy_alone_is_weighed_by_what_it_measures(
         half, whole = stage(("flow.objective", "half"), *rest), stage(("flow.objective", "whole"), *rest)
         t = half.draws(batch())
         level = log_snr(half.parts.path, t)
-        assert torch.equal(half.known(t).expected, half.profile.mean(CROSS_ENTROPY)[bin_of(half.profile.edges, level)])
+        assert torch.equal(half.known(t).expected, 0.5 * half.profile.mean(CROSS_ENTROPY)[bin_of(half.profile.edges, level)])
         torch.testing.assert_close(2.0 * half.loss(batch())[0], whole.loss(batch())[0])
+
+
+@pytest.mark.parametrize("objective", ["cross_entropy", "endpoint_mse", "velocity_mse"])
+def test_balanced_weights_give_every_time_the_same_share_of_the_objective(objective):
+    """Weight times the objective as the profile has it, in the middle of every bin; velocity MSE's own weight is in that."""
+    ours = stage(("flow.weighting", "balanced"), ("flow.objective", objective))
+    t = time_of(ours.parts.path, ours.profile.centres)
+    means = torch.stack([ours.profile.mean(CROSS_ENTROPY), ours.profile.mean(ERROR)], -1)
+    worth = ours.objective.weights(ours.setting, t)
+    expected = (worth * means[:, : worth.shape[1]]).sum(-1)
+    weight = choice.call(WEIGHTINGS, "balanced", ours.known(t)).time
+    there = expected > 1e-3 * expected.mean()  # below a thousandth of the mean nothing is made more of
+    assert there.double().mean() > 0.25
+    torch.testing.assert_close((weight * expected)[there], torch.full_like(expected[there], expected.mean().item()))
 
 
 @pytest.mark.parametrize("objective", ["cross_entropy", "endpoint_mse"])

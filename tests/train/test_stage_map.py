@@ -22,7 +22,7 @@ from megaflow.train import map_objective
 from megaflow.train.map_objective import OBJECTIVES
 from megaflow.train.stage import Batch
 from megaflow.train.stage_flow import FlowStage
-from megaflow.train.stage_map import BOUNDARY, DIAGONAL, INNER, MapStage
+from megaflow.train.stage_map import BOUNDARY, DIAGONAL, INNER, NOTED, MapStage
 from tests.flow import toy as toys
 
 CODE = codes.identity(4)
@@ -174,9 +174,9 @@ def test_losses_with_a_gradient_through_the_derivative(objective, weighting):
     loss, observed = stage.loss(batch(0))
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(
-        observed.view(2, 2)[1], torch.stack([(weight * terms).sum().detach(), weight.sum()]).double(), rtol=1e-4, atol=0
+        observed.view(NOTED, 2)[1], torch.stack([(weight * terms).sum().detach(), weight.sum()]).double(), rtol=1e-4, atol=0
     )
-    assert observed.view(2, 2)[0].sum() == 0.0
+    assert observed.view(NOTED, 2)[0].sum() == 0.0
     weights = [p for p in network.parameters() if p.requires_grad]
     ours, theirs = (torch.autograd.grad(value, weights, allow_unused=True) for value in (loss, expected))
     for one, other in zip(ours, theirs, strict=True):
@@ -233,8 +233,10 @@ def test_every_objective_has_a_name_for_what_it_measures():
     for objective in OBJECTIVES:
         stage = stage_of(objective)
         _, observed = stage.loss(batch(0))
-        assert set(stage.learn(observed, 0)) == {"diagonal_divergence", measured[objective]}
-        torch.testing.assert_close(observed.view(2, 2)[:, 1].sum(), torch.tensor(1.0, dtype=torch.float64))
+        assert set(stage.learn(observed, 0)) == {"diagonal_divergence", "semigroup_divergence", measured[objective]} - (
+            {"semigroup_divergence"} if objective == "fmlm_mse" else set()
+        )
+        torch.testing.assert_close(observed.view(NOTED, 2)[:, 1].sum(), torch.tensor(1.0, dtype=torch.float64))
 
 
 @torch.no_grad()
@@ -299,7 +301,36 @@ def test_a_map_that_is_right_is_left_alone_by_matched_laws():
     loss, observed = stage.loss(batch(0))
     weights = [p for name, p in stage.network.named_parameters() if not name.startswith("auxiliary")]
     found = torch.autograd.grad(loss, [p for p in weights if p.requires_grad], allow_unused=True)
-    assert all(g is None or g.abs().max() < 1e-7 for g in found) and observed.view(2, 2)[1, 0].item() < 1e-10
+    assert all(g is None or g.abs().max() < 1e-7 for g in found) and observed.view(NOTED, 2)[1, 0].item() < 1e-10
+
+
+@pytest.mark.parametrize("objective", ["lsd_cfm", "esd", "ecld"])
+def test_what_an_objective_measures_is_of_its_own_rows(objective):
+    """Whatever the share of rows from 0 to 1, which have the semigroup's target: the mean over inner rows is that of their losses alone."""
+    stage = stirred(objective)
+    stage.config.distill.diagonal_fraction, stage.config.distill.boundary_fraction = 0.25, 0.5
+    kinds = stage.kinds(batch(0))
+    weight = batch(0).weight.view(len(kinds), -1).sum(1).double()
+    _, observed = stage.loss(batch(0))
+    shares = torch.stack([weight[kinds == kind].sum() for kind in (DIAGONAL, INNER, BOUNDARY)])
+    torch.testing.assert_close(observed.view(NOTED, 2)[:, 1], shares)
+    some, _, _ = stage.rows(batch(0), kinds)
+    inner = some.part(slice(int((kinds == DIAGONAL).sum()), int((kinds != BOUNDARY).sum())))
+    if stage.objective.loss is not None:
+        _, values = stage.objective.loss(stage.models(batch(0)), inner, None)
+    else:
+        target = stage.objective.target(stage.network, inner)
+        hidden = stage.network(inner.y, inner.told.s, inner.told.t, inner.lengths, inner.seen, inner.documents)
+        _, values = stage.towards(hidden, target, 1, inner)
+    expected = (values.double() * inner.weight.flatten().double()).sum() / inner.weight.sum()
+    assert stage.learn(observed, 0)[stage.objective.measures] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_an_auxiliary_denoiser_that_is_the_teacher_still_measures_no_distance():
+    stage = stirred("dmd")
+    stage.config.distill.boundary_fraction = 0.25
+    stage.network.auxiliary = toys.Exact(solved()[0], CODE)
+    assert stage.learn(stage.loss(batch(0))[1], 0)["distance_of_laws"] < 1e-10
 
 
 def test_joint_training_from_the_start():
@@ -323,7 +354,7 @@ def test_the_diagonal_of_joint_training_is_what_stage_1_trains():
     hidden = network(rows.y, rows.told.s)
     expected, terms = flow.scored(network.read(hidden, rows.y, rows.told.s), t, ordered)
     torch.testing.assert_close(loss, expected)
-    torch.testing.assert_close(observed[4:].view(4, -1), flow.observe(t, terms, ordered))
+    torch.testing.assert_close(observed[2 * NOTED :].view(4, -1), flow.observe(t, terms, ordered))
     assert observed.view(-1)[0].item() == pytest.approx(expected.item(), rel=1e-5) and stage.clock is flow.clock
     before = flow.profile.total.clone()
     assert stage.learn(observed, 24) == {"cross_entropy": pytest.approx(expected.item(), rel=1e-5)} and not torch.equal(
@@ -465,8 +496,8 @@ def test_losses_are_means_over_rows_and_finite_however_near_their_end_is(objecti
         ({"distill.objective": "dmd", "distill.boundary_fraction": 0.0}, "is of rows from 0 to 1"),
         ({"distill.objective": "dmd:draws=1.5"}, "whole number"),
         ({"distill.surgery": True, "parallel.zero": 3}, "needs whole gradients"),
-        ({"distill.surgery": True, "distill.diagonal_fraction": 0.0}, "no row has s = t"),
-        ({"distill.anchor": "data", "distill.diagonal_fraction": 0.0}, "no row of train.global_batch=32 with s = t"),
+        ({"distill.diagonal_fraction": 0.0}, "no row of train.global_batch=32 with s = t, which alone are trained towards the teacher"),
+        ({"distill.anchor": "data", "distill.diagonal_fraction": 0.01}, "which alone are trained towards the data"),
         ({"distill.anchor": "data", "flow.objective": "likelihood"}, "times of its own.*distill.anchor=teacher"),
         ({"train.joint": True}, "without distill.teacher; leave one out"),
     ],

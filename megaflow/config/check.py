@@ -233,10 +233,8 @@ def of_shards(loaded: Loaded, manifest: dict[str, Any]) -> Loaded:
         if name == "tokenizer" and values[key] not in TOKENIZERS and made not in TOKENIZERS:
             continue  # the same tokenizer.json may lie elsewhere now; its hash is compared with the model's
         if origin[key] != "default":
-            raise ConfigError(
-                f"{origin[key]}: {key}={values[key]} contradicts the shards in {values['data.path']}, which were made with {made or 'none'}; "
-                "use the value they were made with, or other shards"
-            )
+            those = f"the shards in {values['data.path']}, which were made with {made or 'none'}"
+            raise ConfigError(f"{origin[key]}: {key}={values[key]} contradicts {those}; use the value they were made with, or other shards")
         values[key], origin[key] = made, "shards"
     return Loaded(assemble([("shards", values)]).config, origin)
 

@@ -189,7 +189,7 @@ def token_vectors(loaded: Loaded) -> torch.Tensor:
     flow, source = loaded.config.flow, Path(loaded.config.flow.code_from)
     if not source.is_dir():
         raise ConfigError(f"{loaded.origin['flow.code_from']}: flow.code_from={source} is no run's directory; name one, or leave it empty")
-    check_tokenizer(source, open_prepared(loaded.config.data.path))
+    check_tokenizer(source, open_prepared(loaded.config.data.path), "a flow.code_from that was trained on these shards")
     return code_start.from_weights(trained(source).read("averaged/weight"), int(flow.code_dim))
 
 
@@ -314,15 +314,16 @@ def trained(directory: Path, mesh: Mesh | None = None) -> Checkpoint:
     return found
 
 
-def check_tokenizer(directory: Path, manifest: dict) -> None:
-    """Refuse shards whose tokenizer is not the one that this run's model was started with, if it was. Raises UserError."""
+def check_tokenizer(directory: Path, manifest: dict, another: str = "another run.dir") -> None:
+    """Refuse shards whose tokenizer is not the one that this run's model was started with, if it was. Raises UserError, whose advice is
+    `another`, or the run's own shards."""
     if not (directory / SHARDS).exists():
         return
     was, now = shards.read_description(directory / SHARDS)["tokenizer"]["hash"], manifest["tokenizer"]["hash"]
     if was != now:
         raise UserError(
             f"{directory}: the shards' tokenizer ({now[:12]}) differs from the model's ({was[:12]}); "
-            "use the shards this run was started on, or another run.dir"
+            f"use the shards that run was started on, or {another}"
         )
 
 

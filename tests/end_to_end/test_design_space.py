@@ -8,17 +8,22 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from megaflow.config.check import resolve
 from megaflow.config.load import ConfigError, flatten, load
 from megaflow.config.schema import entries, keys
+from megaflow.errors import UserError
 from megaflow.evaluate.evaluation import evaluate
 from megaflow.evaluate.generate import sample
+from megaflow.evaluate.loaded import load_run
 from megaflow.export.convert import convert
 from megaflow.flow import choice
+from megaflow.flow import code as codes
+from megaflow.parallel import random as numbers
 from megaflow.train import checkpoint as checkpoints
+from megaflow.train import code_start, stages
 from megaflow.train import run as runs
-from megaflow.train import stages
 from tests.conftest import DATA, NETWORK, ROOT, TRAINING
 
 PAGE = ROOT / "docs" / "design-space.md"
@@ -99,6 +104,21 @@ def test_every_value_trains_goes_on_and_writes(config, tmp_path, name, value):
         assert all(map(math.isfinite, losses(tmp_path / "map").values()))
         assert all(sample(tmp_path / "map", count=2, steps=steps)["texts"] for steps in (1, 2))
         assert json.loads((tmp_path / "map" / "summary.json").read_text())["steps"] == 2
+
+
+def test_a_code_from_a_trained_run(config, trained, shards, tmp_path):
+    """flow.code_from: the frame nearest to what most of the differences of that run's output weights lie in; of the same tokens alone."""
+    source, directory = trained("coded", "autoregressive"), tmp_path / "run"
+    common = ["flow.code=semantic", f"flow.code_from={source}", "train.steps=2", "train.validate_every=2", "train.validation_rows=8"]
+    assert stages.pretrain(str(config("coded")), [f"run.dir={directory}", *common]) == 0
+    code = load_run(directory).parts.code.matrix
+    wanted = code_start.from_weights(stages.trained(source).read("averaged/weight"), code.shape[1])
+    expected = codes.frame(len(code), code.shape[1], numbers.generator(0, "code"), start=wanted).matrix
+    torch.testing.assert_close(code, expected, rtol=0, atol=1e-5)
+    assert (code - codes.frame(len(code), code.shape[1], numbers.generator(0, "code")).matrix).abs().max() > 0.1
+    assert all(sample(directory, count=2, steps=2)["texts"])
+    with pytest.raises(UserError, match="use the shards that run was started on, or a flow.code_from that was trained on these shards"):
+        stages.pretrain(str(config("documents")), [f"run.dir={tmp_path / 'other'}", *common])
 
 
 @pytest.mark.parametrize("joint", [False, True], ids=["distilled", "joint"])

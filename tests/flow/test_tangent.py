@@ -53,6 +53,43 @@ def test_the_exact_map_is_its_own_lagrangian_and_eulerian_target(kind, s, t):
     torch.testing.assert_close(found, flat, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("scale", [1.0, 1.7])
+@pytest.mark.parametrize("name", interpolant.PATHS)
+def test_the_exact_map_of_every_path_is_its_own_target(name, scale):
+    """A path's state over alpha + beta is the linear path's at beta / (alpha + beta), whose exact map is known; on the path's own times."""
+    path, toy = interpolant.make(name, scale), toys.make(TOYS["identity"], length=2, seed=2)
+    s, t = (interpolant.time_of(path, torch.tensor(level, dtype=torch.float64)).item() for level in (-1.5, 0.8))
+
+    def linear(time: float) -> tuple[float, float]:
+        alpha, beta = (f(torch.tensor(time, dtype=torch.float64)).item() for f in (path.alpha, path.beta))
+        return alpha + beta, beta / (alpha + beta)
+
+    def psi(y: Tensor, s: float, t: float) -> Tensor:
+        (size, start), (_, end) = linear(s), linear(t)
+        return toys.mean_denoiser(toy, y / size, start, end)
+
+    def moved(y: Tensor, s: float, t: float) -> Tensor:
+        (size, start), (after, end) = linear(s), linear(t)
+        return after * toys.flow(toy, y / size, start, end, steps=20)
+
+    size, start = linear(s)
+    y, v, d = size * some(toy, start), whole(toy.vocab), STEP * min(s, 1.0 - t)
+    exact = psi(y, s, t)
+    of_rows, of_tokens = times(len(y), s, t), times(2 * len(y), s, t)
+    direct = toys.flow(toy, y, s, t, path=(path.alpha, path.beta))
+    torch.testing.assert_close(transport(path, y, *of_rows, exact), direct, rtol=0, atol=1e-5)
+    dz = (psi(y, s, t + d).log() - psi(y, s, t - d).log()) / (2.0 * d)
+    after, end = linear(t)
+    at_end = toys.denoiser(toy, transport(path, y, *of_rows, exact) / after, end)
+    found = tangent.lagrangian_target(v, *(x.flatten(0, 1) for x in (at_end, exact, dz)), tangent.lagrangian_gain(path, *of_tokens))
+    torch.testing.assert_close(found, exact.flatten(0, 1), rtol=0, atol=1e-5)
+    along = (psi(moved(y, s, s + d), s + d, t).log() - psi(moved(y, s, s - d), s - d, t).log()) / (2.0 * d)
+    at_start = toys.denoiser(toy, y / size, start)
+    found = tangent.eulerian_target(v, *(x.flatten(0, 1) for x in (at_start, exact, along)), tangent.eulerian_gain(path, *of_tokens))
+    torch.testing.assert_close(found, exact.flatten(0, 1), rtol=0, atol=1e-5)
+    assert min((x - exact).abs().max() for x in (at_start, at_end)) > 0.01
+
+
 def test_lagrangian_targets_lose_the_map_where_tokens_are_nearly_certain():
     """The factor is psi_tt(X) / psi_st, exactly: of a wrong token it goes to nothing as t grows, where no derivative has the digits and it
     is held at FLOOR. The exact map is then no fixed point. The Eulerian factor, psi_ss / psi_st, stays what it is."""

@@ -321,5 +321,6 @@ def commands(directory: Path) -> list[str]:
         if settings := kept.read(directory / name).get("settings"):
             steps = ",".join(map(str, settings["steps"]))
             others = [text for key in ("samples", "rows", "draws", "seed", "temperature") for text in (f"--{key}", str(settings[key]))]
+            others += ["--clock", settings["clock"]] if "clock" in settings else []
             found.append(["megaflow", "evaluate", str(directory / name), "--steps", steps, *others])
     return [shlex.join(command) for command in [*found, ["megaflow", "report", str(directory)]]]

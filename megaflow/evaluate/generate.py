@@ -58,10 +58,12 @@ def sample(
     return {**made, "texts": [text_of(run, row) for row in rows], "tokens": rows}
 
 
-ENDS = "what is written before an end alone"
 UNTRAINED = {
-    "--prompt": {"suffix": ENDS},
-    "--infill": {"prefix": "what is written after a beginning alone", "source": "what belongs to a source alone", "suffix": ENDS},
+    "--prompt": {"suffix": "what is written before an end alone; use --infill '___ TEXT'"},
+    "--infill": {
+        "prefix": "what is written after a beginning alone; use --prompt",
+        "source": "what belongs to a source alone; use --prompt",
+    },
 }
 """Laws of contexts by which what an option gives never came up, and what a flow knows then."""
 
@@ -91,7 +93,7 @@ def given_text(run: Run, prompt: str | None, infill: str | None, blank: int | No
     law = run.config.flow.context.law
     if run.parts is not None and law in UNTRAINED[option]:
         raise UserError(
-            f"{option}: {run.directory} has been trained with flow.context.law={law} and knows {UNTRAINED[option][law]}; train a flow "
+            f"{option}: {run.directory} has been trained with flow.context.law={law} and knows {UNTRAINED[option][law]}, or a flow "
             "with flow.context.law=mixture"
         )
     if infill is not None:

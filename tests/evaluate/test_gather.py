@@ -235,11 +235,12 @@ class TestMissing:
         assert told.code == 2 and told.err.count("\n") == 1
         assert f"{path / 'flow_map'} was distilled from step 3 of another flow than {path / 'flow'} is now (step 4)" in told.err
 
-    def test_the_temperature_is_said(self, part_of, cli):
+    def test_the_temperature_and_the_clock_are_said(self, part_of, cli):
         path = part_of("data", "flow")
-        evaluate(path / "flow", [2], samples=3, rows=8, draws=2, seed=0, temperature=0.5)
+        evaluate(path / "flow", [2], samples=3, rows=8, draws=2, seed=0, temperature=0.5, clock="uniform")
         assert cli("report", path).code == 0
         assert json.loads((path / "metrics.json").read_text())["temperature"] == 0.5
+        assert "--temperature 0.5 --clock uniform" in (path / "report.html").read_text()
         assert "The numbers of Figure 3 at temperature 0.5" in (path / "report.html").read_text()
 
     def test_no_run_or_no_data(self, part_of, cli, tmp_path):

@@ -41,6 +41,8 @@ class Weighting:
     learned: bool = False
 
 
+LEAST = 1e-6
+"""A largest weight below this trains nothing."""
 OF_SNR = ("min_snr", "sigmoid", "truncated")
 """Weights of the ratio of signal and Gaussian noise."""
 
@@ -91,3 +93,15 @@ def learns(value: str) -> bool:
     nothing = Known(torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64), 1.0)
     found: Weighting = choice.call(WEIGHTINGS, value, nothing)
     return found.learned
+
+
+def trouble(value: str, low: float, high: float) -> str:
+    """Why no run can have a value whose tokens are told apart between these log-SNRs; empty where one can."""
+    levels = torch.linspace(low, high, 101, dtype=torch.float64)
+    found: Weighting = choice.call(WEIGHTINGS, value, Known(levels, torch.ones_like(levels), 1.0))
+    weights = torch.ones(1) if found.time is None else found.time.float()
+    if found.distance is not None:
+        weights = torch.cat([weights, found.distance(torch.tensor([0.0, 2.0]))])  # psi is the token, and as far from it as there is
+    if not weights.isfinite().all():
+        return "is more than fp32 holds"
+    return "is next to nothing" if weights.max() < LEAST else ""

@@ -18,7 +18,7 @@ from megaflow.config.schema import Config
 from megaflow.data import shards
 from megaflow.data.shards import open_prepared, unigram_counts
 from megaflow.errors import UserError
-from megaflow.flow import choice
+from megaflow.flow import choice, weighting
 from megaflow.flow import code as codes
 from megaflow.flow.clock import Clock
 from megaflow.model import build, parts
@@ -174,6 +174,11 @@ def first_parts(loaded: Loaded) -> Parts | None:
         found = parts.make(config.flow, counts, config.run.seed, start)
     except UserError as error:
         raise ConfigError(f"{loaded.origin['flow.code_dim']}: {error}") from None
+    if why := weighting.trouble(config.flow.weighting, found.span.low, found.span.high):
+        raise ConfigError(
+            f"{loaded.origin['flow.weighting']}: flow.weighting={config.flow.weighting} {why} where tokens are being told apart (log-SNR "
+            f"{found.span.low:.1f} to {found.span.high:.1f}); use options nearer to the defaults"
+        )
     inside = parts.share_inside(config.flow.clock, found)
     if inside is not None and inside < LEAST_INSIDE:
         raise ConfigError(

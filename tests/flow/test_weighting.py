@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megaflow.flow import choice
-from megaflow.flow.weighting import WEIGHTINGS, Known, Weighting, learns
+from megaflow.flow.weighting import WEIGHTINGS, Known, Weighting, learns, trouble
 
 LEVELS = torch.linspace(-8.0, 12.0, 41, dtype=torch.float64)
 KNOWN = Known(LEVELS, 3.0 * torch.sigmoid(-LEVELS), 1.2)
@@ -52,6 +52,12 @@ def test_adaptive_is_detached_and_dfm_s_by_default():
     factors = choice.call(WEIGHTINGS, "adaptive", KNOWN).distance(square)
     assert factors.tolist() == pytest.approx([10.0, 5.0, 2.01**-0.5]) and not factors.requires_grad
     assert choice.call(WEIGHTINGS, "adaptive:power=1,constant=1", KNOWN).distance(square).tolist() == pytest.approx([1.0, 1 / 1.03, 1 / 3])
+
+
+def test_weights_that_no_run_can_have():
+    assert not any(trouble(value, -10.0, 14.0) for value in choice.described(WEIGHTINGS))
+    assert trouble("sigmoid:bias=1000", -10.0, 14.0) == trouble("min_snr:gamma=1e13", -10.0, 14.0) == "is next to nothing"
+    assert trouble("adaptive:power=50", -10.0, 14.0) == "is more than fp32 holds"
 
 
 def test_a_weight_says_itself_whether_it_is_learned(monkeypatch):

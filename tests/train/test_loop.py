@@ -570,6 +570,7 @@ class TestRefusals:
         self.refused(cli(*command, "model.attention=flash"), "model.attention=flash needs")
         never = "flow.clock.name=logit_normal:mean=40", "flow.clock.uniform_share=0"
         self.refused(cli(*command, *never), "command line: flow.clock.name=logit_normal:mean=40 draws 0 % of its times where")
+        self.refused(cli(*command, "flow.weighting=sigmoid:bias=1000"), "flow.weighting=sigmoid:bias=1000 is next to nothing where tokens")
         self.refused(cli(*command, "flow.code_dim=2"), "command line: flow.code_dim=2 is too few dimensions for 300 tokens")
         assert not (tmp_path / "run").exists() and cli(*command).code == 0
 

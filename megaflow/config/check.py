@@ -8,6 +8,7 @@ from typing import Any
 from megaflow.config import check_flow
 from megaflow.config.load import ConfigError, Loaded, assemble, flatten
 from megaflow.config.schema import TOKENIZERS, Config
+from megaflow.flow import laws
 from megaflow.flow.prior import on_simplex
 from megaflow.flow.weighting import learns
 
@@ -215,6 +216,8 @@ def _without(config: Config, name: str) -> str:
         return "model.family=autoregressive, which has no time"
     if name == "flow.clock.uniform_share" and flow.clock.name.partition(":")[0] in ("uniform", "mixture"):
         return f"flow.clock.name={flow.clock.name}"
+    if name == "flow.clock.refit_every" and not laws.follows_scores(flow.clock.name):
+        return f"flow.clock.name={flow.clock.name}, which is not fitted to the run's scores"
     if name == "flow.context.law" and not flow.context.share:
         return "flow.context.share=0"
     if name in ("distill.adaptive_power", "distill.adaptive_constant") and is_map(config) and distill.weighting != "adaptive":

@@ -27,6 +27,12 @@ def of_flow(config: Config, vocab: int, refuse: Refuse) -> None:
             "flow.code",
             "flow.code_dim",
         )
+    if not interpolant.resolved(interpolant.make(flow.interpolant)):
+        refuse(
+            f"flow.interpolant={flow.interpolant} turns so steeply that times between 0 and 1 cannot tell its noise levels apart; "
+            "use options nearer to their defaults",
+            "flow.interpolant",
+        )
     if on_simplex(flow.prior):
         what = f"flow.prior={flow.prior}"
         if flow.skip == "on" or model.input in ("belief", "both"):

@@ -117,6 +117,12 @@ def time_of(path: Interpolant, log_snr: Tensor) -> Tensor:
     return path.time(log_snr / 2.0)
 
 
+def resolved(path: Interpolant) -> bool:
+    """Whether times in fp64 tell all log-SNRs from -16, where nothing is told from noise, to LAST_LOG_SNR apart."""
+    levels = torch.linspace(-16.0, LAST_LOG_SNR, 200, dtype=torch.float64)
+    return bool(((log_snr(path, time_of(path, levels)) - levels).abs() < 1e-2).all())
+
+
 def slope(f: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
     """df / dt of a function that treats every time by itself, exact."""
     return torch.func.jvp(f, (t,), (torch.ones_like(t),))[1]

@@ -175,6 +175,12 @@ def needs_error(name: str) -> bool:
     return "variance" in (law, *options)
 
 
+def follows_scores(name: str) -> bool:
+    """Whether a config's value is a law, or has a share of one, that is fitted anew to what the model scores."""
+    law, options = choice.split(LAWS, name)
+    return any(each in ("ce_linear", "cdcd", "gumbel", "variance") for each in (law, *options))
+
+
 def gaussian_law(name: str) -> str:
     """The law of a config's value, or that it has a share of, which describes Gaussian noise and no other; '' where there is none."""
     law, options = choice.split(LAWS, name)

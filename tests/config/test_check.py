@@ -195,6 +195,7 @@ class TestContradictions:
             ({"flow.prior": "vertices", "flow.weighting": "min_snr:gamma=2"}, ["flow.weighting=min_snr", "Gaussian noise", "balanced"]),
             ({"flow.prior": "dirichlet", "model.input": "belief"}, ["model.input=belief", "flow.prior=dirichlet", "use linear"]),
             ({"flow.prior": "dirichlet", "flow.objective": "likelihood"}, ["flow.objective=likelihood", "flow.prior=dirichlet"]),
+            ({"flow.interpolant": "power:exponent=0.001"}, ["flow.interpolant=power:exponent=0.001", "cannot tell", "defaults"]),
             ({"flow.prior": "vertices", "flow.interpolant": "trigonometric"}, ["flow.interpolant=trigonometric", "simplex", "linear"]),
             (
                 {"flow.prior": "vertices", "flow.clock.name": "argmax_code"},
@@ -281,6 +282,10 @@ class TestDoubts:
             (
                 {"flow.clock.name": "uniform", "flow.clock.uniform_share": 0.5},
                 "flow.clock.uniform_share changes nothing of flow.clock",
+            ),
+            (
+                {"flow.clock.name": "mixture:argmax=0.9,uniform=0.1", "flow.clock.refit_every": 5},
+                "flow.clock.refit_every changes nothing of flow.clock.name=mixture:argmax=0.9,uniform=0.1, which is not fitted",
             ),
             ({"flow.context.law": "suffix"}, "flow.context.law changes nothing of flow.context.share=0"),
             (

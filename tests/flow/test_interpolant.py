@@ -38,6 +38,12 @@ def test_log_snr_and_time_are_inverse(value, path):
         torch.testing.assert_close(interpolant.log_snr(path, t), log_snr, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("exponent", [1e-3, 1e16])
+def test_times_of_a_path_that_turns_too_steeply_are_all_one(exponent):
+    assert all(map(interpolant.resolved, PATHS.values()))
+    assert not interpolant.resolved(interpolant.make(f"power:exponent={exponent:g}"))
+
+
 @every
 def test_a_path_leads_from_noise_to_data(path):
     t = torch.linspace(0.0, 1.0, 1001, dtype=torch.float64)

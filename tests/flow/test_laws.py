@@ -38,6 +38,14 @@ def test_what_is_fitted_to_scores_shows_the_same_at_a_log_snr_on_every_path(name
         torch.testing.assert_close(other, shown[0], rtol=0, atol=2e-2)
 
 
+@pytest.mark.parametrize("name", [*NAMES, "mixture:argmax=0.9,uniform=0.1", "mixture:ce_linear=0.5,uniform=0.5"])
+def test_which_laws_follow_what_the_model_scores(name):
+    named = torch.sigmoid(CENTRES - 2.0)
+    early, late = (choice.call(laws.LAWS, name, measured(scores, named=named)) for scores in (FALLING, FALLING.square()))
+    moved = len(early.times) != len(late.times) or not (torch.equal(early.times, late.times) and torch.equal(early.tau, late.tau))
+    assert moved == laws.follows_scores(name)
+
+
 def argmax_tau_by_quadrature(vocab: int, t: float) -> float:
     """Share of the way from chance to certainty: P(right) = int phi(z) Phi(z + t/(1-t))^(V-1) dz by the trapezoid rule."""
     z = np.linspace(-12.0, 12.0, 40_001)

@@ -75,20 +75,21 @@ def deviation(v: Vocabulary, p: Tensor, x: Tensor) -> Tensor:
     return x - total(v, row_products(p, x))[:, None]
 
 
-def divided(v: Vocabulary, p: Tensor, factor: Tensor) -> Tensor:
-    """The law (n, V) that goes as p over a factor, which is FLOOR at least."""
-    ratio = p / factor.clamp(min=FLOOR)
-    return ratio / total(v, ratio.sum(-1))[:, None]
+def divided(v: Vocabulary, q: Tensor, factor: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    """The law (n, V) that goes as q over a factor, which is FLOOR at least, and what p has where it would be less (n,)."""
+    ratio = q / factor.clamp(min=FLOOR)
+    whole, held = total(v, torch.stack([ratio.sum(-1), (p * (factor < FLOOR)).sum(-1)]))
+    return ratio / whole[:, None], held
 
 
-def lagrangian_target(v: Vocabulary, at_end: Tensor, p: Tensor, dz: Tensor, gain: Tensor) -> Tensor:
-    """(n, V) from psi_{t,t}(X), psi_{s,t} and d_t z, (n, V) each, and g (n,)."""
-    return divided(v, at_end, 1.0 + gain[:, None] * deviation(v, p, dz))
+def lagrangian_target(v: Vocabulary, at_end: Tensor, p: Tensor, dz: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
+    """(n, V) from psi_{t,t}(X), psi_{s,t} and d_t z, (n, V) each, and g (n,); and the share (n,) of psi_{s,t} that FLOOR answers."""
+    return divided(v, at_end, 1.0 + gain[:, None] * deviation(v, p, dz), p)
 
 
-def eulerian_target(v: Vocabulary, at_start: Tensor, p: Tensor, dz: Tensor, gain: Tensor) -> Tensor:
-    """(n, V) from psi_{s,s}, psi_{s,t} and D_s z, (n, V) each, and 1/k (n,)."""
-    return divided(v, at_start, 1.0 - gain[:, None] * deviation(v, p, dz))
+def eulerian_target(v: Vocabulary, at_start: Tensor, p: Tensor, dz: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
+    """(n, V) from psi_{s,s}, psi_{s,t} and D_s z, (n, V) each, and 1/k (n,); and the share (n,) of psi_{s,t} that FLOOR answers."""
+    return divided(v, at_start, 1.0 - gain[:, None] * deviation(v, p, dz), p)
 
 
 class _MovingLoss(torch.autograd.Function):

@@ -92,7 +92,7 @@ def of_step(
 
 def _observed(config: Config, layout: Layout, is_map: bool) -> Send:
     axis = "tensor" if layout.data == 1 else "data" if layout.tensor == 1 else "world"
-    of_stage = 4 if is_map else 0 if config.model.family != "flow" else 4 * config.flow.clock.bins
+    of_stage = 8 if is_map else 0 if config.model.family != "flow" else 4 * config.flow.clock.bins
     return Send("observed", axis, "all-reduce", layout.processes, DOUBLE * (3 + of_stage + layout.data * layout.accumulation))
 
 

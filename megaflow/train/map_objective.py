@@ -89,7 +89,7 @@ class MapObjective:
 
     measures: what metrics.jsonl calls the loss of rows with s < t, without weights.
 
-    target: of inner rows; None where it is the semigroup's. Rows from 0 to 1 have that one always: at t = 1 the Eulerian identity says
+    target: of inner rows, with a list for the share (n,) of a chunk's laws that a floor answers; None where it is the semigroup's. Rows from 0 to 1 have that one always: at t = 1 the Eulerian identity says
     nothing, and the Lagrangian one what the diagonal does. loss: of inner rows instead, with passes of its own.
     squared: whether targets are compared by their means in the state's dimensions, and not by KL.
     derivative: where forward-mode derivatives are: '', 'target', or 'loss', with a gradient through them. Inner rows then end within
@@ -98,7 +98,7 @@ class MapObjective:
     """
 
     measures: str
-    target: Callable[[TextDiT, Rows], Target] | None = None
+    target: Callable[[TextDiT, Rows, list[Tensor]], Target] | None = None
     loss: Loss | None = None
     squared: bool = False
     derivative: str = ""
@@ -188,7 +188,7 @@ def at_the_end(network: TextDiT, rows: Rows, read: Read) -> Read:
 
 
 @torch.no_grad()
-def lagrangian(network: TextDiT, rows: Rows) -> Target:
+def lagrangian(network: TextDiT, rows: Rows, held: list[Tensor]) -> Target:
     """psi_{t,t}(X_{s,t}) over 1 + g dev(d_t z) (DFM, the logit form of Lagrangian distillation)."""
     hidden, moved = by_end(network, rows)
     read = network.read(hidden, rows.y, rows.told.s)
@@ -199,13 +199,15 @@ def lagrangian(network: TextDiT, rows: Rows) -> Target:
     @torch.no_grad()
     def target(tokens: slice) -> Tensor:
         z, dz = logits(read[tokens], still[tokens])
-        return tangent.lagrangian_target(v, psi(end[tokens]), softmax_(v, z), dz, gain[tokens])
+        law, by_floor = tangent.lagrangian_target(v, psi(end[tokens]), softmax_(v, z), dz, gain[tokens])
+        held.append(by_floor)
+        return law
 
     return target
 
 
 @torch.no_grad()
-def eulerian(network: TextDiT, rows: Rows) -> Target:
+def eulerian(network: TextDiT, rows: Rows, held: list[Tensor]) -> Target:
     """psi_{s,s} over 1 - dev(D_s z) / k, along the network's own flow (DFM, the logit form of Eulerian distillation)."""
     path, y, (s, _, t) = network.path, rows.y, rows.told
     start = network.read(network(y, s, lengths=rows.lengths, seen=rows.seen, documents=rows.documents), y, s)
@@ -228,7 +230,9 @@ def eulerian(network: TextDiT, rows: Rows) -> Target:
     @torch.no_grad()
     def target(tokens: slice) -> Tensor:
         z, dz = logits(read[tokens], way[tokens])
-        return tangent.eulerian_target(v, psi(start[tokens]), softmax_(v, z), dz, rate[tokens])
+        law, by_floor = tangent.eulerian_target(v, psi(start[tokens]), softmax_(v, z), dz, rate[tokens])
+        held.append(by_floor)
+        return law
 
     return target
 

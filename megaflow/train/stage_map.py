@@ -33,8 +33,9 @@ from megaflow.train.stage import Batch, Total, alone, cells, noise, validation_b
 from megaflow.train.stage_flow import FlowStage
 
 DIAGONAL, INNER, BOUNDARY = 0, 1, 2
-NOTED = 3
-"""What is noted apart: rows with s = t, those of the objective, and others with s < t, which have the semigroup's target."""
+NOTED = 4
+"""What is noted apart: losses of rows with s = t, of those of the objective, and of others with s < t, which have the semigroup's target;
+and last what of the objective's targets a floor answers."""
 
 
 class MapStage:
@@ -115,7 +116,7 @@ class MapStage:
             apart, others = (moving, boundary) if objective.apart else (slice(still, still), slice(still, total))
         if still == total and batch.peers > 1:
             self.keep_company(batch, rows)
-        terms: list[Tensor] = []
+        terms, held = list[Tensor](), list[Tensor]()
         noted, of_flow = torch.zeros(NOTED, 2, dtype=torch.float64), []
 
         def take(kind: int, some: Rows, loss: Tensor, values: Tensor) -> None:
@@ -127,7 +128,7 @@ class MapStage:
         if still:
             todo.append((0, diagonal, self.diagonal_target(rows.part(diagonal))))
         if objective.target is not None and apart.start < apart.stop:
-            todo.append((1, apart, objective.target(network, rows.part(apart))))
+            todo.append((1, apart, objective.target(network, rows.part(apart), held)))
         if others.start < others.stop:
             kind = 2 if objective.apart or objective.one_step else 1
             semigroup = objectives.semigroup if self.at_once else objectives.semigroup_by_rows
@@ -152,6 +153,9 @@ class MapStage:
                 take(kind, some, loss, values[:, 0])
             else:
                 take(kind, some, *eased(some, partial(self.towards, last, target, kind)))
+        if held:
+            weight = rows.part(apart).weight.flatten().double()
+            noted[-1] = torch.stack([(torch.cat(held).double() * weight).sum(), weight.sum()]).cpu()
         if self.flow is not None and not of_flow:
             of_flow.append(torch.zeros(4, len(self.flow.profile.weight), dtype=torch.float64))
         both = sum(terms[1:], terms[0])
@@ -222,18 +226,20 @@ class MapStage:
         return partial(flow_map.adaptive_weight, power=distill.adaptive_power, constant=distill.adaptive_constant)
 
     def learn(self, observed: Tensor, step: int) -> dict[str, float]:
-        """The step's losses without weights, a token, of rows with s = t, of the objective's, and of others with s < t."""
+        """The step's losses without weights, a token, of rows with s = t, of the objective's, and of others with s < t; and the share of
+        psi_{s,t} that a target of derivatives answers by its floor: near 1 there is no target any more."""
         noted = observed[: 2 * NOTED].view(NOTED, 2)
         if self.flow is not None and self.frozen_clock is None:
             self.flow.learn(observed[2 * NOTED :].view(4, -1), step)
-        names = ("diagonal_divergence" if self.flow is None else "cross_entropy", self.objective.measures, "semigroup_divergence")
+        diagonal = "diagonal_divergence" if self.flow is None else "cross_entropy"
+        names = (diagonal, self.objective.measures, "semigroup_divergence", "target_at_floor")
         return {name: (total / weight).item() for name, (total, weight) in zip(names, noted, strict=True) if weight > 0.0}
 
     def validate(self, batch: Batch, total: Total = alone) -> dict[str, float]:
         """The objective itself on validation rows with draws that never change, the same without its weights, and the diagonal's bound."""
         with torch.no_grad():
             loss, observed = self.loss(batch)
-        sums = total(torch.stack([loss.sum().double().cpu(), observed[: 2 * NOTED].view(NOTED, 2)[:, 0].sum()]))
+        sums = total(torch.stack([loss.sum().double().cpu(), observed[: 2 * NOTED].view(NOTED, 2)[:-1, 0].sum()]))
         metrics = {"validation_loss": sums[0].item(), "validation_divergence": sums[1].item()}
         try:
             metrics["validation_bound"] = validation_bound(self.config, self.network, self.parts, self.clock, batch, total).mean

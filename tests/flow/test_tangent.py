@@ -39,7 +39,7 @@ def test_the_exact_map_is_its_own_lagrangian_and_eulerian_target(kind, s, t):
     dz = (toys.mean_denoiser(toy, y, s, t + STEP).log() - toys.mean_denoiser(toy, y, s, t - STEP).log()) / (2.0 * STEP)
     x = transport(LINEAR, y, *times(len(y), s, t), psi @ toy.matrix)
     at_end = toys.denoiser(toy, x, t).flatten(0, 1)
-    found = tangent.lagrangian_target(v, at_end, flat, dz.flatten(0, 1), tangent.lagrangian_gain(LINEAR, start, end))
+    found, by_floor = tangent.lagrangian_target(v, at_end, flat, dz.flatten(0, 1), tangent.lagrangian_gain(LINEAR, start, end))
     torch.testing.assert_close(found, flat, rtol=0, atol=1e-5)
     assert (at_end - flat).abs().max() > 0.01
     if s == 0.0:
@@ -49,7 +49,7 @@ def test_the_exact_map_is_its_own_lagrangian_and_eulerian_target(kind, s, t):
     ways = [toys.mean_denoiser(toy, toys.flow(toy, y, s, s + d, steps=20), s + d, t).log() for d in (STEP, -STEP)]
     along = (ways[0] - ways[1]) / (2.0 * STEP)
     at_start = toys.denoiser(toy, y, s).flatten(0, 1)
-    found = tangent.eulerian_target(v, at_start, flat, along.flatten(0, 1), tangent.eulerian_gain(LINEAR, start, end))
+    found, by_floor = tangent.eulerian_target(v, at_start, flat, along.flatten(0, 1), tangent.eulerian_gain(LINEAR, start, end))
     torch.testing.assert_close(found, flat, rtol=0, atol=1e-5)
 
 
@@ -81,11 +81,11 @@ def test_the_exact_map_of_every_path_is_its_own_target(name, scale):
     dz = (psi(y, s, t + d).log() - psi(y, s, t - d).log()) / (2.0 * d)
     after, end = linear(t)
     at_end = toys.denoiser(toy, transport(path, y, *of_rows, exact) / after, end)
-    found = tangent.lagrangian_target(v, *(x.flatten(0, 1) for x in (at_end, exact, dz)), tangent.lagrangian_gain(path, *of_tokens))
+    found, by_floor = tangent.lagrangian_target(v, *(x.flatten(0, 1) for x in (at_end, exact, dz)), tangent.lagrangian_gain(path, *of_tokens))
     torch.testing.assert_close(found, exact.flatten(0, 1), rtol=0, atol=1e-5)
     along = (psi(moved(y, s, s + d), s + d, t).log() - psi(moved(y, s, s - d), s - d, t).log()) / (2.0 * d)
     at_start = toys.denoiser(toy, y / size, start)
-    found = tangent.eulerian_target(v, *(x.flatten(0, 1) for x in (at_start, exact, along)), tangent.eulerian_gain(path, *of_tokens))
+    found, by_floor = tangent.eulerian_target(v, *(x.flatten(0, 1) for x in (at_start, exact, along)), tangent.eulerian_gain(path, *of_tokens))
     torch.testing.assert_close(found, exact.flatten(0, 1), rtol=0, atol=1e-5)
     assert min((x - exact).abs().max() for x in (at_start, at_end)) > 0.01
 
@@ -95,18 +95,20 @@ def test_lagrangian_targets_lose_the_map_where_tokens_are_nearly_certain():
     is held at FLOOR. The exact map is then no fixed point. The Eulerian factor, psi_ss / psi_st, stays what it is."""
     toy = toys.make(TOYS["identity"], length=2, seed=4)
     y, v = some(toy, 0.0), whole(toy.vocab)
-    off, held = {}, {}
+    off, held, said = {}, {}, {}
     for t in (0.5, 0.7, 0.85):
         psi = toys.mean_denoiser(toy, y, 0.0, t)
         start, end = times(len(y) * 2, 0.0, t)
         dz = (toys.mean_denoiser(toy, y, 0.0, t + STEP).log() - toys.mean_denoiser(toy, y, 0.0, t - STEP).log()) / (2.0 * STEP)
         at_end = toys.denoiser(toy, transport(LINEAR, y, *times(len(y), 0.0, t), psi @ toy.matrix), t).flatten(0, 1)
         flat = psi.flatten(0, 1)
-        found = tangent.lagrangian_target(v, at_end, flat, dz.flatten(0, 1), tangent.lagrangian_gain(LINEAR, start, end))
+        found, by_floor = tangent.lagrangian_target(v, at_end, flat, dz.flatten(0, 1), tangent.lagrangian_gain(LINEAR, start, end))
         off[t] = (found - flat).abs().sum(-1).mean().item() / 2.0
         held[t] = (at_end / flat < tangent.FLOOR).double().mean().item()
+        said[t] = by_floor.mean().item()
+        assert said[t] == pytest.approx((flat * (at_end / flat < tangent.FLOOR)).sum(-1).mean().item(), abs=2e-3)
     assert off[0.5] < 1e-5 and off[0.85] > 0.1, off
-    assert held[0.5] == 0.0 and held[0.85] > 0.5, held
+    assert held[0.5] == said[0.5] == 0.0 and held[0.85] > 0.5 and said[0.85] > off[0.85] / 2.0, (held, said)
 
 
 def test_gains_on_the_linear_path():
@@ -219,6 +221,7 @@ def test_the_endpoint_bound_is_one():
 
 def test_a_factor_below_zero_is_held_at_the_floor():
     p = torch.tensor([[0.5, 0.3, 0.2]])
-    found = tangent.divided(whole(3), p, torch.tensor([[1.0, -2.0, 1.0]]))
+    found, by_floor = tangent.divided(whole(3), p, torch.tensor([[1.0, -2.0, 1.0]]), torch.tensor([[0.1, 0.6, 0.3]]))
     expected = torch.tensor([[0.5, 0.3 / tangent.FLOOR, 0.2]])
     torch.testing.assert_close(found, expected / expected.sum())
+    torch.testing.assert_close(by_floor, torch.tensor([0.6]))

@@ -89,8 +89,9 @@ class MapObjective:
 
     measures: what metrics.jsonl calls the loss of rows with s < t, without weights.
 
-    target: of inner rows, with a list for the share (n,) of a chunk's laws that a floor answers; None where it is the semigroup's. Rows from 0 to 1 have that one always: at t = 1 the Eulerian identity says
-    nothing, and the Lagrangian one what the diagonal does. loss: of inner rows instead, with passes of its own.
+    target: of inner rows; None where it is the semigroup's. Rows from 0 to 1 have that one always: at t = 1 the Eulerian identity says
+    nothing, and the Lagrangian one what the diagonal does. It puts into a list the share (n,) of each chunk that a floor answers.
+    loss: of inner rows instead, with passes of its own.
     squared: whether targets are compared by their means in the state's dimensions, and not by KL.
     derivative: where forward-mode derivatives are: '', 'target', or 'loss', with a gradient through them. Inner rows then end within
     the range of log-SNR.

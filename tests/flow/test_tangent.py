@@ -39,7 +39,7 @@ def test_the_exact_map_is_its_own_lagrangian_and_eulerian_target(kind, s, t):
     dz = (toys.mean_denoiser(toy, y, s, t + STEP).log() - toys.mean_denoiser(toy, y, s, t - STEP).log()) / (2.0 * STEP)
     x = transport(LINEAR, y, *times(len(y), s, t), psi @ toy.matrix)
     at_end = toys.denoiser(toy, x, t).flatten(0, 1)
-    found, by_floor = tangent.lagrangian_target(v, at_end, flat, dz.flatten(0, 1), tangent.lagrangian_gain(LINEAR, start, end))
+    found, _ = tangent.lagrangian_target(v, at_end, flat, dz.flatten(0, 1), tangent.lagrangian_gain(LINEAR, start, end))
     torch.testing.assert_close(found, flat, rtol=0, atol=1e-5)
     assert (at_end - flat).abs().max() > 0.01
     if s == 0.0:
@@ -49,7 +49,7 @@ def test_the_exact_map_is_its_own_lagrangian_and_eulerian_target(kind, s, t):
     ways = [toys.mean_denoiser(toy, toys.flow(toy, y, s, s + d, steps=20), s + d, t).log() for d in (STEP, -STEP)]
     along = (ways[0] - ways[1]) / (2.0 * STEP)
     at_start = toys.denoiser(toy, y, s).flatten(0, 1)
-    found, by_floor = tangent.eulerian_target(v, at_start, flat, along.flatten(0, 1), tangent.eulerian_gain(LINEAR, start, end))
+    found, _ = tangent.eulerian_target(v, at_start, flat, along.flatten(0, 1), tangent.eulerian_gain(LINEAR, start, end))
     torch.testing.assert_close(found, flat, rtol=0, atol=1e-5)
 
 
@@ -81,11 +81,11 @@ def test_the_exact_map_of_every_path_is_its_own_target(name, scale):
     dz = (psi(y, s, t + d).log() - psi(y, s, t - d).log()) / (2.0 * d)
     after, end = linear(t)
     at_end = toys.denoiser(toy, transport(path, y, *of_rows, exact) / after, end)
-    found, by_floor = tangent.lagrangian_target(v, *(x.flatten(0, 1) for x in (at_end, exact, dz)), tangent.lagrangian_gain(path, *of_tokens))
+    found, _ = tangent.lagrangian_target(v, *(x.flatten(0, 1) for x in (at_end, exact, dz)), tangent.lagrangian_gain(path, *of_tokens))
     torch.testing.assert_close(found, exact.flatten(0, 1), rtol=0, atol=1e-5)
     along = (psi(moved(y, s, s + d), s + d, t).log() - psi(moved(y, s, s - d), s - d, t).log()) / (2.0 * d)
     at_start = toys.denoiser(toy, y / size, start)
-    found, by_floor = tangent.eulerian_target(v, *(x.flatten(0, 1) for x in (at_start, exact, along)), tangent.eulerian_gain(path, *of_tokens))
+    found, _ = tangent.eulerian_target(v, *(x.flatten(0, 1) for x in (at_start, exact, along)), tangent.eulerian_gain(path, *of_tokens))
     torch.testing.assert_close(found, exact.flatten(0, 1), rtol=0, atol=1e-5)
     assert min((x - exact).abs().max() for x in (at_start, at_end)) > 0.01
 

@@ -82,10 +82,9 @@ def _to_the_end(setting: Setting, u: Tensor) -> Tensor:
 def _likelihood(setting: Setting, t: Tensor) -> Tensor:
     """1 / share of the cross-entropy at the end, SNR' / (2 q (1 - share)) of the squared error before it, q the density of its times: the
     mean over draws is the bound but for its constant first term."""
-    last = t == setting.end
-    before = torch.where(last, 0.5 * setting.end, t)
-    integrand = snr_slope(setting.path, before) / (2.0 * clocks.density(setting.inside(), before))
-    return torch.stack([last / LAST_SHARE, ~last * integrand / (1.0 - LAST_SHARE)], -1)
+    last = t == setting.end  # where the density may be nothing
+    integrand = snr_slope(setting.path, t) / (2.0 * clocks.density(setting.inside(), t))
+    return torch.stack([last / LAST_SHARE, torch.where(last, 0.0, integrand / (1.0 - LAST_SHARE))], -1)
 
 
 def _of_error(weight: Tensor) -> Tensor:

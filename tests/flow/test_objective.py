@@ -86,6 +86,17 @@ def test_the_likelihood_objective_is_the_bound(name):
     assert terms.std().item() / math.sqrt(n) < 0.02
 
 
+@pytest.mark.parametrize("name", PATHS)
+def test_the_likelihood_objective_has_finite_weights_in_a_narrow_range(name):
+    """Whatever the density of times at the range's end, and outside."""
+    path, likely = PATHS[name], OBJECTIVES["likelihood"]()
+    for clock in (clocks.uniform(), clocks.uniform_log_snr(path, 1.0, 1.5)):
+        setting = Setting(path, clock, -2.0, 8.0)
+        t = likely.times(setting, stratified(1000))
+        weights = likely.weights(setting, t)
+        assert weights.isfinite().all() and (weights.sum(-1) > 0.0).all() and (t == setting.end).sum() == 62
+
+
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_every_objective_is_least_at_the_posterior(name):
     """Over thousands of draws no other law of the token does better: neither a flatter, nor a sharper one, nor another token's."""

@@ -66,7 +66,9 @@ def resolved(path: str | None, overrides: list[str]) -> str:
                 lines.append("  " * depth + parent + ":")
         section = tuple(parents)
         lines.append(f"{'  ' * len(parents)}{leaf}: {_yaml(value)}".ljust(47) + f" # {loaded.origin[name]}")
-    if vocab is not None:
+    if vocab is None:
+        lines.append(f"# auto values, and what depends on the vocabulary, are known once {loaded.config.data.path} is prepared")
+    else:
         lines += [f"# warning: {sentence}" for sentence in doubts(loaded)]
     return "\n".join(lines)
 

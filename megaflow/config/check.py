@@ -180,7 +180,7 @@ def contradictions(loaded: Loaded, vocab: int | None = None) -> None:
             "parallel.compile",
             "parallel.zero",
         )
-    if model.family == "flow" and vocab is not None:
+    if model.family == "flow":
         check_flow.of_flow(config, vocab, refuse)
     if train.joint:
         check_flow.of_joint(config, refuse)

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from megaflow.config.schema import Config, entries, keys
-from megaflow.flow import choice, interpolant, laws
+from megaflow.flow import choice, flow_map, interpolant, laws
 from megaflow.flow.code import TRAINED
 from megaflow.flow.prior import on_simplex
 from megaflow.flow.weighting import OF_SNR
@@ -12,21 +12,11 @@ Refuse = Callable[..., None]
 """(sentence, names of the keys that it is about): raises ConfigError."""
 
 
-def of_flow(config: Config, vocab: int, refuse: Refuse) -> None:
-    """What a flow's choices forbid each other."""
+def of_flow(config: Config, vocab: int | None, refuse: Refuse) -> None:
+    """What a flow's choices forbid each other; with `vocab` unknown only what does not depend on it."""
     flow, model = config.flow, config.model
-    if flow.code == "identity" and flow.code_dim != vocab:
-        refuse(
-            f"flow.code=identity has as many dimensions as tokens, {vocab}; flow.code_dim={flow.code_dim} contradicts it",
-            "flow.code",
-            "flow.code_dim",
-        )
-    if flow.code not in ("identity", "auto") and flow.code_dim >= vocab:
-        refuse(
-            f"flow.code={flow.code} needs flow.code_dim below the vocabulary of {vocab}, not {flow.code_dim}; or flow.code=identity",
-            "flow.code",
-            "flow.code_dim",
-        )
+    if vocab is not None:
+        _of_dimensions(config, vocab, refuse)
     if not interpolant.resolved(interpolant.make(flow.interpolant)):
         refuse(
             f"flow.interpolant={flow.interpolant} turns so steeply that times between 0 and 1 cannot tell its noise levels apart; "
@@ -34,31 +24,7 @@ def of_flow(config: Config, vocab: int, refuse: Refuse) -> None:
             "flow.interpolant",
         )
     if on_simplex(flow.prior):
-        what = f"flow.prior={flow.prior}"
-        if flow.skip == "on" or model.input in ("belief", "both"):
-            name, value = ("flow.skip", "off") if flow.skip == "on" else ("model.input", "linear")
-            given = flow.skip if name == "flow.skip" else model.input
-            refuse(f"{name}={given} reads a Gaussian channel, and {what} has none; use {value}, or auto", name, "flow.prior")
-        if flow.objective == "likelihood":
-            refuse(f"flow.objective=likelihood is the bound of Gaussian noise, and {what} has none", "flow.objective", "flow.prior")
-        if not interpolant.make(flow.interpolant).convex:
-            refuse(
-                f"{what} is on the simplex, which flow.interpolant={flow.interpolant} leaves; use linear or power",
-                "flow.interpolant",
-                "flow.prior",
-            )
-        if flow.weighting.partition(":")[0] in OF_SNR:
-            refuse(
-                f"flow.weighting={flow.weighting} is of a signal in Gaussian noise, and {what} is on the simplex; use none, or balanced",
-                "flow.weighting",
-                "flow.prior",
-            )
-        if (law := laws.gaussian_law(flow.clock.name)) and not config.distill.teacher:
-            refuse(
-                f"flow.clock.name={flow.clock.name}: {law} describes Gaussian noise, and {what} is on the simplex; use uniform",
-                "flow.clock.name",
-                "flow.prior",
-            )
+        _of_simplex(config, refuse)
     rows = config.train.global_batch
     for name, share in (("flow.context.share", flow.context.share), ("flow.self_conditioning", flow.self_conditioning)):
         if share and not round(share * rows) and not config.distill.teacher:
@@ -93,6 +59,53 @@ def of_flow(config: Config, vocab: int, refuse: Refuse) -> None:
             "and has no bound",
             "flow.skip",
             "flow.code",
+        )
+
+
+def _of_dimensions(config: Config, vocab: int, refuse: Refuse) -> None:
+    """What a code's dimensions must be beside this many tokens."""
+    flow = config.flow
+    if flow.code == "identity" and flow.code_dim != vocab:
+        refuse(
+            f"flow.code=identity has as many dimensions as tokens, {vocab}; flow.code_dim={flow.code_dim} contradicts it",
+            "flow.code",
+            "flow.code_dim",
+        )
+    if flow.code not in ("identity", "auto") and flow.code_dim >= vocab:
+        refuse(
+            f"flow.code={flow.code} needs flow.code_dim below the vocabulary of {vocab}, not {flow.code_dim}; or flow.code=identity",
+            "flow.code",
+            "flow.code_dim",
+        )
+
+
+def _of_simplex(config: Config, refuse: Refuse) -> None:
+    """What has no meaning with noise on the simplex."""
+    flow, model = config.flow, config.model
+    what = f"flow.prior={flow.prior}"
+    if flow.skip == "on" or model.input in ("belief", "both"):
+        name, value = ("flow.skip", "off") if flow.skip == "on" else ("model.input", "linear")
+        given = flow.skip if name == "flow.skip" else model.input
+        refuse(f"{name}={given} reads a Gaussian channel, and {what} has none; use {value}, or auto", name, "flow.prior")
+    if flow.objective == "likelihood":
+        refuse(f"flow.objective=likelihood is the bound of Gaussian noise, and {what} has none", "flow.objective", "flow.prior")
+    if not interpolant.make(flow.interpolant).convex:
+        refuse(
+            f"{what} is on the simplex, which flow.interpolant={flow.interpolant} leaves; use linear or power",
+            "flow.interpolant",
+            "flow.prior",
+        )
+    if flow.weighting.partition(":")[0] in OF_SNR:
+        refuse(
+            f"flow.weighting={flow.weighting} is of a signal in Gaussian noise, and {what} is on the simplex; use none, or balanced",
+            "flow.weighting",
+            "flow.prior",
+        )
+    if flow.clock.name != "auto" and (law := laws.gaussian_law(flow.clock.name)) and not config.distill.teacher:
+        refuse(
+            f"flow.clock.name={flow.clock.name}: {law} describes Gaussian noise, and {what} is on the simplex; use uniform",
+            "flow.clock.name",
+            "flow.prior",
         )
 
 
@@ -185,18 +198,20 @@ def of_map(config: Config, refuse: Refuse) -> None:
             "for the map to learn on; give less",
             "distill.diagonal_fraction",
         )
-    if distill.boundary_fraction == 1.0:
+    diagonal, boundary = flow_map.counts(train.global_batch, distill.diagonal_fraction, distill.boundary_fraction)
+    if diagonal + boundary == train.global_batch:
+        shares = f"distill.diagonal_fraction={distill.diagonal_fraction:g} and distill.boundary_fraction={distill.boundary_fraction:g}"
+        why = f"which alone {what} trains" if objective.apart else "of whose answers the targets of the others are made"
         refuse(
-            "distill.boundary_fraction=1 leaves no inner row, and the targets of the others are made of what inner rows teach; give less",
+            f"{shares} leave no inner row of train.global_batch={train.global_batch}, {why}; give less, or more rows",
+            "distill.diagonal_fraction",
             "distill.boundary_fraction",
+            "distill.objective",
+            "train.global_batch",
         )
     if distill.state_input == "hot_belief" and model.input == "linear":
         refuse(
             "distill.state_input=hot_belief needs a flow that reads beliefs, and its model.input is linear; use distill.state_input=linear",
             "distill.state_input",
             "model.input",
-        )
-    if distill.boundary_fraction and train.global_batch < 4:
-        refuse(
-            f"train.global_batch={train.global_batch} cannot hold diagonal, inner and boundary rows; use 4 or more", "train.global_batch"
         )

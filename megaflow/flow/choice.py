@@ -51,9 +51,17 @@ def split(table: Table, value: str) -> tuple[str, dict[str, float]]:
         endless = known is not None and math.isinf(known[key])
         if not equals or math.isnan(given[key]) or math.isinf(given[key]) and not endless or size and given[key] <= 0.0:
             raise ChoiceError(f"{name}:{key}=NUMBER{' above 0' if size else ''}, not {item!r}")
+    if known is None and math.isinf(sum(given.values())):
+        raise ChoiceError(f"{name}:NAME=SHARE,… with shares that have a sum, not {value!r}")
     if known is None and not given:
         raise ChoiceError(f"{name}:NAME=SHARE,… with shares of {', '.join(names)}, not {value!r}")
     return name, given
+
+
+def mixed(table: Table, value: str) -> set[str]:
+    """The entry's name, or where it has shares of others theirs. Raises ChoiceError."""
+    name, given = split(table, value)
+    return set(given) if options(table, name) is None else {name}
 
 
 def call(table: Table, value: str, *arguments: Any) -> Any:

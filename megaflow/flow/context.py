@@ -78,8 +78,7 @@ CONTEXTS: dict[str, Callable[..., Tensor]] = {law.__name__: law for law in (pref
 
 def needs_end(name: str) -> bool:
     """Whether a config's value reads where documents end."""
-    law, shares = choice.split(CONTEXTS, name)
-    return "source" in (law, *shares)
+    return "source" in choice.mixed(CONTEXTS, name)
 
 
 def told(times: Tensor, given: Tensor | None) -> Tensor:

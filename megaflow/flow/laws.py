@@ -171,20 +171,17 @@ LAWS: dict[str, Callable[..., Clock]] = {
 
 def needs_error(name: str) -> bool:
     """Whether a config's value is a law, or has a share of one, that is fitted to squared errors."""
-    law, options = choice.split(LAWS, name)
-    return "variance" in (law, *options)
+    return "variance" in choice.mixed(LAWS, name)
 
 
 def follows_scores(name: str) -> bool:
     """Whether a config's value is a law, or has a share of one, that is fitted anew to what the model scores."""
-    law, options = choice.split(LAWS, name)
-    return any(each in ("ce_linear", "cdcd", "gumbel", "variance") for each in (law, *options))
+    return bool(choice.mixed(LAWS, name) & {"ce_linear", "cdcd", "gumbel", "variance"})
 
 
 def gaussian_law(name: str) -> str:
     """The law of a config's value, or that it has a share of, which describes Gaussian noise and no other; '' where there is none."""
-    law, options = choice.split(LAWS, name)
-    return next((each for each in (law, *options) if each in ("argmax", "argmax_code", "variance")), "")
+    return min(choice.mixed(LAWS, name) & {"argmax", "argmax_code", "variance"}, default="")
 
 
 def isotonic(values: Tensor) -> Tensor:

@@ -186,6 +186,10 @@ class TestContradictions:
             ({"distill.teacher": "t", "distill.diagonal_fraction": 1.0}, ["distill.diagonal_fraction=1", "no row"]),
             ({"distill.teacher": "t", "distill.diagonal_fraction": 0.99, "train.global_batch": 16}, ["=0.99", "train.global_batch=16"]),
             ({"distill.teacher": "t", "distill.boundary_fraction": 1.0}, ["distill.boundary_fraction=1", "no inner row"]),
+            (
+                {"distill.teacher": "t", "distill.objective": "esd", "distill.diagonal_fraction": 0.9, "train.global_batch": 8},
+                ["=0.9", "=0.03125 leave no inner row of train.global_batch=8", "which alone distill.objective=esd trains"],
+            ),
             ({"model.hidden": 100, "model.heads": 8}, ["model.hidden=100", "model.heads=8", "multiple"]),
             ({"model.hidden": 36, "model.heads": 4}, ["model.hidden=36", "model.heads=4", "9 dimensions", "even"]),
             ({"flow.code": "identity", "flow.code_dim": 64}, ["flow.code=identity", "4096", "flow.code_dim=64"]),
@@ -219,7 +223,7 @@ class TestContradictions:
             ),
             ({"run.dir": " "}, ["run.dir is empty"]),
             ({"model.neighbors": 16, "data.length": 16}, ["model.neighbors=16", "data.length=16", "give less"]),
-            ({"distill.teacher": "x", "train.global_batch": 3}, ["train.global_batch=3", "4"]),
+            ({"distill.teacher": "x", "train.global_batch": 3}, ["leave no inner row of train.global_batch=3", "more rows"]),
         ],
     )
     def test_both_values_are_named_and_what_to_do(self, values, words):

@@ -51,6 +51,7 @@ def test_a_name_with_and_without_options():
         ("shaped:place=high", "shaped:place=NUMBER, not 'place=high'"),
         ("mixed:plain=0", "mixed:plain=NUMBER above 0, not 'plain=0'"),
         ("mixed", "mixed:NAME=SHARE,… with shares of plain, shaped, not 'mixed'"),
+        ("mixed:plain=1e308,shaped=1e308", "mixed:NAME=SHARE,… with shares that have a sum, not 'mixed:plain=1e308,shaped=1e308'"),
         ("mixed:mixed=1", "mixed, which takes plain, shaped, not 'mixed'"),
     ],
 )
@@ -58,6 +59,11 @@ def test_what_is_refused(value, sentence):
     with pytest.raises(choice.ChoiceError) as error:
         choice.split(TABLE, value)
     assert str(error.value).startswith(sentence)
+
+
+def test_what_a_value_is_mixed_of():
+    assert choice.mixed(TABLE, "shaped:place=4") == {"shaped"}
+    assert choice.mixed(TABLE, "mixed:plain=.9,shaped=.1") == {"plain", "shaped"}
 
 
 def test_what_a_table_offers():

@@ -109,6 +109,8 @@ def table(points: list[tuple[str, ...]], results: dict[tuple[str, ...], list[Res
         if not runs:
             continue
         name = ", ".join(f"`{part}`" for part in point) or "the config as it is"
+        if law := next((run["likelihood"].get("given") for run in runs if isinstance(run, dict)), ""):
+            name += f" (of what is written, given the rest by `{law}`; texts hold that too)"
         if said := next((run for run in runs if isinstance(run, str)), ""):
             lines.append(f"| {name} | {said} | | | |" + " |" * given)
             continue

@@ -53,7 +53,7 @@ def prepare(config: DataConfig, began: float | None = None) -> dict[str, Any]:
     with folder_in_one_step(Path(config.path)) as folder:
         tokenizer = given if given is not None else _tokenizer_of_text(files, config, survey)
         tokenizers.save_tokenizer(tokenizer, folder)
-        splits, rows_sha256 = _write_splits(folder, files, config, survey, tokenizer)
+        splits, rows_sha256, longer = _write_splits(folder, files, config, survey, tokenizer)
         sources.check_unchanged(files)
         shards.require_rows(splits, config.length)
         end = tokenizers.end_id(tokenizer)
@@ -84,6 +84,9 @@ def prepare(config: DataConfig, began: float | None = None) -> dict[str, Any]:
     for split, counts in splits.items():
         line = ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in counts.items())
         print(f"{config.path}/{split}  {line}", file=sys.stderr)
+    if config.target_field and longer:
+        cut = f"{longer:,} of {survey.documents:,} pairs are longer than data.length={config.length} and cut into rows"
+        print(f"{config.path}  {cut}, the later ones without their source or with its end alone; raise data.length", file=sys.stderr)
     if broken := survey.bad_lines.total():  # beyond the first hundred of a file they were not named
         print(f"{config.path}  broken lines skipped {broken:,}", file=sys.stderr)
     return manifest
@@ -225,7 +228,8 @@ def _survey(files: list[sources.Source], config: DataConfig) -> _Survey:
             survey.alphabet.update(text)
     if survey.documents == 0:
         broken = survey.bad_lines.total()
-        raise UserError(f"the sources hold no document with text ({broken} broken lines): check data.source and data.text_field.")
+        fields = "data.source, data.text_field and data.target_field" if config.target_field else "data.source and data.text_field"
+        raise UserError(f"the sources hold no document with text ({broken} broken lines): check {fields}.")
     if survey.documents == 1 and config.target_field:
         raise UserError("the sources hold one pair, so that none can be held out: add others.")
     if survey.documents == 1:
@@ -285,8 +289,9 @@ def _tokenizer_of_text(files: list[sources.Source], config: DataConfig, survey: 
 
 def _write_splits(
     folder: Path, files: list[sources.Source], config: DataConfig, survey: _Survey, tokenizer: Tokenizer
-) -> tuple[dict[str, dict[str, int]], dict[str, str]]:
-    """Tokenize and pack every document; writes shards and token counts, returns the counts of each split and the hash of its rows."""
+) -> tuple[dict[str, dict[str, int]], dict[str, str], int]:
+    """Tokenize and pack every document; writes shards and token counts, returns the counts of each split, the hash of its rows, and how
+    many documents are longer than a row of their own."""
     kind, end = tokenizers.tokenizer_kind(config), tokenizers.end_id(tokenizer)
     size = tokenizers.vocabulary_size(tokenizer)
     # the 27 letters have no end token: a space stands between documents that share a row
@@ -306,4 +311,4 @@ def _write_splits(
     if config.packing == "document":
         np.save(folder / shards.LENGTH_COUNTS_FILE, writers["train"].length_counts)
     splits = {split: writer.finish(tokenizer) for split, writer in writers.items()}
-    return splits, {split: writer.rows_sha256 for split, writer in writers.items()}
+    return splits, {split: writer.rows_sha256 for split, writer in writers.items()}, sum(writer.longer for writer in writers.values())

@@ -52,6 +52,7 @@ class SplitWriter:
         self.unigram = np.zeros(vocab_size, np.int64)
         self.length_counts = np.zeros(length + 1, np.int64)
         self.documents, self.characters = 0, 0
+        self.longer = 0  # documents that are cut into rows, with packing=document
         self.rest: list[np.ndarray] = []
         self.rest_tokens = 0
         # where the last full row ends: the piece, what `add` was told of it, how many of its tokens, characters before it
@@ -77,8 +78,9 @@ class SplitWriter:
         if closing is not None:
             self.add(np.array([closing], np.int32), 1, False)
         if self.packing == "document" and self.rest_tokens:
-            self._write_full_rows()
+            kept = self._write_full_rows()
             (tail,) = self.rest
+            self.longer += kept + len(tail) > self.length
             if len(tail):
                 self._write(np.pad(tail, (0, self.length - len(tail)))[None], len(tail))
             self.rest, self.rest_tokens = [], 0

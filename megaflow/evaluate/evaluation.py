@@ -29,7 +29,9 @@ from megaflow.evaluate.judge import Judge
 from megaflow.evaluate.loaded import Run, load_run, text_of
 from megaflow.evaluate.settings import LAST_STEP, Settings, check_temperature, last_step
 from megaflow.evaluate.template import Template
+from megaflow.flow import choice
 from megaflow.flow import profile as profiles
+from megaflow.flow.context import CONTEXTS
 from megaflow.flow.interpolant import time_of
 from megaflow.flow.likelihood import Estimate, NoBound
 from megaflow.model import discrete_bound
@@ -210,15 +212,19 @@ def likelihood(run: Run, held_out: RealText, draws: int, seed: int) -> dict[str,
     """Nats per token and bits per character: a bound with its Monte-Carlo error for flows, exact for the baseline.
 
     Of a run that writes nothing without being given some (flow.context.share=1) it is that of the tokens that are written, given the
-    others. Where a run can be given the beginning of a text, `continuation` is that of the rest: of the second half of every row, given the
-    first, or of what belongs to the source of a pair.
+    others, and `given` is the law of those. Where a run can be given the beginning of a text, `continuation` is that of the rest: of the
+    second half of every row, given the first, or of what belongs to the source of a pair.
     """
     contexts, pairs = Contexts(run.config, run.manifest), bool(run.manifest["settings"].get("target_field"))
     ids, lengths, places = held_out.ids, torch.tensor([len(row) for row in held_out.rows]), torch.arange(len(held_out.rows))
-    found = nats(run, held_out, draws, seed, contexts.validation(ids, lengths, places))
+    given = contexts.validation(ids, lengths, places)
+    found = nats(run, held_out, draws, seed, given)
+    if given is not None:
+        found["given"] = run.config.flow.context.law
     if found["kind"] == "none":
         return found
-    if run.kind in ("autoregressive", "masked") or contexts.there:
+    law = run.config.flow.context.law
+    if run.kind in ("autoregressive", "masked") or contexts.there and choice.mixed(CONTEXTS, law) != {"suffix"}:
         what = "source" if pairs else "first half"
         half = torch.arange(ids.shape[1]) < (lengths // 2)[:, None]
         given = masks("source", contexts.end, ids, lengths, seed, places, -1) if pairs else half
@@ -426,6 +432,8 @@ def table(result: dict[str, Any]) -> str:
             lines.append(f"  standard error  {found['standard_error_bits_per_char']:.4f} bits/char of noise and times")
             lines.append(f"  over rows       {found['row_error_bits_per_char']:.4f} bits/char of bound minus unigram entropy")
         lines.append(f"unigram entropy   {found['unigram_bits_per_char']:.4f} bits/char")
+    if "given" in found:
+        lines.append(f"given             of held-out rows by flow.context.law={found['given']}; likelihood is of the rest, texts hold both")
     if rest := found.get("continuation"):
         of = "what follows the source" if rest["given"] == "source" else "the second half of a row, given the first"
         entropy = rest["unigram_nats_per_token"]

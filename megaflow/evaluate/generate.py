@@ -12,7 +12,8 @@ from megaflow.evaluate import template as templates
 from megaflow.evaluate.loaded import Run, load_run, row_lengths, text_of
 from megaflow.evaluate.settings import Settings, check_temperature, resolved
 from megaflow.evaluate.template import Template
-from megaflow.flow import sampler
+from megaflow.flow import choice, sampler
+from megaflow.flow.context import CONTEXTS
 from megaflow.flow.sampler import Callback
 from megaflow.progress import Progress
 
@@ -72,8 +73,9 @@ def given_text(run: Run, prompt: str | None, infill: str | None, blank: int | No
     """What `megaflow sample` is given of every text. Raises UserError."""
     if blank is not None and infill is None:
         raise UserError("--blank is the size of the blanks of --infill; give both")
+    laws = choice.mixed(CONTEXTS, run.config.flow.context.law)
     if prompt is None and infill is None:
-        if run.parts is not None and (run.config.flow.context.share, run.config.flow.context.law) == (1.0, "source"):
+        if run.parts is not None and run.config.flow.context.share == 1.0 and laws == {"source"}:
             raise UserError(
                 f"{run.directory} writes what belongs to a source, which every row of its training had; give one, --prompt TEXT"
             )
@@ -81,6 +83,8 @@ def given_text(run: Run, prompt: str | None, infill: str | None, blank: int | No
     if prompt is not None and infill is not None:
         raise UserError("--prompt and --infill exclude each other: --infill takes all of the text, its beginning too")
     option = "--prompt" if infill is None else "--infill"
+    if not (prompt or infill or "").strip():
+        raise UserError(f"{option} holds nothing but spaces; leave it out, or give some text")
     if run.kind == "uniform":
         raise UserError(f"{option}: {run.directory} replaces tokens by random ones and is given none; use a flow, or model.family=masked")
     if infill is not None and run.kind == "autoregressive":
@@ -90,10 +94,10 @@ def given_text(run: Run, prompt: str | None, infill: str | None, blank: int | No
             f"{option}: {run.directory} has been trained without given tokens (flow.context.share=0) and does not heed them; train a flow "
             "with flow.context.share above 0"
         )
-    law = run.config.flow.context.law
-    if run.parts is not None and law in UNTRAINED[option]:
+    if run.parts is not None and laws <= set(UNTRAINED[option]):
+        law, knows = run.config.flow.context.law, UNTRAINED[option][min(laws)]
         raise UserError(
-            f"{option}: {run.directory} has been trained with flow.context.law={law} and knows {UNTRAINED[option][law]}, or a flow "
+            f"{option}: {run.directory} has been trained with flow.context.law={law} and knows {knows}, or a flow "
             "with flow.context.law=mixture"
         )
     if infill is not None:

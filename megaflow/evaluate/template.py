@@ -1,6 +1,7 @@
 """Texts of which some tokens are given: a prompt, blanks to fill in, or rows of real text."""
 
 import re
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +41,8 @@ class Template:
 
 def of_prompt(manifest: dict[str, Any], tokenizer: Any, prompt: str) -> Template:
     """The text begins with the prompt; where the run's rows are pairs, the prompt is what is given of one. Raises UserError."""
+    if BLANK.search(prompt):
+        print("--prompt takes its ___ as they stand; --infill fills them in", file=sys.stderr)
     tokens = encoded(manifest, tokenizer, prompt, "--prompt")
     if manifest["settings"].get("target_field"):
         tokens.append(manifest["tokenizer"]["end_id"])

@@ -12,7 +12,7 @@ from megaflow.data.stream import TokenStream
 from megaflow.data.tokenizer import encode, load_tokenizer
 from megaflow.errors import UserError
 from megaflow.evaluate.evaluation import evaluate
-from megaflow.evaluate.generate import sample
+from megaflow.evaluate.generate import given_text, sample
 from megaflow.evaluate.loaded import load_run, text_of
 from megaflow.export.convert import convert
 from megaflow.train import stages
@@ -54,6 +54,11 @@ def test_a_prompt_stands_at_the_beginning_of_every_text(runs, kind, way):
     assert sample(runs / kind, 2, **way, prompt="And God")["tokens"] == prompt["tokens"][:2]
 
 
+def test_a_prompt_with_blanks_is_taken_as_it_stands(runs, capsys):
+    assert sample(runs / "flow", 1, 2, prompt="And ___")["texts"][0].startswith("And ___")
+    assert "--infill fills them in" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("kind, way", SAMPLERS[:-1], ids=lambda x: x if isinstance(x, str) else x.get("method", ""))
 def test_blanks_are_filled_in(runs, kind, way):
     found = sample(runs / kind, 3, **way, infill="And ___ God", blank=3)
@@ -78,6 +83,22 @@ def test_what_does_not_go_together_is_refused(runs, trained):
     refused("is autoregressive and knows nothing of what comes later; use --prompt", runs / "autoregressive", infill="a ___")
     refused("exclude each other", runs / "flow", prompt="And", infill="a ___")
     refused("--blank is the size of the blanks of --infill; give both", runs / "flow", prompt="And", blank=3)
+
+
+@pytest.mark.parametrize(
+    "law, prompt, infill, words",
+    [
+        ("suffix", "And God", None, "knows what is written before an end alone"),
+        ("mixture:suffix=2", "And God", None, "mixture:suffix=2 and knows what is written before an end alone"),
+        ("mixture:prefix=1,source=1", None, "And ___", "knows what is written after a beginning alone"),
+        ("mixture:suffix=1,random=1", " ", None, "--prompt holds nothing but spaces"),
+    ],
+)
+def test_what_a_law_never_gave_is_not_asked_for(runs, law, prompt, infill, words):
+    run = load_run(runs / "flow")
+    run.config.flow.context.law = law
+    with pytest.raises(UserError, match=words):
+        given_text(run, prompt, infill, None)
 
 
 def test_the_rest_of_a_row_has_a_likelihood_given_its_first_half(runs, trained):
@@ -144,6 +165,7 @@ def test_the_likelihood_of_pairs_is_that_of_their_answers(reversed_words):
     flow, baseline = (evaluate(reversed_words / kind, [2], 4, 64, 2, 0)["likelihood"] for kind in ("flow", "baseline"))
     rows = 64
     assert flow["tokens"] == flow["continuation"]["tokens"] == baseline["continuation"]["tokens"] == 4 * rows
+    assert flow["given"] == "source" and "given" not in baseline
     assert flow["continuation"]["given"] == baseline["continuation"]["given"] == "source"
     assert flow["nats_per_token"] == pytest.approx(flow["continuation"]["nats_per_token"], abs=0.05)
     assert max(flow["nats_per_token"], baseline["continuation"]["nats_per_token"]) < 0.2 < baseline["nats_per_token"]
@@ -165,6 +187,17 @@ def test_a_flow_of_pairs_wants_a_source(reversed_words):
 def test_what_cannot_be_made_pairs_of_is_refused(reversed_words, tmp_path, override, words):
     with pytest.raises(UserError, match=words):
         prepare(load(reversed_words / "pairs.yaml", [f"data.path={tmp_path / 'data'}", override]).config.data)
+
+
+def test_pairs_that_do_not_fit_a_row_are_counted(tmp_path, capsys):
+    """Rows of 8, with two end tokens: halves of three letters each fit exactly."""
+    lines = [
+        json.dumps({"question": question, "answer": answer}) + "\n" for question, answer in (("abc", "cba"), ("abcd", "dcba"), ("a", "b"))
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(lines * 8))
+    (tmp_path / "pairs.yaml").write_text(PAIRS.format(tmp_path))
+    prepare(load(tmp_path / "pairs.yaml").config.data)
+    assert "8 of 24 pairs are longer than data.length=8 and cut into rows" in capsys.readouterr().err
 
 
 def test_plain_text_has_no_pairs(reversed_words, tmp_path):

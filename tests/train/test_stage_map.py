@@ -202,6 +202,11 @@ REDUCED = [
 ]
 
 
+def test_every_objective_but_that_of_laws_is_there():
+    tried = {case.values[0] if isinstance(case, type(pytest.param())) else case[0] for case in REDUCED}
+    assert tried == {name for name, make in OBJECTIVES.items() if not make().one_step}
+
+
 @pytest.mark.parametrize("objective, weighting, between, steps, rate", REDUCED)
 def test_every_objective_brings_one_and_two_steps_nearer_to_the_exact_map(objective, weighting, between, steps, rate):
     """From a converged diagonal, by itself: without boundary rows, whose semigroup targets would do it for any."""
@@ -257,17 +262,47 @@ def law_of(network: TextDiT, steps: int) -> Tensor:
     return found / found.sum()
 
 
-def test_matching_laws_brings_the_texts_of_one_and_two_steps_nearer_to_the_data():
-    """By the total variation of the law of whole texts, of which one step writes one at first; and nearer to the exact map, which inner
-    rows hold it to."""
-    toy, stage = solved()[0], stage_of("dmd:draws=2", boundary_fraction=0.125)
-    stage.network.load_state_dict(converged(), strict=False)
-    stage.network.auxiliary.load_state_dict(converged(), strict=False)
-    far, before = errors(stage.network), [(law_of(stage.network, steps) - toy.law).abs().sum().item() / 2.0 for steps in (1, 2)]
-    trained(stage, 400, 2e-3)
-    near, after = errors(stage.network), [(law_of(stage.network, steps) - toy.law).abs().sum().item() / 2.0 for steps in (1, 2)]
-    assert after[0] < 0.25 * before[0] and after[1] < 0.8 * before[1], (before, after)
-    assert near[0] < 0.5 * far[0] and near[1] < 0.8 * far[1], (far, near)
+def far_from(toy: toys.Toy, network: TextDiT) -> list[float]:
+    """Total variation between the law of the texts of one and of two steps and that of the data."""
+    return [(law_of(network, steps) - toy.law).abs().sum().item() / 2.0 for steps in (1, 2)]
+
+
+def on_boundary_rows(stage: MapStage, steps: int, every: int, rate: float, first: int = 50) -> TextDiT:
+    """Train with an auxiliary denoiser, where there is one, that learns faster: the map every few steps alone, once it has begun."""
+    network, parts = stage.network, dict[bool, list[Tensor]]()
+    for name, p in network.named_parameters():
+        parts.setdefault(name.startswith("auxiliary"), []).append(p)
+    optimizers = {kind: torch.optim.Adam(some, lr=5e-3 if kind else rate, betas=(0.0, 0.99)) for kind, some in parts.items()}
+    for step in range(steps):
+        network.zero_grad()
+        stage.loss(batch(step))[0].backward()
+        for kind, optimizer in optimizers.items():
+            torch.nn.utils.clip_grad_norm_(parts[kind], 1.0)
+            if kind or step >= first and step % every == 0:
+                optimizer.step()
+    return network
+
+
+def test_matching_laws_alone_brings_the_texts_of_a_map_nearer_to_the_data():
+    """Of a map that the semigroup identity has begun to teach, by rows from 0 to 1 without inner ones: which noise writes which text stays
+    as it was, the law of the texts comes nearer, and much nearer than by the identity on the same rows."""
+    toy = solved()[0]
+    begun = stage_of("psd", boundary_fraction=0.125)
+    begun.network.load_state_dict(converged())
+    begun = trained(begun, 60).state_dict()
+    found = {}
+    for objective in ("dmd:draws=2", "psd"):
+        stage = stage_of(objective, diagonal_fraction=0.25, boundary_fraction=1.0, weighting="none")
+        stage.network.load_state_dict(begun, strict=False)
+        if stage.network.auxiliary is not None:
+            stage.network.auxiliary.load_state_dict(converged(), strict=False)
+        before, off = far_from(toy, stage.network), errors(stage.network)
+        network = on_boundary_rows(stage, 400, 4, 5e-4)
+        found[objective] = [before, far_from(toy, network), off, errors(network)]
+    before, after, off, still = found["dmd:draws=2"]
+    assert after[0] < 0.5 * before[0] and after[1] < 0.8 * before[1], found
+    assert still[0] < 1.2 * off[0] and still[1] < 1.1 * off[1], found
+    assert after[0] < 0.5 * found["psd"][1][0] and after[1] < 0.9 * found["psd"][1][1], found
 
 
 @pytest.mark.long
@@ -277,22 +312,12 @@ def test_matching_laws_alone_finds_the_law_of_whole_texts():
     network = stage.network
     network.load_state_dict(converged(), strict=False)
     network.auxiliary.load_state_dict(converged(), strict=False)
-    before = (law_of(network, 1) - toy.law).abs().sum().item() / 2.0
+    before = far_from(toy, network)[0]
     torch.manual_seed(0)
     with torch.no_grad():
         for name, p in network.named_parameters():
             p.add_(0.3 * torch.randn_like(p) if name.startswith("map_") else 0.0)
-    learned = {kind: [p for n, p in network.named_parameters() if n.startswith("auxiliary") == kind] for kind in (True, False)}
-    auxiliary, own = (torch.optim.Adam(learned[kind], lr=rate, betas=(0.0, 0.99)) for kind, rate in ((True, 5e-3), (False, 2e-3)))
-    for step in range(2000):  # the auxiliary denoiser learns five times as often
-        network.zero_grad()
-        stage.loss(batch(step))[0].backward()
-        for weights in learned.values():
-            torch.nn.utils.clip_grad_norm_(weights, 1.0)
-        auxiliary.step()
-        if step >= 100 and step % 5 == 0:
-            own.step()
-    after = (law_of(network, 1) - toy.law).abs().sum().item() / 2.0
+    after = far_from(toy, on_boundary_rows(stage, 2000, 5, 2e-3, first=100))[0]
     assert after < 0.6 * before, (before, after)
 
 

@@ -63,9 +63,12 @@ def test_noise_that_is_a_token_hides_none(t):
     token it has, and there is nothing to be learned from the tokens around it."""
     for kind in CODES.values():
         C = torch.eye(VOCAB) if kind.matrix is None else kind.matrix
+        found = drawn("vertices", kind, length=400)[0].unique(dim=0)
+        assert len(found) == VOCAB
+        noise = found[torch.cdist(C, found).argmin(1)]  # in the order of tokens
 
-        def least(t: float, C: Tensor = C) -> float:
-            states = (1.0 - t) * C[:, None] + t * C[None, :]
+        def least(t: float, C: Tensor = C, noise: Tensor = noise) -> float:
+            states = (1.0 - t) * noise[:, None] + t * C[None, :]
             apart = torch.cdist(states.flatten(0, 1), states.flatten(0, 1))
             tokens = torch.arange(VOCAB).repeat(VOCAB)
             return apart[tokens[:, None] != tokens[None, :]].min().item()

@@ -193,18 +193,9 @@ def lagrangian(network: TextDiT, rows: Rows, held: list[Tensor]) -> Target:
     """psi_{t,t}(X_{s,t}) over 1 + g dev(d_t z) (DFM, the logit form of Lagrangian distillation)."""
     hidden, moved = by_end(network, rows)
     read = network.read(hidden, rows.y, rows.told.s)
-    end, logits = at_the_end(network, rows, read), tangent.reader(network.head().frozen())
-    psi, still = heads.probabilities(network.head()), Moved(moved.flatten(0, 1))
-    gain, v = rows.tokens(tangent.lagrangian_gain(network.path, rows.times.s, rows.times.t)).to(rows.y), network.code.part
-
-    @torch.no_grad()
-    def target(tokens: slice) -> Tensor:
-        z, dz = logits(read[tokens], still[tokens])
-        law, by_floor = tangent.lagrangian_target(v, psi(end[tokens]), softmax_(v, z), dz, gain[tokens])
-        held.append(by_floor)
-        return law
-
-    return target
+    gain = rows.tokens(tangent.lagrangian_gain(network.path, rows.times.s, rows.times.t)).to(rows.y)
+    end, still = at_the_end(network, rows, read), Moved(moved.flatten(0, 1))
+    return _derived(tangent.lagrangian_target, network, end, read, still, gain, held)
 
 
 @torch.no_grad()
@@ -213,9 +204,9 @@ def eulerian(network: TextDiT, rows: Rows, held: list[Tensor]) -> Target:
     path, y, (s, _, t) = network.path, rows.y, rows.told
     start = network.read(network(y, s, lengths=rows.lengths, seen=rows.seen, documents=rows.documents), y, s)
     clean = heads.expectation(network.head().frozen(), start).view(y.shape)
-    fall, gain = velocity_terms(path, rows.times.s)
+    fall, lam = velocity_terms(path, rows.times.s)
     moving = (s < 1.0).to(s.dtype)
-    velocity = (along(fall, y) * y + along(gain, y) * clean) * along(moving, y)
+    velocity = (along(fall, y) * y + along(lam, y) * clean) * along(moving, y)
 
     def at(y: Tensor, s: Tensor) -> Tensor:
         return network(y, s, t, rows.lengths, documents=rows.documents)
@@ -225,13 +216,27 @@ def eulerian(network: TextDiT, rows: Rows, held: list[Tensor]) -> Target:
     level = torch.func.jvp(lambda s: interpolant.level(path, s), (s,), (moving,))[1]
     read = network.read(hidden, y, s)
     way = Moved(moved.flatten(0, 1), velocity.flatten(0, 1), of_tokens(level.to(y.dtype), y))
+    gain = rows.tokens(tangent.eulerian_gain(path, rows.times.s, rows.times.t)).to(y)
+    return _derived(tangent.eulerian_target, network, start, read, way, gain, held)
+
+
+def _derived(
+    of: Callable[..., tuple[Tensor, Tensor]],
+    network: TextDiT,
+    there: Read,
+    read: Read,
+    way: Moved,
+    gain: Tensor,
+    held: list[Tensor],
+) -> Target:
+    """The target `of` (tangent.py) what psi says where it leads to or comes from, `there`, and of psi at `read` with its derivative along
+    `way`; of each chunk what the floor answers is put into `held`."""
     logits, psi, v = tangent.reader(network.head().frozen()), heads.probabilities(network.head()), network.code.part
-    rate = rows.tokens(tangent.eulerian_gain(path, rows.times.s, rows.times.t)).to(y)
 
     @torch.no_grad()
     def target(tokens: slice) -> Tensor:
         z, dz = logits(read[tokens], way[tokens])
-        law, by_floor = tangent.eulerian_target(v, psi(start[tokens]), softmax_(v, z), dz, rate[tokens])
+        law, by_floor = of(v, psi(there[tokens]), softmax_(v, z), dz, gain[tokens])
         held.append(by_floor)
         return law
 

@@ -173,9 +173,9 @@ class TestOverrides:
         "override",
         [
             "distill.diagonal_fraction=0.1",
-            "distill.diagonal_fraction=0.9",
+            "distill.diagonal_fraction=0.75",
             "distill.boundary_fraction=0",
-            "distill.boundary_fraction=0.9",
+            "distill.boundary_fraction=0.7",
             "distill.weighting=none",
             "distill.state_input=linear",
             "distill.state_input=none",

@@ -116,7 +116,8 @@ def table(points: list[tuple[str, ...]], results: dict[tuple[str, ...], list[Res
             continue
         bounds = of(point, "likelihood", "nats_per_token")
         pairs = list(zip(bounds, first, strict=False))
-        apart = [None if a is None or b is None else a - b for a, b in pairs]
+        same = values_of(runs, "likelihood", "given") == values_of(results.get(points[0], []), "likelihood", "given")
+        apart = [None if a is None or b is None or not same else a - b for a, b in pairs]
         drawn = [shown(texts(point, key), 2) for key in ("judge_bits_per_char", "entropy")]
         difference = "" if point == points[0] else shown(apart, 3, "+")
         drawn += [shown(of(point, *rest), 3)] if given else []

@@ -35,6 +35,8 @@ def table(names: list[str], results: dict[str, list[Result]]) -> str:
         if said := next((run for run in runs if isinstance(run, str)), ""):
             lines.append(f"| {name} | {said} |" + " |" * len(counts))
             continue
+        if law := next((run["likelihood"].get("given") for run in runs if isinstance(run, dict)), ""):
+            name += f" (of what is written, given the rest by `{law}`; texts hold that too)"
         cells = [shown(values_of(runs, "likelihood", "nats_per_token"), 3)]
         for count in counts:
             cells.append(" / ".join(shown(values_of(runs, "samples", count, key), 2) for key in ("judge_bits_per_char", "entropy")))

@@ -214,6 +214,8 @@ def _without(config: Config, name: str) -> str:
         return f"the baseline model.family={config.model.family}"
     if config.model.family == "autoregressive" and name == "model.time":
         return "model.family=autoregressive, which has no time"
+    if name.startswith("distill.") and not is_map(config):
+        return "a flow: it is of megaflow distill, or of train.joint=true"
     if name == "flow.clock.uniform_share" and flow.clock.name.partition(":")[0] in ("uniform", "mixture"):
         return f"flow.clock.name={flow.clock.name}"
     if name == "flow.clock.refit_every" and not laws.follows_scores(flow.clock.name):

@@ -201,7 +201,10 @@ def of_map(config: Config, refuse: Refuse) -> None:
     diagonal, boundary = flow_map.counts(train.global_batch, distill.diagonal_fraction, distill.boundary_fraction)
     if diagonal + boundary == train.global_batch:
         shares = f"distill.diagonal_fraction={distill.diagonal_fraction:g} and distill.boundary_fraction={distill.boundary_fraction:g}"
-        why = f"which alone {what} trains" if objective.apart else "of whose answers the targets of the others are made"
+        if objective.apart:
+            why = f"which alone {what} trains"
+        else:
+            why = "which hold the map to its flow" if objective.one_step else "of whose answers the targets of the others are made"
         refuse(
             f"{shares} leave no inner row of train.global_batch={train.global_batch}, {why}; give less, or more rows",
             "distill.diagonal_fraction",

@@ -223,8 +223,9 @@ def likelihood(run: Run, held_out: RealText, draws: int, seed: int) -> dict[str,
         found["given"] = run.config.flow.context.law
     if found["kind"] == "none":
         return found
-    law = run.config.flow.context.law
-    if run.kind in ("autoregressive", "masked") or contexts.there and choice.mixed(CONTEXTS, law) != {"suffix"}:
+    laws = choice.mixed(CONTEXTS, run.config.flow.context.law)
+    begins = bool(laws & {"prefix", "infilling", "random"}) or pairs and "source" in laws
+    if run.kind in ("autoregressive", "masked") or contexts.there and begins:
         what = "source" if pairs else "first half"
         half = torch.arange(ids.shape[1]) < (lengths // 2)[:, None]
         given = masks("source", contexts.end, ids, lengths, seed, places, -1) if pairs else half

@@ -263,12 +263,16 @@ def stage_row(name: str, seconds: float, prepared: dict, summaries: dict, evalua
 def likelihoods(evaluations: dict) -> dict[str, Any]:
     """Unigram entropy and every run's likelihood, with the errors of those that are estimates, and a note on what was measured."""
     table: dict[str, Any] = {}
-    over_rows = []
+    over_rows, of_given = [], ""
     for name, evaluation in evaluations.items():
         entry = evaluation["likelihood"]
         if entry["kind"] == "none":
             continue
         table[name] = {"nats_per_token": entry["nats_per_token"], "bits_per_char": entry["bits_per_char"]}
+        if law := entry.get("given"):
+            table[name]["given"] = law
+            who = f" The {name.replace('_', ' ')} is given tokens by flow.context.law={law}"
+            of_given += f"{who}: its likelihood is of the others alone, its texts hold both."
         if entry["kind"] == "bound":
             table[name]["nats_standard_error"] = entry["standard_error_nats"]
             table[name]["bits_standard_error"] = entry["standard_error_bits_per_char"]
@@ -283,6 +287,8 @@ def likelihoods(evaluations: dict) -> dict[str, Any]:
                 over_rows.append(f"{error:.3f} ({name.replace('_', ' ')})")
     if over_rows:
         table["note"] += f" Over rows of text, the error of bound minus unigram entropy is {', '.join(over_rows)} bits per character."
+    if of_given:
+        table["note"] = table.get("note", "").strip() + of_given
     return table
 
 

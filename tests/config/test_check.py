@@ -291,6 +291,7 @@ class TestDoubts:
                 {"flow.clock.name": "mixture:argmax=0.9,uniform=0.1", "flow.clock.refit_every": 5},
                 "flow.clock.refit_every changes nothing of flow.clock.name=mixture:argmax=0.9,uniform=0.1, which is not fitted",
             ),
+            ({"distill.objective": "lsd"}, "distill.objective changes nothing of a flow: it is of megaflow distill"),
             ({"flow.context.law": "suffix"}, "flow.context.law changes nothing of flow.context.share=0"),
             (
                 {"distill.teacher": "x", "distill.weighting": "none", "distill.adaptive_power": 1.0},

@@ -36,6 +36,8 @@ VALUES = [
 ]
 VALUES += [("flow.code", value) for value in keys()["flow.code"].metadata["choices"] if value != "auto"]
 VALUES += [
+    ("flow.skip", "off"),
+    ("model.input", "both"),
     ("flow.self_conditioning", "0.5"),
     ("flow.times", "tokens"),
     ("model.family", "masked"),
@@ -60,7 +62,8 @@ MAPS += [
 """The same of stage 2."""
 RESOLVE_NOTHING = ("flm", "dfm", "cdcd", "cfm")
 """Recipes that read the state linearly and say nothing of the channel: in a few steps no token is resolved, and there is no bound."""
-NO_BOUND = ("vertices", "dirichlet")
+NO_BOUND = ("vertices", "dirichlet", "off")
+"""Noise without a channel; and without the channel term a few steps resolve no token."""
 
 
 def losses(directory: Path) -> dict[int, float]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megaflow.evaluate.evaluation import evaluate
-from megaflow.evaluate.gather import commands, curve
+from megaflow.evaluate.gather import commands, curve, likelihoods
 from tests.train.writers import write_anew
 
 STEPS = [1, 2, 4, 16, 64]
@@ -257,3 +257,13 @@ class TestMissing:
         (path / "flow" / "summary.json").unlink()
         told = cli("report", path)
         assert told.code == 2 and "no finished run" in told.err
+
+
+def test_a_likelihood_of_what_is_written_alone_is_told():
+    """Beside one of whole texts it is another quantity."""
+    exact = {"kind": "exact", "unigram_nats_per_token": 3.0, "unigram_bits_per_char": 4.0, "nats_per_token": 1.0, "bits_per_char": 1.4}
+    bound = exact | {"kind": "bound", "standard_error_nats": 0.1, "standard_error_bits_per_char": 0.1, "tokens": 64, "given": "prefix"}
+    runs = {"flow": {"likelihood": bound, "settings": {"draws": 4}}, "autoregressive": {"likelihood": exact}}
+    found = likelihoods(runs)
+    assert found["flow"]["given"] == "prefix" and "given" not in found["autoregressive"]
+    assert "The flow is given tokens by flow.context.law=prefix: its likelihood is of the others alone" in found["note"]

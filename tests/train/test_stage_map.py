@@ -305,6 +305,18 @@ def test_matching_laws_alone_brings_the_texts_of_a_map_nearer_to_the_data():
     assert after[0] < 0.5 * found["psd"][1][0] and after[1] < 0.9 * found["psd"][1][1], found
 
 
+def test_matching_laws_beside_the_identity_brings_one_and_two_steps_nearer_to_the_exact_map():
+    """As it is distilled, with inner rows by the semigroup identity: the error, and how far the law of whole texts is."""
+    toy, stage = solved()[0], stage_of("dmd:draws=2", boundary_fraction=0.125)
+    stage.network.load_state_dict(converged(), strict=False)
+    stage.network.auxiliary.load_state_dict(converged(), strict=False)
+    off, before = errors(stage.network), far_from(toy, stage.network)
+    network = trained(stage, 400, 2e-3)
+    near, after = errors(network), far_from(toy, network)
+    assert near[0] < 0.5 * off[0] and near[1] < 0.8 * off[1], (off, near)
+    assert after[0] < 0.25 * before[0] and after[1] < 0.8 * before[1], (before, after)
+
+
 @pytest.mark.long
 def test_matching_laws_alone_finds_the_law_of_whole_texts():
     """One step, nothing but boundary rows: from a map that writes one text, and tells noises apart by chance at first."""

@@ -85,6 +85,12 @@ def shown(values: list[float | None], digits: int, sign: str = "") -> str:
     return f"{mean:{sign}.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
 
 
+def of_given(runs: list[Result]) -> str:
+    """What has to be said of runs that write nothing without being given some; nothing of others."""
+    law = next((run["likelihood"].get("given") for run in runs if isinstance(run, dict)), None)
+    return f" (of what is written, given the rest by `{law}`; texts hold that too)" if law else ""
+
+
 def table(points: list[tuple[str, ...]], results: dict[tuple[str, ...], list[Result]]) -> str:
     """Markdown of what has been measured."""
     rest = "likelihood", "continuation", "nats_per_token"
@@ -109,15 +115,14 @@ def table(points: list[tuple[str, ...]], results: dict[tuple[str, ...], list[Res
         if not runs:
             continue
         name = ", ".join(f"`{part}`" for part in point) or "the config as it is"
-        if law := next((run["likelihood"].get("given") for run in runs if isinstance(run, dict)), ""):
-            name += f" (of what is written, given the rest by `{law}`; texts hold that too)"
+        name += of_given(runs)
         if said := next((run for run in runs if isinstance(run, str)), ""):
             lines.append(f"| {name} | {said} | | | |" + " |" * given)
             continue
         bounds = of(point, "likelihood", "nats_per_token")
         pairs = list(zip(bounds, first, strict=False))
-        same = values_of(runs, "likelihood", "given") == values_of(results.get(points[0], []), "likelihood", "given")
-        apart = [None if a is None or b is None or not same else a - b for a, b in pairs]
+        alike = of_given(runs) == of_given(results.get(points[0], []))
+        apart = [None if a is None or b is None or not alike else a - b for a, b in pairs]
         drawn = [shown(texts(point, key), 2) for key in ("judge_bits_per_char", "entropy")]
         difference = "" if point == points[0] else shown(apart, 3, "+")
         drawn += [shown(of(point, *rest), 3)] if given else []

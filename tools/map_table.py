@@ -15,7 +15,7 @@ import argparse
 import time
 from pathlib import Path
 
-from design_table import Result, measured, progress, shown, slug, values_of
+from design_table import Result, measured, of_given, progress, shown, slug, values_of
 
 from megaflow.config.load import flatten, load
 
@@ -35,12 +35,10 @@ def table(names: list[str], results: dict[str, list[Result]]) -> str:
         if said := next((run for run in runs if isinstance(run, str)), ""):
             lines.append(f"| {name} | {said} |" + " |" * len(counts))
             continue
-        if law := next((run["likelihood"].get("given") for run in runs if isinstance(run, dict)), ""):
-            name += f" (of what is written, given the rest by `{law}`; texts hold that too)"
         cells = [shown(values_of(runs, "likelihood", "nats_per_token"), 3)]
         for count in counts:
             cells.append(" / ".join(shown(values_of(runs, "samples", count, key), 2) for key in ("judge_bits_per_char", "entropy")))
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        lines.append(f"| {name}{of_given(runs)} | " + " | ".join(cells) + " |")
     seeds = max(map(len, results.values()))
     return "\n".join([*lines, "", f"{seeds} seeds, mean ± standard error over them.", ""])
 

@@ -29,9 +29,8 @@ from megaflow.evaluate.judge import Judge
 from megaflow.evaluate.loaded import Run, load_run, text_of
 from megaflow.evaluate.settings import LAST_STEP, Settings, check_temperature, last_step
 from megaflow.evaluate.template import Template
-from megaflow.flow import choice
+from megaflow.flow import context
 from megaflow.flow import profile as profiles
-from megaflow.flow.context import CONTEXTS
 from megaflow.flow.interpolant import time_of
 from megaflow.flow.likelihood import Estimate, NoBound
 from megaflow.model import discrete_bound
@@ -223,7 +222,7 @@ def likelihood(run: Run, held_out: RealText, draws: int, seed: int) -> dict[str,
         found["given"] = run.config.flow.context.law
     if found["kind"] == "none":
         return found
-    laws = choice.mixed(CONTEXTS, run.config.flow.context.law)
+    laws = context.laws(run.config.flow.context.law)
     begins = bool(laws & {"prefix", "infilling", "random"}) or pairs and "source" in laws
     if run.kind in ("autoregressive", "masked") or contexts.there and begins:
         what = "source" if pairs else "first half"

@@ -12,8 +12,7 @@ from megaflow.evaluate import template as templates
 from megaflow.evaluate.loaded import Run, load_run, row_lengths, text_of
 from megaflow.evaluate.settings import Settings, check_temperature, resolved
 from megaflow.evaluate.template import Template
-from megaflow.flow import choice, sampler
-from megaflow.flow.context import CONTEXTS
+from megaflow.flow import context, sampler
 from megaflow.flow.sampler import Callback
 from megaflow.progress import Progress
 
@@ -73,7 +72,7 @@ def given_text(run: Run, prompt: str | None, infill: str | None, blank: int | No
     """What `megaflow sample` is given of every text. Raises UserError."""
     if blank is not None and infill is None:
         raise UserError("--blank is the size of the blanks of --infill; give both")
-    laws = choice.mixed(CONTEXTS, run.config.flow.context.law)
+    laws = context.laws(run.config.flow.context.law)
     if prompt is None and infill is None:
         if run.parts is not None and run.config.flow.context.share == 1.0 and laws == {"source"}:
             raise UserError(

@@ -76,9 +76,14 @@ def mixture(row: Row, **shares: float) -> Tensor:
 CONTEXTS: dict[str, Callable[..., Tensor]] = {law.__name__: law for law in (prefix, suffix, infilling, random, source, mixture)}
 
 
+def laws(name: str) -> set[str]:
+    """The laws by which a config's value gives tokens: itself, or what it is mixed of."""
+    return choice.mixed(CONTEXTS, name)
+
+
 def needs_end(name: str) -> bool:
     """Whether a config's value reads where documents end."""
-    return "source" in choice.mixed(CONTEXTS, name)
+    return "source" in laws(name)
 
 
 def told(times: Tensor, given: Tensor | None) -> Tensor:

@@ -110,6 +110,38 @@ def parser() -> argparse.ArgumentParser:
     convert.add_argument("--shard-size", metavar="5GB", default=None, help="of a model: most bytes a file, in KB, MB, GB, TB (default 5GB)")
     convert.add_argument("--processes", type=int, default=None, help="of a run: how many write a file a group each (default 1)")
 
+    submission = with_config("submit", "a stage as a Slurm job, or several that follow one another; CONFIG of stage=evaluate is a run")
+    submission.add_argument("--nodes", type=int, default=1, help="hosts (default 1)")
+    submission.add_argument("--gpus-per-node", type=int, default=0, help="GPUs of each host, each a rank (default 0: CPUs alone)")
+    submission.add_argument("--processes-per-node", type=int, default=1, help="ranks of each host without GPUs (default 1)")
+    submission.add_argument("--cpus-per-node", type=int, default=None, help="cores of each host")
+    submission.add_argument("--time", default="", help="limit, as H:MM:SS or D-HH:MM:SS; before it the job saves and queues again")
+    submission.add_argument("--margin", type=int, default=120, help="seconds before the limit at which it saves (default 120)")
+    for option in ("partition", "account", "qos", "constraint"):
+        submission.add_argument(f"--{option}", default="", help="as of sbatch")
+    submission.add_argument("--container", default="", metavar="IMAGE", help="image that ranks run in, by pyxis (srun --container-image)")
+    submission.add_argument("--sbatch", action="append", default=[], metavar="OPTION", help="another option, such as --sbatch=--exclusive")
+    submission.add_argument("--after", action="append", default=[], metavar="DIR", help="wait for the jobs of this run, or of these shards")
+    submission.add_argument(
+        "--then", action="append", nargs="+", default=[], metavar="STAGE …", help="another stage once this one is done, with its own words"
+    )
+    submission.add_argument("--templates", default=None, metavar="DIR", help="folder of job.sbatch and site.sh (default: slurm/)")
+    submission.add_argument("--dry-run", action="store_true", help="print the script and do nothing")
+
+    state = commands.add_parser("status", help="how runs are doing, here and in Slurm's queue", description="How runs are doing.")
+    state.add_argument("places", metavar="DIR", nargs="*", default=["runs"], help="runs, or folders of runs (default runs)")
+    state.add_argument("--json", action="store_true", help="JSON instead of a table")
+    state.add_argument("--live", action="store_true", help="again and again until all are finished, or Ctrl-C")
+
+    log = commands.add_parser("logs", help="what a run's Slurm job has written", description="The log of a run's newest Slurm job.")
+    log.add_argument("run", metavar="DIR", help="run, or shards")
+    log.add_argument("--rank", type=int, default=None, help="of one rank of the last attempt, counted over all hosts")
+    log.add_argument("--job", default=None, help="id of an earlier job")
+    log.add_argument("-f", "--follow", action="store_true", help="go on with what comes, until the job is over")
+
+    end = commands.add_parser("cancel", help="end runs: what trains saves first", description="End the jobs and processes of runs.")
+    end.add_argument("places", metavar="DIR", nargs="+", help="runs, or folders of runs")
+
     report = commands.add_parser(
         "report", help="metrics.json and report.html of a folder of runs", description="Gather DIR/{data,flow,autoregressive,flow_map}."
     )
@@ -225,6 +257,44 @@ def run(arguments: argparse.Namespace, began: float) -> int:
 
         model = arguments.weights, arguments.precision, arguments.shard_size
         print("\n".join(convert(arguments.run, arguments.out, *model, arguments.step, arguments.form, arguments.processes)))
+        return 0
+    if arguments.command == "submit":
+        from megaflow.launch.script import Resources
+        from megaflow.launch.submit import submit
+
+        for option in ("nodes", "processes_per_node", "cpus_per_node", "margin"):
+            value = getattr(arguments, option)
+            if value is not None and value < 1:
+                raise UserError(f"--{option.replace('_', '-')}: {value} is not a positive number")
+        resources = Resources(
+            nodes=arguments.nodes,
+            gpus=arguments.gpus_per_node,
+            processes=arguments.processes_per_node,
+            cpus=arguments.cpus_per_node,
+            time=arguments.time,
+            partition=arguments.partition,
+            account=arguments.account,
+            qos=arguments.qos,
+            constraint=arguments.constraint,
+            container=arguments.container,
+            margin=arguments.margin,
+            more=tuple(arguments.sbatch),
+        )
+        chain = arguments.after, arguments.then
+        submit(arguments.config, arguments.overrides, resources, *chain, arguments.dry_run, arguments.templates)
+        return 0
+    if arguments.command in ("status", "cancel"):
+        from megaflow.launch import status
+
+        if arguments.command == "status":
+            status.status(arguments.places, arguments.json, arguments.live)
+        else:
+            status.cancel(arguments.places)
+        return 0
+    if arguments.command == "logs":
+        from megaflow.launch.logs import logs
+
+        logs(arguments.run, arguments.rank, arguments.job, arguments.follow)
         return 0
     from megaflow.evaluate.gather import report
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import errno
 import os
 import signal
 import sys
@@ -14,6 +15,8 @@ from typing import Any, NoReturn, TextIO
 STOPPED = 75
 """Exit code of a training run that a signal stopped: the same command continues it (EX_TEMPFAIL of sysexits.h)."""
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""Errors of a disk that has no room, or none for this user."""
 
 MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # malloc.h
 LARGEST_KEPT = 2**28
@@ -48,7 +51,8 @@ def print_anything() -> None:
 
 
 class Console:
-    """stderr, whose reader may leave while the work goes on: `megaflow pretrain … 2>&1 | head` trains to its end, unseen."""
+    """stderr, whose reader may leave, or whose disk may be full, while the work goes on: `megaflow pretrain … 2>&1 | head` trains to its
+    end, unseen, and a job whose log finds no room loses lines of it and nothing else."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
@@ -58,6 +62,10 @@ class Console:
             return self.stream.write(text)
         except BrokenPipeError:
             self.drop()
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            self.lose()
         return len(text)
 
     def flush(self) -> None:
@@ -65,6 +73,17 @@ class Console:
             self.stream.flush()
         except BrokenPipeError:
             self.drop()
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            self.lose()
+
+    def lose(self) -> None:
+        """What waits to be written is lost: kept, it would fail again with every line and at the interpreter's end."""
+        file = self.stream.fileno()
+        with contextlib.suppress(OSError, ValueError):
+            self.stream.detach()  # type: ignore[attr-defined]
+        self.stream = open(file, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False)  # noqa: SIM115
 
     def drop(self) -> None:
         """From now on nobody reads it, whoever writes."""

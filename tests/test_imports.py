@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "megaflow"
-SMALL = {"config", "errors", "progress", "process"}
+SMALL = {"config", "errors", "files", "progress", "process"}
 MAY_IMPORT = {
+    "launch": {"train", "data", "show"} | SMALL,
     "evaluate": {"export", "train", "data", "model", "flow", "parallel"} | SMALL,
     "export": {"train", "data", "model", "flow", "parallel"} | SMALL,
     "train": {"data", "model", "flow", "parallel"} | SMALL,

@@ -69,7 +69,7 @@ def test_text_that_the_console_cannot_show_is_escaped():
 
 KEEP = """
 from pathlib import Path
-from megaflow.train.run import read_json, write_atomically
+from megaflow.files import read_json, write_atomically
 write_atomically(Path({path!a}), {text!a})
 print(ascii(read_json(Path({path!a}))))
 """

@@ -198,6 +198,6 @@ def _override(text: str) -> tuple[str, Any]:
     except Exception as error:  # same reason as above
         raise ConfigError(f"command line: the value of {name} cannot be read: {' '.join(str(error).split())}") from None
     schema = keys()
-    if name in schema and schema[name].type is str and not isinstance(parsed, str):
-        parsed = value  # a run called 1 or an empty path stays a string
+    if name in schema and schema[name].type is str and not value.lstrip().startswith(("'", '"')):
+        parsed = value.strip()  # a run called 1, an empty path and 'a #1' stay what they are
     return name, parsed

@@ -29,6 +29,7 @@ from megaflow.evaluate.judge import Judge
 from megaflow.evaluate.loaded import Run, load_run, text_of
 from megaflow.evaluate.settings import LAST_STEP, Settings, check_temperature, last_step
 from megaflow.evaluate.template import Template
+from megaflow.files import write_atomically
 from megaflow.flow import context
 from megaflow.flow import profile as profiles
 from megaflow.flow.interpolant import time_of
@@ -40,7 +41,7 @@ from megaflow.model.discrete import Discrete
 from megaflow.parallel import random
 from megaflow.progress import Progress
 from megaflow.train.context import Contexts, masks
-from megaflow.train.run import read_config, write_atomically
+from megaflow.train.run import read_config
 from megaflow.train.stage import documents_of, end_of_documents, validation_batch
 from megaflow.train.stage_autoregressive import AutoregressiveStage
 from megaflow.train.stages import SHARDS, check_same_shards

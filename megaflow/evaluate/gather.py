@@ -17,7 +17,8 @@ from megaflow.data import shards
 from megaflow.data.shards import SECONDS_FILE, read_manifest
 from megaflow.errors import UserError
 from megaflow.evaluate import kept
-from megaflow.train.run import lines, read_config, read_json, versions, write_atomically
+from megaflow.files import lines, read_json, write_atomically
+from megaflow.train.run import read_config, versions
 from megaflow.train.stages import TEACHER_FILE
 
 RUNS = ("flow", "autoregressive", "flow_map")

@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from megaflow.errors import UserError
-from megaflow.train.run import replacing
+from megaflow.files import replacing
 
 ORDER = 6
 

@@ -18,6 +18,7 @@ from megaflow.data import shards
 from megaflow.errors import UserError
 from megaflow.export import verify
 from megaflow.export.source import MEGABYTE, Source, made, network_of, open_source, room
+from megaflow.files import lines, read_json
 from megaflow.model import parts
 from megaflow.parallel import boxes
 from megaflow.parallel.boxes import Box
@@ -25,7 +26,6 @@ from megaflow.progress import Progress
 from megaflow.train import checkpoint as checkpoints
 from megaflow.train import checkpoint_writer
 from megaflow.train.checkpoint_writer import Piece
-from megaflow.train.run import lines, read_json
 from megaflow.train.stages import SHARDS, TEACHER_FILE
 
 MOST = 4096

@@ -80,6 +80,8 @@ class Watch:
         self.silent = min(SILENT, limit) if limit else SILENT
         self.rank, self.step = 0, 0
         self.last: Callable[[float], None] | None = None
+        self.note: Callable[[str, int], None] | None = None
+        """Told how the job ends, a sentence and an exit code, in the one process that says it; an error of a process alone, too."""
         self.hosts: list[str] = []
         self.verdict: dict[str, Any] | None = None
         self._store: Any = None
@@ -140,12 +142,11 @@ class Watch:
 
         said: whether the error is a sentence in itself.
         """
-        code = 2 if isinstance(error, UserError) else 130 if isinstance(error, KeyboardInterrupt) else 1
         what = " ".join(str(error).split()) if said else f"raised {_last_line(error)}"
         text = f"rank {self.rank} on {self.hosts[self.rank]}{':' if said else ''} {what}"
         self._state.doubt = _of_others(error)
         self._reported = time.monotonic()
-        self._report = {"text": text if said else f"{text} {_where(self.step)}", "code": code}
+        self._report = {"text": text if said else f"{text} {_where(self.step)}", "code": exit_code(error)}
         self._wake.set()
         self._settled.wait()
         if self._ends:
@@ -255,10 +256,15 @@ class Watch:
         if self._ends:  # from here, while the thread that trains may wait for ever
             if mine:
                 say(verdict["text"])
+                self.noted(verdict["text"])
             if self.last is not None:
                 self.last(0.5 * LEAVING)
             self.linger()
             self.exit()
+
+    def noted(self, text: str, code: int | None = None) -> None:
+        if self.note is not None:
+            self.note(text, code if code is not None else self.verdict["code"] if self.verdict else 1)
 
     def linger(self) -> None:
         """Where the store ends with this process, let the others read the verdict."""
@@ -334,7 +340,12 @@ def watching(mesh: Mesh, limit: float, sentences: tuple[type[BaseException], ...
     """
     watch, store = Watch(limit), _tcp_store()
     if mesh.world.size == 1 or store is None:
-        yield watch
+        try:
+            yield watch
+        except BaseException as error:
+            said = isinstance(error, (UserError, OSError, KeyboardInterrupt, *sentences))
+            watch.noted(str(error) if said else f"raised {_last_line(error)}", exit_code(error))
+            raise
         return
     watch.start(mesh, store)
     try:
@@ -349,10 +360,17 @@ def watching(mesh: Mesh, limit: float, sentences: tuple[type[BaseException], ...
             if not said and not _of_others(error):
                 traceback.print_exception(error)
             say(watch.verdict["text"] if watch.verdict else "")
+        if speaks:
+            watch.noted(watch.verdict["text"] if watch.verdict else "")
         watch.linger()
         if speaks and said and watch.rank == 0:
             raise
         watch.exit()
+
+
+def exit_code(error: BaseException) -> int:
+    """Of a process that an error ends."""
+    return 2 if isinstance(error, UserError) else 130 if isinstance(error, KeyboardInterrupt) else 1
 
 
 def say(text: str) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from megaflow.config.check import batch_split, is_map
 from megaflow.config.schema import Config
 from megaflow.data.stream import TokenStream, read_ahead
+from megaflow.files import read_json, write_atomically
 from megaflow.model import devices
 from megaflow.model.attention import choose
 from megaflow.model.build import parameters
@@ -30,7 +31,7 @@ from megaflow.train import checkpoint_writer, ema, engine, engine_state
 from megaflow.train.checkpoint_writer import Piece, Writer
 from megaflow.train.context import Contexts
 from megaflow.train.meter import Meter, meter_of
-from megaflow.train.run import Metrics, read_json, record_start, write_atomically
+from megaflow.train.run import Metrics, record_start
 from megaflow.train.spikes import Spikes
 from megaflow.train.stage import Batch, Stage, Total, documents_of, end_of_documents, validation_batch
 from megaflow.train.surgery import Gradients

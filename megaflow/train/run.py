@@ -17,7 +17,6 @@ import secrets
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
@@ -26,6 +25,7 @@ from megaflow.config.check import is_map
 from megaflow.config.load import ConfigError, Loaded, assemble, flatten, load, to_yaml
 from megaflow.config.schema import Config, keys
 from megaflow.errors import UserError, naming
+from megaflow.files import lines, read_json, write_atomically
 
 MAY_CHANGE = (
     "parallel.",
@@ -302,50 +302,3 @@ def _wandb_id(directory: Path) -> str:
         content["wandb"] = secrets.token_hex(4)
         write_atomically(directory / "run.json", json.dumps(content, indent=1))
     return content["wandb"]
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a metrics.jsonl; a last line cut short by a kill is left out."""
-    if not path.exists():
-        return []
-    found = []
-    for text in path.read_text("utf-8").splitlines():
-        try:
-            found.append(json.loads(text))
-        except ValueError:
-            continue
-    return found
-
-
-def read_json(path: Path, *needed: str) -> dict[str, Any]:
-    """A JSON object that has the `needed` names. Raises UserError where the file is missing or something else."""
-    try:
-        found = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); the run directory is damaged, start it afresh elsewhere") from None
-    if not isinstance(found, dict) or (missing := [name for name in needed if name not in found]):
-        what = f"lacks {', '.join(missing)}" if isinstance(found, dict) else "is not a JSON object"
-        raise UserError(f"{path}: it {what}; the run directory is damaged, start it afresh elsewhere")
-    return found
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file by new content such that a reader, or a kill, sees the old or the new one."""
-    with replacing(path) as partial:
-        partial.write_text(text, "utf-8")
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A file beside `path` that takes its place if the block ends well and is deleted if it does not.
-
-    Its name is this process's own: two evaluations of a run may write the same file at once, and the last one's stays.
-    """
-    partial = path.with_name(f"{path.name}.{os.uname().nodename}-{os.getpid()}.partial")
-    try:
-        with naming(path):
-            yield partial
-            partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from megaflow.errors import naming
-from megaflow.train.run import lines, write_atomically
+from megaflow.files import lines, write_atomically
 
 FILE = "spikes.jsonl"
 WINDOW = 100

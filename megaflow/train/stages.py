@@ -18,6 +18,7 @@ from megaflow.config.schema import Config
 from megaflow.data import shards
 from megaflow.data.shards import open_prepared, unigram_counts
 from megaflow.errors import UserError
+from megaflow.files import read_json, write_atomically
 from megaflow.flow import choice, weighting
 from megaflow.flow import code as codes
 from megaflow.flow.clock import Clock
@@ -33,12 +34,12 @@ from megaflow.parallel import watch as watches
 from megaflow.parallel.cut import put
 from megaflow.parallel.mesh import Mesh
 from megaflow.train import checkpoint as checkpoints
-from megaflow.train import code_start, ema
+from megaflow.train import code_start, ema, outcome
 from megaflow.train.checkpoint import Checkpoint
 from megaflow.train.context import Contexts
 from megaflow.train.loop import NotFinite, finished, train
 from megaflow.train.map_objective import OBJECTIVES
-from megaflow.train.run import LOCK_PATIENCE, load_distill, lock, open_run, read_json, source_digest, versions, write_atomically
+from megaflow.train.run import LOCK_PATIENCE, load_distill, lock, open_run, source_digest, versions
 from megaflow.train.stage import Stage, end_of_documents
 from megaflow.train.stage_autoregressive import AutoregressiveStage
 from megaflow.train.stage_discrete import DiscreteStage
@@ -123,10 +124,16 @@ def _train(loaded: Loaded, kind: str, began: float) -> int:
                 check_tokenizer(source, manifest)
             keep_shards(config, manifest, mesh)
             (directory / "summary.json").unlink(missing_ok=True)
+            if mesh.first:
+                outcome.begin(directory)
+            watch.note = partial(outcome.end, directory)
             stage = pretrain_stage(config, fresh, mesh) if kind == "pretrain" else distill_stage(config, mesh)
             assert isinstance(stage.network.trunk, Trunk)
             stage.network.trunk.settle(config.parallel.recompute, config.parallel.compile)
-            return train(config, stage, mesh, began, watch)
+            left = train(config, stage, mesh, began, watch)
+            if mesh.first:
+                outcome.end(directory, "stopped by a signal, saved" if left else "finished", left)
+            return left
         finally:
             if held is not None:
                 held.close()

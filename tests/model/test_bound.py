@@ -7,12 +7,14 @@ import torch
 from megaflow.config.schema import FlowConfig
 from megaflow.flow import clock as clocks
 from megaflow.flow import code as codes
-from megaflow.flow.interpolant import LINEAR
+from megaflow.flow import head as heads
+from megaflow.flow.interpolant import LINEAR, noisy_state, time_of
 from megaflow.flow.likelihood import Range, RangeTooShort, information_range
 from megaflow.model import parts as made
 from megaflow.model.bound import bound_of_rows
 from megaflow.model.parts import Parts
 from megaflow.model.text_dit import Shape, TextDiT
+from megaflow.parallel import random
 from tests.flow import toy as toys
 from tests.flow.measured import argmax
 
@@ -25,12 +27,12 @@ FLOWS = {
 each = pytest.mark.parametrize("kind", FLOWS)
 
 
-def setup(kind: str) -> tuple[TextDiT, Parts, clocks.Clock, torch.Tensor]:
+def setup(kind: str, recalls: bool = False) -> tuple[TextDiT, Parts, clocks.Clock, torch.Tensor]:
     """A network that has learned nothing, its flow, a clock and rows of unigrams."""
     parts = made.make(FLOWS[kind], COUNTS, 0)
     torch.manual_seed(0)
     shape = Shape(7, layers=1, hidden=16, heads=2, mlp_ratio=2, belief_dim=8, neighbors=1)
-    network = TextDiT(shape, parts.code, parts.log_prior, parts.span, LINEAR, True, ("belief",), None, "sdpa")
+    network = TextDiT(shape, parts.code, parts.log_prior, parts.span, LINEAR, True, ("belief",), None, "sdpa", recalls=recalls)
     network.initialize()
     generator = torch.Generator().manual_seed(1)
     ids = torch.multinomial(parts.log_prior.exp(), 48, replacement=True, generator=generator).view(8, 6)
@@ -47,6 +49,49 @@ def test_an_untrained_network_has_the_unigram_entropy_for_every_code(kind):
     assert found.mean == pytest.approx(entropy, rel=1e-9) and found.unigram == pytest.approx(entropy, rel=1e-12)
     assert found.standard_error < 1e-9 and found.tokens == 48
     assert found.last_cross_entropy < 0.01
+
+
+@each
+def test_what_is_not_resolved_at_the_end_of_the_range_is_part_of_it(kind):
+    """However early the range ends: the cross-entropy there stands for the rest of the integral."""
+    network, parts, clock, ids = setup(kind)
+    with torch.no_grad():
+        network.weight.zero_()
+    entropy, last = -parts.log_prior.double()[ids].mean().item(), []
+    for high in torch.linspace(parts.span.high, parts.span.low, 60).tolist():
+        try:
+            found = bound_of_rows(network, Parts(parts.code, parts.log_prior, Range(parts.span.low, high)), clock, ids, None, 3, seed=0)
+        except RangeTooShort:
+            break
+        assert found.mean == pytest.approx(entropy, rel=1e-9)
+        last.append(found.last_cross_entropy)
+    assert len(last) > 1 and last[-1] > 0.01
+
+
+def test_of_a_network_that_recalls_it_is_that_of_two_passes():
+    """The cross-entropy at the end of the range, of a network that is told by hand what it has said of the same state."""
+    network, parts, clock, ids = setup("frame of 5", recalls=True)
+    with torch.no_grad():
+        for p in network.parameters():
+            p.add_(0.5 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    short, said = Parts(parts.code, parts.log_prior, Range(parts.span.low, 2.0)), []
+    with pytest.raises(RangeTooShort):
+        bound_of_rows(network, short, clock, ids, None, draws=2, seed=0, double=False, total=lambda value: said.append(value) or value)
+    last = said[0][-1].sum().item() / ids.numel()
+    assert last == pytest.approx(by_hand(network, short, ids, passes=2), rel=1e-4)
+    assert last != pytest.approx(by_hand(network, short, ids, passes=1), rel=1e-2)
+
+
+@torch.no_grad()
+def by_hand(network: TextDiT, parts: Parts, ids: torch.Tensor, passes: int) -> float:
+    """Mean cross-entropy at the end of the range, at the noise that the bound draws there when it has made two draws."""
+    times = time_of(parts.path, torch.full((len(ids),), parts.span.high, dtype=torch.float64))
+    noise = random.normal(list(range(len(ids))), (ids.shape[1], parts.code.dim), 0, "bound noise", 2)
+    y, said = noisy_state(parts.path, codes.lookup(parts.code, ids), noise, times), None
+    for _ in range(passes):
+        z = heads.logits(network.head(), network.read(network(y, times, said=said), y, times)).view(*ids.shape, -1)
+        said = torch.softmax(z, -1) @ codes.lookup(network.code, torch.arange(7))
+    return torch.nn.functional.cross_entropy(z.flatten(0, 1), ids.flatten()).item()
 
 
 @pytest.mark.parametrize("code", [codes.identity(4), codes.frame(5, 3, torch.Generator().manual_seed(1))], ids=["identity", "frame"])

@@ -82,6 +82,21 @@ def test_an_untrained_masked_network_has_the_unigram_entropy():
         assert found.unigram == pytest.approx(entropy, rel=1e-7) and found.tokens == counted.sum()
 
 
+def test_given_tokens_are_seen_by_a_masked_network():
+    """Of a row whose other tokens are all given the bound is the cross-entropy of the one that is hidden, at any time."""
+    network, rows = make("masked", **{"model.time": "none"}), ids()
+    with torch.no_grad():
+        for p in network.parameters():
+            p.add_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    here = torch.arange(ROWS)[:, None] % LENGTH == torch.arange(LENGTH)
+    z = heads.logits(network.head(), network.read(network(rows, TIMES, here)))
+    exact = torch.nn.functional.cross_entropy(z[here.flatten()], rows[here]).item()
+    found = bound_of_rows(network, rows, None, draws=1600, seed=0, given=~here)
+    assert abs(found.mean - exact) < 4.0 * found.standard_error < 0.15
+    blind = heads.logits(network.head(), network.read(network(rows, TIMES, torch.ones_like(here))))
+    assert abs(torch.nn.functional.cross_entropy(blind[here.flatten()], rows[here]).item() - exact) > 0.3
+
+
 def test_of_a_uniform_network_that_knows_no_context_it_is_the_unigram_entropy():
     """On average over draws: the law of a token given the others is the unigram law, whatever is seen."""
     network, rows = make("uniform"), ids().repeat(8, 1)

@@ -319,7 +319,7 @@ class TestReplacing:
         path = tmp_path / "evaluation.json"
         with run.replacing(path) as partial:
             partial.write_text("ours")
-            other = f"from pathlib import Path; from megaflow.train.run import *; write_atomically(Path({str(path)!r}), 'theirs')"
+            other = f"from pathlib import Path; from megaflow.files import *; write_atomically(Path({str(path)!r}), 'theirs')"
             assert process("-c", other).returncode == 0
             assert path.read_text() == "theirs"
         assert path.read_text() == "ours" and [file.name for file in tmp_path.iterdir()] == [path.name]

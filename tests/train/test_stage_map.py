@@ -344,6 +344,25 @@ def test_a_map_that_is_right_is_left_alone_by_matched_laws():
     assert all(g is None or g.abs().max() < 1e-7 for g in found) and observed.view(NOTED, 2)[1, 0].item() < 1e-10
 
 
+def test_matched_laws_are_of_what_is_written_and_see_what_is_given():
+    """Both denoisers read the given tokens clean, at time 1, and noise on all others; the auxiliary one learns the others alone."""
+    stage = stirred("dmd")
+    stage.config.distill.boundary_fraction = 1.0
+    given = torch.rand(ROWS, 2, generator=torch.Generator().manual_seed(3)) < 0.5
+    rows = batch(0)._replace(given=given, weight=batch(0).weight * ~given.flatten())
+    read: list[tuple[Tensor, Tensor]] = []
+    for denoiser in (stage.teacher, stage.network.auxiliary):
+        inner = denoiser.settled
+        denoiser.settled = lambda y, t, *more, inner=inner: read.append((y, t)) or inner(y, t, *more)
+    loss, _ = stage.loss(rows)
+    assert len(read) == 2 and torch.isfinite(loss).all()
+    ordered, _, _ = stage.rows(rows, stage.kinds(rows))
+    clean = codes.lookup(CODE, rows.ids)[ordered.places]
+    for y, t in read:
+        assert (t[ordered.given] == 1.0).all() and (t[~ordered.given] < 1.0).all()
+        torch.testing.assert_close(y[ordered.given], clean[ordered.given])
+
+
 @pytest.mark.parametrize("objective", ["lsd_cfm", "esd", "ecld"])
 def test_what_an_objective_measures_is_of_its_own_rows(objective):
     """Whatever the share of rows from 0 to 1, which have the semigroup's target: the mean over inner rows is that of their losses alone."""

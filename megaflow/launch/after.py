@@ -1,0 +1,165 @@
+"""Within a job, after every attempt: it is done, or queues again, or gives up, and says why.
+
+    python -m megaflow.launch.after --place DIR --directory RUN --code N --asked none|USR1|TERM
+
+An attempt that was told to stop has saved, and queues again; so does one that failed. Three in a row that end the same way without a step
+of the run between them would do so for ever: the job ends there. Of sentences the numbers do not count. What scancel ends, and what Slurm
+itself queues again, is left to Slurm. PLACE/attempts.jsonl has a line for every attempt.
+"""
+
+import argparse
+import os
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from megaflow.launch import records, slurm
+from megaflow.process import STOPPED
+from megaflow.train import outcome
+
+SAME = 3
+"""Attempts in a row that come to the same end, after which there is no other."""
+SOON = 8
+"""Seconds after which a job starts again. Slurm itself has it wait until credentials of the old start are void, two minutes (cred_expire);
+a start that is later than the job's own end is kept as it is asked for."""
+DEAD = ("down", "drain", "drng", "fail", "unknown", "not_responding")
+"""Beginnings of the states of hosts that a job should not come to again."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--place", type=Path, required=True)
+    parser.add_argument("--directory", default="")
+    parser.add_argument("--code", type=int, required=True)
+    parser.add_argument("--asked", choices=("none", "USR1", "TERM"), required=True)
+    arguments = parser.parse_args()
+    job = job_of(os.environ)
+    attempt = ended(arguments.place, arguments.directory, arguments.code, arguments.asked, job)
+    earlier = [line for line in records.attempts(arguments.place) if line["job"] == job]
+    attempt["decision"], why = decide(attempt, earlier, fate(job))
+    records.add_attempt(arguments.place, attempt)
+    print(f"megaflow: {why}", flush=True)
+    if attempt["decision"] != "again":
+        return 0 if attempt["decision"] == "done" else arguments.code or 1
+    return again(job, dead_hosts(os.environ.get("SLURM_JOB_NODELIST", ""), attempt["said"]))
+
+
+def job_of(environment: "os._Environ[str] | dict[str, str]") -> str:
+    """What scontrol and scancel call this job: '12', or '12_3' of an array."""
+    if "SLURM_ARRAY_TASK_ID" in environment:
+        return f"{environment['SLURM_ARRAY_JOB_ID']}_{environment['SLURM_ARRAY_TASK_ID']}"
+    return environment["SLURM_JOB_ID"]
+
+
+def ended(place: Path, directory: str, code: int, asked: str, job: str) -> dict[str, Any]:
+    """What there is to say of an attempt: {job, attempt, time, hosts, code, asked, end: done|stopped|failed, said, step}."""
+    noted = outcome.read(Path(directory)) if directory else None
+    said = noted["said"] if noted is not None and noted["code"] not in (0, STOPPED) else ""
+    if code == 0:
+        end = "done"
+    elif said or asked == "none" and (noted is None or noted["code"] != STOPPED):
+        end, said = "failed", said or last_sentence(log_of(place, job)) or f"exit code {code} without a word"
+    else:
+        end, said = "stopped", "told to stop"
+    return {
+        "job": job,
+        "attempt": int(os.environ.get("SLURM_RESTART_COUNT") or 0) + 1,
+        "time": time.time(),
+        "hosts": os.environ.get("SLURM_JOB_NODELIST", ""),
+        "code": code,
+        "asked": asked,
+        "end": end,
+        "said": said,
+        "step": outcome.newest_step(Path(directory)) if directory else 0,
+    }
+
+
+def decide(attempt: dict[str, Any], earlier: list[dict[str, Any]], fate: str) -> tuple[str, str]:
+    """('done' | 'left' | 'over' | 'again', the sentence for the log)."""
+    what = attempt["said"]
+    if attempt["end"] == "done":
+        return "done", "done"
+    if fate == "cancelled" or attempt["asked"] == "TERM" and fate != "preempted":
+        return "left", f"ended from outside ({what}); if Slurm queues the job again it goes on where it is saved"
+    same = 1
+    for line in reversed(earlier):
+        if shape(line) != shape(attempt):
+            break
+        same += 1
+    if same >= SAME:
+        return "over", f"gives up after {same} attempts that ended the same way, with no new checkpoint between them: {what}"
+    return "again", f"{what}; attempt {attempt['attempt']} has ended, the job queues again"
+
+
+def shape(attempt: dict[str, Any]) -> tuple[str, str, int]:
+    """What two attempts have in common that failed the same way: how it ended, the words but for numbers, and how far the run is."""
+    return attempt["end"], re.sub(r"\d+(\.\d+)?", "#", attempt["said"]), attempt["step"]
+
+
+def log_of(place: Path, job: str) -> Path:
+    return place / f"{job}.log"
+
+
+def last_sentence(log: Path) -> str:
+    """The last thing that a command of ours has said in the last attempt of a log."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - 2**18))
+            text = file.read().decode("utf-8", "replace")
+    except OSError:
+        return ""
+    attempt = text.rpartition("\nmegaflow: job ")[2] if "\nmegaflow: job " in text else text
+    said = re.findall(r"^(?:\[[^\]\n]*\]:\s*)?megaflow: (.+)$", attempt, re.MULTILINE)
+    said = [line for line in said if not line.startswith("job ")]
+    return said[-1].strip() if said else ""
+
+
+def fate(job: str) -> str:
+    """'cancelled' of a job that somebody has ended, 'preempted' of one that has to make room and is given time for it, else empty.
+
+    One that ends within that time Slurm does not queue again by itself.
+    """
+    try:
+        told = slurm.ask("scontrol", "show", "job", "-o", job)
+    except slurm.Unreachable:
+        return ""
+    if "JobState=CANCELLED" in told:
+        return "cancelled"
+    return "preempted" if "JobState=RUNNING" in told and re.search(r"PreemptTime=\d", told) else ""
+
+
+def dead_hosts(hosts: str, said: str) -> list[str]:
+    """Those of a job's hosts that Slurm no longer trusts, or that the ranks have lost sight of."""
+    try:
+        states = slurm.ask("sinfo", "--noheader", "--Node", f"--nodes={hosts}", "--format=%N %T") if hosts else ""
+    except slurm.Unreachable:
+        states = ""
+    found = {}
+    for name, state in (line.split()[:2] for line in states.splitlines() if len(line.split()) >= 2):
+        lost = "no sign of life" in said and re.search(rf"\bon ({re.escape(name)})\b", said) is not None
+        found[name] = lost or state.lower().startswith(DEAD) or state.endswith("*")
+    return sorted(name for name, dead in found.items() if dead)
+
+
+def again(job: str, dead: list[str]) -> int:
+    """Queue the job again, to start at once and not on hosts that are dead, where Slurm allows it. Returns the exit code."""
+    try:
+        slurm.ask("scontrol", "requeue", job, patience=60.0)
+    except slurm.Unreachable as error:
+        print(f"megaflow: the job cannot queue again ({error}); submit it again, it goes on where it is saved", flush=True)
+        return STOPPED
+    wishes = [f"StartTime=now+{SOON}"] + ([f"ExcNodeList={','.join(dead)}"] if dead else [])
+    for wish in wishes:
+        try:
+            slurm.ask("scontrol", "update", f"JobId={job}", wish)
+        except slurm.Unreachable as error:
+            print(f"megaflow: {wish} is not granted here ({error})", flush=True)
+    if dead:
+        print(f"megaflow: without {', '.join(dead)}", flush=True)
+    return STOPPED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

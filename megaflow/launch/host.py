@@ -1,0 +1,85 @@
+"""Within a job, once on every host: the ranks of this host, and the signals that are meant for them.
+
+    srun … python -m megaflow.launch.host --place DIR --processes P -- pretrain CONFIG a.b=c
+
+One rank is the command itself; several are torchrun's, which meet at the job's first host. torchrun ends its ranks when it gets a signal,
+within 30 seconds, and answers 1 whatever they said. So it gets none: it has a session of its own, and signals go to its ranks, which save
+and leave, and to nobody else.
+"""
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+AGAIN = 5.0
+"""Seconds between repetitions of a signal: a process that is just starting does not hear it yet."""
+PERIOD = 0.2
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--place", type=Path, required=True)
+    parser.add_argument("--processes", type=int, required=True)
+    parser.add_argument("words", nargs="+")
+    arguments = parser.parse_args()
+    asked: list[int] = []
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: asked.append(number))
+    started = subprocess.Popen(command(arguments.words, arguments.processes, arguments.place, os.environ), start_new_session=True)
+    several = arguments.processes * hosts(os.environ) > 1
+    told = 0.0
+    while started.poll() is None:
+        if asked and time.monotonic() > told + AGAIN:
+            told = time.monotonic()
+            for process in children(started.pid) if several else [started.pid]:
+                tell(process, asked[-1])
+        time.sleep(PERIOD)
+    code = started.returncode
+    return code if code >= 0 else 128 - code
+
+
+def hosts(environment: "os._Environ[str] | dict[str, str]") -> int:
+    return int(environment.get("SLURM_STEP_NUM_NODES") or environment.get("SLURM_NNODES") or 1)
+
+
+def command(words: list[str], processes: int, place: Path, environment: "os._Environ[str] | dict[str, str]") -> list[str]:
+    """What this host starts. Ranks' own output lies in PLACE/JOB/attempt/host/, besides the job's log, where each line names its rank."""
+    nodes = hosts(environment)
+    ours = ["-m", "megaflow", *words]
+    if nodes * processes == 1:
+        return [sys.executable, *ours]
+    job, attempt = environment["SLURM_JOB_ID"], int(environment.get("SLURM_RESTART_COUNT") or 0)
+    number = int(environment.get("SLURM_NODEID") or 0)
+    logs = place / job / f"attempt{attempt + 1}" / f"host{number}"
+    logs.mkdir(parents=True, exist_ok=True)
+    launcher = ["-m", "torch.distributed.run", f"--nnodes={nodes}", f"--node-rank={number}", f"--nproc-per-node={processes}"]
+    # another port at every attempt: of the one before, the system may not have let go
+    port = 20000 + (31 * int(job) + attempt) % 10000
+    launcher += [f"--master-addr={environment.get('SLURM_LAUNCH_NODE_IPADDR') or '127.0.0.1'}", f"--master-port={port}"]
+    return [sys.executable, *launcher, f"--log-dir={logs}", "--redirects=3", "--tee=3", *ours]
+
+
+def children(process: int) -> list[int]:
+    """The processes that a process has started."""
+    found: list[int] = []
+    for thread in Path(f"/proc/{process}/task").glob("*"):
+        try:
+            found += map(int, (thread / "children").read_text().split())
+        except OSError:
+            continue
+    return found
+
+
+def tell(process: int, number: int) -> None:
+    try:
+        os.kill(process, number)
+    except ProcessLookupError:
+        pass
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,67 @@
+"""`megaflow logs`: what a job has written, or one of its ranks, to its end or as it comes."""
+
+import sys
+import time
+from pathlib import Path
+
+from megaflow.errors import UserError
+from megaflow.launch import records, slurm
+
+PERIOD = 0.5
+"""Seconds between looks at a log that is followed."""
+ASK = 15.0
+"""Seconds between questions whether its job is still there."""
+
+
+def logs(run: str, rank: int | None = None, job: str | None = None, follow: bool = False) -> None:
+    """Print the newest job's log, or that of one rank of its last attempt. Raises UserError."""
+    place = records.place_of(run)
+    ids = [line["job"] for line in records.jobs(place)]
+    if not ids:
+        raise UserError(f"{run}: no job was submitted for it; what is started by hand writes to its own console")
+    if job is not None and job not in ids:
+        raise UserError(f"--job {job}: {run} has the jobs {', '.join(ids)}")
+    id = job or ids[-1]
+    file = place / f"{id}.log" if rank is None else of_rank(place, id, rank)
+    if not file.exists() and not follow:
+        raise UserError(f"{file}: there is no such log yet; megaflow status {run} says whether the job waits, and -f waits for it")
+    show(file, id, follow)
+
+
+def of_rank(place: Path, id: str, rank: int) -> Path:
+    """The file of a rank's stderr in the last attempt; ranks are counted over the hosts, as torch does. Raises UserError."""
+    attempts = sorted((place / id).glob("attempt*"), key=lambda path: int(path.name.removeprefix("attempt")))
+    if not attempts:
+        raise UserError(f"{place / id}: no rank has a log of its own; a job of one rank has the job's log alone")
+    files: list[Path] = []
+    for host in sorted(attempts[-1].glob("host*"), key=lambda path: int(path.name.removeprefix("host"))):
+        files += sorted(host.glob("*/attempt_0/*/stderr.log"), key=lambda path: int(path.parent.name))
+    if not 0 <= rank < len(files):
+        raise UserError(f"--rank {rank}: the last attempt of job {id} has ranks 0 to {len(files) - 1}")
+    return files[rank]
+
+
+def show(file: Path, id: str, follow: bool) -> None:
+    place, asked = 0, time.monotonic()
+    while True:
+        over = not follow
+        if follow and time.monotonic() > asked + ASK:
+            asked, over = time.monotonic(), gone(id)
+        if file.exists():
+            with file.open("rb") as content:
+                content.seek(place)
+                while block := content.read(2**20):
+                    sys.stdout.write(block.decode("utf-8", "replace"))
+                    place += len(block)
+            sys.stdout.flush()
+        if over:
+            return
+        time.sleep(PERIOD)
+
+
+def gone(id: str) -> bool:
+    """Whether a job is over; one that cannot be asked for may still be there."""
+    try:
+        return not slurm.waiting_or_running([id])
+    except slurm.Unreachable:
+        return False

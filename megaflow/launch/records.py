@@ -1,0 +1,49 @@
+"""What is known of jobs beside the thing that they work on: the jobs that were submitted and the attempts that they made.
+
+PLACE/jobs.jsonl      a line a job: its id, stage, time, words, and the run
+PLACE/ID.sbatch       the script as it was submitted, PLACE/ID.log its log
+PLACE/attempts.jsonl  a line an attempt, see after.py
+
+PLACE is RUN/slurm; beside a folder of shards, which prepare makes whole, it is SHARDS.slurm.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megaflow.errors import naming
+from megaflow.files import lines
+
+JOBS, ATTEMPTS = "jobs.jsonl", "attempts.jsonl"
+
+
+def place_of(directory: str | Path) -> Path:
+    """Where the jobs of a run, or of a folder of shards, are noted."""
+    directory = Path(directory).absolute()
+    beside = directory.with_name(directory.name + ".slurm")
+    return beside if beside.is_dir() or (directory / "prepared.json").exists() else directory / "slurm"
+
+
+def jobs(place: Path) -> list[dict[str, Any]]:
+    return [line for line in lines(place / JOBS) if "job" in line]
+
+
+def attempts(place: Path) -> list[dict[str, Any]]:
+    return [line for line in lines(place / ATTEMPTS) if "job" in line]
+
+
+def add_job(place: Path, content: dict[str, Any]) -> None:
+    _add(place / JOBS, content)
+
+
+def add_attempt(place: Path, content: dict[str, Any]) -> None:
+    """A disk that is full loses the line, not the job's next attempt."""
+    try:
+        _add(place / ATTEMPTS, content)
+    except OSError as error:
+        print(f"megaflow: {error.filename}: {error.strerror}; this attempt is not noted", flush=True)
+
+
+def _add(path: Path, content: dict[str, Any]) -> None:
+    with naming(path), path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(content) + "\n")

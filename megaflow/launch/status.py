@@ -1,0 +1,254 @@
+"""`megaflow status` and `megaflow cancel`: how runs are doing, from what they write and from Slurm's queue, here or on other hosts.
+
+Nothing is asked of the processes that train, and nothing of theirs is locked: a run is read as it lies there.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from megaflow.errors import UserError
+from megaflow.launch import records, slurm
+from megaflow.process import STOPPED
+from megaflow.progress import duration
+from megaflow.train import outcome
+
+TAIL = 2**18
+"""Bytes at the end of a metrics.jsonl that are read for its last lines."""
+DEPTH = 4
+"""Folders below one another in which runs are looked for."""
+TRAINING = ("pretrain", "distill")
+PERIOD = 2.0
+"""Seconds between looks of --live."""
+
+
+def status(places: list[str], as_json: bool = False, live: bool = False) -> None:
+    """Print how the runs in these directories are doing, once or until Ctrl-C. Raises UserError where there is none."""
+    while True:
+        runs = found([Path(place) for place in places])
+        states, trouble = looked_at(runs)
+        if as_json:
+            print(json.dumps({"runs": states, "queue_error": trouble}), flush=True)
+        else:
+            clear = "\x1b[H\x1b[2J" if live and sys.stdout.isatty() else ""
+            print(clear + "\n".join([*table(states), *([f"queue: {trouble}"] if trouble else [])]), flush=True)
+        if not live or all(state["state"] == "finished" for state in states):
+            return
+        time.sleep(PERIOD)
+
+
+def found(places: list[Path]) -> list[Path]:
+    """The runs at or below these directories, in the order of their names. Raises UserError."""
+    runs: list[Path] = []
+    for place in places:
+        if not place.is_dir():
+            raise UserError(f"{place}: no such directory; give a run, or a folder of runs")
+        below = [place]
+        for _ in range(DEPTH):
+            here = [path for path in below if is_run(path)]
+            runs += here
+            below = [path for folder in below if folder not in here for path in sorted(folder.iterdir()) if path.is_dir()]
+    if not runs:
+        raise UserError(f"{', '.join(map(str, places))}: there is no run, nor a job of one; give the directory of a run, or of several")
+    return list(dict.fromkeys(runs))
+
+
+def is_run(path: Path) -> bool:
+    """A run, or what is to become one when its job starts; but not a converted model, which nothing works on."""
+    of_shards = path.suffix == ".slurm" and (path / records.JOBS).exists()
+    return (path / "run.json").exists() or (path / "slurm" / records.JOBS).exists() or of_shards
+
+
+def looked_at(runs: list[Path]) -> tuple[list[dict[str, Any]], str]:
+    """A state for each run, and why Slurm could not be asked, empty where it could or need not."""
+    places = {run: place_of(run) for run in runs}
+    jobs = {run: records.jobs(places[run]) for run in runs}
+    ids = [line["job"] for lines in jobs.values() for line in lines]
+    queue, trouble = {}, ""
+    if ids:
+        try:
+            queue = slurm.waiting_or_running(ids)
+        except slurm.Unreachable as error:
+            trouble = str(error)
+    return [state_of(run, jobs[run], queue, not trouble) for run in runs], trouble
+
+
+def place_of(run: Path) -> Path:
+    return run if run.suffix == ".slurm" else records.place_of(run)
+
+
+def state_of(run: Path, jobs: list[dict[str, Any]], queue: dict[str, slurm.Queued], asked: bool = True) -> dict[str, Any]:
+    """What is known of a run; names that do not apply are None. seconds_left are those of training steps at the last one's speed."""
+    mine = {id: job for line in jobs for id, job in queue.items() if id.partition("_")[0] == line["job"]}
+    stages = {line["job"]: line["stage"] for line in jobs}
+    attempts = records.attempts(place_of(run))
+    steps, process = wanted(run), holder(run)
+    loss, valid = last(run, "loss"), last(run, "validation_loss")
+    step = int(loss.get("step", 0))
+    ended = outcome.read(run)
+    done = (run / "summary.json").exists() and steps is not None and step >= steps
+    running = [job for job in mine.values() if job.state in ("RUNNING", "COMPLETING")]
+    training = [job for job in running if stages.get(job.id.partition("_")[0]) in TRAINING]
+    if done:
+        state = "finished"
+    elif training or process == "here":
+        state = "training"
+    elif running:
+        state = "running"
+    elif any(stages.get(id.partition("_")[0]) in TRAINING for id in mine) or mine and ended is None:
+        state = "queued"
+    elif ended is not None:
+        state = "stopped" if ended["code"] == STOPPED else "failed"
+    elif process or not asked:
+        state = "unknown"
+    elif attempts and attempts[-1]["end"] == "failed":
+        state = "failed"
+    else:
+        state = "ended" if steps is not None else "unknown"
+    return {
+        "run": str(run),
+        "state": state,
+        "step": step,
+        "steps": steps,
+        "loss": loss.get("loss"),
+        "validation_loss": valid.get("validation_loss"),
+        "tokens_per_second": loss.get("tokens_per_second"),
+        "seconds_left": left(loss, steps) if state == "training" else None,
+        "checkpoint": outcome.newest_step(run) or None,
+        "said": said(state, ended, attempts, process),
+        "attempts": len(attempts) or None,
+        "jobs": [{"job": id, "stage": stages.get(id.partition("_")[0]), "state": job.state, "queue": str(job)} for id, job in mine.items()],
+    }
+
+
+def wanted(run: Path) -> int | None:
+    """The steps that a run is to have; None where it has not begun."""
+    try:
+        return int(OmegaConf.load(run / "config.yaml").train.steps)
+    except Exception:  # whatever is wrong with a file that is not read for its own sake here
+        return None
+
+
+def last(run: Path, name: str) -> dict[str, Any]:
+    """The last line of metrics.jsonl that has this name."""
+    try:
+        with (run / "metrics.jsonl").open("rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL))
+            rows = file.read().decode("utf-8", "replace").splitlines()
+    except OSError:
+        return {}
+    for row in reversed(rows):
+        try:
+            line = json.loads(row)
+        except ValueError:
+            continue
+        if isinstance(line, dict) and name in line:
+            return line
+    return {}
+
+
+def left(line: dict[str, Any], steps: int | None) -> float | None:
+    if steps is None or not line.get("tokens_per_second") or not line.get("step"):
+        return None
+    return (steps - line["step"]) * line["tokens"] / line["step"] / line["tokens_per_second"]
+
+
+def holder(run: Path) -> str:
+    """Who works on a run: 'here', a process of this host; 'on HOST', which cannot be seen from here; empty, nobody."""
+    pid, _, host = owner(run)
+    if not pid:
+        return ""
+    if host != os.uname().nodename:
+        return f"on {host}"
+    return "here" if b"megaflow" in command_of(pid) else ""
+
+
+def owner(run: Path) -> tuple[int, str, str]:
+    """(process, 'on', host) of the run's lock; (0, '', '') where it has none."""
+    try:
+        pid, on, host = (run / ".lock").read_text("utf-8").split(" ", 2)
+        return int(pid), on, host
+    except (OSError, ValueError):
+        return 0, "", ""
+
+
+def command_of(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def said(state: str, ended: dict[str, Any] | None, attempts: list[dict[str, Any]], process: str) -> str | None:
+    """The last thing that went wrong, or why nothing is known."""
+    if state == "finished":
+        return None
+    if ended is not None and ended["code"] not in (0, STOPPED):
+        return ended["said"]
+    if attempts and attempts[-1]["end"] == "failed":
+        return attempts[-1]["said"]
+    if state == "ended":
+        return "ended without a word (killed, or its host is gone); the same command goes on from its last checkpoint"
+    if state == "unknown" and process:
+        return f"started {process}, which cannot be seen from here"
+    return None
+
+
+COLUMNS = ("run", "state", "step", "loss", "valid", "tokens/s", "left", "saved", "queue")
+
+
+def table(states: list[dict[str, Any]]) -> list[str]:
+    """Lines for a console: one a run, and below it what went wrong."""
+    rows = [COLUMNS, *map(cells, states)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
+    lines = []
+    for row, state in zip(rows, [None, *states], strict=True):
+        lines.append("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        if state is not None and state["said"]:
+            lines.append(f"    {state['said']}")
+    return lines
+
+
+def cells(state: dict[str, Any]) -> tuple[str, ...]:
+    def number(name: str, form: str) -> str:
+        return "" if state[name] is None else format(state[name], form)
+
+    return (
+        state["run"],
+        state["state"],
+        f"{state['step']:,}/{state['steps']:,}" if state["steps"] is not None else "",
+        number("loss", ".4f"),
+        number("validation_loss", ".4f"),
+        number("tokens_per_second", ",.0f"),
+        "" if state["seconds_left"] is None else duration(state["seconds_left"]),
+        number("checkpoint", ","),
+        ", ".join(f"{job['job']} {job['stage']} {job['queue']}" for job in state["jobs"]),
+    )
+
+
+def cancel(places: list[str]) -> None:
+    """End the jobs of runs, and their processes on this host: what trains saves before it leaves. Raises UserError."""
+    ended = 0
+    for run in found([Path(place) for place in places]):
+        jobs = records.jobs(place_of(run))
+        for id, job in (slurm.waiting_or_running([line["job"] for line in jobs]) if jobs else {}).items():
+            if job.state == "RUNNING":
+                slurm.ask("scancel", "--batch", "--signal=TERM", id)  # the script first: what its tasks come to is meant
+                slurm.ask("scancel", "--signal=TERM", id)
+                print(f"job {id} of {run} is told to save and end; scancel {id} ends it at once")
+            else:
+                slurm.ask("scancel", id)
+                print(f"job {id} of {run} is out of the queue")
+            ended += 1
+        if holder(run) == "here":
+            os.kill(owner(run)[0], signal.SIGTERM)
+            print(f"process {owner(run)[0]} of {run} is told to save and end")
+            ended += 1
+    if not ended:
+        print("nothing to cancel: no job and no process of this host works on it")

@@ -1,0 +1,197 @@
+"""`megaflow submit`: a stage as a Slurm job, or several that wait for one another.
+
+What a config says is checked here, by the rules of the stages themselves, so that no job waits for hours to be refused.
+"""
+
+import re
+import shlex
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from megaflow.config.check import batch_split, resolve
+from megaflow.errors import UserError
+from megaflow.launch import records, script, slurm
+from megaflow.launch.script import Job, Resources
+from megaflow.show import known
+
+STAGES = ("prepare", "pretrain", "distill", "evaluate", "convert")
+TRAINING = ("pretrain", "distill")
+LATEST = 60
+"""Seconds by which Slurm may tell a job earlier than it was asked to."""
+
+
+@dataclass
+class Step:
+    """One job of a submission: the words after `megaflow`, what they work on, and where its jobs are noted."""
+
+    stage: str
+    words: list[str]
+    directory: Path
+    place: Path
+    waits: list[str] = field(default_factory=list)
+    """Dependencies of sbatch, 'afterok:12'."""
+
+    @property
+    def name(self) -> str:
+        own = Path(self.directory).absolute().name
+        return own if self.stage in TRAINING else f"{own}.{self.stage}"
+
+
+def submit(
+    config: str,
+    overrides: list[str],
+    resources: Resources,
+    after: list[str] | None = None,
+    then: list[list[str]] | None = None,
+    dry_run: bool = False,
+    templates: str | None = None,
+) -> None:
+    """Render, show and submit the job of `config`, and those of `then`, each a stage and its words, which follow one another.
+
+    after: directories whose jobs must have succeeded before. Prints scripts, ids, and how to follow them. Raises UserError.
+    """
+    stages = [word.partition("=")[2] for word in overrides if word.startswith("stage=")]
+    overrides = [word for word in overrides if not word.startswith("stage=")]
+    steps = [step(stages[-1] if stages else "pretrain", [config, *overrides], resources, None, bool(after))]
+    single(steps[0], resources)
+    for stage, *words in then or []:
+        run = next((earlier.directory for earlier in reversed(steps) if earlier.stage in (*TRAINING, "evaluate")), None)
+        steps.append(step(stage, words, resources, run, True))
+    limits(resources)
+    source = script.folder(templates)
+    steps[0].waits = [f"afterok:{id}" for directory in after or [] for id in queued(directory, dry_run)]
+    if not dry_run:
+        for each in steps:
+            free(each)
+    before = ""
+    for number, each in enumerate(steps):
+        waits = each.waits + ([f"afterok:{before}"] if before else [])
+        job = Job(
+            name=each.name,
+            words=each.words,
+            place=each.place.absolute(),
+            resources=needed(each.stage, resources),
+            directory=str(each.directory) if each.stage in TRAINING else "",
+            dependency=",".join(waits),
+        )
+        text = script.render(job, source, Path.cwd())
+        print(text, flush=True)
+        before = f"JOB_{number + 1}" if dry_run else sent(each, text)
+
+
+def step(stage: str, words: list[str], resources: Resources, run: Path | None, waits: bool) -> Step:
+    """A stage with its words, checked. `run` is that of the stage before it; waits: whether anything comes before it. Raises UserError."""
+    if stage not in STAGES:
+        raise UserError(f"stage={stage}: there is no such stage; there are {', '.join(STAGES)}")
+    plain, options = [word for word in words if "=" not in word], [word for word in words if "=" in word]
+    if stage in ("evaluate", "convert"):
+        outs = 1 if stage == "convert" else 0
+        if len(plain) == outs and run is not None:
+            plain = [str(run), *plain]
+        if len(plain) != outs + 1:
+            raise UserError(f"{stage} takes RUN{' OUT' * outs} and options as name=value, not {shlex.join(words) or 'nothing'}")
+        directory = run_of(plain[0])
+        if not waits and not (directory / "config.yaml").exists():
+            raise UserError(f"{directory}: no run is there to {stage}; give its directory or config, or --after what makes it")
+        given = [f"--{word.lstrip('-')}" for word in options]
+        return Step(stage, [stage, str(directory), *plain[1:], *given], directory, records.place_of(directory))
+    if len(plain) != 1:
+        raise UserError(f"{stage} takes a CONFIG and overrides a.b=c, not {shlex.join(words) or 'nothing'}")
+    path = plain[0]
+    loaded, vocab = known(path, options)
+    if stage == "prepare":
+        data = Path(loaded.config.data.path)
+        return Step(stage, [stage, path, *options], data, data.absolute().with_name(f"{data.absolute().name}.slurm"))
+    config = loaded.config
+    if vocab is None and not waits:
+        raise UserError(f"data.path={config.data.path}: no shards are there; submit stage=prepare, and this --after {config.data.path}")
+    if vocab is not None and not (stage == "distill" and not Path(config.distill.teacher).is_dir()):
+        resolve(loaded, vocab)
+    if stage == "distill" and not config.distill.teacher:
+        raise UserError(f"{path}: distill.teacher is not set; give the run of a flow, distill.teacher=RUN")
+    if stage == "distill" and not waits and not Path(config.distill.teacher).is_dir():
+        raise UserError(f"distill.teacher={config.distill.teacher}: no run is there; submit it first, and this --after it")
+    ranks, tensor = resources.nodes * resources.ranks, config.parallel.tensor
+    if ranks % tensor:
+        raise UserError(f"{ranks} ranks are no multiple of parallel.tensor={tensor}; ask for other --nodes or --gpus-per-node")
+    batch_split(config, ranks // tensor)
+    directory = Path(config.run.dir)
+    return Step(stage, [stage, path, *options], directory, directory / "slurm")
+
+
+def run_of(given: str) -> Path:
+    """A run's directory, given as that or as the config that it is made by. Raises UserError."""
+    return Path(known(given, [])[0].config.run.dir) if Path(given).is_file() else Path(given)
+
+
+def needed(stage: str, resources: Resources) -> Resources:
+    """What a stage takes of what was asked for: all but training is one process, and two of them know no GPU."""
+    if stage in TRAINING:
+        return resources
+    return replace(resources, nodes=1, processes=1, gpus=min(1, resources.gpus) if stage == "evaluate" else 0)
+
+
+def single(first: Step, resources: Resources) -> None:
+    if first.stage not in TRAINING and (resources.nodes > 1 or resources.processes > 1 or resources.gpus > 1):
+        raise UserError(f"stage={first.stage} is one process, and has no use for more hosts, GPUs or processes")
+
+
+def limits(resources: Resources) -> None:
+    """Refuse a time limit that is over before anything begins. Raises UserError."""
+    if not resources.time:
+        return
+    seconds = seconds_of(resources.time)
+    if seconds <= resources.margin + LATEST:
+        raise UserError(
+            f"--time {resources.time}: a job is told to save {resources.margin} s before its end (--margin), which Slurm may do up to "
+            f"{LATEST} s earlier, and nothing is left to train in; ask for more time"
+        )
+
+
+def seconds_of(text: str) -> int:
+    """Of Slurm's forms of a time: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S. Raises UserError."""
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
+    if found is None:
+        raise UserError(f"--time {text}: write minutes, H:MM:SS or D-HH:MM:SS")
+    days, *rest = found.groups()
+    a, b, c = (int(part or 0) for part in rest)
+    if days is not None:
+        return ((int(days) * 24 + a) * 60 + b) * 60 + c
+    return a * 60 + b if found[4] is None else (a * 60 + b) * 60 + c
+
+
+def queued(directory: str, dry_run: bool) -> list[str]:
+    """The jobs of a run, or of shards, that are not over. Raises UserError."""
+    known_jobs = records.jobs(records.place_of(directory))
+    if not known_jobs:
+        raise UserError(f"--after {directory}: no job was submitted for it; give the directory of a run or of shards that has one")
+    ids = [line["job"] for line in known_jobs]
+    return ids[-1:] if dry_run and not slurm.here() else list(slurm.waiting_or_running(ids))
+
+
+def free(each: Step) -> None:
+    """Refuse a second job that would train the same run. Raises UserError."""
+    if each.stage not in (*TRAINING, "prepare"):
+        return
+    ids = [line["job"] for line in records.jobs(each.place) if line["stage"] == each.stage]
+    if active := slurm.waiting_or_running(ids):
+        id, job = next(iter(active.items()))
+        raise UserError(f"{each.directory}: job {id} is already there for it, {job}; wait, megaflow cancel it, or choose another run.dir")
+
+
+def sent(each: Step, text: str) -> str:
+    """Submit a script, note it, and say how to follow it. Returns the job's id. Raises UserError."""
+    try:
+        each.place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{each.place}: cannot be made ({error.strerror}); choose another place for the run") from None
+    id = slurm.submit(text)
+    print(f"\njob {id}: {each.stage} {each.directory}", flush=True)
+    (each.place / f"{id}.sbatch").write_text(text, "utf-8")
+    content = {"job": id, "stage": each.stage, "time": time.time(), "words": each.words, "directory": str(each.directory)}
+    records.add_job(each.place, content)
+    of = shlex.quote(str(each.directory))
+    print(f"  log     {each.place / f'{id}.log'}    megaflow logs {of} -f")
+    print(f"  state   megaflow status {of}\n  end it  megaflow cancel {of}\n")
+    return id

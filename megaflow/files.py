@@ -9,6 +9,9 @@ from typing import Any
 
 from megaflow.errors import UserError, naming
 
+TAIL = 2**18
+"""Bytes at the end of a file that are read for its last lines."""
+
 
 def lines(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a metrics.jsonl; a last line cut short by a kill is left out."""
@@ -21,6 +24,22 @@ def lines(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             continue
     return found
+
+
+def last_line(path: Path, name: str) -> dict[str, Any]:
+    """The last line of a metrics.jsonl that has this name, of those at its end; empty where there is none. However long the file is."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL))
+            rows = file.read().decode("utf-8", "replace").splitlines()
+    except OSError:
+        return {}
+    for row in reversed(rows):
+        with contextlib.suppress(ValueError):
+            line = json.loads(row)
+            if isinstance(line, dict) and name in line:
+                return line
+    return {}
 
 
 def read_json(path: Path, *needed: str) -> dict[str, Any]:

@@ -99,7 +99,9 @@ def table(points: list[tuple[str, ...]], results: dict[tuple[str, ...], list[Res
         return values_of(results.get(point, []), *path)
 
     given = any(value is not None for point in points for value in of(point, *rest))
-    lines = ["| choice | likelihood, nats/token | against the first | judge, bits/char | entropy, nats |" + " second half |" * given]
+    of_pairs = any(value == "source" for point in points for value in of(point, "likelihood", "continuation", "given"))
+    rest_of = " answers, given their sources |" if of_pairs else " second half |"
+    lines = ["| choice | likelihood, nats/token | against the first | judge, bits/char | entropy, nats |" + rest_of * given]
     lines.append("|---|---|---|---|---|" + "---|" * given)
 
     def texts(point: tuple[str, ...], key: str) -> list[float | None]:
@@ -128,10 +130,14 @@ def table(points: list[tuple[str, ...]], results: dict[tuple[str, ...], list[Res
         drawn += [shown(of(point, *rest), 3)] if given else []
         lines.append(f"| {name} | {shown(bounds, 3)} | {difference} | {' | '.join(drawn)} |")
     seeds = max(map(len, results.values()))
-    unigram = next(
-        (run["likelihood"].get("unigram_nats_per_token") for runs in results.values() for run in runs if isinstance(run, dict)), None
-    )
-    lines += ["", f"{seeds} seeds, mean ± standard error over them" + (f"; unigram entropy {unigram:.3f}." if unigram else "."), ""]
+    entropies = {
+        f"{unigram:.3f}{' of what is written' if run['likelihood'].get('given') else ''}"
+        for runs in results.values()
+        for run in runs
+        if isinstance(run, dict) and (unigram := run["likelihood"].get("unigram_nats_per_token"))
+    }
+    unigram = f"; unigram entropy {', '.join(sorted(entropies))}" if entropies else ""
+    lines += ["", f"{seeds} seeds, mean ± standard error over them{unigram}.", ""]
     return "\n".join(lines)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from megaflow.config import check_flow
 from megaflow.config.load import ConfigError, Loaded, assemble, flatten
 from megaflow.config.schema import TOKENIZERS, Config
-from megaflow.flow import laws
+from megaflow.flow import context, laws
 from megaflow.flow.prior import on_simplex
 from megaflow.flow.weighting import learns
 
@@ -202,6 +202,14 @@ def doubts(loaded: Loaded) -> list[str]:
         found.append(f"flow.skip=off with flow.code={config.flow.code} has no likelihood: its tokens are never resolved")
     if is_map(config) and config.distill.state_input == "none" and config.model.input == "belief":
         found.append("distill.state_input=none: beliefs say nothing of the noise at s = 0, and the map's one-step text is the same for all")
+    if config.model.family == "flow":
+        share, by = config.flow.context.share, context.laws(config.flow.context.law)
+        if share and by == {"source"} and not config.data.target_field:
+            found.append("flow.context.law=source gives what stands before a row's first end token, and these shards are no pairs")
+        if config.data.target_field and not share:
+            found.append("these shards are pairs, and flow.context.share=0 gives nothing of them: sources are written as answers are")
+        if config.flow.clock.uniform_share == 1.0 and laws.follows_scores(config.flow.clock.name):
+            found.append(f"flow.clock.uniform_share=1 leaves nothing of flow.clock.name={config.flow.clock.name}: all times are uniform")
     # a file may share values with other runs; on the command line they are meant for this one
     given = [name for name, origin in loaded.origin.items() if origin == "command line"]
     return found + [f"{name} changes nothing of {why}" for name in given if (why := _without(config, name))]

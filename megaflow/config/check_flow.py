@@ -5,9 +5,11 @@ from collections.abc import Callable
 from megaflow.config.schema import Config, entries, keys
 from megaflow.flow import choice, flow_map, interpolant, laws
 from megaflow.flow.code import TRAINED
-from megaflow.flow.prior import on_simplex
+from megaflow.flow.prior import make, on_simplex
 from megaflow.flow.weighting import OF_SNR
 
+LEAST, MOST = 1e-6, 1e6
+"""Temperatures of Gaussian noise."""
 Refuse = Callable[..., None]
 """(sentence, names of the keys that it is about): raises ConfigError."""
 
@@ -49,6 +51,19 @@ def of_flow(config: Config, vocab: int | None, refuse: Refuse) -> None:
             f"{key}={value} gives tokens of a row different times, and model.time=tokens tells one of all; use adaptive",
             key,
             "model.time",
+        )
+    if flow.objective == "likelihood" and flow.skip == "off" and flow.code not in ("auto", "identity"):
+        refuse(
+            f"flow.objective=likelihood is the bound, and flow.skip=off with flow.code={flow.code} has none; leave the skip on, or use "
+            "cross_entropy",
+            "flow.objective",
+            "flow.skip",
+        )
+    if not on_simplex(flow.prior) and not LEAST <= make(flow.prior).temperature <= MOST:
+        refuse(
+            f"flow.prior={flow.prior} leaves no noise, or nothing but noise, at any time that can be told from 0 and 1; give a temperature "
+            f"between {LEAST:g} and {MOST:g}",
+            "flow.prior",
         )
     if flow.code_from and flow.code != "semantic":
         what = f"flow.code_from={flow.code_from} belongs to flow.code=semantic, not to flow.code={flow.code}"
@@ -147,6 +162,7 @@ def of_map(config: Config, refuse: Refuse) -> None:
     parallel, what = config.parallel, f"distill.objective={distill.objective}"
     table = entries(keys()["distill.objective"])
     objective = choice.call(table, distill.objective)
+    anchor = distill.anchor if distill.anchor != "auto" else "data" if train.joint else "teacher"
     if choice.split(table, distill.objective)[1].get("draws", 1.0) % 1.0:
         refuse(f"{what}: draws are a whole number", "distill.objective")
     if objective.one_step and not distill.boundary_fraction:
@@ -171,7 +187,7 @@ def of_map(config: Config, refuse: Refuse) -> None:
     if not round(train.global_batch * distill.diagonal_fraction):
         refuse(
             f"distill.diagonal_fraction={distill.diagonal_fraction:g} leaves no row of train.global_batch={train.global_batch} with s = t, "
-            f"which alone are trained towards the {distill.anchor}; give more",
+            f"which alone are trained towards the {anchor}; give more",
             "distill.diagonal_fraction",
             "distill.anchor",
             "train.joint",

@@ -230,8 +230,7 @@ def likelihood(run: Run, held_out: RealText, draws: int, seed: int) -> dict[str,
         half = torch.arange(ids.shape[1]) < (lengths // 2)[:, None]
         given = masks("source", contexts.end, ids, lengths, seed, places, -1) if pairs else half
         rest = nats(run, held_out, draws, seed, given)
-        keep = ("nats_per_token", "standard_error_nats", "row_error_nats", "unigram_nats_per_token", "tokens")
-        found["continuation"] = {"given": what} | {key: rest[key] for key in keep if key in rest}
+        found["continuation"] = {"given": what} | {key: value for key, value in rest.items() if key != "last_cross_entropy"}
     return found
 
 

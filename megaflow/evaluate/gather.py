@@ -33,6 +33,8 @@ STAGES = {
     "evaluate flow_map": "evaluate the flow map",
 }
 OTHER_WAYS = ("even", "unbalanced")
+SAME_TOKENS = 1e-6
+"""Nats by which unigram entropies of the same tokens may differ."""
 """Of sampling a flow map, beside `samples`; see evaluation.written."""
 TOKENIZERS = {"bpe": "byte-pair", "characters": "character", "bytes": "byte", "gpt2": "GPT-2", "bert": "BERT"}
 
@@ -155,7 +157,8 @@ def stage_seconds(prepared: dict, summaries: dict, evaluations: dict) -> dict[st
 
 def metrics(prepared: dict, summaries: dict, evaluations: dict, stages: dict[str, float]) -> dict[str, Any]:
     """The flat summary: likelihoods in bits per character, judged samples, costs. A missing measurement is null."""
-    flow = evaluations.get("flow", {}).get("likelihood", {})
+    table = likelihoods(evaluations)
+    flow = table.get("flow", {})
     baseline = evaluations.get("autoregressive", {})
     reference: dict[str, Any] = next((evaluations[name]["reference"] for name in RUNS if name in evaluations), {})
 
@@ -178,11 +181,11 @@ def metrics(prepared: dict, summaries: dict, evaluations: dict, stages: dict[str
         for name, found in cooled(evaluations).items()
     }
     return {
-        "unigram_entropy_bits_per_char": flow.get("unigram_bits_per_char"),
+        "unigram_entropy_bits_per_char": table.get("unigram", {}).get("bits_per_char"),
         "flow_bound_bits_per_char": flow.get("bits_per_char"),
-        "flow_bound_standard_error": flow.get("standard_error_bits_per_char"),
-        "flow_map_bound_bits_per_char": evaluations.get("flow_map", {}).get("likelihood", {}).get("bits_per_char"),
-        "autoregressive_bits_per_char": baseline.get("likelihood", {}).get("bits_per_char"),
+        "flow_bound_standard_error": flow.get("bits_standard_error"),
+        "flow_map_bound_bits_per_char": table.get("flow_map", {}).get("bits_per_char"),
+        "autoregressive_bits_per_char": table.get("autoregressive", {}).get("bits_per_char"),
         "samples": samples,
         "temperature": next((evaluation["settings"]["temperature"] for evaluation in evaluations.values()), None),
         "cooled": colder,
@@ -262,22 +265,31 @@ def stage_row(name: str, seconds: float, prepared: dict, summaries: dict, evalua
 
 
 def likelihoods(evaluations: dict) -> dict[str, Any]:
-    """Unigram entropy and every run's likelihood, with the errors of those that are estimates, and a note on what was measured."""
+    """Unigram entropy and every run's likelihood, with the errors of those that are estimates, and a note on what was measured.
+
+    Where a run writes nothing without being given some, and others can be given the same, all are of what is written then.
+    """
     table: dict[str, Any] = {}
-    over_rows, of_given = [], ""
+    over_rows, notes = [], []
+    laws = {law for evaluation in evaluations.values() if (law := evaluation["likelihood"].get("given"))}
     for name, evaluation in evaluations.items():
-        entry = evaluation["likelihood"]
+        entry, who = evaluation["likelihood"], name.replace("_", " ")
+        if law := entry.get("given"):
+            of = " its likelihood is of the others alone," if entry["kind"] != "none" else ""
+            notes.append(f"The {who} is given tokens by flow.context.law={law}:{of} its texts hold both.")
         if entry["kind"] == "none":
             continue
-        table[name] = {"nats_per_token": entry["nats_per_token"], "bits_per_char": entry["bits_per_char"]}
-        if law := entry.get("given"):
-            table[name]["given"] = law
-            who = f" The {name.replace('_', ' ')} is given tokens by flow.context.law={law}"
-            of_given += f"{who}: its likelihood is of the others alone, its texts hold both."
+        if law is None and {entry.get("continuation", {}).get("given")} == laws:
+            notes.append(f"The {who} is given the same; of whole rows it has {entry['nats_per_token']:.3f} nats a token.")
+            (law,), entry = laws, entry["continuation"]
+        table[name] = {"nats_per_token": entry["nats_per_token"], "bits_per_char": entry["bits_per_char"]} | ({"given": law} if law else {})
         if entry["kind"] == "bound":
             table[name]["nats_standard_error"] = entry["standard_error_nats"]
             table[name]["bits_standard_error"] = entry["standard_error_bits_per_char"]
-        table["unigram"] = {"nats_per_token": entry["unigram_nats_per_token"], "bits_per_char": entry["unigram_bits_per_char"]}
+        unigram = {"nats_per_token": entry["unigram_nats_per_token"], "bits_per_char": entry["unigram_bits_per_char"]}
+        table.setdefault("unigram", unigram)
+        if abs(table["unigram"]["nats_per_token"] - unigram["nats_per_token"]) > SAME_TOKENS:
+            notes.append(f"Of the tokens that the {who}'s is of the unigram entropy is {unigram['nats_per_token']:.3f} nats.")
         if entry["kind"] == "bound":
             table["note"] = (
                 f"Of {entry['tokens']:,} validation tokens, with averaged weights. A bound is the mean over "
@@ -285,11 +297,11 @@ def likelihoods(evaluations: dict) -> dict[str, Any]:
                 "its error is that of the draws."
             )
             if (error := entry.get("row_error_bits_per_char")) is not None:
-                over_rows.append(f"{error:.3f} ({name.replace('_', ' ')})")
+                over_rows.append(f"{error:.3f} ({who})")
     if over_rows:
         table["note"] += f" Over rows of text, the error of bound minus unigram entropy is {', '.join(over_rows)} bits per character."
-    if of_given:
-        table["note"] = table.get("note", "").strip() + of_given
+    if notes:
+        table["note"] = " ".join([table.get("note", ""), *notes]).strip()
     return table
 
 

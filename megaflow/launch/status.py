@@ -14,13 +14,12 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from megaflow.errors import UserError
+from megaflow.files import last_line
 from megaflow.launch import records, slurm
 from megaflow.process import STOPPED
 from megaflow.progress import duration
 from megaflow.train import outcome
 
-TAIL = 2**18
-"""Bytes at the end of a metrics.jsonl that are read for its last lines."""
 DEPTH = 4
 """Folders below one another in which runs are looked for."""
 TRAINING = ("pretrain", "distill")
@@ -89,7 +88,7 @@ def state_of(run: Path, jobs: list[dict[str, Any]], queue: dict[str, slurm.Queue
     stages = {line["job"]: line["stage"] for line in jobs}
     attempts = records.attempts(place_of(run))
     steps, process = wanted(run), holder(run)
-    loss, valid = last(run, "loss"), last(run, "validation_loss")
+    loss, valid = (last_line(run / "metrics.jsonl", name) for name in ("loss", "validation_loss"))
     step = int(loss.get("step", 0))
     ended = outcome.read(run)
     done = (run / "summary.json").exists() and steps is not None and step >= steps
@@ -133,24 +132,6 @@ def wanted(run: Path) -> int | None:
         return int(OmegaConf.load(run / "config.yaml").train.steps)
     except Exception:  # whatever is wrong with a file that is not read for its own sake here
         return None
-
-
-def last(run: Path, name: str) -> dict[str, Any]:
-    """The last line of metrics.jsonl that has this name."""
-    try:
-        with (run / "metrics.jsonl").open("rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL))
-            rows = file.read().decode("utf-8", "replace").splitlines()
-    except OSError:
-        return {}
-    for row in reversed(rows):
-        try:
-            line = json.loads(row)
-        except ValueError:
-            continue
-        if isinstance(line, dict) and name in line:
-            return line
-    return {}
 
 
 def left(line: dict[str, Any], steps: int | None) -> float | None:

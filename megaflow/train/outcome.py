@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from megaflow.files import lines, write_atomically
+from megaflow.files import write_atomically
 
 FILE = "ended.json"
 
@@ -39,14 +39,6 @@ def _content(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None
-
-
-def last_line(directory: Path, *needed: str) -> dict[str, Any]:
-    """The last line of metrics.jsonl that has the `needed` names; empty where there is none."""
-    for line in reversed(lines(directory / "metrics.jsonl")):
-        if all(name in line for name in needed):
-            return line
-    return {}
 
 
 def newest_step(directory: Path) -> int:

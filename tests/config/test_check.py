@@ -216,6 +216,11 @@ class TestContradictions:
             ({"model.time": "tokens", "parallel.tensor": 8, "model.heads": 8, "model.hidden": 64}, ["parallel.tensor=8", "4 tokens"]),
             ({"model.registers": 2, "data.mask_documents": True}, ["model.registers=2", "data.mask_documents"]),
             ({"model.registers": 2, "model.family": "autoregressive"}, ["model.registers=2", "baseline"]),
+            (
+                {"flow.objective": "likelihood", "flow.skip": "off", "flow.code": "embedding"},
+                ["flow.objective=likelihood", "flow.skip=off", "flow.code=embedding", "has none"],
+            ),
+            ({"flow.prior": "gaussian:temperature=1e-300"}, ["flow.prior=gaussian:temperature=1e-300", "between 1e-06 and 1e+06"]),
             ({"flow.weighting": "min_snr", "flow.objective": "likelihood"}, ["flow.weighting=min_snr", "flow.objective=likelihood"]),
             (
                 {"distill.teacher": "x", "distill.state_input": "hot_belief", "model.input": "linear"},
@@ -302,6 +307,12 @@ class TestDoubts:
                 "model.time changes nothing of model.family=autoregressive, which has no time",
             ),
             ({"distill.teacher": "x", "distill.state_input": "none"}, "distill.state_input=none: beliefs say nothing of the noise"),
+            ({"flow.context.share": 0.5, "flow.context.law": "source"}, "flow.context.law=source gives what stands before"),
+            (
+                {"data.target_field": "answer", "data.packing": "document"},
+                "these shards are pairs, and flow.context.share=0 gives nothing of them",
+            ),
+            ({"flow.clock.uniform_share": 1.0}, "flow.clock.uniform_share=1 leaves nothing of flow.clock.name=ce_linear"),
         ],
     )
     def test_what_other_values_leave_unread(self, given, said):

@@ -212,6 +212,8 @@ class TestOverrides:
             ("optim.weight_decay=0", 0.0),
             ("run.dir=runs/a=b", "runs/a=b"),
             ("run.dir=1", "1"),
+            ("run.dir=a #1", "a #1"),
+            ("run.dir='a b'", "a b"),
             ("run.dir=true", "true"),
             ("data.document_separator=", ""),
             ("data.source=[a.txt,b.txt]", ["a.txt", "b.txt"]),

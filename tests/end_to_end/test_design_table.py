@@ -43,6 +43,20 @@ def test_means_errors_and_paired_differences():
     assert lines[-1] == "2 seeds, mean ± standard error over them; unigram entropy 6.000."
 
 
+def test_what_was_given_is_told():
+    """Of a flow of answers: its name, the column of a baseline's, no difference to what is of whole rows, and both entropies."""
+
+    def run(nats, unigram, **more):
+        samples = {"32": {"judge_bits_per_char": 2.5, "entropy": 3.0}}
+        return {"likelihood": {"nats_per_token": nats, "unigram_nats_per_token": unigram, **more}, "samples": samples}
+
+    baseline = run(1.3, 2.9, continuation={"given": "source", "nats_per_token": 0.8})
+    lines = tool().table([("a=1",), ("a=2",)], {("a=1",): [baseline], ("a=2",): [run(0.1, 2.1, given="source")]}).splitlines()
+    assert lines[0].endswith("| answers, given their sources |") and lines[2].endswith("| 0.800 |")
+    assert lines[3].startswith("| `a=2` (of what is written, given the rest by `source`; texts hold that too) | 0.100 | none |")
+    assert lines[-1].endswith("unigram entropy 2.100 of what is written, 2.900.")
+
+
 @pytest.mark.long
 def test_a_grid_is_run_once(process, config, tmp_path):
     command = [ROOT / "tools" / "design_table.py", config("coded"), "--out", tmp_path / "out", "--seeds", 1, "--samples", 4, "--rows", 16]

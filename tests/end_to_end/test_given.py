@@ -171,6 +171,16 @@ def test_the_likelihood_of_pairs_is_that_of_their_answers(reversed_words):
     assert max(flow["nats_per_token"], baseline["continuation"]["nats_per_token"]) < 0.2 < baseline["nats_per_token"]
 
 
+def test_texts_of_pairs_are_answers_to_sources_that_were_held_out(reversed_words):
+    """Twenty of its texts are judged, and hold what was given; most are right."""
+    run = load_run(reversed_words / "flow")
+    stream = TokenStream(str(reversed_words / "data"), "validation", 0, shuffle=False)
+    held_out = {text_of(run, row) for row in stream.rows(range(len(stream)))[0].tolist()}
+    texts = evaluate(reversed_words / "flow", [2], 20, 16, 2, 0)["samples"]["2"]["texts"]
+    assert {text.partition("\n")[0] for text in texts} <= {text.partition("\n")[0] for text in held_out}
+    assert sum(text in held_out for text in texts) > 0.8 * len(texts)
+
+
 def test_a_flow_of_pairs_wants_a_source(reversed_words):
     with pytest.raises(UserError, match="writes what belongs to a source.*give one, --prompt TEXT"):
         sample(reversed_words / "flow", 1, None)

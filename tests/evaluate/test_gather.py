@@ -267,3 +267,18 @@ def test_a_likelihood_of_what_is_written_alone_is_told():
     found = likelihoods(runs)
     assert found["flow"]["given"] == "prefix" and "given" not in found["autoregressive"]
     assert "The flow is given tokens by flow.context.law=prefix: its likelihood is of the others alone" in found["note"]
+    none = likelihoods({"flow": {"likelihood": {"kind": "none", "given": "prefix"}}})
+    assert none == {"note": "The flow is given tokens by flow.context.law=prefix: its texts hold both."}
+
+
+def test_likelihoods_of_pairs_are_of_the_same_tokens():
+    """A baseline has one of whole rows; beside a flow of answers stands that of its answers, given their sources."""
+    exact = {"kind": "exact", "unigram_nats_per_token": 2.9, "unigram_bits_per_char": 4.0, "nats_per_token": 1.3, "bits_per_char": 1.9}
+    rest = exact | {"unigram_nats_per_token": 2.1, "nats_per_token": 0.8, "bits_per_char": 1.2, "given": "source"}
+    bound = rest | {"kind": "bound", "nats_per_token": 0.1, "standard_error_nats": 0.1, "standard_error_bits_per_char": 0.1, "tokens": 64}
+    flow = {"likelihood": bound, "settings": {"draws": 4}}
+    found = likelihoods({"flow": flow, "autoregressive": {"likelihood": exact | {"continuation": rest}}})
+    assert found["autoregressive"] == {"nats_per_token": 0.8, "bits_per_char": 1.2, "given": "source"}
+    assert found["unigram"]["nats_per_token"] == 2.1 and "of whole rows it has 1.300 nats a token" in found["note"]
+    other = likelihoods({"flow": flow, "autoregressive": {"likelihood": exact}})
+    assert other["autoregressive"]["nats_per_token"] == 1.3 and "the unigram entropy is 2.900 nats" in other["note"]

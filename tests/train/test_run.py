@@ -311,22 +311,3 @@ time.sleep(60)
         (tmp_path / "file").write_text("")
         with pytest.raises(UserError, match="cannot write the run directory"):
             run.lock(tmp_path / "file" / "run")
-
-
-class TestReplacing:
-    def test_another_process_may_write_the_same_file_meanwhile(self, tmp_path, process):
-        """Its half-written file is its own: neither takes the other's away."""
-        path = tmp_path / "evaluation.json"
-        with run.replacing(path) as partial:
-            partial.write_text("ours")
-            other = f"from pathlib import Path; from megaflow.files import *; write_atomically(Path({str(path)!r}), 'theirs')"
-            assert process("-c", other).returncode == 0
-            assert path.read_text() == "theirs"
-        assert path.read_text() == "ours" and [file.name for file in tmp_path.iterdir()] == [path.name]
-
-    def test_what_fails_leaves_the_old_content_and_nothing_beside_it(self, tmp_path):
-        path = tmp_path / "run.json"
-        run.write_atomically(path, "old")
-        with pytest.raises(UnicodeEncodeError):
-            run.write_atomically(path, "half \ud800")
-        assert path.read_text() == "old" and [file.name for file in tmp_path.iterdir()] == [path.name]

@@ -1,0 +1,36 @@
+"""Files that are replaced whole, or not at all."""
+
+import pytest
+
+from megaflow.files import last_line, lines, replacing, write_atomically
+
+
+def test_another_process_may_write_the_same_file_meanwhile(tmp_path, process):
+    """Its half-written file is its own: neither takes the other's away."""
+    path = tmp_path / "evaluation.json"
+    with replacing(path) as partial:
+        partial.write_text("ours")
+        other = f"from pathlib import Path; from megaflow.files import *; write_atomically(Path({str(path)!r}), 'theirs')"
+        assert process("-c", other).returncode == 0
+        assert path.read_text() == "theirs"
+    assert path.read_text() == "ours" and [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_what_fails_leaves_the_old_content_and_nothing_beside_it(tmp_path):
+    path = tmp_path / "run.json"
+    write_atomically(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_atomically(path, "half \ud800")
+    assert path.read_text() == "old" and [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_last_line_that_a_kill_has_cut_is_left_out(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"ste')
+    assert lines(tmp_path / "metrics.jsonl") == [{"step": 1}, {"step": 2}] and lines(tmp_path / "none.jsonl") == []
+
+
+def test_the_last_line_with_a_name(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    assert last_line(path, "loss") == {}
+    path.write_text("".join(f'{{"step": {n}, "loss": {n}}}\n' for n in range(20000)) + '{"step": 20000, "valid": 1}\n{"loss": 3')
+    assert last_line(path, "loss")["step"] == 19999 and last_line(path, "valid")["step"] == 20000 and last_line(path, "none") == {}

@@ -32,7 +32,7 @@ setup(
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["megaflow", "megaflow.*"]),
     package_data={"": ["*.html", "*.j2", "*.css", "*.js"]},  # templates of the report
-    data_files=[(site_packages, MEND)],
+    data_files=[(site_packages, MEND), ("share/megaflow/slurm", ["slurm/job.sbatch", "slurm/site.sh"])],
     entry_points={"console_scripts": ["megaflow = megaflow.__main__:main"]},
     install_requires=[
         "torch>=2.6",
@@ -47,6 +47,7 @@ setup(
         "safetensors>=0.4.3",
         "matplotlib>=3.8",
         "Jinja2>=3.1",
+        "scipy>=1.11",
         "zstandard>=0.22",
     ],
     extras_require={

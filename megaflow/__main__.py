@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import time
+from typing import Any
 
 from megaflow import __version__, process
 from megaflow.errors import UserError
@@ -30,6 +31,19 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("config", metavar="CONFIG", nargs="?" if optional else None, help="YAML file")
         command.add_argument("overrides", metavar="a.b=c", nargs="*", help="values over those of the file")
         return command
+
+    def with_resources(command: argparse.ArgumentParser) -> None:
+        command.add_argument("--nodes", type=int, default=1, help="hosts (default 1)")
+        command.add_argument("--gpus-per-node", type=int, default=0, help="GPUs of each host, each a rank (default 0: CPUs alone)")
+        command.add_argument("--processes-per-node", type=int, default=1, help="ranks of each host without GPUs (default 1)")
+        command.add_argument("--cpus-per-node", type=int, default=None, help="cores of each host")
+        command.add_argument("--time", default="", help="limit, as H:MM:SS or D-HH:MM:SS; before it the job saves and queues again")
+        command.add_argument("--margin", type=int, default=120, help="seconds before the limit at which it saves (default 120)")
+        for option in ("partition", "account", "qos", "constraint"):
+            command.add_argument(f"--{option}", default="", help="as of sbatch")
+        command.add_argument("--container", default="", metavar="IMAGE", help="image that ranks run in, by pyxis (srun --container-image)")
+        command.add_argument("--sbatch", action="append", default=[], metavar="OPTION", help="another option, such as --sbatch=--exclusive")
+        command.add_argument("--templates", default=None, metavar="DIR", help="folder of job.sbatch and site.sh (default: slurm/)")
 
     with_config("prepare", "raw text to token shards")
     with_config("pretrain", "stage 1: a flow, or the autoregressive baseline, on token shards")
@@ -111,21 +125,11 @@ def parser() -> argparse.ArgumentParser:
     convert.add_argument("--processes", type=int, default=None, help="of a run: how many write a file a group each (default 1)")
 
     submission = with_config("submit", "a stage as a Slurm job, or several that follow one another; CONFIG of stage=evaluate is a run")
-    submission.add_argument("--nodes", type=int, default=1, help="hosts (default 1)")
-    submission.add_argument("--gpus-per-node", type=int, default=0, help="GPUs of each host, each a rank (default 0: CPUs alone)")
-    submission.add_argument("--processes-per-node", type=int, default=1, help="ranks of each host without GPUs (default 1)")
-    submission.add_argument("--cpus-per-node", type=int, default=None, help="cores of each host")
-    submission.add_argument("--time", default="", help="limit, as H:MM:SS or D-HH:MM:SS; before it the job saves and queues again")
-    submission.add_argument("--margin", type=int, default=120, help="seconds before the limit at which it saves (default 120)")
-    for option in ("partition", "account", "qos", "constraint"):
-        submission.add_argument(f"--{option}", default="", help="as of sbatch")
-    submission.add_argument("--container", default="", metavar="IMAGE", help="image that ranks run in, by pyxis (srun --container-image)")
-    submission.add_argument("--sbatch", action="append", default=[], metavar="OPTION", help="another option, such as --sbatch=--exclusive")
+    with_resources(submission)
     submission.add_argument("--after", action="append", default=[], metavar="DIR", help="wait for the jobs of this run, or of these shards")
     submission.add_argument(
         "--then", action="append", nargs="+", default=[], metavar="STAGE …", help="another stage once this one is done, with its own words"
     )
-    submission.add_argument("--templates", default=None, metavar="DIR", help="folder of job.sbatch and site.sh (default: slurm/)")
     submission.add_argument("--dry-run", action="store_true", help="print the script and do nothing")
 
     state = commands.add_parser("status", help="how runs are doing, here and in Slurm's queue", description="How runs are doing.")
@@ -142,10 +146,22 @@ def parser() -> argparse.ArgumentParser:
     end = commands.add_parser("cancel", help="end runs: what trains saves first", description="End the jobs and processes of runs.")
     end.add_argument("places", metavar="DIR", nargs="+", help="runs, or folders of runs")
 
-    report = commands.add_parser(
-        "report", help="metrics.json and report.html of a folder of runs", description="Gather DIR/{data,flow,autoregressive,flow_map}."
+    grid = commands.add_parser(
+        "sweep", help="many runs of one config, several at once, and their report", description="Run what is left of a sweep, and report."
     )
-    report.add_argument("dir", metavar="DIR", help="folder that holds data, flow, autoregressive and flow_map")
+    grid.add_argument("sweep", metavar="SWEEP", help="YAML file of a base config and axes")
+    grid.add_argument("overrides", metavar="key=value", nargs="*", help="values over those of the file: seeds=5, set.train.steps=100")
+    grid.add_argument("--jobs", type=int, default=None, help="points at once (default: as many as GPUs, or as cores)")
+    grid.add_argument("--retry", action="store_true", help="try points again that have failed")
+    grid.add_argument("--dry-run", action="store_true", help="list the points, or print the scripts of --slurm, and do nothing")
+    grid.add_argument("--slurm", action="store_true", help="as Slurm arrays, an element a point, with the resources of one point below")
+    grid.add_argument("--limit", type=int, default=None, help="of --slurm: most elements at once")
+    with_resources(grid)
+
+    report = commands.add_parser(
+        "report", help="the page and the numbers of a folder of runs, or of a sweep", description="Gather a folder of runs, or a sweep."
+    )
+    report.add_argument("dir", metavar="DIR", help="folder that holds data, flow, autoregressive and flow_map; or the dir of a sweep")
     return top
 
 
@@ -259,29 +275,10 @@ def run(arguments: argparse.Namespace, began: float) -> int:
         print("\n".join(convert(arguments.run, arguments.out, *model, arguments.step, arguments.form, arguments.processes)))
         return 0
     if arguments.command == "submit":
-        from megaflow.launch.script import Resources
         from megaflow.launch.submit import submit
 
-        for option in ("nodes", "processes_per_node", "cpus_per_node", "margin"):
-            value = getattr(arguments, option)
-            if value is not None and value < 1:
-                raise UserError(f"--{option.replace('_', '-')}: {value} is not a positive number")
-        resources = Resources(
-            nodes=arguments.nodes,
-            gpus=arguments.gpus_per_node,
-            processes=arguments.processes_per_node,
-            cpus=arguments.cpus_per_node,
-            time=arguments.time,
-            partition=arguments.partition,
-            account=arguments.account,
-            qos=arguments.qos,
-            constraint=arguments.constraint,
-            container=arguments.container,
-            margin=arguments.margin,
-            more=tuple(arguments.sbatch),
-        )
         chain = arguments.after, arguments.then
-        submit(arguments.config, arguments.overrides, resources, *chain, arguments.dry_run, arguments.templates)
+        submit(arguments.config, arguments.overrides, resources_of(arguments), *chain, arguments.dry_run, arguments.templates)
         return 0
     if arguments.command in ("status", "cancel"):
         from megaflow.launch import status
@@ -296,10 +293,45 @@ def run(arguments: argparse.Namespace, began: float) -> int:
 
         logs(arguments.run, arguments.rank, arguments.job, arguments.follow)
         return 0
+    if arguments.command == "sweep":
+        from megaflow.launch.sweep import sweep
+
+        at_once = arguments.limit if arguments.slurm else arguments.jobs
+        resources = resources_of(arguments) if arguments.slurm else None
+        return sweep(arguments.sweep, arguments.overrides, at_once, arguments.retry, arguments.dry_run, resources, arguments.templates)
+    from megaflow.launch import gather_sweep
+
+    if gather_sweep.is_sweep(arguments.dir):
+        gather_sweep.report(arguments.dir)
+        return 0
     from megaflow.evaluate.gather import report
 
     report(arguments.dir)
     return 0
+
+
+def resources_of(arguments: argparse.Namespace) -> Any:
+    """What a job is to have. Raises UserError."""
+    from megaflow.launch.script import Resources
+
+    for option in ("nodes", "processes_per_node", "cpus_per_node", "margin"):
+        value = getattr(arguments, option)
+        if value is not None and value < 1:
+            raise UserError(f"--{option.replace('_', '-')}: {value} is not a positive number")
+    return Resources(
+        nodes=arguments.nodes,
+        gpus=arguments.gpus_per_node,
+        processes=arguments.processes_per_node,
+        cpus=arguments.cpus_per_node,
+        time=arguments.time,
+        partition=arguments.partition,
+        account=arguments.account,
+        qos=arguments.qos,
+        constraint=arguments.constraint,
+        container=arguments.container,
+        margin=arguments.margin,
+        more=tuple(arguments.sbatch),
+    )
 
 
 def as_json(found: dict) -> str:

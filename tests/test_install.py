@@ -26,6 +26,7 @@ def tree(tmp_path: Path) -> Path:
     """A copy of what an install is made from, in a directory with a space in its name."""
     root = tmp_path / "a copy"
     shutil.copytree(MEND, root / "tools" / "torchvision_mend", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "slurm", root / "slurm")
     (root / "megaflow").mkdir()
     for name in ("setup.py", "pyproject.toml", "constraints.txt", "Makefile", "tools/install.sh", "megaflow/__init__.py"):
         shutil.copy(ROOT / name, root / name)

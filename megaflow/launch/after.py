@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megaflow.launch import records, slurm
+from megaflow.launch.host import element
 from megaflow.process import STOPPED
 from megaflow.train import outcome
 
@@ -35,11 +36,14 @@ def main() -> int:
     parser.add_argument("--code", type=int, required=True)
     parser.add_argument("--asked", choices=("none", "USR1", "TERM"), required=True)
     arguments = parser.parse_args()
-    job = job_of(os.environ)
-    attempt = ended(arguments.place, arguments.directory, arguments.code, arguments.asked, job)
-    earlier = [line for line in records.attempts(arguments.place) if line["job"] == job]
+    job, place, directory = job_of(os.environ), arguments.place, arguments.directory
+    if directory.startswith("@"):  # of an array, whose elements have runs of their own
+        directory = element(directory, os.environ)["directory"]
+        place = records.place_of(directory)
+    attempt = ended(log_of(arguments.place, job), directory, arguments.code, arguments.asked, job)
+    earlier = [line for line in records.attempts(place) if line["job"] == job]
     attempt["decision"], why = decide(attempt, earlier, fate(job))
-    records.add_attempt(arguments.place, attempt)
+    records.add_attempt(place, attempt)
     print(f"megaflow: {why}", flush=True)
     if attempt["decision"] != "again":
         return 0 if attempt["decision"] == "done" else arguments.code or 1
@@ -53,14 +57,14 @@ def job_of(environment: "os._Environ[str] | dict[str, str]") -> str:
     return environment["SLURM_JOB_ID"]
 
 
-def ended(place: Path, directory: str, code: int, asked: str, job: str) -> dict[str, Any]:
+def ended(log: Path, directory: str, code: int, asked: str, job: str) -> dict[str, Any]:
     """What there is to say of an attempt: {job, attempt, time, hosts, code, asked, end: done|stopped|failed, said, step}."""
     noted = outcome.read(Path(directory)) if directory else None
     said = noted["said"] if noted is not None and noted["code"] not in (0, STOPPED) else ""
     if code == 0:
         end = "done"
     elif said or asked == "none" and (noted is None or noted["code"] != STOPPED):
-        end, said = "failed", said or last_sentence(log_of(place, job)) or f"exit code {code} without a word"
+        end, said = "failed", said or last_sentence(log) or f"exit code {code} without a word"
     else:
         end, said = "stopped", "told to stop"
     return {

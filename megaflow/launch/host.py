@@ -8,12 +8,14 @@ and leave, and to nobody else.
 """
 
 import argparse
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 AGAIN = 5.0
 """Seconds between repetitions of a signal: a process that is just starting does not hear it yet."""
@@ -26,10 +28,11 @@ def main() -> int:
     parser.add_argument("--processes", type=int, required=True)
     parser.add_argument("words", nargs="+")
     arguments = parser.parse_args()
+    words = element(arguments.words[0], os.environ)["words"] if arguments.words[0].startswith("@") else arguments.words
     asked: list[int] = []
     for number in (signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, lambda number, frame: asked.append(number))
-    started = subprocess.Popen(command(arguments.words, arguments.processes, arguments.place, os.environ), start_new_session=True)
+    started = subprocess.Popen(command(words, arguments.processes, arguments.place, os.environ), start_new_session=True)
     several = arguments.processes * hosts(os.environ) > 1
     told = 0.0
     while started.poll() is None:
@@ -40,6 +43,11 @@ def main() -> int:
         time.sleep(PERIOD)
     code = started.returncode
     return code if code >= 0 else 128 - code
+
+
+def element(file: str, environment: "os._Environ[str] | dict[str, str]") -> dict[str, Any]:
+    """What this element of an array is to do, of '@FILE' (array.py)."""
+    return json.loads(Path(file.removeprefix("@")).read_text("utf-8"))[int(environment["SLURM_ARRAY_TASK_ID"])]
 
 
 def hosts(environment: "os._Environ[str] | dict[str, str]") -> int:

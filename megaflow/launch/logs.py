@@ -16,13 +16,14 @@ ASK = 15.0
 def logs(run: str, rank: int | None = None, job: str | None = None, follow: bool = False) -> None:
     """Print the newest job's log, or that of one rank of its last attempt. Raises UserError."""
     place = records.place_of(run)
-    ids = [line["job"] for line in records.jobs(place)]
+    kept = {line["job"]: line for line in records.jobs(place)}
+    ids = list(kept)
     if not ids:
         raise UserError(f"{run}: no job was submitted for it; what is started by hand writes to its own console")
     if job is not None and job not in ids:
         raise UserError(f"--job {job}: {run} has the jobs {', '.join(ids)}")
     id = job or ids[-1]
-    file = place / f"{id}.log" if rank is None else of_rank(place, id, rank)
+    file = Path(kept[id].get("log", place / f"{id}.log")) if rank is None else of_rank(place, id, rank)
     if not file.exists() and not follow:
         raise UserError(f"{file}: there is no such log yet; megaflow status {run} says whether the job waits, and -f waits for it")
     show(file, id, follow)

@@ -61,7 +61,8 @@ def found(places: list[Path]) -> list[Path]:
 def is_run(path: Path) -> bool:
     """A run, or what is to become one when its job starts; but not a converted model, which nothing works on."""
     of_shards = path.suffix == ".slurm" and (path / records.JOBS).exists()
-    return (path / "run.json").exists() or (path / "slurm" / records.JOBS).exists() or of_shards
+    waits = (path / "slurm" / records.JOBS).exists() and not (path / "sweeps").is_dir()  # a sweep is a folder of runs
+    return (path / "run.json").exists() or waits or of_shards
 
 
 def looked_at(runs: list[Path]) -> tuple[list[dict[str, Any]], str]:
@@ -84,8 +85,8 @@ def place_of(run: Path) -> Path:
 
 def state_of(run: Path, jobs: list[dict[str, Any]], queue: dict[str, slurm.Queued], asked: bool = True) -> dict[str, Any]:
     """What is known of a run; names that do not apply are None. seconds_left are those of training steps at the last one's speed."""
-    mine = {id: job for line in jobs for id, job in queue.items() if id.partition("_")[0] == line["job"]}
-    stages = {line["job"]: line["stage"] for line in jobs}
+    mine = {id: job for line in jobs for id, job in queue.items() if line["job"] in (id, id.partition("_")[0])}
+    stages = {id: line["stage"] for line in jobs for id in mine if line["job"] in (id, id.partition("_")[0])}
     attempts = records.attempts(place_of(run))
     steps, process = wanted(run), holder(run)
     loss, valid = (last_line(run / "metrics.jsonl", name) for name in ("loss", "validation_loss"))
@@ -93,14 +94,14 @@ def state_of(run: Path, jobs: list[dict[str, Any]], queue: dict[str, slurm.Queue
     ended = outcome.read(run)
     done = (run / "summary.json").exists() and steps is not None and step >= steps
     running = [job for job in mine.values() if job.state in ("RUNNING", "COMPLETING")]
-    training = [job for job in running if stages.get(job.id.partition("_")[0]) in TRAINING]
+    training = [job for job in running if stages[job.id] in TRAINING]
     if done:
         state = "finished"
     elif training or process == "here":
         state = "training"
     elif running:
         state = "running"
-    elif any(stages.get(id.partition("_")[0]) in TRAINING for id in mine) or mine and ended is None:
+    elif any(stages[id] in TRAINING for id in mine) or mine and ended is None:
         state = "queued"
     elif ended is not None:
         state = "stopped" if ended["code"] == STOPPED else "failed"
@@ -122,7 +123,7 @@ def state_of(run: Path, jobs: list[dict[str, Any]], queue: dict[str, slurm.Queue
         "checkpoint": outcome.newest_step(run) or None,
         "said": said(state, ended, attempts, process),
         "attempts": len(attempts) or None,
-        "jobs": [{"job": id, "stage": stages.get(id.partition("_")[0]), "state": job.state, "queue": str(job)} for id, job in mine.items()],
+        "jobs": [{"job": id, "stage": stages[id], "state": job.state, "queue": str(job)} for id, job in mine.items()],
     }
 
 

@@ -64,7 +64,7 @@ def test_a_job_of_two_hosts_trains_and_says_where_it_is(cluster, megaflow, submi
 
 
 def test_a_job_that_is_told_to_stop_saves_and_goes_on_at_once_with_the_same_losses(cluster, submit, undisturbed):
-    run, job = submit("told", 300)
+    run, job = submit("told", 120)
     cluster.until(lambda: step(run) > 5)
     cluster.run("scancel", "--batch", "--signal=USR1", job)  # what --signal=B:USR1 does before a time limit
     began = time.time()
@@ -72,7 +72,7 @@ def test_a_job_that_is_told_to_stop_saves_and_goes_on_at_once_with_the_same_loss
     first, second = records.attempts(run / "slurm")
     assert (first["end"], first["decision"], second["decision"]) == ("stopped", "again", "done")
     assert first["step"] == json.loads((run / "run.json").read_text())["starts"][1]["step"] > 5
-    assert losses(run) == undisturbed(300)
+    assert losses(run) == undisturbed(120)
     assert time.time() - began < 100.0  # Slurm by itself would wait two minutes
 
 
@@ -89,21 +89,37 @@ def test_a_name_is_data_whatever_it_holds(cluster, megaflow, config, tmp_path):
     assert refused.code == 2 and "%" in refused.err and "Traceback" not in refused.err
 
 
-def test_stages_follow_one_another_by_one_command(cluster, megaflow, config, tmp_path):
-    flow, out = tmp_path / "flow", tmp_path / "out"
-    words = ["submit", config("coded"), f"run.dir={flow}", "train.steps=20", *EVERY, "--time=0:30:00"]
+@pytest.mark.long
+def test_from_text_to_a_converted_map_by_one_command(cluster, megaflow, config, texts, tmp_path):
+    flow, out, data = tmp_path / "flow", tmp_path / "out", tmp_path / "data"
+    own = [f"data.path={data}", f"data.source=[{texts['chapters']}]"]
+    words = ["submit", config("coded"), *own, "stage=prepare", "--time=0:30:00"]
+    words += ["--then", "pretrain", config("coded"), *own, f"run.dir={flow}", "train.steps=20", *EVERY]
     words += ["--then", "distill", config("coded", "flow_map"), f"run.dir={tmp_path / 'map'}", f"distill.teacher={flow}", "train.steps=10"]
     words += ["--then", "evaluate", "steps=1", "samples=4", "rows=8", "--then", "convert", out]
     done = megaflow(*words)
     assert done.code == 0, done.err
-    assert [cluster.over(job) for job in done.jobs] == ["COMPLETED"] * 4
+    assert [cluster.over(job) for job in done.jobs] == ["COMPLETED"] * 5
     assert (tmp_path / "map" / "evaluation.json").exists() and (out / "config.yaml").exists()
-    again = megaflow(*words[:6], "--after", tmp_path / "map", "--dry-run")
-    assert again.code == 0 and "--dependency" not in again.out  # nothing of it is in the queue any more
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "data.slurm", "flow", "map", "out"]
 
 
+def test_stages_wait_for_one_another(cluster, megaflow, config, tmp_path):
+    """An evaluation runs when its run is done; what waits for jobs that are over waits for nothing."""
+    run = tmp_path / "flow"
+    done = megaflow(
+        "submit", config("coded"), f"run.dir={run}", "train.steps=2", *EVERY, "--then", "evaluate", "steps=1", "samples=2", "rows=4"
+    )
+    assert done.code == 0, done.err
+    assert f"--dependency=afterok:{done.jobs[0]}" in done.out
+    assert [cluster.over(job) for job in done.jobs] == ["COMPLETED"] * 2 and (run / "evaluation.json").exists()
+    again = megaflow("submit", run, "stage=evaluate", "--after", run, "--dry-run")
+    assert again.code == 0 and "--dependency" not in again.out
+
+
+@pytest.mark.long
 def test_a_time_limit_is_a_signal_a_checkpoint_and_a_place_in_the_queue(cluster, submit, undisturbed):
-    run, job = submit("limited", 300, "--time=0:30:00")
+    run, job = submit("limited", 500, "--time=0:30:00")
     cluster.until(lambda: step(run) > 5)
     cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=2")  # minutes, of which the last two are for saving
     cluster.until(lambda: len(records.attempts(run / "slurm")) == 1, 90.0)
@@ -112,18 +128,20 @@ def test_a_time_limit_is_a_signal_a_checkpoint_and_a_place_in_the_queue(cluster,
     assert cluster.over(job) == "COMPLETED"
     first = records.attempts(run / "slurm")[0]
     assert (first["asked"], first["end"], first["decision"]) == ("USR1", "stopped", "again")
-    assert losses(run) == undisturbed(300)
+    assert losses(run) == undisturbed(500)
 
 
+@pytest.mark.long
 def test_a_job_that_is_preempted_goes_on_when_there_is_room(cluster, submit, undisturbed, tmp_path):
-    run, job = submit("preempted", 300, "--cpus-per-node=2", "--sbatch=--nodelist=n1")
+    run, job = submit("preempted", 120, "--cpus-per-node=2", "--sbatch=--nodelist=n1")
     cluster.until(lambda: step(run) > 5)
     other = cluster.run("sbatch", "--parsable", "--partition=urgent", "--nodelist=n1", "--exclusive", "-o", "/dev/null", "--wrap=sleep 3")
     assert cluster.over(job) == "COMPLETED" and cluster.state(other.strip()) == "COMPLETED"
     assert [(line["end"], line["decision"]) for line in records.attempts(run / "slurm")] == [("stopped", "again"), ("done", "done")]
-    assert losses(run) == undisturbed(300)
+    assert losses(run) == undisturbed(120)
 
 
+@pytest.mark.long
 def test_what_fails_the_same_way_three_times_is_given_up(cluster, megaflow, submit):
     run, job = submit("diverges", 40, "optim.learning_rate=1e30", "optim.warmup_steps=0")
     waits = megaflow("submit", run, "stage=evaluate", "--after", run)
@@ -154,6 +172,7 @@ def test_what_is_cancelled_saves_and_does_not_come_again(cluster, megaflow, subm
     assert cluster.over(again.jobs[0]) == "CANCELLED"
 
 
+@pytest.mark.long
 def test_a_node_that_dies_is_left_out_of_the_next_attempt(cluster, megaflow, submit, undisturbed):
     run, job = submit("two of three", 300, "--nodes=2", "train.checkpoint_every=20", "train.hang_timeout=10")
     cluster.until(lambda: outcome.newest_step(run) > 0)

@@ -1,0 +1,377 @@
+"""What a sweep is: its YAML file, and the points that it stands for.
+
+    dir: runs/clocks                      # folder of the sweep; sweeps that share one share points
+    base: ../quickstart/flow.yaml         # config of every point, relative to this file
+    stage: pretrain                       # or distill
+    set: {train.steps: 300}               # values of all points
+    axes:
+      flow.clock.name: [uniform, argmax]  # a list
+      optim.learning_rate: {log: [1e-3, 1e-2], count: 3}
+      model.layers: {range: [2, 8], step: 2}
+      size: [{model.layers: 2, model.hidden: 64}, {model.layers: 4, model.hidden: 128}]   # keys that go together
+    exclude: [{flow.clock.name: uniform, model.layers: [6, 8]}]
+    seeds: 3                              # run.seed 0, 1, 2; or a list
+    draw: {kind: grid}                    # or {kind: random, count: 20, seed: 0}
+    budget: {tokens: 4e6}                 # or flops; train.steps of every point follows
+    metric: likelihood.nats_per_token     # of evaluations, or validation_loss
+    lower_is_better: true
+    baseline: {flow.clock.name: uniform}  # what others are compared with; the first choice if empty
+    evaluate: {steps: "32", samples: 64, rows: 256, draws: 8}   # options of megaflow evaluate; empty: points are only trained
+    teacher: {base: ../quickstart/flow.yaml, set: {train.steps: 300}}   # of stage distill: a flow for every seed, trained first
+    variants: {large: {base: ../owt_145m.yaml}}   # what variant=large on the command line says otherwise
+
+The same seed has the same order of samples, noise and times at every choice, so differences between choices are paired.
+"""
+
+import difflib
+import hashlib
+import itertools
+import json
+import math
+import random
+import re
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from megaflow.config.load import flatten
+from megaflow.config.schema import keys
+from megaflow.errors import UserError
+
+STAGES = ("pretrain", "distill")
+DRAWS: dict[str, set[str]] = {"grid": set(), "random": {"count", "seed"}}
+BUDGETS = ("tokens", "flops")
+TEACHER = "teacher"
+"""Label of a flow that is trained for the maps of a sweep, and is no choice of it."""
+Values = dict[str, Any]
+"""Overrides of a config: {'flow.clock.name': 'uniform'}."""
+
+
+@dataclass(frozen=True)
+class Teacher:
+    base: str = ""
+    set: Values = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep as it was read; `axes` are lists of (label, overrides)."""
+
+    dir: str
+    base: str
+    stage: str = "pretrain"
+    set: Values = field(default_factory=dict)
+    axes: dict[str, list[tuple[str, Values]]] = field(default_factory=dict)
+    exclude: list[Values] = field(default_factory=list)
+    seeds: tuple[int, ...] = (0,)
+    draw: dict[str, Any] = field(default_factory=lambda: {"kind": "grid"})
+    budget: dict[str, float] = field(default_factory=dict)
+    metric: str = "likelihood.nats_per_token"
+    lower_is_better: bool = True
+    baseline: Values = field(default_factory=dict)
+    evaluate: dict[str, Any] = field(default_factory=dict)
+    teacher: Teacher = Teacher()
+    file: str = ""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run of a sweep: the labels of its choice, what it overrides, its seed, and its name."""
+
+    labels: dict[str, str]
+    overrides: Values
+    seed: int
+    stage: str
+    base: str
+    teacher: str = ""
+    """Name of the point that has to be finished before; its run is distilled."""
+
+    @property
+    def name(self) -> str:
+        differs = [label if "=" in label else f"{axis}={label}" for axis, label in self.labels.items()]
+        return slug(", ".join([*differs, f"seed={self.seed}"]))
+
+    def words(self) -> list[str]:
+        """Overrides as the command line takes them."""
+        return [f"{key}={written(value)}" for key, value in self.overrides.items()] + [f"run.seed={self.seed}"]
+
+
+def read(path: str, overrides: list[str] | None = None) -> Sweep:
+    """A sweep file with `key=value` over its own. Raises UserError."""
+    file = Path(path)
+    if not file.is_file():
+        raise UserError(f"{path}: no such sweep file")
+    content: Any
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(file), resolve=True)
+    except Exception as error:  # a YAML parser's errors have no common base class that OmegaConf promises
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: a sweep is a mapping with dir, base and axes")
+    chosen = [word.partition("=")[2] for word in overrides or [] if word.startswith("variant=")]
+    content = _variant(path, {str(key): value for key, value in content.items()}, chosen[-1] if chosen else None)
+    for holder in (
+        content,
+        content.get("teacher"),
+    ):  # relative to the file, as in a config; of the command line to where that is
+        if isinstance(holder, dict) and isinstance(holder.get("base"), str):
+            holder["base"] = str(file.parent / holder["base"])
+    for word in overrides or []:
+        if not word.startswith("variant="):
+            _override(content, word)
+    return _sweep(path, content)
+
+
+def _variant(path: str, content: dict[str, Any], name: str | None) -> dict[str, Any]:
+    """The file's values with those of a variant over them."""
+    variants = content.pop("variants", {})
+    if not isinstance(variants, dict) or not all(isinstance(each, dict) for each in variants.values()):
+        raise UserError(f"{path}: variants is a mapping of names to what they say otherwise")
+    if name is not None and name not in variants:
+        raise UserError(f"{path}: there is no variant {name}; there are {', '.join(map(str, variants)) or 'none'}")
+    for key, value in variants[name].items() if name is not None else []:
+        content[key] = content.get(key, {}) | value if key in ("axes", "set") and isinstance(value, dict) else value
+    return content
+
+
+def _override(content: dict[str, Any], word: str) -> None:
+    name, equals, value = word.partition("=")
+    if not equals:
+        raise UserError(f"command line: {word!r} is not an override; write key=value, such as seeds=5 or set.train.steps=100")
+    try:
+        parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]), resolve=True)["value"]  # type: ignore[index, call-overload]
+    except OmegaConfBaseException as error:
+        raise UserError(f"command line: the value of {name} cannot be read: {str(error).splitlines()[0]}") from None
+    first, _, rest = name.partition(".")
+    if first in ("set", "axes", "baseline") and rest:  # whose keys have dots of their own
+        content.setdefault(first, {})[rest] = parsed
+    elif first == "teacher" and rest.startswith("set."):
+        content.setdefault(first, {}).setdefault("set", {})[rest.removeprefix("set.")] = parsed
+    elif rest:
+        content.setdefault(first, {})[rest] = parsed
+    else:
+        content[name] = parsed
+
+
+def _sweep(path: str, content: dict[str, Any]) -> Sweep:
+    names = {item.name for item in fields(Sweep)} - {"file"}
+    for name in content:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            raise UserError(f"{path}: a sweep has no {name}" + (f"; did you mean {near[0]}?" if near else ""))
+    for name in ("dir", "base"):
+        if not isinstance(content.get(name), str) or not content[name].strip():
+            raise UserError(f"{path}: {name} is missing; name the {'folder of the sweep' if name == 'dir' else 'config of its points'}")
+    found = dict(content)
+    forms = {"exclude": list} | dict.fromkeys(("set", "axes", "draw", "budget", "evaluate", "baseline"), dict)
+    for name, kind in forms.items():
+        if name in found and not isinstance(found[name], kind):
+            raise UserError(f"{path}: {name} must be a {'list' if kind is list else 'mapping'}, not {found[name]!r}")
+    found["set"] = _values(path, "set", found.get("set", {}))
+    if TEACHER in found.get("axes", {}):
+        raise UserError(f"{path}: an axis cannot be called {TEACHER}")
+    found["axes"] = {str(axis): _axis(path, str(axis), values) for axis, values in found.get("axes", {}).items()}
+    found["exclude"] = [_condition(path, entry) for entry in found.get("exclude", [])]
+    found["seeds"] = _seeds(path, found.get("seeds", 1))
+    found["draw"] = _draw(path, found.get("draw", {"kind": "grid"}))
+    found["budget"] = _budget(path, found.get("budget", {}))
+    if found.get("stage", "pretrain") not in STAGES:
+        raise UserError(f"{path}: stage must be one of {', '.join(STAGES)}, not {found['stage']!r}")
+    teacher = found.get("teacher", {})
+    if teacher and (not isinstance(teacher, dict) or set(teacher) - {"base", "set"} or not teacher.get("base")):
+        raise UserError(f"{path}: teacher is a mapping with base, a config, and set, values over it")
+    if teacher and found.get("stage", "pretrain") != "distill":
+        raise UserError(f"{path}: teacher belongs to stage: distill")
+    if found["budget"] and found.get("stage") == "distill":
+        raise UserError(f"{path}: budget is of stage: pretrain; set train.steps of maps, and of their teacher")
+    if found["budget"] and "train.steps" in found["set"]:
+        raise UserError(f"{path}: budget and set.train.steps both say how long points train; leave one out")
+    found["teacher"] = Teacher(str(teacher.get("base", "")), _values(path, "teacher.set", teacher.get("set", {})))
+    found["baseline"] = {str(key): value for key, value in found.get("baseline", {}).items()}
+    if strange := set(found["baseline"]) - set(found["axes"]):
+        raise UserError(f"{path}: baseline names {min(strange)}, which is no axis; there are {', '.join(found['axes']) or 'none'}")
+    if not isinstance(found.get("lower_is_better", True), bool) or not isinstance(found.get("metric", ""), str):
+        raise UserError(f"{path}: metric is the name of a number, and lower_is_better true or false")
+    if "metric" not in found and not found.get("evaluate"):
+        found["metric"] = "validation_loss"
+    return Sweep(**found, file=path)
+
+
+def _values(path: str, where: str, values: Any) -> Values:
+    """Overrides, as {a.b: c} or nested. Raises UserError naming the nearest key."""
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: {where} must be a mapping of keys of a config, not {values!r}")
+    flat = flatten({str(key): value for key, value in values.items()})
+    known = keys()
+    for name in flat:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise UserError(f"{path}: {where} has {name}, which is no key of a config" + (f"; the nearest is {near[0]}" if near else ""))
+    if taken := {"run.dir", "run.seed", "distill.teacher"} & set(flat):
+        name = min(taken)
+        what = {"run.dir": "dir", "run.seed": "seeds", "distill.teacher": "teacher"}[name]
+        raise UserError(f"{path}: {where} sets {name}, which is the sweep's own; use {what}")
+    return flat
+
+
+def _axis(path: str, axis: str, values: Any) -> list[tuple[str, Values]]:
+    if isinstance(values, dict):
+        values = _spread(path, axis, values)
+    if not isinstance(values, list) or not values:
+        forms = "{range: [a, b], step: s} or {log: [a, b], count: n}"
+        raise UserError(f"{path}: axes.{axis} must be a list of values, or a range, {forms}")
+    found: list[tuple[str, Values]] = []
+    for value in values:
+        if isinstance(value, dict):
+            overrides = _values(path, f"axes.{axis}", value)
+            label = ", ".join(f"{key}={written(each)}" for key, each in overrides.items())
+        else:
+            overrides, label = _values(path, "axes", {axis: value}), written(value)
+        found.append((label, overrides))
+    if len({label for label, _ in found}) < len(found):
+        raise UserError(f"{path}: axes.{axis} names a value twice")
+    return found
+
+
+def _spread(path: str, axis: str, spec: dict[str, Any]) -> list[Any]:
+    """The numbers of a range or a log-range, both ends among them."""
+    wrong = UserError(f"{path}: axes.{axis} must have range: [a, b] with step or count, or log: [a, b] above 0 with count")
+    kind = next((name for name in ("range", "log") if name in spec), None)
+    if kind is None or set(spec) - {kind, "step", "count"}:
+        raise wrong
+    ends = spec[kind]
+    if not isinstance(ends, list) or len(ends) != 2 or not all(_number(x) for x in ends) or not ends[0] < ends[1]:
+        raise wrong
+    low, high = ends
+    if kind == "range" and "step" in spec and "count" not in spec and _number(spec["step"]) and spec["step"] > 0:
+        steps = math.floor((high - low) / spec["step"] + 1e-9)
+        found = [low + index * spec["step"] for index in range(steps + 1)]
+    elif "count" in spec and "step" not in spec and isinstance(spec["count"], int) and spec["count"] > 1 and (kind == "range" or low > 0):
+        shares = [index / (spec["count"] - 1) for index in range(spec["count"])]
+        found = [low + share * (high - low) if kind == "range" else low * (high / low) ** share for share in shares]
+    else:
+        raise wrong
+    whole = all(isinstance(x, int) for x in ends) and (kind == "log" or all(float(x).is_integer() for x in found))
+    rounded = [round(x) if whole else float(f"{x:.6g}") for x in found]
+    return list(dict.fromkeys(rounded))
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _condition(path: str, entry: Any) -> Values:
+    if not isinstance(entry, dict) or not entry:
+        raise UserError(f"{path}: an entry of exclude is a mapping of keys to values that do not go together, not {entry!r}")
+    return {str(key): value for key, value in entry.items()}
+
+
+def _seeds(path: str, value: Any) -> tuple[int, ...]:
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return tuple(range(value))
+    if isinstance(value, list) and value and all(isinstance(x, int) and not isinstance(x, bool) and x >= 0 for x in value):
+        return tuple(dict.fromkeys(value))
+    raise UserError(f"{path}: seeds must be how many, or a list of them, not {value!r}")
+
+
+def _draw(path: str, value: dict[str, Any]) -> dict[str, Any]:
+    kind = value.get("kind", "grid")
+    if kind not in DRAWS or set(value) - {"kind"} - DRAWS[kind]:
+        raise UserError(f"{path}: draw must be {{kind: grid}} or {{kind: random, count: 20, seed: 0}}, not {value!r}")
+    found = {"kind": kind} | ({"count": 20, "seed": 0} if kind == "random" else {}) | value
+    if kind == "random" and not (isinstance(found["count"], int) and found["count"] > 0 and isinstance(found["seed"], int)):
+        raise UserError(f"{path}: draw.count must be a positive whole number, and draw.seed a whole number")
+    return found
+
+
+def _budget(path: str, value: dict[str, Any]) -> dict[str, float]:
+    if not value:
+        return {}
+    ((name, amount),) = value.items() if len(value) == 1 else [("", 0)]
+    if name not in BUDGETS or not _number(amount) or amount <= 0:
+        raise UserError(f"{path}: budget must be one of {{tokens: n}} and {{flops: n}}, not {value!r}")
+    return {name: float(amount)}
+
+
+def points(sweep: Sweep) -> list[Point]:
+    """All points, teachers first, then choice by choice and seed by seed; random draws are of choices. Raises UserError."""
+    choices = list(itertools.product(*([(axis, *value) for value in values] for axis, values in sweep.axes.items())))
+    merged = []
+    for choice in choices:
+        labels, overrides = {axis: label for axis, label, _ in choice}, dict(sweep.set)
+        seen: dict[str, str] = {}
+        for axis, _, values in choice:
+            for key in values:
+                if key in seen:
+                    raise UserError(f"{sweep.file}: the axes {seen[key]} and {axis} both set {key}")
+                seen[key] = axis
+            overrides |= values
+        if not any(_matches(condition, labels, overrides) for condition in sweep.exclude):
+            merged.append((labels, overrides))
+    if sweep.draw["kind"] == "random" and sweep.draw["count"] < len(merged):
+        # a draw of n is the beginning of a draw of more: raising the count runs only what is new
+        order = sorted(range(len(merged)), key=lambda index: _rank(sweep.draw["seed"], merged[index][0]))
+        merged = [merged[index] for index in order[: sweep.draw["count"]]]
+    if not merged:
+        raise UserError(f"{sweep.file}: no point is left: exclude leaves none of {len(choices)} choices")
+    found, teachers = [], {}
+    if sweep.teacher.base:
+        for seed in sweep.seeds:
+            named = {TEACHER: Path(sweep.teacher.base).stem}
+            teachers[seed] = Point(named, dict(sweep.teacher.set), seed, "pretrain", sweep.teacher.base)
+        found += list(teachers.values())
+    for labels, overrides in merged:
+        for seed in sweep.seeds:
+            teacher = teachers[seed].name if teachers else ""
+            found.append(Point(labels, overrides, seed, sweep.stage, sweep.base, teacher))
+    return found
+
+
+def _rank(seed: int, labels: dict[str, str]) -> float:
+    """A number of a choice, random by what it is and not by where it stands."""
+    digest = hashlib.sha256(json.dumps([seed, sorted(labels.items())]).encode()).digest()
+    return random.Random(digest).random()
+
+
+def _matches(condition: Values, labels: dict[str, str], overrides: Values) -> bool:
+    def same(value: Any, key: str) -> bool:
+        wanted = written(value)
+        return labels.get(key) == wanted or key in overrides and written(overrides[key]) == wanted
+
+    return all(any(same(value, key) for value in (values if isinstance(values, list) else [values])) for key, values in condition.items())
+
+
+def baseline_of(sweep: Sweep, all_points: list[Point]) -> dict[str, str] | None:
+    """The labels of the choice that others are compared with. Raises UserError where it is not there."""
+    choices = [point.labels for point in all_points if TEACHER not in point.labels]
+    if not sweep.baseline:
+        return choices[0] if choices else None
+    wanted = {axis: written(value) for axis, value in sweep.baseline.items()}
+    found = next((labels for labels in choices if all(labels[axis] == value for axis, value in wanted.items())), None)
+    if found is None:
+        raise UserError(f"{sweep.file}: no point has the baseline {', '.join(f'{axis}={value}' for axis, value in wanted.items())}")
+    return found
+
+
+def written(value: Any) -> str:
+    """A value as an override takes it."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float):
+        return repr(value)
+    return json.dumps(value) if isinstance(value, (list, dict)) else str(value)
+
+
+LONGEST = 120
+"""Characters of a name; a longer one ends in a hash instead."""
+
+
+def slug(text: str) -> str:
+    """A name for a folder: letters, digits and . = _ -, the same for the same text."""
+    name = re.sub(r"[^A-Za-z0-9.=_-]+", "_", text.replace(", ", "-"))
+    if len(name) <= LONGEST and not name.startswith("."):
+        return name
+    return name.lstrip(".")[: LONGEST - 9] + "-" + hashlib.sha256(text.encode()).hexdigest()[:8]

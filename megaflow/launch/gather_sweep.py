@@ -1,0 +1,142 @@
+"""`megaflow report SWEEP`: what the runs of a sweep have come to, as plain data, and the page that is made of it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megaflow.errors import UserError
+from megaflow.files import lines
+from megaflow.launch import points
+from megaflow.launch.design import TEACHER, written
+
+CURVE = 400
+"""Points of a curve that are kept: more are not seen."""
+SAMPLED = ("judge_bits_per_char", "entropy", "reverse_bits_per_char")
+
+
+def is_sweep(directory: str | Path) -> bool:
+    return any((Path(directory) / "sweeps").glob("*.json"))
+
+
+def report(directory: str | Path, quiet: bool = False) -> None:
+    """Write report.html, points.csv, choices.csv and best.yaml of each sweep of a folder. Raises UserError."""
+    from megaflow.launch import sweep_page
+
+    folder = Path(directory)
+    files = sorted((folder / "sweeps").glob("*.json"))
+    if not files:
+        raise UserError(f"{folder}: no sweep was run here; give the dir of a sweep")
+    for file in files:
+        out = folder if len(files) == 1 else folder / "reports" / file.stem
+        out.mkdir(parents=True, exist_ok=True)
+        sweep_page.write(gathered(folder, file), out)
+        if not quiet:
+            print(f"{out / 'report.html'}\n{out / 'points.csv'}\n{out / 'choices.csv'}\n{out / 'best.yaml'}")
+
+
+def gathered(folder: Path, file: Path) -> dict[str, Any]:
+    """The data of sweep_page.py. Raises UserError."""
+    try:
+        content = json.loads(file.read_text("utf-8"))
+        members = content["members"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file}: cannot be read ({error}); run the sweep again, which writes it anew") from None
+    chosen = [member for member in members if TEACHER not in member["labels"]]
+    overrides = {axis: {label: stringed(values) for label, values in labels.items()} for axis, labels in content["overrides"].items()}
+    return {
+        "title": file.stem,
+        "dir": str(folder),
+        "base": content["base"],
+        "set": content["set"],
+        "overrides": overrides,
+        "axes": content["axes"],
+        "metric": content["metric"],
+        "lower_is_better": content["lower_is_better"],
+        "baseline": content["baseline"],
+        "seeds": content["seeds"],
+        "commands": [f"megaflow sweep {content['file']}"],
+        "note": note_of(content),
+        "points": [point_of(folder / member["directory"], member, content["evaluated"]) for member in chosen],
+    }
+
+
+def stringed(values: dict[str, Any]) -> dict[str, str]:
+    return {key: written(value) for key, value in values.items()}
+
+
+def note_of(content: dict[str, Any]) -> str:
+    fixed = ", ".join(f"{key}={value}" for key, value in content["set"].items())
+    budget = ", ".join(f"{value:,.0f} {name}" for name, value in content["budget"].items())
+    found = [f"All points have {fixed}." if fixed else "", f"All have the same budget: {budget}." if budget else ""]
+    found.append("A seed has the same order of samples, noise and times at every choice.")
+    return " ".join(part for part in found if part)
+
+
+def point_of(directory: Path, member: dict[str, Any], evaluated: bool) -> dict[str, Any]:
+    """One point as it stands: what is not there is left out, never filled in."""
+    state, said = points.stands(directory, evaluated)
+    state = points.REFUSED if member["refused"] else state
+    if state == "running":
+        held = points.claim(directory)  # nobody works on it: its sweep was killed
+        if held is not None:
+            held.close()
+            state = "stopped early"
+    summary, evaluation = (read(directory / name) for name in ("summary.json", "evaluation.json"))
+    curve, last = curve_of(directory)
+    metrics = last | ({"tokens_per_second": summary["tokens_per_second"]} if "tokens_per_second" in summary else {})
+    metrics |= measured(evaluation)
+    flops = summary.get("model_flops_per_token")
+    return {
+        "name": directory.name,
+        "values": member["labels"],
+        "seed": member["seed"],
+        "state": "stopped early" if state == "stopped" else state,
+        "said": member["refused"] or said or None,
+        "metrics": metrics if state == points.DONE else {},
+        "curve": curve,
+        "cost": {
+            "tokens": summary.get("tokens"),
+            "flops": flops * summary["tokens"] if flops else None,
+            "seconds": summary.get("seconds"),
+            "parameters": summary.get("parameters"),
+        },
+    }
+
+
+def measured(evaluation: dict[str, Any]) -> dict[str, float]:
+    """The numbers of an evaluation by dotted names."""
+    found: dict[str, float] = {}
+    likelihood = evaluation.get("likelihood", {})
+    for name in ("nats_per_token", "bits_per_char"):
+        if isinstance(likelihood.get(name), (int, float)):
+            found[f"likelihood.{name}"] = likelihood[name]
+    if isinstance(rest := likelihood.get("continuation", {}).get("nats_per_token"), (int, float)):
+        found["continuation.nats_per_token"] = rest
+    for steps, entry in evaluation.get("samples", {}).items():
+        for name in SAMPLED:
+            if isinstance(entry.get(name), (int, float)):
+                found[f"samples.{steps}.{name}"] = entry[name]
+    return found
+
+
+def curve_of(directory: Path) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """(losses against tokens, thinned; the last training and validation loss)."""
+    written = lines(directory / "metrics.jsonl")
+    losses, checks = ([line for line in written if name in line] for name in ("loss", "validation_loss"))
+    thin = losses[:: max(1, len(losses) // CURVE)]
+    curve = {
+        "tokens": [line["tokens"] for line in thin],
+        "loss": [line["loss"] for line in thin],
+        "validation_tokens": [line["tokens"] for line in checks],
+        "validation_loss": [line["validation_loss"] for line in checks],
+    }
+    found = {"validation_loss": checks[-1]["validation_loss"]} if checks else {}
+    return curve, found
+
+
+def read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -1,0 +1,161 @@
+"""Points in the folder of a sweep: which of them are there, how they ended, and who works on them.
+
+DIR/NAME/            the run of a point, as any other
+DIR/NAME/point.json  what it is a point of: its identity, choice, seed; how it ended last
+DIR/NAME/console.log what its commands have said
+DIR/sweeps/NAME.json the sweeps that were run here, for the report
+
+A point's identity is what its config says, without what the machine alone has to do with: the same point is trained once, whichever sweep
+asks for it, under whatever name.
+"""
+
+import fcntl
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TextIO
+
+from megaflow.config.check import contradictions, resolve
+from megaflow.config.load import Loaded, flatten
+from megaflow.errors import UserError
+from megaflow.files import write_atomically
+from megaflow.launch import records
+from megaflow.launch.design import Point, Sweep, written
+from megaflow.model import flops
+from megaflow.show import foreseen, known
+from megaflow.train.run import MAY_CHANGE
+
+FILE, LOG, CLAIM = "point.json", "console.log", ".claim"
+DONE, FAILED, REFUSED = "done", "failed", "refused"
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A point with its run's directory and identity; `refused` says why its config cannot be trained."""
+
+    point: Point
+    directory: Path
+    identity: str
+    words: list[str]
+    """All overrides of the command line."""
+    refused: str = ""
+
+
+def place(sweep: Sweep, all_points: list[Point]) -> list[Placed]:
+    """Where every point is, or is to be. A point that two choices of a sweep come to is there once. Raises UserError."""
+    folder = Path(sweep.dir)
+    there = {content["identity"]: path for path, content in recorded(folder).items()}
+    by_name: dict[str, Path] = {}
+    found: list[Placed] = []
+    taken = {path.name for path in there.values()}
+    for point in all_points:
+        words, refused = point.words(), ""
+        if point.teacher:
+            words.append(f"distill.teacher={by_name[point.teacher]}")
+        try:
+            loaded, vocab = known(point.base, words)
+            if sweep.budget and not point.teacher:
+                words.append(f"train.steps={steps_of(sweep.budget, loaded, vocab)}")
+                loaded, vocab = known(point.base, words)
+            contradictions(loaded)
+            if vocab is not None and not point.teacher:
+                resolve(loaded, vocab)
+            identity = identity_of(loaded, point.stage)
+        except UserError as error:
+            refused = str(error).removeprefix("command line: ")
+            identity = hashed([point.base, words])
+        directory = there.get(identity)
+        if directory is None:
+            name = point.name if point.name not in taken else f"{point.name}-{identity[:6]}"
+            directory = folder / name
+            there[identity] = directory
+            taken.add(name)
+        by_name[point.name] = directory
+        found.append(Placed(point, directory, identity, words, refused))
+    return found
+
+
+def recorded(folder: Path) -> dict[Path, dict[str, Any]]:
+    """The points that are there, of whichever sweep."""
+    found = {}
+    for file in sorted(folder.glob(f"*/{FILE}")):
+        content = record(file.parent)
+        if "identity" in content:
+            found[file.parent] = content
+    return found
+
+
+def record(directory: Path) -> dict[str, Any]:
+    try:
+        content = json.loads((directory / FILE).read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def note(placed: Placed, state: str, said: str = "", seconds: float | None = None) -> None:
+    """How a point stands now."""
+    point, before = placed.point, record(placed.directory)
+    content = {"identity": placed.identity, "labels": point.labels, "seed": point.seed, "stage": point.stage, "base": point.base}
+    content |= {"words": placed.words, "state": state, "said": said, "seconds": seconds if seconds is not None else before.get("seconds")}
+    placed.directory.mkdir(parents=True, exist_ok=True)
+    write_atomically(placed.directory / FILE, json.dumps(content, indent=1))
+
+
+def identity_of(loaded: Loaded, stage: str) -> str:
+    values = {name: value for name, value in flatten(loaded.config).items() if not name.startswith(MAY_CHANGE)}
+    return hashed([stage, values, loaded.config.data.path])
+
+
+def hashed(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def steps_of(budget: dict[str, float], loaded: Loaded, vocab: int | None) -> int:
+    """Steps of a config that has so many tokens or model FLOPs. Raises UserError where FLOPs cannot be counted."""
+    config = loaded.config
+    tokens = budget.get("tokens")
+    if tokens is None:
+        size = foreseen(loaded) if vocab is None else vocab
+        if size is None:
+            raise UserError("budget.flops needs the size of the vocabulary, which only shards have; prepare them first")
+        whole = resolve(loaded, size).config
+        if why := flops.uncounted(whole):
+            raise UserError(f"budget.flops has no formula for this config ({why}); use budget.tokens")
+        tokens = budget["flops"] / flops.of_step(whole, size, False, 1.0).model
+    return max(1, round(tokens / (config.train.global_batch * config.data.length)))
+
+
+def stands(directory: Path, evaluated: bool) -> tuple[str, str]:
+    """(state, what was said) of a point by what lies there, whoever has worked on it; 'pending' of one that nobody has begun."""
+    content = record(directory)
+    if (directory / "summary.json").exists() and (not evaluated or (directory / "evaluation.json").exists()):
+        return DONE, ""
+    attempts = records.attempts(records.place_of(directory))
+    if content.get("state") == "queued" and attempts and attempts[-1]["decision"] in ("over", "left"):
+        return FAILED, attempts[-1]["said"]
+    return content.get("state", "pending"), content.get("said", "")
+
+
+def evaluation(asked: Sweep, directory: Path) -> list[list[str]]:
+    """The words after `megaflow` that evaluate a point; none where points are only trained."""
+    options = [word for name, value in asked.evaluate.items() for word in (f"--{name}", written(value))]
+    return [["evaluate", str(directory), *options]] if asked.evaluate else []
+
+
+def claim(directory: Path) -> TextIO | None:
+    """Hold a point for this process until the file is closed; None where another one does."""
+    directory.mkdir(parents=True, exist_ok=True)
+    file = (directory / CLAIM).open("a+", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        return None
+    return file
+
+
+def with_directory(placed: Placed) -> Placed:
+    """The same, with its directory among the words."""
+    return replace(placed, words=[*placed.words, f"run.dir={placed.directory}"])

@@ -1,0 +1,92 @@
+"""What becomes of a job after an attempt: what is read of its log, and what is decided."""
+
+import json
+
+import pytest
+
+from megaflow.launch import after
+from megaflow.process import STOPPED
+
+LOG = """megaflow: job 12, attempt 1, on n1, 2026-01-01 00:00:00
+megaflow: rank 3 on n1 raised ValueError: of the first attempt
+megaflow: job 12, attempt 2, on n[1-2], 2026-01-01 00:01:00
+[default0]:run  1/60 steps
+[default3]:megaflow: rank 3 on n2 ended without a word (killed, or a crash of compiled code) in step 118
+Traceback (most recent call last):
+"""
+
+
+def attempt(end: str = "failed", said: str = "the loss of step 17 is nan", step: int = 10, asked: str = "none") -> dict:
+    return {"job": "12", "attempt": 2, "end": end, "said": said, "step": step, "asked": asked}
+
+
+def test_the_last_sentence_is_one_of_the_last_attempt(tmp_path):
+    log = tmp_path / "12.log"
+    log.write_text(LOG)
+    assert after.last_sentence(log) == "rank 3 on n2 ended without a word (killed, or a crash of compiled code) in step 118"
+    log.write_text(LOG + "megaflow: job 12, attempt 3, on n1, 2026\nnothing of ours\n")
+    assert after.last_sentence(log) == "" and after.last_sentence(tmp_path / "none.log") == ""
+
+
+@pytest.mark.parametrize(
+    "last, earlier, fate, decision",
+    [
+        (attempt("done", ""), [], "", "done"),
+        (attempt(), [], "", "again"),
+        (attempt(), [attempt()], "", "again"),
+        (attempt(), [attempt(), attempt(said="the loss of step 19 is nan")], "", "over"),  # of sentences the numbers do not count
+        (attempt(), [attempt(), attempt(said="another sentence")], "", "again"),
+        (attempt(step=20), [attempt(step=10), attempt(step=20)], "", "again"),  # it had come further
+        (attempt(), [attempt(), attempt("stopped", "told to stop"), attempt()], "", "again"),
+        (attempt("stopped", "told to stop"), [attempt("stopped", "told to stop")] * 2, "", "over"),  # it never comes to a checkpoint
+        (attempt("stopped", "told to stop", 30), [attempt("stopped", "told to stop", 20)] * 2, "", "again"),
+        (attempt(), [], "cancelled", "left"),
+        (attempt("stopped", "told to stop", asked="TERM"), [], "", "left"),
+        (attempt("stopped", "told to stop", asked="TERM"), [], "preempted", "again"),
+        (attempt("stopped", "told to stop", asked="USR1"), [], "cancelled", "left"),
+        (attempt("done", ""), [], "cancelled", "done"),
+    ],
+)
+def test_what_is_decided(last, earlier, fate, decision):
+    found, why = after.decide(last, earlier, fate)
+    assert found == decision and "\n" not in why
+    assert last["said"] in why
+
+
+@pytest.mark.parametrize(
+    "noted, code, asked, end, said",
+    [
+        (None, 0, "none", "done", ""),
+        (None, 1, "none", "failed", "rank 3 on n2 ended without a word (killed, or a crash of compiled code) in step 118"),
+        ({"code": 1, "said": "the loss is nan"}, 1, "none", "failed", "the loss is nan"),
+        ({"code": STOPPED, "said": "stopped by a signal"}, 1, "USR1", "stopped", "told to stop"),
+        ({"code": STOPPED, "said": "stopped by a signal"}, 1, "none", "stopped", "told to stop"),  # by who could reach its processes
+        (None, 138, "USR1", "stopped", "told to stop"),  # before it had begun
+        ({"code": 2, "said": "disk full"}, 1, "USR1", "failed", "disk full"),
+    ],
+)
+def test_how_an_attempt_ended(tmp_path, monkeypatch, noted, code, asked, end, said):
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    (tmp_path / "12.log").write_text(LOG)
+    (tmp_path / "checkpoints" / "step-00000040").mkdir(parents=True)
+    if noted is not None:
+        (tmp_path / "ended.json").write_text(json.dumps({"time": 0.0, **noted}))
+    found = after.ended(tmp_path / "12.log", str(tmp_path), code, asked, "12")
+    assert (found["end"], found["said"], found["step"], found["attempt"]) == (end, said, 40, 2)
+
+
+def test_what_slurm_calls_a_job():
+    assert after.job_of({"SLURM_JOB_ID": "15"}) == "15"
+    assert after.job_of({"SLURM_JOB_ID": "15", "SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "3"}) == "12_3"
+
+
+def test_hosts_that_are_dead(cluster, monkeypatch):
+    """What Slurm says is down, and what the ranks have lost sight of; a rank that was killed says nothing of its host."""
+    monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
+    assert after.dead_hosts("n[1-3]", "rank 3 on n2 ended without a word (killed, or a crash of compiled code) in step 118") == []
+    assert after.dead_hosts("n[1-3]", "ranks 2, 3 on n2 gave no sign of life for 20 s in step 118: killed or frozen") == ["n2"]
+    cluster.run("scontrol", "update", "NodeName=n3", "State=DRAIN", "Reason=test")
+    try:
+        assert after.dead_hosts("n[1-3]", "") == ["n3"]
+    finally:
+        cluster.run("scontrol", "update", "NodeName=n3", "State=RESUME")

@@ -1,0 +1,204 @@
+"""What a sweep file stands for: its points, their names, and what is refused."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+
+from megaflow.config.check import contradictions
+from megaflow.config.load import load
+from megaflow.errors import UserError
+from megaflow.launch import design
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    """sweep("axes: …") reads a file with a dir and a base."""
+
+    def read(text: str, *overrides: str) -> design.Sweep:
+        path = tmp_path / "sweep.yaml"
+        path.write_text(f"dir: runs/s\nbase: base.yaml\n{text}\n")
+        return design.read(str(path), list(overrides))
+
+    return read
+
+
+def overrides(points: list[design.Point]) -> list[dict]:
+    return [point.overrides | {"seed": point.seed} for point in points]
+
+
+GRID = "axes: {flow.clock.name: [uniform, argmax], model.layers: [1, 2, 3]}"
+
+
+def test_a_grid_is_the_product_of_its_axes_with_every_seed(sweep):
+    found = design.points(sweep(GRID + "\nset: {train.steps: 7}\nseeds: 2"))
+    expected = [
+        {"train.steps": 7, "flow.clock.name": clock, "model.layers": layers, "seed": seed}
+        for clock, layers, seed in itertools.product(["uniform", "argmax"], [1, 2, 3], [0, 1])
+    ]
+    assert overrides(found) == expected
+    assert found[0].name == "flow.clock.name=uniform-model.layers=1-seed=0"
+    assert found[0].words() == ["train.steps=7", "flow.clock.name=uniform", "model.layers=1", "run.seed=0"]
+    assert len({point.name for point in found}) == 12
+
+
+@pytest.mark.parametrize(
+    "spec, values",
+    [
+        ("{range: [2, 8], step: 3}", [2, 5, 8]),
+        ("{range: [2, 7], step: 3}", [2, 5]),
+        ("{range: [1, 2], count: 3}", ["1", 1.5, "2"]),
+        ("{log: [1, 100], count: 3}", [1, 10, 100]),
+    ],
+)
+def test_ranges_of_whole_numbers(sweep, spec, values):
+    found = design.points(sweep(f"axes: {{model.layers: {spec}}}"))
+    assert [float(point.overrides["model.layers"]) for point in found] == [float(value) for value in values]
+
+
+@pytest.mark.parametrize(
+    "spec, values",
+    [
+        ("{log: [1e-4, 1e-2], count: 3}", [1e-4, 1e-3, 1e-2]),
+        ("{range: [0.1, 0.4], step: 0.1}", [0.1, 0.2, 0.3, 0.4]),
+        ("{log: [0.001, 0.003], count: 2}", [0.001, 0.003]),
+    ],
+)
+def test_ranges_of_numbers_have_both_ends(sweep, spec, values):
+    found = design.points(sweep(f"axes: {{optim.learning_rate: {spec}}}"))
+    assert [point.overrides["optim.learning_rate"] for point in found] == pytest.approx(values, rel=1e-5)
+
+
+def test_keys_that_go_together_are_one_axis(sweep):
+    found = design.points(sweep("axes: {size: [{model.layers: 1, model.hidden: 32}, {model: {layers: 2, hidden: 64}}]}"))
+    assert overrides(found) == [{"model.layers": 1, "model.hidden": 32, "seed": 0}, {"model.layers": 2, "model.hidden": 64, "seed": 0}]
+    assert found[0].labels == {"size": "model.layers=1, model.hidden=32"} and found[0].name == "model.layers=1-model.hidden=32-seed=0"
+
+
+def test_what_is_excluded_is_left_out(sweep):
+    found = design.points(sweep(GRID + "\nexclude: [{flow.clock.name: argmax, model.layers: [2, 3]}, {model.layers: 1}]"))
+    assert [(x["flow.clock.name"], x["model.layers"]) for x in overrides(found)] == [("uniform", 2), ("uniform", 3)]
+
+
+def test_a_random_draw_of_more_has_that_of_fewer_in_it(sweep):
+    axes = "axes: {model.layers: {range: [1, 9], step: 1}, model.hidden: {range: [8, 80], step: 8}}"
+    few, more = (design.points(sweep(f"{axes}\ndraw: {{kind: random, count: {count}, seed: 3}}")) for count in (5, 20))
+    other = design.points(sweep(f"{axes}\ndraw: {{kind: random, count: 5, seed: 4}}"))
+    assert overrides(more)[:5] == overrides(few) and len(more) == 20 and overrides(other) != overrides(few)
+    whole = design.points(sweep(f"{axes}\ndraw: {{kind: random, count: 1000}}"))
+    assert len(whole) == 90
+
+
+def test_a_wider_axis_keeps_the_choices_of_a_random_draw_apart_from_their_place(sweep):
+    """What is drawn depends on what a choice is: another value of an axis may take its place, and never renames it."""
+    narrow = {point.name for point in design.points(sweep("axes: {model.layers: [1, 2, 3, 4]}\ndraw: {kind: random, count: 3}"))}
+    wide = {point.name for point in design.points(sweep("axes: {model.layers: [0.5, 1, 2, 3, 4]}\ndraw: {kind: random, count: 4}"))}
+    assert narrow <= wide | {point for point in narrow if "layers=0.5" in point}
+
+
+def test_maps_have_a_flow_of_their_seed(sweep):
+    text = "stage: distill\naxes: {distill.objective: [psd, lsd]}\nseeds: [3, 5]\nteacher: {base: flow.yaml, set: {train.steps: 9}}"
+    found = design.points(sweep(text))
+    assert [(point.stage, point.seed, point.teacher) for point in found[:2]] == [("pretrain", 3, ""), ("pretrain", 5, "")]
+    assert [point.teacher for point in found[2:]] == ["teacher=flow-seed=3", "teacher=flow-seed=5"] * 2
+    assert found[0].base.endswith("flow.yaml") and found[0].overrides == {"train.steps": 9}
+    assert design.baseline_of(sweep(text), found) == {"distill.objective": "psd"}
+
+
+def test_overrides_of_the_command_line(sweep):
+    found = sweep(GRID + "\nset: {train.steps: 7}", "seeds=[4]", "set.train.steps=9", "axes.model.layers=[5]", "dir=elsewhere")
+    assert found.dir == "elsewhere" and overrides(design.points(found))[0] == {
+        "train.steps": 9,
+        "flow.clock.name": "uniform",
+        "model.layers": 5,
+        "seed": 4,
+    }
+
+
+def test_a_variant_says_something_else(sweep, tmp_path):
+    text = (
+        GRID + "\nset: {train.steps: 7}\nvariants: {large: {base: big.yaml, axes: {model.layers: [12]}, set: {train.steps: 99}, seeds: 2}}"
+    )
+    found = sweep(text, "variant=large", "seeds=1")
+    assert found.base == str(tmp_path / "big.yaml") and found.set == {"train.steps": 99}
+    assert [x["model.layers"] for x in overrides(design.points(found))] == [12, 12]
+    assert sweep(text).seeds == (0,) and sweep(text).set == {"train.steps": 7}
+    with pytest.raises(UserError, match="there is no variant lage; there are large"):
+        sweep(text, "variant=lage")
+
+
+def test_files_that_a_sweep_names_lie_beside_it(sweep, tmp_path):
+    assert sweep(GRID).base == str(tmp_path / "base.yaml") and sweep(GRID, "base=other.yaml").base == "other.yaml"
+
+
+def test_the_baseline_is_a_choice(sweep):
+    found = sweep(GRID + "\nbaseline: {flow.clock.name: argmax}")
+    assert design.baseline_of(found, design.points(found)) == {"flow.clock.name": "argmax", "model.layers": "1"}
+    plain = sweep(GRID)
+    assert design.baseline_of(plain, design.points(plain)) == {"flow.clock.name": "uniform", "model.layers": "1"}
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("axis: {}", "a sweep has no axis; did you mean axes?"),
+        ("axes: {flow.clok.name: [uniform]}", "axes has flow.clok.name, which is no key of a config; the nearest is flow.clock.name"),
+        ("axes: {model.layers: []}", "axes.model.layers must be a list of values"),
+        ("axes: {model.layers: [1, 1]}", "names a value twice"),
+        ("axes: {model.layers: {range: [3, 1], step: 1}}", "must have range: [a, b]"),
+        ("axes: {model.layers: {log: [0, 1], count: 3}}", "above 0"),
+        ("axes: {model.layers: {range: [1, 2], stp: 1}}", "must have range"),
+        ("axes: {run.seed: [1]}", "sets run.seed, which is the sweep's own; use seeds"),
+        ("set: {run.dir: x}", "use dir"),
+        ("seeds: 0", "seeds must be how many"),
+        ("seeds: [1, a]", "seeds must be how many"),
+        ("draw: {kind: rnd}", "draw must be"),
+        ("draw: {kind: random, count: 0}", "draw.count"),
+        ("budget: {seconds: 3}", "budget must be one of"),
+        ("budget: {tokens: 100}\nset: {train.steps: 3}", "leave one out"),
+        ("stage: evaluate", "stage must be one of pretrain, distill"),
+        ("teacher: {base: x}", "teacher belongs to stage: distill"),
+        ("axes: {model.layers: [1]}\nbaseline: {model.hidden: 1}", "is no axis"),
+        ("exclude: [3]", "an entry of exclude"),
+        ("set: 3", "set must be a mapping"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_said_in_one_sentence(sweep, text, words):
+    with pytest.raises(UserError) as error:
+        sweep(text)
+    assert words in str(error.value) and "sweep.yaml" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_what_is_wrong_with_points(sweep):
+    with pytest.raises(UserError, match="the axes a and b both set model.layers"):
+        design.points(sweep("axes: {a: [{model.layers: 1}], b: [{model.layers: 2}]}"))
+    with pytest.raises(UserError, match="no point is left: exclude leaves none of 2 choices"):
+        design.points(sweep("axes: {model.layers: [1, 2]}\nexclude: [{model.layers: [1, 2]}]"))
+    found = sweep("axes: {model.layers: [1, 2]}\nbaseline: {model.layers: 3}")
+    with pytest.raises(UserError, match="no point has the baseline model.layers=3"):
+        design.baseline_of(found, design.points(found))
+    with pytest.raises(UserError, match="base is missing; name the config of its points"):
+        sweep("axes: {}", "base=")
+    with pytest.raises(UserError, match="no such sweep file"):
+        design.read("nowhere.yaml")
+
+
+@pytest.mark.parametrize("text", ["$(touch x); 'a b'", "../../etc", "a" * 300, "%j \\ é", ".hidden"])
+def test_names_of_folders(text):
+    name = design.slug(text)
+    assert len(name) <= 120 and not set(name) - set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.=_-")
+    assert not name.startswith(".") and "/" not in name and design.slug(text) == name
+
+
+SWEEPS = sorted((Path(__file__).resolve().parents[2] / "configs" / "sweeps").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("variant", [None, "large"])
+@pytest.mark.parametrize("file", [path for path in SWEEPS if path.stem != "small"], ids=lambda path: path.stem)
+def test_the_repository_s_sweeps(file, variant):
+    """Each is read, small and large, has points that its config accepts, and a baseline."""
+    asked = design.read(str(file), [f"variant={variant}"] if variant else [])
+    found = design.points(asked)
+    assert design.baseline_of(asked, found) and len(found) >= 15 and len({point.name for point in found}) == len(found)
+    for point in found:
+        contradictions(load(point.base, [*point.words(), *(["distill.teacher=x"] if point.teacher else [])]))

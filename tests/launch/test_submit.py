@@ -1,0 +1,65 @@
+"""What a submission refuses before anything is submitted, and how it reads what follows what. Without a cluster."""
+
+import pytest
+
+from megaflow.errors import UserError
+from megaflow.launch import submit
+from megaflow.launch.script import Resources
+
+
+@pytest.mark.parametrize(
+    "text, seconds",
+    [("90", 5400), ("1:30", 90), ("2:00:05", 7205), ("1-00", 86400), ("1-02:03", 93780), ("1-00:00:01", 86401)],
+)
+def test_times_as_slurm_writes_them(text, seconds):
+    assert submit.seconds_of(text) == seconds
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (("{config}", "stage=distil"), "there is no such stage; there are prepare, pretrain"),
+        (("{config}", "--time", "3:00"), "nothing is left to train in"),
+        (("{config}", "--time", "soon"), "write minutes"),
+        (("{config}", "--nodes", "0"), "--nodes: 0 is not a positive number"),
+        (("{config}", "optim.learning_rat=1"), "the nearest is optim.learning_rate"),
+        (("{config}", "train.global_batch=7", "--nodes", "2"), "does not divide over 2 data-parallel processes"),
+        (("{config}", "parallel.tensor=2", "--nodes", "3"), "3 ranks are no multiple of parallel.tensor=2"),
+        (("{config}", "data.path=nowhere"), "submit stage=prepare, and this --after nowhere"),
+        (("{config}", "model.heads=3"), "model.heads=3"),
+        (("nowhere.yaml",), "no such config file"),
+        (("nowhere", "stage=evaluate"), "no run is there to evaluate"),
+        (("{config}", "stage=prepare", "--nodes", "2"), "is one process"),
+        (("{config}", "--after", "nowhere"), "no job was submitted for it"),
+        (("{config}", "--then", "convert"), "convert takes RUN OUT"),
+        (("{config}", "--then", "distill", "{config}"), "distill.teacher is not set"),
+        (("{config}", "--templates", "nowhere"), "there is no job.sbatch"),
+    ],
+)
+def test_what_is_refused(cli, config, tmp_path, monkeypatch, words, said):
+    monkeypatch.chdir(tmp_path)
+    told = cli("submit", *(word.format(config=config("coded")) for word in words), f"run.dir={tmp_path / 'run'}", "--dry-run")
+    if "stage=evaluate" in words:
+        told = cli("submit", *words, "--dry-run")
+    assert told.code == 2 and said in told.err and told.err.count("\n") == 1 and told.out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_slurm_a_script_is_shown_and_nothing_submitted(cli, config, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    shown = cli("submit", config("coded"), f"run.dir={tmp_path / 'run'}", "--dry-run")
+    assert shown.code == 0 and shown.out.startswith("#!/bin/bash\n") and not (tmp_path / "run").exists()
+    told = cli("submit", config("coded"), f"run.dir={tmp_path / 'run'}")
+    assert told.code == 2 and "sbatch is not on this machine's PATH" in told.err
+
+
+def test_what_follows_is_of_the_run_before(config, tmp_path):
+    run = tmp_path / "run"
+    found = submit.step("evaluate", ["steps=1,4"], Resources(), run, True)
+    assert found.words == ["evaluate", str(run), "--steps=1,4"] and found.name == "run.evaluate" and found.place == run / "slurm"
+    found = submit.step("convert", ["out"], Resources(), run, True)
+    assert found.words == ["convert", str(run), "out"]
+    assert submit.needed("evaluate", Resources(nodes=4, gpus=8)) == Resources(nodes=1, gpus=1)
+    assert submit.needed("pretrain", Resources(nodes=4, gpus=8)) == Resources(nodes=4, gpus=8)
+    with pytest.raises(UserError, match="evaluate takes RUN and options as name=value"):
+        submit.step("evaluate", [], Resources(), None, True)

@@ -1,0 +1,129 @@
+"""A sweep on this machine: points are trained once, in a pool, whatever happens to the process, and gathered."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from megaflow.launch import points
+from megaflow.process import STOPPED
+
+STEPS = "train.steps: 6, train.validate_every: 6, train.validation_rows: 8"
+
+
+@pytest.fixture
+def sweeping(tmp_path, config, environment):
+    """sweeping(text, *words) runs a sweep of the session's tiny flow in a process of its own; .start() does not wait for it."""
+
+    def file(text: str) -> Path:
+        path = tmp_path / "sweep.yaml"
+        usual = "" if "\nset:" in text else f"set: {{{STEPS}}}\n"
+        path.write_text(f"dir: {tmp_path / 'out'}\nbase: {config('coded')}\n{usual}{text}\n")
+        return path
+
+    def start(text: str, *words: object) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "megaflow", "sweep", str(file(text)), "--jobs", "2", *map(str, words)]
+        return subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def call(text: str, *words: object) -> SimpleNamespace:
+        process = start(text, *words)
+        out, err = process.communicate(timeout=200)
+        return SimpleNamespace(code=process.returncode, out=out, err=err)
+
+    call.start, call.out = start, tmp_path / "out"
+    return call
+
+
+def states(out: Path) -> dict[str, str]:
+    return {path.name: content["state"] for path, content in points.recorded(out).items()}
+
+
+def starts(out: Path) -> dict[str, int]:
+    """How often each point was started."""
+    return {path.parent.name: len(json.loads(path.read_text())["starts"]) for path in out.glob("*/run.json")}
+
+
+def test_points_run_once_and_new_values_run_only_what_is_new(sweeping):
+    done = sweeping("axes: {flow.clock.name: [uniform, argmax]}")
+    assert done.code == 0, done.err
+    assert "2 of 2 points done" in done.err
+    first = starts(sweeping.out)
+    assert set(first) == {"flow.clock.name=uniform-seed=0", "flow.clock.name=argmax-seed=0"} and set(first.values()) == {1}
+    more = sweeping("axes: {flow.clock.name: [uniform, argmax, ce_linear], model.layers: [2]}")
+    assert more.code == 0, more.err
+    # the same points under another name: model.layers=2 is what the base says
+    assert {name: count for name, count in starts(sweeping.out).items() if name in first} == first
+    assert len(starts(sweeping.out)) == 3 and "3 of 3 points done" in more.err
+
+
+@pytest.mark.long
+def test_what_fails_is_kept_told_and_tried_again_on_request(sweeping):
+    axes = "axes: {optim.learning_rate: [0.005, 1.0e+30], model.heads: [2, 3]}\nset: {optim.warmup_steps: 0, " + STEPS + "}"
+    done = sweeping(axes)
+    assert done.code == 1 and "1 failed" in done.err and "2 refused" in done.err and "--retry" in done.err
+    found = {path.name: content for path, content in points.recorded(sweeping.out).items()}
+    failed = found["optim.learning_rate=1e_30-model.heads=2-seed=0"]
+    assert failed["state"] == "failed" and " is " in failed["said"] and "Traceback" not in failed["said"]
+    refused = found["optim.learning_rate=0.005-model.heads=3-seed=0"]
+    assert refused["state"] == "refused" and "model.heads=3" in refused["said"]
+    again = sweeping(axes)
+    assert again.code == 1 and starts(sweeping.out)["optim.learning_rate=1e_30-model.heads=2-seed=0"] == 1
+    sweeping(axes, "--retry")
+    assert starts(sweeping.out)["optim.learning_rate=1e_30-model.heads=2-seed=0"] == 2
+
+
+def test_twelve_points_killed_twice_and_finished(sweeping):
+    """By SIGTERM, upon which what trains saves, and by SIGKILL, of which what trains is told too."""
+    axes = "axes: {flow.clock.name: [uniform, argmax, ce_linear], model.layers: [1, 2]}\nseeds: 2"
+    for number, code in ((signal.SIGTERM, STOPPED), (signal.SIGKILL, -signal.SIGKILL)):
+        process = sweeping.start(axes)
+        before = sum(state == "done" for state in states(sweeping.out).values())
+        end = time.monotonic() + 120
+        while sum(state == "done" for state in states(sweeping.out).values()) < before + 2:
+            assert process.poll() is None and time.monotonic() < end, process.communicate()
+            time.sleep(0.1)
+        os.kill(process.pid, number)
+        process.communicate(timeout=100)
+        assert process.returncode == code
+    done = sweeping(axes)
+    assert done.code == 0, done.err
+    assert len(states(sweeping.out)) == 12 and set(states(sweeping.out).values()) == {"done"}
+    for run in sweeping.out.glob("*/summary.json"):
+        assert json.loads(run.read_text())["steps"] == 6
+    page = (sweeping.out / "report.html").read_text()
+    assert "argmax" in page and (sweeping.out / "points.csv").read_text().count("\n") == 13
+
+
+def test_two_sweeps_at_once_share_their_points(sweeping):
+    first = sweeping.start("axes: {model.layers: [1, 2, 3]}")
+    second = sweeping.start("axes: {model.layers: [1, 2, 3]}")
+    for process in (first, second):
+        _, err = process.communicate(timeout=200)
+        assert process.returncode == 0, err
+    assert set(starts(sweeping.out).values()) == {1} and len(starts(sweeping.out)) == 3
+
+
+def test_a_budget_of_tokens_is_the_same_for_all(sweeping):
+    text = "axes: {train.global_batch: [4, 8]}\nbudget: {tokens: 1024}\nset: {train.validate_every: 6, train.validation_rows: 8}"
+    done = sweeping(text)
+    assert done.code == 0, done.err
+    found = {json.loads(path.read_text())["steps"]: json.loads(path.read_text())["tokens"] for path in sweeping.out.glob("*/summary.json")}
+    assert found == {16: 1024, 8: 1024}
+
+
+def test_points_are_listed_before_anything_runs(sweeping):
+    done = sweeping("axes: {model.layers: [1, 2]}", "--dry-run")
+    assert done.code == 0 and done.out.count("to do") == 2 and not sweeping.out.exists()
+
+
+def test_maps_wait_for_their_flows(sweeping, config, tmp_path):
+    text = f"stage: distill\naxes: {{distill.between: [middle, uniform]}}\nteacher: {{base: {config('coded')}, set: {{{STEPS}}}}}"
+    done = sweeping(text, f"base={config('coded', 'flow_map')}")
+    assert done.code == 0, done.err
+    assert set(states(sweeping.out).values()) == {"done"} and len(states(sweeping.out)) == 3

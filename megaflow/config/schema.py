@@ -191,6 +191,7 @@ class TrainConfig:
     keep_checkpoints: int = key(2, "checkpoints that are kept", low=1)
     validate_every: Any = key("auto", "steps between validations; auto: a twentieth of the run, 50 at least", low=1, auto=True)
     validation_rows: int = key(64, "validation rows a validation reads", low=1)
+    pause_at: int = key(0, "step after which the run validates, saves and leaves with exit code 75, as at a signal; 0: none", low=0)
     hang_timeout: float = key(600.0, "seconds without progress after which a job of several processes ends; 0: it waits for ever", low=0.0)
     joint: bool = key(False, "megaflow pretrain trains flow and map together: rows with s < t by distill.objective beside the flow's own")
     skip_nonfinite: int = key(
@@ -247,6 +248,8 @@ class LogConfig:
     every: int = key(1, "steps between lines of metrics.jsonl", low=1)
     wandb: str = key("offline", "Weights & Biases; offline writes below the run directory", choices=("off", "offline", "online"))
     project: str = key("megaflow", "Weights & Biases project")
+    group: str = key("", "Weights & Biases group of the run; a sweep's points are one")
+    tensorboard: bool = key(False, "metrics as TensorBoard reads them too, below the run directory (pip install megaflow[tensorboard])")
     spike: float = key(4.0, "a loss or norm above this many running medians goes into spikes.jsonl with its samples; 0: none does", low=0.0)
 
 

@@ -11,7 +11,7 @@
       size: [{model.layers: 2, model.hidden: 64}, {model.layers: 4, model.hidden: 128}]   # keys that go together
     exclude: [{flow.clock.name: uniform, model.layers: [6, 8]}]
     seeds: 3                              # run.seed 0, 1, 2; or a list
-    draw: {kind: grid}                    # or {kind: random, count: 20, seed: 0}
+    draw: {kind: grid}                    # or {kind: random, count: 20, seed: 0}, or {kind: halving, keep: 0.33, rungs: 3}
     budget: {tokens: 4e6}                 # or flops; train.steps of every point follows
     metric: likelihood.nats_per_token     # of evaluations, or validation_loss
     lower_is_better: true
@@ -42,7 +42,9 @@ from megaflow.config.schema import keys
 from megaflow.errors import UserError
 
 STAGES = ("pretrain", "distill")
-DRAWS: dict[str, set[str]] = {"grid": set(), "random": {"count", "seed"}}
+BY = "validation_loss"
+"""What the rungs of a halving decide by: a number of metrics.jsonl, the less the better."""
+DRAWS: dict[str, dict[str, Any]] = {"grid": {}, "random": {"count": 20, "seed": 0}, "halving": {"keep": 1 / 3, "rungs": 3, "by": BY}}
 BUDGETS = ("tokens", "flops")
 TEACHER = "teacher"
 """Label of a flow that is trained for the maps of a sweep, and is no choice of it."""
@@ -279,11 +281,16 @@ def _seeds(path: str, value: Any) -> tuple[int, ...]:
 
 def _draw(path: str, value: dict[str, Any]) -> dict[str, Any]:
     kind = value.get("kind", "grid")
-    if kind not in DRAWS or set(value) - {"kind"} - DRAWS[kind]:
-        raise UserError(f"{path}: draw must be {{kind: grid}} or {{kind: random, count: 20, seed: 0}}, not {value!r}")
-    found = {"kind": kind} | ({"count": 20, "seed": 0} if kind == "random" else {}) | value
+    if kind not in DRAWS or set(value) - {"kind"} - set(DRAWS[kind]):
+        forms = "{kind: grid}, {kind: random, count: 20, seed: 0} or {kind: halving, keep: 0.33, rungs: 3}"
+        raise UserError(f"{path}: draw must be {forms}, not {value!r}")
+    found = {"kind": kind} | DRAWS[kind] | value
     if kind == "random" and not (isinstance(found["count"], int) and found["count"] > 0 and isinstance(found["seed"], int)):
         raise UserError(f"{path}: draw.count must be a positive whole number, and draw.seed a whole number")
+    if kind == "halving" and not (
+        isinstance(found["rungs"], int) and found["rungs"] > 1 and _number(found["keep"]) and 0 < found["keep"] < 1
+    ):
+        raise UserError(f"{path}: draw.rungs must be 2 or more, and draw.keep a share between 0 and 1")
     return found
 
 

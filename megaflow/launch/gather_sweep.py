@@ -90,7 +90,7 @@ def point_of(directory: Path, member: dict[str, Any], evaluated: bool) -> dict[s
         "name": directory.name,
         "values": member["labels"],
         "seed": member["seed"],
-        "state": "stopped early" if state == "stopped" else state,
+        "state": "stopped early" if state in ("stopped", "paused") else state,
         "said": member["refused"] or said or None,
         "metrics": metrics if state == points.DONE else {},
         "curve": curve,

@@ -12,7 +12,7 @@ asks for it, under whatever name.
 import fcntl
 import hashlib
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -40,6 +40,8 @@ class Placed:
     words: list[str]
     """All overrides of the command line."""
     refused: str = ""
+    steps: int = 0
+    """Of its config, 0 where that is refused."""
 
 
 def place(sweep: Sweep, all_points: list[Point]) -> list[Placed]:
@@ -50,7 +52,7 @@ def place(sweep: Sweep, all_points: list[Point]) -> list[Placed]:
     found: list[Placed] = []
     taken = {path.name for path in there.values()}
     for point in all_points:
-        words, refused = point.words(), ""
+        words, refused, steps = point.words(), "", 0
         if point.teacher:
             words.append(f"distill.teacher={by_name[point.teacher]}")
         try:
@@ -61,7 +63,7 @@ def place(sweep: Sweep, all_points: list[Point]) -> list[Placed]:
             contradictions(loaded)
             if vocab is not None and not point.teacher:
                 resolve(loaded, vocab)
-            identity = identity_of(loaded, point.stage)
+            identity, steps = identity_of(loaded, point.stage), loaded.config.train.steps
         except UserError as error:
             refused = str(error).removeprefix("command line: ")
             identity = hashed([point.base, words])
@@ -72,7 +74,7 @@ def place(sweep: Sweep, all_points: list[Point]) -> list[Placed]:
             there[identity] = directory
             taken.add(name)
         by_name[point.name] = directory
-        found.append(Placed(point, directory, identity, words, refused))
+        found.append(Placed(point, directory, identity, words, refused, steps))
     return found
 
 
@@ -154,8 +156,3 @@ def claim(directory: Path) -> TextIO | None:
         file.close()
         return None
     return file
-
-
-def with_directory(placed: Placed) -> Placed:
-    """The same, with its directory among the words."""
-    return replace(placed, words=[*placed.words, f"run.dir={placed.directory}"])

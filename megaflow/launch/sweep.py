@@ -7,6 +7,7 @@ done is found done, what was being trained goes on from its checkpoint. A point 
 import contextlib
 import ctypes
 import json
+import math
 import os
 import re
 import signal
@@ -20,17 +21,19 @@ from pathlib import Path
 from typing import TextIO
 
 from megaflow.errors import UserError
-from megaflow.files import write_atomically
+from megaflow.files import lines, write_atomically
 from megaflow.launch import array, design, points
 from megaflow.launch.design import Sweep
 from megaflow.launch.points import DONE, FAILED, REFUSED, Placed
 from megaflow.launch.script import Resources
 from megaflow.process import STOP_SIGNALS, STOPPED
 from megaflow.progress import duration
+from megaflow.train import outcome
 
 PERIOD = 0.2
 SAY = 10.0
 """Seconds between lines of progress in a log file."""
+PAUSED, EARLY = "paused", "stopped early"
 AGAIN = 5.0
 """Seconds between repetitions of a signal: a process that is just starting does not hear it yet."""
 PR_SET_PDEATHSIG = 1
@@ -45,6 +48,7 @@ class Running:
     slot: int
     began: float
     commands: list[list[str]]
+    pauses: bool = False
     process: subprocess.Popen[bytes] | None = None
     told: float = 0.0
 
@@ -83,17 +87,19 @@ def sweep(
         return 0
     if not dry_run:
         keep(asked, placed)
+    if resources is not None and asked.draw["kind"] == "halving":
+        raise UserError(f"{path}: draw.kind=halving decides between its rungs, which arrays cannot; leave --slurm out, or use a grid")
     if resources is not None:
         array.submit(asked, placed, resources, jobs, retry, dry_run, templates)
         return 0
     slots = shares(jobs)
     stop: list[int] = []
     with on_signals(stop):
-        tally = run(asked, placed, slots, retry, stop)
+        tally = (halve if asked.draw["kind"] == "halving" else run)(asked, placed, slots, retry, stop)
     from megaflow.launch.gather_sweep import report
 
     report(asked.dir, quiet=True)
-    unfinished = tally.total - sum(tally.count(state) for state in (DONE, FAILED, REFUSED))
+    unfinished = tally.total - sum(tally.count(state) for state in (DONE, FAILED, REFUSED, EARLY))
     print(
         f"{asked.dir}: {tally.count(DONE)} of {tally.total} points done" + told(tally) + f"; {Path(asked.dir) / 'report.html'}",
         file=sys.stderr,
@@ -105,7 +111,7 @@ def sweep(
 
 
 def told(tally: Tally) -> str:
-    found = [f", {count} {state}" for state in (FAILED, REFUSED, "busy") if (count := tally.count(state))]
+    found = [f", {count} {state}" for state in (FAILED, REFUSED, EARLY, "busy") if (count := tally.count(state))]
     return "".join(found) + (" (--retry tries failed ones again)" if tally.count(FAILED) else "")
 
 
@@ -183,8 +189,58 @@ def on_signals(stop: list[int]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def run(asked: Sweep, placed: list[Placed], slots: list[dict[str, str]], retry: bool, stop: list[int]) -> Tally:
-    """Work on all points until none is left that can be, or a signal came; then what trains has saved."""
+def halve(asked: Sweep, placed: list[Placed], slots: list[dict[str, str]], retry: bool, stop: list[int]) -> Tally:
+    """Successive halving (Jamieson and Talwalkar 2016): all choices train for a share of their steps, the best go on for more of them.
+
+    Rates and warm-ups are those of the whole run, which pauses and goes on: what comes to the end is what a grid would have made.
+    """
+    keep, rungs, by = asked.draw["keep"], asked.draw["rungs"], asked.draw["by"]
+    alive, tally = placed, Tally(len({each.directory for each in placed}))
+    for rung in range(rungs):
+        share = keep ** (rungs - 1 - rung)
+        found = run(asked, alive, slots, retry, stop, share)
+        tally.states |= found.states
+        tally.seconds += found.seconds
+        if stop or rung + 1 == rungs:
+            return tally
+        order = ranked(alive, share, by)
+        best = order[: max(1, math.ceil(keep * len(order)))]
+        for place, (choice, loss) in enumerate(order):
+            if (choice, loss) not in best:
+                for each in alive:
+                    if choice_of(each) == choice and each.point.labels and design.TEACHER not in each.point.labels:
+                        said = f"halving: {by} {loss:.4f} after {paused_at(each, share)} steps, {place + 1} of {len(order)}"
+                        points.note(each, EARLY, said)
+                        tally.states[str(each.directory)] = EARLY
+        goes_on = {choice for choice, _ in best}
+        alive = [each for each in alive if design.TEACHER in each.point.labels or choice_of(each) in goes_on]
+    return tally
+
+
+def choice_of(each: Placed) -> tuple[tuple[str, str], ...]:
+    return tuple(each.point.labels.items())
+
+
+def paused_at(each: Placed, share: float) -> int:
+    """The step at which a point pauses that trains for a share of its steps."""
+    return max(1, round(share * each.steps))
+
+
+def ranked(placed: list[Placed], share: float, by: str) -> list[tuple[tuple[tuple[str, str], ...], float]]:
+    """(choice, mean over its seeds of what was measured where it paused), the least first; choices of which a seed has nothing left out."""
+    values: dict[tuple[tuple[str, str], ...], list[float]] = {}
+    for each in placed:
+        if design.TEACHER not in each.point.labels:
+            step = paused_at(each, share)
+            written = [line[by] for line in lines(each.directory / "metrics.jsonl") if line.get("step") == step and by in line]
+            values.setdefault(choice_of(each), []).append(written[-1] if written else math.inf)
+    means = [(choice, statistics.mean(some)) for choice, some in values.items()]
+    return sorted((pair for pair in means if math.isfinite(pair[1])), key=lambda pair: pair[1])
+
+
+def run(asked: Sweep, placed: list[Placed], slots: list[dict[str, str]], retry: bool, stop: list[int], share: float | None = None) -> Tally:
+    """Work on all points until none is left that can be, or a signal came; then what trains has saved. share: of their steps, at which
+    they pause; of a teacher all."""
     tally = Tally(len({each.directory for each in placed}))
     waiting = list({each.directory: each for each in placed}.values())
     busy: list[Running] = []
@@ -193,7 +249,7 @@ def run(asked: Sweep, placed: list[Placed], slots: list[dict[str, str]], retry: 
         for each in list(waiting) if not stop else []:
             if not free:
                 break
-            state = standing(asked, each, tally, retry)
+            state = standing(asked, each, tally, retry, share)
             if state == "wait":
                 continue
             waiting.remove(each)
@@ -205,7 +261,7 @@ def run(asked: Sweep, placed: list[Placed], slots: list[dict[str, str]], retry: 
                 tally.states[str(each.directory)] = "busy"
                 continue
             points.note(each, "running")
-            busy.append(Running(each, claim, free.pop(), time.monotonic(), commands(asked, each)))
+            busy.append(Running(each, claim, free.pop(), time.monotonic(), commands(asked, each, share), pauses(each, share)))
         if stop:
             waiting = []
         for one in list(busy):
@@ -220,7 +276,11 @@ def run(asked: Sweep, placed: list[Placed], slots: list[dict[str, str]], retry: 
     return tally
 
 
-def standing(asked: Sweep, each: Placed, tally: Tally, retry: bool) -> str:
+def pauses(each: Placed, share: float | None) -> bool:
+    return share is not None and share < 1.0 and design.TEACHER not in each.point.labels
+
+
+def standing(asked: Sweep, each: Placed, tally: Tally, retry: bool, share: float | None = None) -> str:
     """The state of a point that is not to be worked on now; 'wait' until its teacher is done; empty where it can begin."""
     if each.refused:
         points.note(each, REFUSED, each.refused)
@@ -228,6 +288,8 @@ def standing(asked: Sweep, each: Placed, tally: Tally, retry: bool) -> str:
     state, _ = points.stands(each.directory, bool(asked.evaluate))
     if state == DONE or state == FAILED and not retry:
         return state
+    if pauses(each, share) and outcome.newest_step(each.directory) >= paused_at(each, share or 1.0):
+        return PAUSED
     if each.point.teacher:
         teacher = next(word.partition("=")[2] for word in each.words if word.startswith("distill.teacher="))
         its = tally.states.get(teacher)
@@ -239,9 +301,12 @@ def standing(asked: Sweep, each: Placed, tally: Tally, retry: bool) -> str:
     return ""
 
 
-def commands(asked: Sweep, each: Placed) -> list[list[str]]:
+def commands(asked: Sweep, each: Placed, share: float | None = None) -> list[list[str]]:
     """What a point runs, one after the other: the words after `megaflow`."""
-    trains = [each.point.stage, each.point.base, *each.words, f"run.dir={each.directory}"]
+    group = f"log.group={design.slug(Path(asked.file).stem)}"
+    trains = [each.point.stage, each.point.base, group, *each.words, f"run.dir={each.directory}"]
+    if pauses(each, share):
+        return [[*trains, f"train.pause_at={paused_at(each, share or 1.0)}"]]
     return [trains, *points.evaluation(asked, each.directory)]
 
 
@@ -255,6 +320,10 @@ def advance(one: Running, environment: dict[str, str], tally: Tally, stopping: b
         if code is None:
             return False
         one.process = None
+        if code == STOPPED and one.pauses and not stopping:
+            points.note(one.placed, PAUSED)
+            tally.states[str(one.placed.directory)] = PAUSED
+            return True
         if code or stopping and one.commands:
             return left(one, code, tally, stopping)
     if not one.commands:

@@ -93,7 +93,8 @@ def train(config: Config, stage: Stage, mesh: Mesh, began: float, watch: Watch) 
         writer.save(pieces + (checkpoint_writer.whole("stage", stage.state()) if mesh.first else []), state)
         state["checkpoint_wait_seconds"] += time.monotonic() - start
 
-    stopped = False
+    pause = config.train.pause_at
+    stopped = 0 < pause <= state["step"]
     try:
         while state["step"] < steps and not stopped:
             step, start = state["step"], time.monotonic()
@@ -123,7 +124,7 @@ def train(config: Config, stage: Stage, mesh: Mesh, began: float, watch: Watch) 
             state["step"], state["taken"], state["tokens"] = step + 1, state["taken"] + taken, state["tokens"] + counted
             state["training_seconds"] += elapsed
             state["process_seconds"] += elapsed * mesh.world.size  # a run may move to more or fewer
-            last, stopped = step + 1 == steps, asked
+            last, stopped = step + 1 == steps, asked or step + 1 == pause
             line = {"step": step + 1, "tokens": state["tokens"]}
             if taken:
                 line |= {"loss": loss, "learning_rate": rate, "grad_norm": norm, **learned, **meter.line(counted, elapsed, wait)}
@@ -135,7 +136,7 @@ def train(config: Config, stage: Stage, mesh: Mesh, began: float, watch: Watch) 
                 metrics.write(line)
             if mesh.first:
                 progress.update(step + 1, f"loss {loss:.4f}  norm {norm:.3g}  rate {rate:.2e}  {counted / elapsed:,.0f} tokens/s")
-            if (step + 1) % int(config.train.validate_every) == 0 or last:
+            if (step + 1) % int(config.train.validate_every) == 0 or last or step + 1 == pause:
                 with engine_state.averaged(deep), torch.no_grad():
                     found = meshes.shared(mesh, deep.module(stage.validate, *validation))
                 for name, value in found.items():
@@ -159,7 +160,8 @@ def train(config: Config, stage: Stage, mesh: Mesh, began: float, watch: Watch) 
     engine.close(deep)
     if stopped and state["step"] < steps:
         if mesh.first:
-            print(f"stopped by a signal after step {state['step']}; saved, the same command continues", file=sys.stderr)
+            why = "paused (train.pause_at)" if 0 < pause <= state["step"] else "stopped by a signal"
+            print(f"{why} after step {state['step']}; saved, the same command continues", file=sys.stderr)
         return STOPPED
     return 0
 

@@ -33,6 +33,7 @@ MAY_CHANGE = (
     "train.checkpoint_every",
     "train.keep_checkpoints",
     "train.micro_batch",
+    "train.pause_at",
     "train.hang_timeout",
     "train.skip_nonfinite",
     "run.dir",
@@ -246,16 +247,23 @@ class Metrics:
         write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
         self.path, self.file = path, path.open("a", encoding="utf-8")
         self.wandb = None if config.log.wandb == "off" else _wandb(config, directory)
+        self.board = _tensorboard(directory, step) if config.log.tensorboard else None
 
     def write(self, line: dict[str, Any]) -> None:
         with naming(self.path):
             self.file.write(json.dumps(line) + "\n")
             self.file.flush()
+        if self.board is not None:
+            for name, value in line.items():
+                if name != "step" and isinstance(value, (int, float)):
+                    self.board.add_scalar(name, value, line["step"])
         self._tell("log", {k: v for k, v in line.items() if k != "step"}, step=line["step"])
 
     def close(self) -> None:
         with naming(self.path):  # a line that has not found room is tried once more
             self.file.close()
+        if self.board is not None:
+            self.board.close()
         self._tell("finish")
 
     def _tell(self, what: str, *arguments: Any, **named: Any) -> None:
@@ -274,6 +282,15 @@ class Metrics:
                 wandb.teardown()  # left to the end of the process it fails there, with a traceback
 
 
+def _tensorboard(directory: Path, step: int) -> Any:
+    """A writer of event files, without what an earlier start has written of later steps. Raises UserError."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("log.tensorboard=true needs the package tensorboard; pip install tensorboard, or leave it false") from None
+    return SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1)
+
+
 def _wandb(config: Config, directory: Path) -> Any:
     for name in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):  # nothing is written outside the run
         os.environ.setdefault(name, str((directory / "wandb").resolve()))
@@ -287,12 +304,20 @@ def _wandb(config: Config, directory: Path) -> Any:
             id=_wandb_id(directory),
             dir=str(directory),
             mode="online" if config.log.wandb == "online" else "offline",
-            config=flatten(config),
+            config=flatten(config) | labels(directory),
+            group=config.log.group or None,
             resume="allow",
         )
     except wandb.errors.Error as error:
         reason = " ".join(str(error).split())
         raise UserError(f"log.wandb={config.log.wandb}: {reason}; see to that, or use log.wandb=offline and wandb sync later") from None
+
+
+def labels(directory: Path) -> dict[str, str]:
+    """What sets a point of a sweep apart from the others, by names of its axes; nothing of other runs."""
+    file = directory / "point.json"
+    found = read_json(file).get("labels", {}) if file.exists() else {}
+    return {f"sweep/{axis}": str(label) for axis, label in found.items()}
 
 
 def _wandb_id(directory: Path) -> str:

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from megaflow.files import lines
 from megaflow.launch import points
 from megaflow.process import STOPPED
 
@@ -127,3 +128,28 @@ def test_maps_wait_for_their_flows(sweeping, config, tmp_path):
     done = sweeping(text, f"base={config('coded', 'flow_map')}")
     assert done.code == 0, done.err
     assert set(states(sweeping.out).values()) == {"done"} and len(states(sweeping.out)) == 3
+
+
+@pytest.mark.long
+def test_of_a_halving_the_best_go_on_and_come_to_what_a_grid_makes(sweeping, tmp_path):
+    """Four choices train for a quarter of their steps; two of these for a half; one to the end, where its losses are those of a run that
+    never paused. Asked again, nothing is trained."""
+    fixed = "set: {train.steps: 24, train.validate_every: 24, train.validation_rows: 64, optim.warmup_steps: 0}"
+    text = f"axes: {{optim.learning_rate: [0.00001, 0.0001, 0.001, 0.01]}}\n{fixed}\ndraw: {{kind: halving, keep: 0.5, rungs: 3}}"
+    done = sweeping(text)
+    assert done.code == 0, done.err
+    assert "1 of 4 points done, 3 stopped early" in done.err
+    steps = {path.parent.name: max(line["step"] for line in lines(path)) for path in sweeping.out.glob("*/metrics.jsonl")}
+    assert sorted(steps.values()) == [6, 6, 12, 24]
+    (best,) = [name for name, step in steps.items() if step == 24]
+    assert "0.01" in best  # of rates this small, the largest has learned most
+    before = starts(sweeping.out)
+    assert sweeping(text).code == 0 and starts(sweeping.out) == before
+    assert "halving: validation_loss" in (sweeping.out / "report.html").read_text()
+    whole = sweeping(f"axes: {{optim.learning_rate: [0.01]}}\n{fixed}", f"dir={tmp_path / 'grid'}")
+    assert whole.code == 0, whole.err
+    curves = [
+        {line["step"]: line["loss"] for line in lines(run / "metrics.jsonl") if "loss" in line}
+        for run in (sweeping.out / best, next((tmp_path / "grid").glob("optim*")))
+    ]
+    assert curves[0] == curves[1]

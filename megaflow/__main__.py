@@ -51,6 +51,10 @@ def parser() -> argparse.ArgumentParser:
     show = with_config("config", "print the resolved config and where each value came from", optional=True)
     show.add_argument("--keys", action="store_true", help="list every key, what it means and accepts")
 
+    health = with_config("doctor", "what a run needs and whether it is here, with what mends it; under srun or torchrun on all hosts", True)
+    health.add_argument("--place", metavar="DIR", default=".", help="folder that runs are to lie in (default: this one)")
+    health.add_argument("--json", action="store_true", help="JSON instead of a line a finding")
+
     layouts = with_config("plan", "memory, communication and time of every layout of a config, predicted")
     layouts.add_argument("--gpus", type=int, required=True, help="how many GPUs")
     layouts.add_argument("--memory", type=float, default=None, metavar="GB", help="of a GPU, in 1e9 bytes (default: what its vendor says)")
@@ -293,16 +297,20 @@ def run(arguments: argparse.Namespace, began: float) -> int:
 
         logs(arguments.run, arguments.rank, arguments.job, arguments.follow)
         return 0
+    if arguments.command == "doctor":
+        from megaflow.doctor.command import doctor
+
+        return doctor(arguments.place, arguments.config, arguments.overrides, arguments.json)
     if arguments.command == "sweep":
-        from megaflow.launch.sweep import sweep
+        from megaflow.sweep.pool import sweep
 
         at_once = arguments.limit if arguments.slurm else arguments.jobs
         resources = resources_of(arguments) if arguments.slurm else None
         return sweep(arguments.sweep, arguments.overrides, at_once, arguments.retry, arguments.dry_run, resources, arguments.templates)
-    from megaflow.launch import gather_sweep
+    from megaflow.sweep import gather
 
-    if gather_sweep.is_sweep(arguments.dir):
-        gather_sweep.report(arguments.dir)
+    if gather.is_sweep(arguments.dir):
+        gather.report(arguments.dir)
         return 0
     from megaflow.evaluate.gather import report
 

@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -226,3 +227,39 @@ def torchrun(process: Callable) -> Callable[..., subprocess.CompletedProcess[str
         return process(*launcher, *arguments, timeout=200.0)
 
     return start
+
+
+@pytest.fixture(scope="session")
+def whole_cluster(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]) -> Iterator[Any]:
+    """A Slurm of the session's own; where there can be none, what needs it is skipped."""
+    from tests.cluster import Cluster, missing
+
+    if why := missing():
+        pytest.skip(why)
+    made = Cluster(tmp_path_factory.mktemp("slurm"), environment)
+    try:
+        made.up()
+        yield made
+    finally:
+        made.down()
+
+
+@pytest.fixture
+def cluster(whole_cluster: Any) -> Iterator[Any]:
+    """The cluster, without jobs before and after the test."""
+    yield whole_cluster
+    whole_cluster.clear()
+
+
+@pytest.fixture
+def megaflow(cluster: Any, tmp_path: Path) -> Callable[..., SimpleNamespace]:
+    """A command of ours on the cluster: megaflow("submit", config, …) has code, out, err, and the ids of jobs that it submitted."""
+
+    def call(*words: object, cwd: Path = tmp_path, timeout: float = 120.0, **more: str) -> SimpleNamespace:
+        command = [sys.executable, "-m", "megaflow", *map(str, words)]
+        environment = cluster.environment | more
+        done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
+        jobs = [line.split(":")[0].removeprefix("job ") for line in done.stdout.splitlines() if line.startswith("job ") and ": " in line]
+        return SimpleNamespace(code=done.returncode, out=done.stdout, err=done.stderr, jobs=jobs)
+
+    return call

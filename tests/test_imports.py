@@ -8,7 +8,9 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "megaflow"
 SMALL = {"config", "errors", "files", "progress", "process"}
 MAY_IMPORT = {
-    "launch": {"train", "data", "model", "parallel", "show"} | SMALL,
+    "sweep": {"launch", "train", "model", "show"} | SMALL,
+    "doctor": {"launch", "plan", "train", "data", "model", "parallel", "show"} | SMALL,
+    "launch": {"train", "show"} | SMALL,
     "evaluate": {"export", "train", "data", "model", "flow", "parallel"} | SMALL,
     "export": {"train", "data", "model", "flow", "parallel"} | SMALL,
     "train": {"data", "model", "flow", "parallel"} | SMALL,

@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 import zstandard
 
+from megaflow.__main__ import parser
+from megaflow.config.load import load
 from megaflow.config.schema import keys
+from megaflow.sweep import design
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = (
@@ -80,9 +83,28 @@ def test_what_a_page_shows_works(page, place, cli, process, monkeypatch):
         exec(compile(code, page.name, "exec"), {})
 
 
+@pytest.mark.parametrize("page", ["slurm", "sweeps"])
+def test_what_a_page_for_clusters_shows_is_a_command(page):
+    """Its words are read as the command line reads them; what they start is tried on a cluster of the tests."""
+    shown = commands(ROOT / "docs" / f"{page}.md")
+    assert shown
+    for line in shown:
+        assert parser().parse_known_args(shlex.split(line)[1:])[0].command
+
+
+def test_the_sweep_that_is_shown_has_points(tmp_path):
+    (text,) = blocks(ROOT / "docs" / "sweeps.md", "yaml")
+    (tmp_path / "mine.yaml").write_text(text)
+    asked = design.read(str(tmp_path / "mine.yaml"), [f"base={ROOT / 'configs' / 'quickstart' / 'flow.yaml'}"])
+    found = design.points(asked)
+    assert len(found) == (2 * 3 * 2 - 3) * 3 and design.baseline_of(asked, found)
+    for point in found:
+        load(point.base, point.words())
+
+
 def test_every_key_that_a_page_names_is_one():
     sections = {name.split(".")[0] for name in keys()}
-    for page in [*PAGES, ROOT / "docs" / "failures.md", ROOT / "docs" / "architecture.md"]:
+    for page in [*PAGES, *(ROOT / "docs" / f"{name}.md" for name in ("failures", "architecture", "slurm", "sweeps"))]:
         named = re.findall(rf"`((?:{'|'.join(sections)})\.[a-z_.]+)(?:=[^`]*)?`", page.read_text("utf-8"))
         named = [name for name in named if not name.endswith((".safetensors", ".json"))]  # files, which are called after what is in them
         unknown = [name for name in named if name not in keys() and not (ROOT / "megaflow" / name.replace(".", "/")).exists()]

@@ -22,12 +22,12 @@ from typing import TextIO
 
 from megaflow.errors import UserError
 from megaflow.files import lines, write_atomically
-from megaflow.launch import array, design, points
-from megaflow.launch.design import Sweep
-from megaflow.launch.points import DONE, FAILED, REFUSED, Placed
 from megaflow.launch.script import Resources
 from megaflow.process import STOP_SIGNALS, STOPPED
 from megaflow.progress import duration
+from megaflow.sweep import array, design, points
+from megaflow.sweep.design import Sweep
+from megaflow.sweep.points import DONE, FAILED, REFUSED, Placed
 from megaflow.train import outcome
 
 PERIOD = 0.2
@@ -96,7 +96,7 @@ def sweep(
     stop: list[int] = []
     with on_signals(stop):
         tally = (halve if asked.draw["kind"] == "halving" else run)(asked, placed, slots, retry, stop)
-    from megaflow.launch.gather_sweep import report
+    from megaflow.sweep.gather import report
 
     report(asked.dir, quiet=True)
     unfinished = tally.total - sum(tally.count(state) for state in (DONE, FAILED, REFUSED, EARLY))

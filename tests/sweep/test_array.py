@@ -5,7 +5,7 @@ import json
 import pytest
 
 from megaflow.files import lines
-from megaflow.launch import points
+from megaflow.sweep import points
 
 
 @pytest.fixture

@@ -11,11 +11,12 @@ from typing import Any
 
 from megaflow.errors import UserError
 from megaflow.files import write_atomically
-from megaflow.launch import points, records, script, slurm
-from megaflow.launch.design import Sweep
-from megaflow.launch.points import DONE, FAILED, REFUSED, Placed
+from megaflow.launch import records, script, slurm
 from megaflow.launch.script import Job, Resources
 from megaflow.launch.submit import limits, needed
+from megaflow.sweep import points
+from megaflow.sweep.design import Sweep
+from megaflow.sweep.points import DONE, FAILED, REFUSED, Placed
 
 
 def submit(

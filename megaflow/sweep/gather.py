@@ -6,8 +6,8 @@ from typing import Any
 
 from megaflow.errors import UserError
 from megaflow.files import lines
-from megaflow.launch import points
-from megaflow.launch.design import TEACHER, written
+from megaflow.sweep import points
+from megaflow.sweep.design import TEACHER, written
 
 CURVE = 400
 """Points of a curve that are kept: more are not seen."""
@@ -20,7 +20,7 @@ def is_sweep(directory: str | Path) -> bool:
 
 def report(directory: str | Path, quiet: bool = False) -> None:
     """Write report.html, points.csv, choices.csv and best.yaml of each sweep of a folder. Raises UserError."""
-    from megaflow.launch import sweep_page
+    from megaflow.sweep import page
 
     folder = Path(directory)
     files = sorted((folder / "sweeps").glob("*.json"))
@@ -29,13 +29,13 @@ def report(directory: str | Path, quiet: bool = False) -> None:
     for file in files:
         out = folder if len(files) == 1 else folder / "reports" / file.stem
         out.mkdir(parents=True, exist_ok=True)
-        sweep_page.write(gathered(folder, file), out)
+        page.write(gathered(folder, file), out)
         if not quiet:
             print(f"{out / 'report.html'}\n{out / 'points.csv'}\n{out / 'choices.csv'}\n{out / 'best.yaml'}")
 
 
 def gathered(folder: Path, file: Path) -> dict[str, Any]:
-    """The data of sweep_page.py. Raises UserError."""
+    """The data of page.py. Raises UserError."""
     try:
         content = json.loads(file.read_text("utf-8"))
         members = content["members"]

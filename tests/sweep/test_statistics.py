@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from megaflow.launch import statistics
+from megaflow.sweep import statistics
 
 
 def sweep(values: dict[tuple, dict[int, float]], axes: dict[str, list[str]], **more) -> dict:

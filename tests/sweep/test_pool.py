@@ -12,8 +12,8 @@ from types import SimpleNamespace
 import pytest
 
 from megaflow.files import lines
-from megaflow.launch import points
 from megaflow.process import STOPPED
+from megaflow.sweep import points
 
 STEPS = "train.steps: 6, train.validate_every: 6, train.validation_rows: 8"
 

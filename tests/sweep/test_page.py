@@ -16,7 +16,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from megaflow.config.load import load
-from megaflow.launch import statistics, sweep_page
+from megaflow.sweep import page as sweep_page
+from megaflow.sweep import statistics
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 VOID = {"meta", "input", "br", "hr", "img", "link"}

@@ -24,9 +24,9 @@ from omegaconf import OmegaConf
 
 from megaflow.config.schema import keys
 from megaflow.files import write_atomically
-from megaflow.launch import statistics
-from megaflow.launch.statistics import Choice, Design, Effect, Law, Row
 from megaflow.progress import duration
+from megaflow.sweep import statistics
+from megaflow.sweep.statistics import Choice, Design, Effect, Law, Row
 
 COSTS = {
     "flops": "FLOPs of training",
@@ -150,7 +150,7 @@ def page(data: dict[str, Any], folder: Path | str | None = None) -> str:
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     made = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     made.filters |= {"significance": significance, "fixed": fixed, "signed": signed, "cost": cost_text, "short": short_name}
-    return made.get_template("sweep_page.html.j2").render(data=data, **_view(data, folder))
+    return made.get_template("page.html.j2").render(data=data, **_view(data, folder))
 
 
 def fixed(value: float | None, digits: int) -> str:

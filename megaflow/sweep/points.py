@@ -21,9 +21,9 @@ from megaflow.config.load import Loaded, flatten
 from megaflow.errors import UserError
 from megaflow.files import write_atomically
 from megaflow.launch import records
-from megaflow.launch.design import Point, Sweep, written
 from megaflow.model import flops
 from megaflow.show import foreseen, known
+from megaflow.sweep.design import Point, Sweep, written
 from megaflow.train.run import MAY_CHANGE
 
 FILE, LOG, CLAIM = "point.json", "console.log", ".claim"

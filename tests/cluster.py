@@ -38,7 +38,7 @@ class Cluster:
     def configure(self, *more: str) -> None:
         """Write slurm.conf, with other lines at its end."""
         place, host = self.place, os.uname().nodename.partition(".")[0]
-        port = 20000 + os.getpid() % 1000 * 10
+        port = 12000 + os.getpid() % 700 * 10  # apart from those that jobs meet at, and from the system's own
         lines = [
             "ClusterName=tests",
             f"SlurmctldHost={host}(127.0.0.1)",

@@ -45,6 +45,8 @@ def main() -> int:
     attempt["decision"], why = decide(attempt, earlier, fate(job))
     records.add_attempt(place, attempt)
     print(f"megaflow: {why}", flush=True)
+    if attempt["decision"] == "again" and directory:
+        outcome.begin(Path(directory))  # the next attempt may fail before it comes to a note of its own
     if attempt["decision"] != "again":
         return 0 if attempt["decision"] == "done" else arguments.code or 1
     return again(job, dead_hosts(os.environ.get("SLURM_JOB_NODELIST", ""), attempt["said"]))

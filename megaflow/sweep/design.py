@@ -11,7 +11,7 @@
       size: [{model.layers: 2, model.hidden: 64}, {model.layers: 4, model.hidden: 128}]   # keys that go together
     exclude: [{flow.clock.name: uniform, model.layers: [6, 8]}]
     seeds: 3                              # run.seed 0, 1, 2; or a list
-    draw: {kind: grid}                    # or {kind: random, count: 20, seed: 0}, or {kind: halving, keep: 0.33, rungs: 3}
+    draw: {kind: grid}                    # or {kind: random, count: 20, seed: 0}, {kind: optuna, …} or {kind: halving, …}
     budget: {tokens: 4e6}                 # or flops; train.steps of every point follows
     metric: likelihood.nats_per_token     # of evaluations, or validation_loss
     lower_is_better: true
@@ -44,7 +44,12 @@ from megaflow.errors import UserError
 STAGES = ("pretrain", "distill")
 BY = "validation_loss"
 """What the rungs of a halving decide by: a number of metrics.jsonl, the less the better."""
-DRAWS: dict[str, dict[str, Any]] = {"grid": {}, "random": {"count": 20, "seed": 0}, "halving": {"keep": 1 / 3, "rungs": 3, "by": BY}}
+DRAWS: dict[str, dict[str, Any]] = {
+    "grid": {},
+    "random": {"count": 20, "seed": 0},
+    "halving": {"keep": 1 / 3, "rungs": 3, "by": BY},
+    "optuna": {"count": 20, "seed": 0},
+}
 BUDGETS = ("tokens", "flops")
 TEACHER = "teacher"
 """Label of a flow that is trained for the maps of a sweep, and is no choice of it."""
@@ -282,10 +287,10 @@ def _seeds(path: str, value: Any) -> tuple[int, ...]:
 def _draw(path: str, value: dict[str, Any]) -> dict[str, Any]:
     kind = value.get("kind", "grid")
     if kind not in DRAWS or set(value) - {"kind"} - set(DRAWS[kind]):
-        forms = "{kind: grid}, {kind: random, count: 20, seed: 0} or {kind: halving, keep: 0.33, rungs: 3}"
+        forms = "{kind: grid}, {kind: random or optuna, count: 20, seed: 0} or {kind: halving, keep: 0.33, rungs: 3}"
         raise UserError(f"{path}: draw must be {forms}, not {value!r}")
     found = {"kind": kind} | DRAWS[kind] | value
-    if kind == "random" and not (isinstance(found["count"], int) and found["count"] > 0 and isinstance(found["seed"], int)):
+    if "count" in found and not (isinstance(found["count"], int) and found["count"] > 0 and isinstance(found["seed"], int)):
         raise UserError(f"{path}: draw.count must be a positive whole number, and draw.seed a whole number")
     if kind == "halving" and not (
         isinstance(found["rungs"], int) and found["rungs"] > 1 and _number(found["keep"]) and 0 < found["keep"] < 1
@@ -303,11 +308,15 @@ def _budget(path: str, value: dict[str, Any]) -> dict[str, float]:
     return {name: float(amount)}
 
 
-def points(sweep: Sweep) -> list[Point]:
-    """All points, teachers first, then choice by choice and seed by seed; random draws are of choices. Raises UserError."""
-    choices = list(itertools.product(*([(axis, *value) for value in values] for axis, values in sweep.axes.items())))
-    merged = []
-    for choice in choices:
+Choice = tuple[dict[str, str], Values]
+"""What is chosen on every axis: its labels, and the overrides that they stand for, those of all points among them."""
+
+
+def choices(sweep: Sweep) -> list[Choice]:
+    """The grid's choices, without what is excluded. Raises UserError."""
+    whole = list(itertools.product(*([(axis, *value) for value in values] for axis, values in sweep.axes.items())))
+    found: list[Choice] = []
+    for choice in whole:
         labels, overrides = {axis: label for axis, label, _ in choice}, dict(sweep.set)
         seen: dict[str, str] = {}
         for axis, _, values in choice:
@@ -317,20 +326,28 @@ def points(sweep: Sweep) -> list[Point]:
                 seen[key] = axis
             overrides |= values
         if not any(_matches(condition, labels, overrides) for condition in sweep.exclude):
-            merged.append((labels, overrides))
-    if sweep.draw["kind"] == "random" and sweep.draw["count"] < len(merged):
+            found.append((labels, overrides))
+    if not found:
+        raise UserError(f"{sweep.file}: no point is left: exclude leaves none of {len(whole)} choices")
+    return found
+
+
+def points(sweep: Sweep, some: list[Choice] | None = None) -> list[Point]:
+    """All points, or those of some choices: teachers first, then choice by choice and seed by seed. Random draws are of choices.
+
+    Raises UserError.
+    """
+    chosen = choices(sweep) if some is None else some
+    if some is None and sweep.draw["kind"] == "random":
         # a draw of n is the beginning of a draw of more: raising the count runs only what is new
-        order = sorted(range(len(merged)), key=lambda index: _rank(sweep.draw["seed"], merged[index][0]))
-        merged = [merged[index] for index in order[: sweep.draw["count"]]]
-    if not merged:
-        raise UserError(f"{sweep.file}: no point is left: exclude leaves none of {len(choices)} choices")
+        chosen = sorted(chosen, key=lambda choice: _rank(sweep.draw["seed"], choice[0]))[: sweep.draw["count"]]
     found, teachers = [], {}
     if sweep.teacher.base:
         for seed in sweep.seeds:
             named = {TEACHER: Path(sweep.teacher.base).stem}
             teachers[seed] = Point(named, dict(sweep.teacher.set), seed, "pretrain", sweep.teacher.base)
         found += list(teachers.values())
-    for labels, overrides in merged:
+    for labels, overrides in chosen:
         for seed in sweep.seeds:
             teacher = teachers[seed].name if teachers else ""
             found.append(Point(labels, overrides, seed, sweep.stage, sweep.base, teacher))

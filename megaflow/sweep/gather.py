@@ -1,13 +1,15 @@
 """`megaflow report SWEEP`: what the runs of a sweep have come to, as plain data, and the page that is made of it."""
 
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
 from megaflow.errors import UserError
 from megaflow.files import lines
 from megaflow.sweep import points
-from megaflow.sweep.design import TEACHER, written
+from megaflow.sweep.design import TEACHER, Sweep, written
+from megaflow.sweep.points import Placed
 
 CURVE = 400
 """Points of a curve that are kept: more are not seen."""
@@ -101,6 +103,15 @@ def point_of(directory: Path, member: dict[str, Any], evaluated: bool) -> dict[s
             "parameters": summary.get("parameters"),
         },
     }
+
+
+def mean_of(asked: Sweep, placed: list[Placed]) -> float | None:
+    """The metric of a choice, a mean over its seeds; None unless all of them have it."""
+    found = [
+        point_of(each.directory, {"labels": {}, "seed": 0, "refused": each.refused}, bool(asked.evaluate))["metrics"] for each in placed
+    ]
+    values = [metrics[asked.metric] for metrics in found if asked.metric in metrics]
+    return statistics.mean(values) if len(values) == len(asked.seeds) else None
 
 
 def measured(evaluation: dict[str, Any]) -> dict[str, float]:

@@ -79,23 +79,27 @@ def sweep(
     Returns the exit code. Raises UserError.
     """
     asked = design.read(path, overrides)
+    kind = asked.draw["kind"]
+    if resources is not None and kind in ("halving", "optuna"):
+        raise UserError(f"{path}: draw.kind={kind} decides by what it has seen, which arrays cannot; leave --slurm out, or use a grid")
     all_points = design.points(asked)
     design.baseline_of(asked, all_points)
-    placed = points.place(asked, all_points)
+    placed = points.place(asked, all_points) if kind != "optuna" or dry_run else []
     if dry_run and resources is None:
         print("\n".join(listed(placed)))
         return 0
-    if not dry_run:
+    if not dry_run and kind != "optuna":
         keep(asked, placed)
-    if resources is not None and asked.draw["kind"] == "halving":
-        raise UserError(f"{path}: draw.kind=halving decides between its rungs, which arrays cannot; leave --slurm out, or use a grid")
     if resources is not None:
         array.submit(asked, placed, resources, jobs, retry, dry_run, templates)
         return 0
     slots = shares(jobs)
     stop: list[int] = []
     with on_signals(stop):
-        tally = (halve if asked.draw["kind"] == "halving" else run)(asked, placed, slots, retry, stop)
+        if kind == "optuna":
+            tally = searched(asked, slots, retry, stop)
+        else:
+            tally = (halve if kind == "halving" else run)(asked, placed, slots, retry, stop)
     from megaflow.sweep.gather import report
 
     report(asked.dir, quiet=True)
@@ -187,6 +191,28 @@ def on_signals(stop: list[int]) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def searched(asked: Sweep, slots: list[dict[str, str]], retry: bool, stop: list[int]) -> Tally:
+    """Adaptive search: as many choices at once as fill the slots with all their seeds."""
+    from megaflow.sweep import gather, search
+
+    tally, tried = Tally(0), list[design.Choice]()
+
+    def measure(new: list[design.Choice]) -> list[float | None]:
+        tried.extend(new)
+        placed = points.place(asked, design.points(asked, tried))
+        keep(asked, placed)
+        names = [labels for labels, _ in new]
+        mine = [each for each in placed if each.point.labels in names or design.TEACHER in each.point.labels]
+        found = run(asked, mine, slots, retry, stop)
+        tally.states |= found.states
+        tally.seconds += found.seconds
+        tally.total = len(tally.states)
+        return [gather.mean_of(asked, [each for each in placed if each.point.labels == labels]) for labels in names]
+
+    search.search(asked, max(1, len(slots) // len(asked.seeds)), measure, stop)
+    return tally
 
 
 def halve(asked: Sweep, placed: list[Placed], slots: list[dict[str, str]], retry: bool, stop: list[int]) -> Tally:

@@ -153,3 +153,13 @@ def test_of_a_halving_the_best_go_on_and_come_to_what_a_grid_makes(sweeping, tmp
         for run in (sweeping.out / best, next((tmp_path / "grid").glob("optim*")))
     ]
     assert curves[0] == curves[1]
+
+
+@pytest.mark.long
+def test_a_search_runs_its_choices_with_all_their_seeds(sweeping):
+    text = "axes: {optim.learning_rate: [0.00001, 0.001, 0.01], model.layers: [1, 2]}\nseeds: 2\ndraw: {kind: optuna, count: 3}"
+    done = sweeping(text)
+    assert done.code == 0, done.err
+    assert len(starts(sweeping.out)) == 6 and "6 of 6 points done" in done.err
+    assert sweeping(text).code == 0 and set(starts(sweeping.out).values()) == {1}
+    assert (sweeping.out / "points.csv").read_text().count("\n") == 7

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What to run on a machine with GPUs, in one command: tools/gpu_check.sh [FOLDER]. Everything it prints and measures goes into FOLDER
-# (default gpu_check), with the device's name: the tests that need a GPU (flash-attn against the written-out form among them), MFU from
+# (default gpu_check), with the device's name: what is here (megaflow doctor), the tests that need a GPU (flash-attn against the written-out form among them), MFU from
 # 145M parameters up with and without flash-attn and torch.compile, scaling over the GPUs of the machine, and the step benchmark. Shorter:
 # SECONDS_EACH=15 SIZES="145m 400m" tools/gpu_check.sh.
 # Each part goes on where another fails; the last line says which did.
@@ -25,6 +25,7 @@ part() {
     "$@" 2>&1 | tee "$out/$name.txt"
     [ "${PIPESTATUS[0]}" = 0 ] || failed+=("$name")
 }
+part doctor "$python" -m megaflow doctor
 part tests "$python" -m pytest -q -m cuda tests
 # shellcheck disable=SC2086 # several words
 part mfu "$python" tools/bench_mfu.py --json "$out/mfu.json" ${SIZES:-}

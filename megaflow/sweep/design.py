@@ -50,7 +50,7 @@ DRAWS: dict[str, dict[str, Any]] = {
     "halving": {"keep": 1 / 3, "rungs": 3, "by": BY},
     "optuna": {"count": 20, "seed": 0},
 }
-BUDGETS = ("tokens", "flops")
+BUDGETS = ("tokens", "flops", "seconds")
 TEACHER = "teacher"
 """Label of a flow that is trained for the maps of a sweep, and is no choice of it."""
 Values = dict[str, Any]
@@ -194,6 +194,8 @@ def _sweep(path: str, content: dict[str, Any]) -> Sweep:
         raise UserError(f"{path}: teacher belongs to stage: distill")
     if found["budget"] and found.get("stage") == "distill":
         raise UserError(f"{path}: budget is of stage: pretrain; set train.steps of maps, and of their teacher")
+    if "seconds" in found["budget"] and found["draw"]["kind"] == "optuna":
+        raise UserError(f"{path}: budget.seconds measures every choice before, and draw.kind=optuna tries few; use tokens or flops")
     if found["budget"] and "train.steps" in found["set"]:
         raise UserError(f"{path}: budget and set.train.steps both say how long points train; leave one out")
     found["teacher"] = Teacher(str(teacher.get("base", "")), _values(path, "teacher.set", teacher.get("set", {})))
@@ -304,7 +306,7 @@ def _budget(path: str, value: dict[str, Any]) -> dict[str, float]:
         return {}
     ((name, amount),) = value.items() if len(value) == 1 else [("", 0)]
     if name not in BUDGETS or not _number(amount) or amount <= 0:
-        raise UserError(f"{path}: budget must be one of {{tokens: n}} and {{flops: n}}, not {value!r}")
+        raise UserError(f"{path}: budget must be one of {{tokens: n}}, {{flops: n}} and {{seconds: n}}, not {value!r}")
     return {name: float(amount)}
 
 

@@ -42,23 +42,29 @@ class Placed:
     refused: str = ""
     steps: int = 0
     """Of its config, 0 where that is refused."""
+    kind: str = ""
+    """Its identity but for seed and steps: what is as fast as it."""
 
 
-def place(sweep: Sweep, all_points: list[Point]) -> list[Placed]:
-    """Where every point is, or is to be. A point that two choices of a sweep come to is there once. Raises UserError."""
+def place(sweep: Sweep, all_points: list[Point], speeds: dict[str, float] | None = None) -> list[Placed]:
+    """Where every point is, or is to be. A point that two choices of a sweep come to is there once.
+
+    speeds: tokens a second by kinds of points, where the budget is one of seconds (speed.py).
+    """
     folder = Path(sweep.dir)
     there = {content["identity"]: path for path, content in recorded(folder).items()}
     by_name: dict[str, Path] = {}
     found: list[Placed] = []
     taken = {path.name for path in there.values()}
     for point in all_points:
-        words, refused, steps = point.words(), "", 0
+        words, refused, steps, kind = point.words(), "", 0, ""
         if point.teacher:
             words.append(f"distill.teacher={by_name[point.teacher]}")
         try:
             loaded, vocab = known(point.base, words)
-            if sweep.budget and not point.teacher:
-                words.append(f"train.steps={steps_of(sweep.budget, loaded, vocab)}")
+            kind = identity_of(loaded, point.stage, besides=("run.seed", "train.steps"))
+            if sweep.budget:
+                words.append(f"train.steps={steps_of(sweep.budget, loaded, vocab, (speeds or {}).get(kind))}")
                 loaded, vocab = known(point.base, words)
             contradictions(loaded)
             if vocab is not None and not point.teacher:
@@ -74,7 +80,7 @@ def place(sweep: Sweep, all_points: list[Point]) -> list[Placed]:
             there[identity] = directory
             taken.add(name)
         by_name[point.name] = directory
-        found.append(Placed(point, directory, identity, words, refused, steps))
+        found.append(Placed(point, directory, identity, words, refused, steps, kind))
     return found
 
 
@@ -105,8 +111,8 @@ def note(placed: Placed, state: str, said: str = "", seconds: float | None = Non
     write_atomically(placed.directory / FILE, json.dumps(content, indent=1))
 
 
-def identity_of(loaded: Loaded, stage: str) -> str:
-    values = {name: value for name, value in flatten(loaded.config).items() if not name.startswith(MAY_CHANGE)}
+def identity_of(loaded: Loaded, stage: str, besides: tuple[str, ...] = ()) -> str:
+    values = {name: value for name, value in flatten(loaded.config).items() if not name.startswith((*MAY_CHANGE, *besides))}
     return hashed([stage, values, loaded.config.data.path])
 
 
@@ -114,10 +120,17 @@ def hashed(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def steps_of(budget: dict[str, float], loaded: Loaded, vocab: int | None) -> int:
-    """Steps of a config that has so many tokens or model FLOPs. Raises UserError where FLOPs cannot be counted."""
+def steps_of(budget: dict[str, float], loaded: Loaded, vocab: int | None, speed: float | None = None) -> int:
+    """Steps of a config that has so many tokens or model FLOPs, or seconds at so many tokens a second.
+
+    Raises UserError where FLOPs cannot be counted, or the speed is not known.
+    """
     config = loaded.config
     tokens = budget.get("tokens")
+    if "seconds" in budget:
+        if speed is None:
+            raise UserError("how fast it trains is not measured yet, or could not be")
+        tokens = budget["seconds"] * speed
     if tokens is None:
         size = foreseen(loaded) if vocab is None else vocab
         if size is None:

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TextIO
 
@@ -25,7 +25,7 @@ from megaflow.files import lines, write_atomically
 from megaflow.launch.script import Resources
 from megaflow.process import STOP_SIGNALS, STOPPED
 from megaflow.progress import duration
-from megaflow.sweep import array, design, points
+from megaflow.sweep import array, design, points, speed
 from megaflow.sweep.design import Sweep
 from megaflow.sweep.points import DONE, FAILED, REFUSED, Placed
 from megaflow.train import outcome
@@ -84,7 +84,13 @@ def sweep(
         raise UserError(f"{path}: draw.kind={kind} decides by what it has seen, which arrays cannot; leave --slurm out, or use a grid")
     all_points = design.points(asked)
     design.baseline_of(asked, all_points)
-    placed = points.place(asked, all_points) if kind != "optuna" or dry_run else []
+    slots, stop = shares(jobs) if resources is None else [], list[int]()
+    if "seconds" in asked.budget:
+        if resources is not None:
+            raise UserError(f"{path}: budget.seconds goes by how fast choices train here, and arrays train elsewhere; use tokens or flops")
+        if not dry_run and (code := measured(asked, all_points, slots, stop)):
+            return code
+    placed = points.place(asked, all_points, speed.known(asked)) if kind != "optuna" or dry_run else []
     if dry_run and resources is None:
         print("\n".join(listed(placed)))
         return 0
@@ -93,8 +99,6 @@ def sweep(
     if resources is not None:
         array.submit(asked, placed, resources, jobs, retry, dry_run, templates)
         return 0
-    slots = shares(jobs)
-    stop: list[int] = []
     with on_signals(stop):
         if kind == "optuna":
             tally = searched(asked, slots, retry, stop)
@@ -193,6 +197,17 @@ def on_signals(stop: list[int]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def measured(asked: Sweep, all_points: list[design.Point], slots: list[dict[str, str]], stop: list[int]) -> int:
+    """Measure how fast each choice trains that was not measured before. Returns an exit code, 0 where the sweep can go on."""
+    new = speed.to_measure(asked, all_points)
+    if new:
+        print(f"{asked.dir}: measuring the speed of {len(new)} choices, {speed.STEPS} steps each", file=sys.stderr)
+        with on_signals(stop):
+            run(replace(asked, evaluate={}), new, slots, True, stop)
+        speed.keep(asked, new)
+    return STOPPED if stop else 0
+
+
 def searched(asked: Sweep, slots: list[dict[str, str]], retry: bool, stop: list[int]) -> Tally:
     """Adaptive search: as many choices at once as fill the slots with all their seeds."""
     from megaflow.sweep import gather, search
@@ -201,7 +216,7 @@ def searched(asked: Sweep, slots: list[dict[str, str]], retry: bool, stop: list[
 
     def measure(new: list[design.Choice]) -> list[float | None]:
         tried.extend(new)
-        placed = points.place(asked, design.points(asked, tried))
+        placed = points.place(asked, design.points(asked, tried), speed.known(asked))
         keep(asked, placed)
         names = [labels for labels, _ in new]
         mine = [each for each in placed if each.point.labels in names or design.TEACHER in each.point.labels]

@@ -163,3 +163,19 @@ def test_a_search_runs_its_choices_with_all_their_seeds(sweeping):
     assert len(starts(sweeping.out)) == 6 and "6 of 6 points done" in done.err
     assert sweeping(text).code == 0 and set(starts(sweeping.out).values()) == {1}
     assert (sweeping.out / "points.csv").read_text().count("\n") == 7
+
+
+@pytest.mark.long
+def test_a_budget_of_seconds_is_steps_by_the_speed_of_each_choice(sweeping):
+    """Measured once: asked again, or for more seeds, the same steps."""
+    text = "axes: {model.layers: [1, 6]}\nbudget: {seconds: 0.5}\nset: {train.validate_every: 1000, train.validation_rows: 2}"
+    done = sweeping(text)
+    assert done.code == 0, done.err
+    speeds = json.loads((sweeping.out / "speeds.json").read_text())
+    found = {path.parent.name: json.loads(path.read_text())["steps"] for path in sweeping.out.glob("*/summary.json")}
+    assert sorted(found.values()) == sorted(max(1, round(0.5 * rate / (8 * 16))) for rate in speeds.values())
+    assert not (sweeping.out / "speeds").exists() and "measuring the speed of 2 choices" in done.err
+    again = sweeping(text + "\nseeds: 2")
+    assert again.code == 0 and "measuring" not in again.err
+    steps = {path.parent.name: json.loads(path.read_text())["steps"] for path in sweeping.out.glob("*/summary.json")}
+    assert len(steps) == 4 and all(steps[name.replace("seed=0", "seed=1")] == count for name, count in found.items())

@@ -524,6 +524,7 @@ class TestRanks:
         assert ranks(2, folder, [str(full), str(full)])[0][0].state == "missing"
         assert list((tmp_path / "a").iterdir()) == [] and [path.name for path in full.iterdir()] == ["all of it"]
 
+    @pytest.mark.long
     def test_a_place_that_hangs(self, ranks, tmp_path):
         began = time.monotonic()
         (found,) = ranks(2, folder, [str(tmp_path)] * 2, True, "announced")[0]
@@ -590,12 +591,14 @@ class TestProcesses:
         assert first.returncode == 1 and len(lines) == 1 and lines[0].split()[1] == "ranks" and "cannot meet at 127.0.0.1" in lines[0]
         assert "Traceback" not in err and "free disk" in out
 
+    @pytest.mark.long
     def test_the_first_one_never_comes(self, start):
         other = start(1)
         out, err = other.communicate(timeout=60)
         sentences = [line for line in err.splitlines() if line.startswith("megaflow: ")]
         assert other.returncode == 1 and out == "" and len(sentences) == 1 and "Traceback" not in err
 
+    @pytest.mark.long
     @pytest.mark.parametrize("signal_name", ["SIGSTOP", "SIGKILL"])
     def test_one_that_comes_and_is_lost(self, start, signal_name):
         first = start(0)
@@ -612,6 +615,7 @@ class TestProcesses:
         (line,) = [line for line in out.splitlines() if line.startswith("missing")]
         assert first.returncode == 1 and line.split()[1] == doctor_ranks.HANGS and "rank 1 (" in line, out
 
+    @pytest.mark.long
     @pytest.mark.parametrize(("burst", "name", "expected"), [("256k", "bandwidth", "warn"), ("64k", doctor_ranks.HANGS, "missing")])
     def test_a_cable_that_is_slow_or_loses_large_packets(self, environment, tmp_path, burst, name, expected):
         """Two processes in a network of their own, whose loopback passes 50 MB a second, and no packet above `burst`."""
@@ -655,6 +659,7 @@ class TestOnACluster:
         lines = [line for line in done.stdout.splitlines() if line.startswith("missing")]
         assert done.returncode == 1 and len(lines) == 1 and "one folder" in lines[0] and "rank 1 (n2)" in lines[0], done.stdout
 
+    @pytest.mark.long
     def test_a_batch_script_is_one_process(self, cluster, tmp_path):
         script = f"{sys.executable} -c '{DOCTOR}' {tmp_path}"
         cluster.run("sbatch", "--wait", "-N2", "--ntasks-per-node=1", f"--output={tmp_path}/log", f"--wrap={script}")

@@ -190,6 +190,7 @@ def test_a_node_that_dies_is_left_out_of_the_next_attempt(cluster, megaflow, sub
     assert losses(run).keys() == undisturbed(300).keys()
 
 
+@pytest.mark.long
 def test_a_log_without_room_costs_the_log_alone(cluster, submit, full, tmp_path):
     run = tmp_path / "run"
     run.mkdir()

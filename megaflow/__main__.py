@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import signal
 import sys
 import time
 from typing import Any
@@ -284,6 +285,8 @@ def run(arguments: argparse.Namespace, began: float) -> int:
         chain = arguments.after, arguments.then
         submit(arguments.config, arguments.overrides, resources_of(arguments), *chain, arguments.dry_run, arguments.templates)
         return 0
+    if arguments.command in ("status", "cancel", "logs"):
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing is lost of what only looks
     if arguments.command in ("status", "cancel"):
         from megaflow.launch import status
 

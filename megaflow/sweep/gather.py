@@ -92,6 +92,7 @@ def point_of(directory: Path, member: dict[str, Any], evaluated: bool) -> dict[s
         "name": directory.name,
         "values": member["labels"],
         "seed": member["seed"],
+        "besides": besides(directory),
         "state": "stopped early" if state in ("stopped", "paused") else state,
         "said": member["refused"] or said or None,
         "metrics": metrics if state == points.DONE else {},
@@ -112,6 +113,12 @@ def mean_of(asked: Sweep, placed: list[Placed]) -> float | None:
     ]
     values = [metrics[asked.metric] for metrics in found if asked.metric in metrics]
     return statistics.mean(values) if len(values) == len(asked.seeds) else None
+
+
+def besides(directory: Path) -> dict[str, str]:
+    """What a point was told besides its choice: the steps of a budget, the flow that it is a map of."""
+    words = dict(word.split("=", 1) for word in points.record(directory).get("words", []))
+    return {key: words[key] for key in ("train.steps", "distill.teacher") if key in words}
 
 
 def measured(evaluation: dict[str, Any]) -> dict[str, float]:

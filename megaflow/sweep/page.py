@@ -112,6 +112,8 @@ def best_yaml(data: dict[str, Any], folder: Path | str | None = None) -> str:
     found = dict(data.get("set") or {})
     for axis, value in values.items():
         found |= told[axis][value] if value in told.get(axis, {}) else overrides({axis: value})
+    mine = [point for point in data["points"] if tuple(point["values"][axis] for axis in data["axes"]) == won.choice]
+    found |= next((point["besides"] for point in mine if point.get("besides")), {})
     for key, value in found.items():
         node = tree
         *sections, last = key.split(".")

@@ -5,6 +5,7 @@ run.json         stage, git state, package versions, command line of every start
 metrics.jsonl    one line a logged step; a curve without gaps or double steps, whatever happened to the process
 checkpoints/     see checkpoint.py              flow.safetensors   the flow's fixed parts, see model/parts.py
 summary.json     of a finished run: seconds, speed, memory
+ended.json       how the last attempt ended, see outcome.py
 """
 
 import contextlib

@@ -13,9 +13,11 @@ from types import SimpleNamespace
 
 import pytest
 
+from megaflow.config.load import load
 from megaflow.files import lines
 from megaflow.process import STOPPED
 from megaflow.sweep import points
+from megaflow.train.run import load_distill
 
 STEPS = "train.steps: 6, train.validate_every: 6, train.validation_rows: 8"
 
@@ -123,6 +125,8 @@ def test_a_budget_of_tokens_is_the_same_for_all(sweeping):
     assert done.code == 0, done.err
     found = {json.loads(path.read_text())["steps"]: json.loads(path.read_text())["tokens"] for path in sweeping.out.glob("*/summary.json")}
     assert found == {16: 1024, 8: 1024}
+    best = load(sweeping.out / "best.yaml").config
+    assert best.train.steps * best.train.global_batch * 16 == 1024
 
 
 def test_points_are_listed_before_anything_runs(sweeping):
@@ -136,6 +140,7 @@ def test_maps_wait_for_their_flows(sweeping, config, tmp_path):
     done = sweeping(text, f"base={config('coded', 'flow_map')}")
     assert done.code == 0, done.err
     assert set(states(sweeping.out).values()) == {"done"} and len(states(sweeping.out)) == 3
+    assert load_distill(str(sweeping.out / "best.yaml"), []).config.distill.teacher == str(sweeping.out / "teacher=coded-flow-seed=0")
 
 
 @pytest.mark.long

@@ -1,5 +1,6 @@
 """What a process asks of the system before anything heavy is imported: the C runtime, the console and signals."""
 
+import atexit
 import contextlib
 import ctypes
 import errno
@@ -112,6 +113,13 @@ def leave_on_signals() -> None:
 
     for number in STOP_SIGNALS:
         signal.signal(number, leave)
+    atexit.register(ignore_signals)
+
+
+def ignore_signals() -> None:
+    """At the end of a process, whose exit code says what it has come to: as the interpreter leaves, a signal would be what it died of."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def first_here() -> bool:

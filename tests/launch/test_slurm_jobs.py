@@ -220,14 +220,22 @@ def test_a_controller_that_does_not_answer_is_said_not_to(cluster, megaflow, sub
 
 @pytest.mark.long
 @pytest.mark.timeout(3600)
-def test_twenty_preemptions_at_random_moments(cluster, submit, undisturbed):
-    run, job = submit("twenty", 1500)
+def test_twenty_preemptions_at_random_moments(cluster, megaflow, submit, config, tmp_path):
+    """From before a process has begun to the middle of its training; the curve is that of a run that paused nowhere before."""
+    from megaflow.train import stages
+
+    run, job = submit("twenty", 100000)
     draw = random.Random(0)
     for number in range(20):
         cluster.until(lambda: cluster.state(job) == "RUNNING", 120.0)
         time.sleep(draw.uniform(0.0, 12.0))
         cluster.run("scancel", "--batch", "--signal=USR1", job)
         cluster.until(lambda number=number: len(records.attempts(run / "slurm")) == number + 1, 120.0)
-    assert cluster.over(job, 600.0) == "COMPLETED"
-    assert [line["decision"] for line in records.attempts(run / "slurm")] == ["again"] * 20 + ["done"]
-    assert losses(run) == undisturbed(1500)
+    cluster.run("scancel", job)
+    assert [(line["end"], line["decision"]) for line in records.attempts(run / "slurm")] == [("stopped", "again")] * 20
+    reached = outcome.newest_step(run)
+    steps = [start["step"] for start in json.loads((run / "run.json").read_text())["starts"]]
+    assert steps == sorted(steps) and len(set(steps)) > 10 and max(losses(run)) == reached
+    words = [f"run.dir={tmp_path / 'other'}", "train.steps=100000", *EVERY, f"train.pause_at={reached}"]
+    assert stages.pretrain(str(config("coded")), words) == 75
+    assert losses(run) == losses(tmp_path / "other")

@@ -307,9 +307,21 @@ def run(arguments: argparse.Namespace, began: float) -> int:
     if arguments.command == "sweep":
         from megaflow.sweep.pool import sweep
 
+        resources = resources_of(arguments)
+        if not arguments.slurm and (resources != type(resources)() or arguments.limit is not None or arguments.templates is not None):
+            raise UserError("resources of jobs, --limit and --templates are of --slurm; give that too, or leave them out")
+        if arguments.slurm and arguments.jobs is not None:
+            raise UserError("--jobs is of this machine; of --slurm, --limit says how many elements of an array run at once")
         at_once = arguments.limit if arguments.slurm else arguments.jobs
-        resources = resources_of(arguments) if arguments.slurm else None
-        return sweep(arguments.sweep, arguments.overrides, at_once, arguments.retry, arguments.dry_run, resources, arguments.templates)
+        return sweep(
+            arguments.sweep,
+            arguments.overrides,
+            at_once,
+            arguments.retry,
+            arguments.dry_run,
+            resources if arguments.slurm else None,
+            arguments.templates,
+        )
     from megaflow.sweep import gather
 
     if gather.is_sweep(arguments.dir):
@@ -329,6 +341,10 @@ def resources_of(arguments: argparse.Namespace) -> Any:
         value = getattr(arguments, option)
         if value is not None and value < 1:
             raise UserError(f"--{option.replace('_', '-')}: {value} is not a positive number")
+    if arguments.gpus_per_node < 0:
+        raise UserError(f"--gpus-per-node: {arguments.gpus_per_node} is below 0")
+    if arguments.gpus_per_node and arguments.processes_per_node > 1:
+        raise UserError("--processes-per-node is of hosts without GPUs; with --gpus-per-node each GPU is a rank")
     return Resources(
         nodes=arguments.nodes,
         gpus=arguments.gpus_per_node,

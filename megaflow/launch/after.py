@@ -8,6 +8,7 @@ itself queues again, is left to Slurm. PLACE/attempts.jsonl has a line for every
 """
 
 import argparse
+import itertools
 import os
 import re
 import sys
@@ -22,6 +23,8 @@ from megaflow.train import outcome
 
 SAME = 3
 """Attempts in a row that come to the same end, after which there is no other."""
+STUCK = 10
+"""Attempts in a row, however they end, that come to no new checkpoint; being stopped again and again is no failure of the run."""
 SOON = 8
 """Seconds after which a job starts again. Slurm itself has it wait until credentials of the old start are void, two minutes (cred_expire);
 a start that is later than the job's own end is kept as it is asked for."""
@@ -94,8 +97,11 @@ def decide(attempt: dict[str, Any], earlier: list[dict[str, Any]], fate: str) ->
         if shape(line) != shape(attempt):
             break
         same += 1
-    if same >= SAME:
+    if same >= SAME and attempt["end"] == "failed":
         return "over", f"gives up after {same} attempts that ended the same way, with no new checkpoint between them: {what}"
+    stuck = 1 + len(list(itertools.takewhile(lambda line: line["step"] == attempt["step"], reversed(earlier))))
+    if stuck >= STUCK:
+        return "over", f"gives up after {stuck} attempts without a new checkpoint, the last of which ended so: {what}"
     return "again", f"{what}; attempt {attempt['attempt']} has ended, the job queues again"
 
 

@@ -28,11 +28,14 @@ def main() -> int:
     parser.add_argument("--processes", type=int, required=True)
     parser.add_argument("words", nargs="+")
     arguments = parser.parse_args()
-    words = element(arguments.words[0], os.environ)["words"] if arguments.words[0].startswith("@") else arguments.words
+    words, place = arguments.words, arguments.place
+    if words[0].startswith("@"):
+        mine = element(words[0], os.environ)
+        words, place = mine["words"], Path(mine["directory"]).absolute() / "slurm"
     asked: list[int] = []
     for number in (signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, lambda number, frame: asked.append(number))
-    started = subprocess.Popen(command(words, arguments.processes, arguments.place, os.environ), start_new_session=True)
+    started = subprocess.Popen(command(words, arguments.processes, place, os.environ), start_new_session=True)
     several = arguments.processes * hosts(os.environ) > 1
     told = 0.0
     while started.poll() is None:
@@ -62,7 +65,9 @@ def command(words: list[str], processes: int, place: Path, environment: "os._Env
         return [sys.executable, *ours]
     job, attempt = environment["SLURM_JOB_ID"], int(environment.get("SLURM_RESTART_COUNT") or 0)
     number = int(environment.get("SLURM_NODEID") or 0)
-    logs = place / job / f"attempt{attempt + 1}" / f"host{number}"
+    array = environment.get("SLURM_ARRAY_JOB_ID")
+    named = f"{array}_{environment['SLURM_ARRAY_TASK_ID']}" if array else job
+    logs = place / named / f"attempt{attempt + 1}" / f"host{number}"
     logs.mkdir(parents=True, exist_ok=True)
     launcher = ["-m", "torch.distributed.run", f"--nnodes={nodes}", f"--node-rank={number}", f"--nproc-per-node={processes}"]
     # another port at every attempt: of the one before, the system may not have let go

@@ -18,6 +18,12 @@ def logs(run: str, rank: int | None = None, job: str | None = None, follow: bool
     place = records.place_of(run)
     kept = {line["job"]: line for line in records.jobs(place)}
     ids = list(kept)
+    console = Path(run) / "console.log"
+    if not ids and console.exists():  # a point of a sweep that runs here
+        show(console, "", False)
+        return
+    if (Path(run) / "sweeps").is_dir():
+        raise UserError(f"{run}: a sweep has a log for each of its points; megaflow status {run} names them")
     if not ids:
         raise UserError(f"{run}: no job was submitted for it; what is started by hand writes to its own console")
     if job is not None and job not in ids:

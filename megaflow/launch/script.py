@@ -70,8 +70,8 @@ def directive(option: str, value: object = None) -> str:
     """A line for sbatch, which reads words in double quotes much as a shell does, but expands nothing, and takes # for the
     beginning of a comment even there. Raises UserError."""
     text = "" if value is None else str(value)
-    if any(ord(character) < 32 for character in text):
-        raise UserError(f"{text!r} cannot be an option of a Slurm job: it has a line break or another control character")
+    if any(ord(character) < 32 for character in option + text) or not re.fullmatch(r"[\w-]+", option):
+        raise UserError(f"{option + '=' + text!r} cannot be an option of a Slurm job: it has a line break or another control character")
     if value is None or re.fullmatch(r"[\w./:,@%+=-]+", text):
         return f"#SBATCH --{option}" + ("" if value is None else f"={text}")
     escaped = re.sub(r'([\\"#])', r"\\\1", text)

@@ -141,9 +141,9 @@ def left(line: dict[str, Any], steps: int | None) -> float | None:
     return (steps - line["step"]) * line["tokens"] / line["step"] / line["tokens_per_second"]
 
 
-def holder(run: Path) -> str:
+def holder(run: Path, file: str = ".lock") -> str:
     """Who works on a run: 'here', a process of this host; 'on HOST', which cannot be seen from here; empty, nobody."""
-    pid, _, host = owner(run)
+    pid, _, host = owner(run, file)
     if not pid:
         return ""
     if host != os.uname().nodename:
@@ -151,10 +151,10 @@ def holder(run: Path) -> str:
     return "here" if b"megaflow" in command_of(pid) else ""
 
 
-def owner(run: Path) -> tuple[int, str, str]:
+def owner(run: Path, file: str = ".lock") -> tuple[int, str, str]:
     """(process, 'on', host) of the run's lock; (0, '', '') where it has none."""
     try:
-        pid, on, host = (run / ".lock").read_text("utf-8").split(" ", 2)
+        pid, on, host = (run / file).read_text("utf-8").split(" ", 2)
         return int(pid), on, host
     except (OSError, ValueError):
         return 0, "", ""
@@ -217,7 +217,13 @@ def cells(state: dict[str, Any]) -> tuple[str, ...]:
 def cancel(places: list[str]) -> None:
     """End the jobs of runs, and their processes on this host: what trains saves before it leaves. Raises UserError."""
     ended = 0
-    for run in found([Path(place) for place in places]):
+    sweeps = [Path(place) for place in places if (Path(place) / "sweeps").is_dir()]
+    for folder in sweeps:  # first what would start another point as soon as one has ended
+        if holder(folder, ".pool") == "here":
+            os.kill(owner(folder, ".pool")[0], signal.SIGTERM)
+            print(f"process {owner(folder, '.pool')[0]}, the sweep {folder}, is told to end, and what it trains to save")
+            ended += 1
+    for run in [*sweeps, *found([Path(place) for place in places])]:
         jobs = records.jobs(place_of(run))
         for id, job in (slurm.waiting_or_running([line["job"] for line in jobs]) if jobs else {}).items():
             if job.state == "RUNNING":

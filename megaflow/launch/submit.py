@@ -17,6 +17,11 @@ from megaflow.show import known
 
 STAGES = ("prepare", "pretrain", "distill", "evaluate", "convert")
 TRAINING = ("pretrain", "distill")
+OPTIONS = {
+    "evaluate": ("steps", "samples", "rows", "draws", "temperature", "clock", "seed", "data", "json"),
+    "convert": ("as", "step", "weights", "precision", "shard-size", "processes"),
+}
+"""Of the commands that know no config."""
 LATEST = 60
 """Seconds by which Slurm may tell a job earlier than it was asked to."""
 
@@ -95,6 +100,9 @@ def step(stage: str, words: list[str], resources: Resources, run: Path | None, w
         if not waits and not (directory / "config.yaml").exists():
             raise UserError(f"{directory}: no run is there to {stage}; give its directory or config, or --after what makes it")
         given = [f"--{word.lstrip('-')}" for word in options]
+        for word in given:
+            if (name := word[2:].partition("=")[0]) not in OPTIONS[stage]:
+                raise UserError(f"{stage} has no option {name}; it has {', '.join(OPTIONS[stage])}")
         return Step(stage, [stage, str(directory), *plain[1:], *given], directory, records.place_of(directory))
     if len(plain) != 1:
         raise UserError(f"{stage} takes a CONFIG and overrides a.b=c, not {shlex.join(words) or 'nothing'}")
@@ -167,7 +175,12 @@ def queued(directory: str, dry_run: bool) -> list[str]:
     if not known_jobs:
         raise UserError(f"--after {directory}: no job was submitted for it; give the directory of a run or of shards that has one")
     ids = [line["job"] for line in known_jobs]
-    return ids[-1:] if dry_run and not slurm.here() else list(slurm.waiting_or_running(ids))
+    if dry_run and not slurm.here():
+        return ids[-1:]
+    active = list(slurm.waiting_or_running(ids))
+    if not active and not any((Path(directory) / name).exists() for name in ("summary.json", "prepared.json")):
+        raise UserError(f"--after {directory}: its job {ids[-1]} is over and it is not finished; submit that again, or leave --after out")
+    return active
 
 
 def free(each: Step) -> None:

@@ -33,22 +33,23 @@ def submit(
     if most is not None and most < 1:
         raise UserError(f"--limit: {most} is not a positive number")
     source, place = script.folder(templates), (Path(asked.dir) / "slurm").absolute()
-    todo = left(asked, placed, retry)
+    active = queued(placed)
+    todo = left(asked, placed, retry, active, dry_run)
     if not todo:
         print(f"{asked.dir}: nothing to submit, every point is done, failed, refused or in the queue; --retry takes failed ones")
         return
     if not dry_run:
         place.mkdir(parents=True, exist_ok=True)
-    groups = [[each for each in todo if each.point.stage == "pretrain" and asked.stage == "distill"]]
-    groups.append([each for each in todo if each not in groups[0]])
-    waits = ""
-    for number, group in enumerate(groups):
+    teachers = [each for each in todo if asked.stage == "distill" and each.point.stage == "pretrain"]
+    running = waiting_for(asked, placed, active)
+    waits = f"afterok:{':'.join(running)}" if running else ""
+    for number, group in enumerate((teachers, [each for each in todo if each not in teachers])):
         if not group:
             continue
         name = Path(asked.file).stem + (".teachers" if number == 0 else "")
-        trains = [entry(each, [each.point.stage, each.point.base, *each.words, f"run.dir={each.directory}"]) for each in group]
-        id = one(asked, place, source, name, trains, resources, waits, most, group[0].point.stage, dry_run, group)
-        waits = f"afterok:{id}"
+        trains = [entry(each, points.training(asked, each)) for each in group]
+        id = one(asked, place, source, name, trains, resources, "" if number == 0 else waits, most, group[0].point.stage, dry_run, group)
+        waits = f"{waits}:{id}" if waits and number == 0 else f"afterok:{id}"
         if asked.evaluate:
             evaluates = [entry(each, points.evaluation(asked, each.directory)[0]) for each in group]
             small = needed("evaluate", resources)
@@ -62,21 +63,38 @@ def submit(
         print(text)
         return
     id = slurm.submit(text)
+    records.add_job(place, {"job": id, "stage": "report", "time": time.time(), "words": words, "directory": asked.dir})
     print(f"job {id}: the report, once all have ended: {Path(asked.dir) / 'report.html'}\n  state   megaflow status {asked.dir}")
 
 
-def left(asked: Sweep, placed: list[Placed], retry: bool) -> list[Placed]:
-    """The points that are not done, failed, refused or in the queue already."""
+def queued(placed: list[Placed]) -> dict[Path, list[str]]:
+    """The jobs of points that are not over. Raises UserError."""
     jobs = {each.directory: [line["job"] for line in records.jobs(records.place_of(each.directory))] for each in placed}
     ids = [id for some in jobs.values() for id in some]
     active = slurm.waiting_or_running(ids) if ids else {}
+    return {directory: [id for id in some if id in active] for directory, some in jobs.items()}
+
+
+def waiting_for(asked: Sweep, placed: list[Placed], active: dict[Path, list[str]]) -> list[str]:
+    """Jobs of teachers that are in the queue already, for which maps have to wait."""
+    teachers = [each for each in placed if asked.stage == "distill" and each.point.stage == "pretrain"]
+    return [id for each in teachers for id in active[each.directory][:1]]
+
+
+def left(asked: Sweep, placed: list[Placed], retry: bool, active: dict[Path, list[str]], dry_run: bool) -> list[Placed]:
+    """The points that are not done, failed, refused or in the queue already, and whose teachers have not failed."""
     found: dict[Path, Placed] = {}
+    lost: set[str] = set()
     for each in placed:
-        state, _ = points.stands(each.directory, bool(asked.evaluate))
-        if each.refused:
-            points.note(each, REFUSED, each.refused)
-        elif state == DONE or state == FAILED and not retry or any(id in active for id in jobs[each.directory]):
+        state, _ = points.stands(each.directory, asked.evaluate)
+        if each.refused or each.point.teacher in lost:
+            lost.add(each.point.name)
+            if not dry_run:
+                points.note(each, REFUSED if each.refused else FAILED, each.refused or f"its teacher {each.point.teacher} has failed")
+        elif state == DONE or active[each.directory]:
             continue
+        elif state == FAILED and not retry:
+            lost.add(each.point.name)
         else:
             found.setdefault(each.directory, each)
     return list(found.values())

@@ -42,6 +42,16 @@ from megaflow.config.schema import keys
 from megaflow.errors import UserError
 
 STAGES = ("pretrain", "distill")
+EVALUATION: dict[str, Any] = {
+    "steps": "1,2,4,16,64",
+    "samples": 64,
+    "rows": 256,
+    "draws": 8,
+    "temperature": 1.0,
+    "clock": "auto",
+    "seed": 0,
+}
+"""Options of megaflow evaluate that a sweep may give, with their defaults."""
 BY = "validation_loss"
 """What the rungs of a halving decide by: a number of metrics.jsonl, the less the better."""
 DRAWS: dict[str, dict[str, Any]] = {
@@ -51,6 +61,23 @@ DRAWS: dict[str, dict[str, Any]] = {
     "optuna": {"count": 20, "seed": 0},
 }
 BUDGETS = ("tokens", "flops", "seconds")
+MACHINE = (
+    "parallel.",
+    "log.",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.micro_batch",
+    "train.hang_timeout",
+    "train.pause_at",
+    "train.skip_nonfinite",
+    "data.path",
+    "data.format",
+    "data.source",
+    "data.workers",
+    "model.attention",
+)
+"""Keys of the machine, which points of one identity may differ in: as axes they would give the same run several names."""
+SAMPLED = ("judge_bits_per_char", "entropy", "reverse_bits_per_char")
 TEACHER = "teacher"
 """Label of a flow that is trained for the maps of a sweep, and is no choice of it."""
 Values = dict[str, Any]
@@ -196,6 +223,8 @@ def _sweep(path: str, content: dict[str, Any]) -> Sweep:
         raise UserError(f"{path}: budget is of stage: pretrain; set train.steps of maps, and of their teacher")
     if "seconds" in found["budget"] and found["draw"]["kind"] == "optuna":
         raise UserError(f"{path}: budget.seconds measures every choice before, and draw.kind=optuna tries few; use tokens or flops")
+    if found["budget"] and any("train.steps" in values for axis in found["axes"].values() for _, values in axis):
+        raise UserError(f"{path}: budget and an axis both say how many steps points train; leave one out")
     if found["budget"] and "train.steps" in found["set"]:
         raise UserError(f"{path}: budget and set.train.steps both say how long points train; leave one out")
     found["teacher"] = Teacher(str(teacher.get("base", "")), _values(path, "teacher.set", teacher.get("set", {})))
@@ -206,7 +235,62 @@ def _sweep(path: str, content: dict[str, Any]) -> Sweep:
         raise UserError(f"{path}: metric is the name of a number, and lower_is_better true or false")
     if "metric" not in found and not found.get("evaluate"):
         found["metric"] = "validation_loss"
-    return Sweep(**found, file=path)
+    sweep = Sweep(**found, file=path)
+    _check_evaluation(path, sweep)
+    for condition in sweep.exclude:
+        _check_condition(path, sweep, condition)
+    return sweep
+
+
+def _check_evaluation(path: str, sweep: Sweep) -> None:
+    """Refuse options that megaflow evaluate would refuse after hours, and a metric that no point can have. Raises UserError."""
+    for name, value in sweep.evaluate.items():
+        if name not in EVALUATION:
+            raise UserError(f"{path}: evaluate has no {name}; it has {', '.join(EVALUATION)}")
+        if name in ("samples", "rows", "draws") and not (isinstance(value, int) and value >= (2 if name == "draws" else 1)):
+            raise UserError(f"{path}: evaluate.{name} must be a whole number of {2 if name == 'draws' else 1} or more, not {value!r}")
+    steps = [part.strip() for part in str(sweep.evaluate.get("steps", EVALUATION["steps"])).split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in steps):
+        raise UserError(f"{path}: evaluate.steps must be numbers of steps, '1,4,32', not {sweep.evaluate['steps']!r}")
+    there = ["validation_loss", "tokens_per_second"]
+    if sweep.evaluate:
+        there += ["likelihood.nats_per_token", "likelihood.bits_per_char", "continuation.nats_per_token"]
+        there += [f"samples.{n}.{name}" for n in (*steps, "autoregressive") for name in SAMPLED]
+    if sweep.metric not in there:
+        near = difflib.get_close_matches(sweep.metric, there, n=1)
+        hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(there)}"
+        raise UserError(f"{path}: metric={sweep.metric} is nothing that a point of this sweep has{hint}")
+
+
+def _check_condition(path: str, sweep: Sweep, condition: Values) -> None:
+    """Refuse a condition that no choice can meet. Raises UserError."""
+    for key, values in condition.items():
+        known = {label for label, _ in sweep.axes.get(key, [])}
+        known |= {written(each[key]) for axis in sweep.axes.values() for _, each in axis if key in each}
+        known |= {written(sweep.set[key])} if key in sweep.set else set()
+        if not known:
+            raise UserError(f"{path}: exclude names {key}, which no axis sets; there are {', '.join(sweep.axes) or 'none'}")
+        for value in values if isinstance(values, list) else [values]:
+            if not any(_alike(value, label) for label in known):
+                raise UserError(f"{path}: exclude has {key}={labelled(value)}, which it never is; it is {', '.join(sorted(known))}")
+
+
+def labelled(value: Any) -> str:
+    """What an axis calls a value: of several keys at once all of them."""
+    if isinstance(value, dict):
+        flat = flatten({str(key): each for key, each in value.items()})
+        return ", ".join(f"{key}={written(each)}" for key, each in flat.items())
+    return written(value)
+
+
+def _alike(value: Any, label: str) -> bool:
+    """Whether a value of a condition is what a label says; numbers go by what they are."""
+    if _number(value):
+        try:
+            return float(label) == float(value)
+        except ValueError:
+            return False
+    return labelled(value) == label
 
 
 def _values(path: str, where: str, values: Any) -> Values:
@@ -219,6 +303,8 @@ def _values(path: str, where: str, values: Any) -> Values:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             raise UserError(f"{path}: {where} has {name}, which is no key of a config" + (f"; the nearest is {near[0]}" if near else ""))
+    if where.startswith("axes") and (machine := [name for name in flat if name.startswith(MACHINE)]):
+        raise UserError(f"{path}: {where} sets {machine[0]}, which changes how a run is made and nothing that it comes to; use set")
     if taken := {"run.dir", "run.seed", "distill.teacher"} & set(flat):
         name = min(taken)
         what = {"run.dir": "dir", "run.seed": "seeds", "distill.teacher": "teacher"}[name]
@@ -364,8 +450,7 @@ def _rank(seed: int, labels: dict[str, str]) -> float:
 
 def _matches(condition: Values, labels: dict[str, str], overrides: Values) -> bool:
     def same(value: Any, key: str) -> bool:
-        wanted = written(value)
-        return labels.get(key) == wanted or key in overrides and written(overrides[key]) == wanted
+        return key in labels and _alike(value, labels[key]) or key in overrides and _alike(value, written(overrides[key]))
 
     return all(any(same(value, key) for value in (values if isinstance(values, list) else [values])) for key, values in condition.items())
 
@@ -375,7 +460,7 @@ def baseline_of(sweep: Sweep, all_points: list[Point]) -> dict[str, str] | None:
     choices = [point.labels for point in all_points if TEACHER not in point.labels]
     if not sweep.baseline:
         return choices[0] if choices else None
-    wanted = {axis: written(value) for axis, value in sweep.baseline.items()}
+    wanted = {axis: labelled(value) for axis, value in sweep.baseline.items()}
     found = next((labels for labels in choices if all(labels[axis] == value for axis, value in wanted.items())), None)
     if found is None:
         raise UserError(f"{sweep.file}: no point has the baseline {', '.join(f'{axis}={value}' for axis, value in wanted.items())}")

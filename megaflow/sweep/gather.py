@@ -1,6 +1,7 @@
 """`megaflow report SWEEP`: what the runs of a sweep have come to, as plain data, and the page that is made of it."""
 
 import json
+import shlex
 import statistics
 from pathlib import Path
 from typing import Any
@@ -8,12 +9,11 @@ from typing import Any
 from megaflow.errors import UserError
 from megaflow.files import lines
 from megaflow.sweep import points
-from megaflow.sweep.design import TEACHER, Sweep, written
+from megaflow.sweep.design import SAMPLED, TEACHER, Sweep, written
 from megaflow.sweep.points import Placed
 
 CURVE = 400
 """Points of a curve that are kept: more are not seen."""
-SAMPLED = ("judge_bits_per_char", "entropy", "reverse_bits_per_char")
 
 
 def is_sweep(directory: str | Path) -> bool:
@@ -49,6 +49,7 @@ def gathered(folder: Path, file: Path) -> dict[str, Any]:
         "title": file.stem,
         "dir": str(folder),
         "base": content["base"],
+        "stage": content["stage"],
         "set": content["set"],
         "overrides": overrides,
         "axes": content["axes"],
@@ -56,9 +57,9 @@ def gathered(folder: Path, file: Path) -> dict[str, Any]:
         "lower_is_better": content["lower_is_better"],
         "baseline": content["baseline"],
         "seeds": content["seeds"],
-        "commands": [f"megaflow sweep {content['file']}"],
+        "commands": [shlex.join(["megaflow", "sweep", content["file"], *content["words"]])],
         "note": note_of(content),
-        "points": [point_of(folder / member["directory"], member, content["evaluated"]) for member in chosen],
+        "points": [point_of(folder / member["directory"], member, content["evaluate"]) for member in chosen],
     }
 
 
@@ -74,9 +75,9 @@ def note_of(content: dict[str, Any]) -> str:
     return " ".join(part for part in found if part)
 
 
-def point_of(directory: Path, member: dict[str, Any], evaluated: bool) -> dict[str, Any]:
+def point_of(directory: Path, member: dict[str, Any], evaluate: dict[str, Any]) -> dict[str, Any]:
     """One point as it stands: what is not there is left out, never filled in."""
-    state, said = points.stands(directory, evaluated)
+    state, said = points.stands(directory, evaluate)
     state = points.REFUSED if member["refused"] else state
     if state == "running":
         held = points.claim(directory)  # nobody works on it: its sweep was killed
@@ -93,7 +94,7 @@ def point_of(directory: Path, member: dict[str, Any], evaluated: bool) -> dict[s
         "values": member["labels"],
         "seed": member["seed"],
         "besides": besides(directory),
-        "state": "stopped early" if state in ("stopped", "paused") else state,
+        "state": {"stopped": "stopped early", "paused": "stopped early", "queued": "pending"}.get(state, state),
         "said": member["refused"] or said or None,
         "metrics": metrics if state == points.DONE else {},
         "curve": curve,
@@ -108,9 +109,7 @@ def point_of(directory: Path, member: dict[str, Any], evaluated: bool) -> dict[s
 
 def mean_of(asked: Sweep, placed: list[Placed]) -> float | None:
     """The metric of a choice, a mean over its seeds; None unless all of them have it."""
-    found = [
-        point_of(each.directory, {"labels": {}, "seed": 0, "refused": each.refused}, bool(asked.evaluate))["metrics"] for each in placed
-    ]
+    found = [point_of(each.directory, {"labels": {}, "seed": 0, "refused": each.refused}, asked.evaluate)["metrics"] for each in placed]
     values = [metrics[asked.metric] for metrics in found if asked.metric in metrics]
     return statistics.mean(values) if len(values) == len(asked.seeds) else None
 

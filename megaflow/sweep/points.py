@@ -12,18 +12,19 @@ asks for it, under whatever name.
 import fcntl
 import hashlib
 import json
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 from megaflow.config.check import contradictions, resolve
-from megaflow.config.load import Loaded, flatten
+from megaflow.config.load import Loaded, flatten, load
 from megaflow.errors import UserError
 from megaflow.files import write_atomically
 from megaflow.launch import records
 from megaflow.model import flops
 from megaflow.show import foreseen, known
-from megaflow.sweep.design import Point, Sweep, written
+from megaflow.sweep.design import EVALUATION, Point, Sweep, slug, written
 from megaflow.train.run import MAY_CHANGE
 
 FILE, LOG, CLAIM = "point.json", "console.log", ".claim"
@@ -53,23 +54,26 @@ def place(sweep: Sweep, all_points: list[Point], speeds: dict[str, float] | None
     """
     folder = Path(sweep.dir)
     there = {content["identity"]: path for path, content in recorded(folder).items()}
-    by_name: dict[str, Path] = {}
+    by_name: dict[str, tuple[Path, str]] = {}
     found: list[Placed] = []
     taken = {path.name for path in there.values()}
     for point in all_points:
         words, refused, steps, kind = point.words(), "", 0, ""
         if point.teacher:
-            words.append(f"distill.teacher={by_name[point.teacher]}")
+            words.append(f"distill.teacher={by_name[point.teacher][0]}")
         try:
-            loaded, vocab = known(point.base, words)
+            # a map is known by what its own config says and by its flow, which need not be there yet
+            loaded, vocab = (load(point.base, words), None) if point.teacher else known(point.base, words)
             kind = identity_of(loaded, point.stage, besides=("run.seed", "train.steps"))
             if sweep.budget:
                 words.append(f"train.steps={steps_of(sweep.budget, loaded, vocab, (speeds or {}).get(kind))}")
                 loaded, vocab = known(point.base, words)
-            contradictions(loaded)
+            if not point.teacher:
+                contradictions(loaded)
             if vocab is not None and not point.teacher:
                 resolve(loaded, vocab)
-            identity, steps = identity_of(loaded, point.stage), loaded.config.train.steps
+            besides, of = (("distill.teacher",), by_name[point.teacher][1]) if point.teacher else ((), "")
+            identity, steps = identity_of(loaded, point.stage, besides, of), loaded.config.train.steps
         except UserError as error:
             refused = str(error).removeprefix("command line: ")
             identity = hashed([point.base, words])
@@ -79,7 +83,7 @@ def place(sweep: Sweep, all_points: list[Point], speeds: dict[str, float] | None
             directory = folder / name
             there[identity] = directory
             taken.add(name)
-        by_name[point.name] = directory
+        by_name[point.name] = directory, identity
         found.append(Placed(point, directory, identity, words, refused, steps, kind))
     return found
 
@@ -106,14 +110,21 @@ def note(placed: Placed, state: str, said: str = "", seconds: float | None = Non
     """How a point stands now."""
     point, before = placed.point, record(placed.directory)
     content = {"identity": placed.identity, "labels": point.labels, "seed": point.seed, "stage": point.stage, "base": point.base}
-    content |= {"words": placed.words, "state": state, "said": said, "seconds": seconds if seconds is not None else before.get("seconds")}
+    content |= {
+        "words": placed.words,
+        "time": time.time(),
+        "state": state,
+        "said": said,
+        "seconds": seconds if seconds is not None else before.get("seconds"),
+    }
     placed.directory.mkdir(parents=True, exist_ok=True)
     write_atomically(placed.directory / FILE, json.dumps(content, indent=1))
 
 
-def identity_of(loaded: Loaded, stage: str, besides: tuple[str, ...] = ()) -> str:
+def identity_of(loaded: Loaded, stage: str, besides: tuple[str, ...] = (), teacher: str = "") -> str:
+    """Of a config, but for what is the machine's and `besides`; teacher: the identity of the flow that it is a map of."""
     values = {name: value for name, value in flatten(loaded.config).items() if not name.startswith((*MAY_CHANGE, *besides))}
-    return hashed([stage, values, loaded.config.data.path])
+    return hashed([stage, values, loaded.config.data.path] + ([teacher] if teacher else []))
 
 
 def hashed(content: Any) -> str:
@@ -142,15 +153,37 @@ def steps_of(budget: dict[str, float], loaded: Loaded, vocab: int | None, speed:
     return max(1, round(tokens / (config.train.global_batch * config.data.length)))
 
 
-def stands(directory: Path, evaluated: bool) -> tuple[str, str]:
-    """(state, what was said) of a point by what lies there, whoever has worked on it; 'pending' of one that nobody has begun."""
+def stands(directory: Path, evaluate: dict[str, Any]) -> tuple[str, str]:
+    """(state, what was said) of a point by what lies there, whoever has worked on it; 'pending' of one that nobody has begun.
+
+    One that was evaluated otherwise than by these options is not done: its numbers are not those of the others.
+    """
     content = record(directory)
-    if (directory / "summary.json").exists() and (not evaluated or (directory / "evaluation.json").exists()):
+    if (directory / "summary.json").exists() and evaluated(directory, evaluate):
         return DONE, ""
-    attempts = records.attempts(records.place_of(directory))
+    attempts = [line for line in records.attempts(records.place_of(directory)) if line["time"] > content.get("time", 0.0)]
     if content.get("state") == "queued" and attempts and attempts[-1]["decision"] in ("over", "left"):
         return FAILED, attempts[-1]["said"]
-    return content.get("state", "pending"), content.get("said", "")
+    state = content.get("state", "pending")
+    return ("pending" if state == DONE else state), content.get("said", "")
+
+
+def evaluated(directory: Path, evaluate: dict[str, Any]) -> bool:
+    """Whether a run has an evaluation by these options, those that are not given by their defaults."""
+    if not evaluate:
+        return True
+    try:
+        settings = json.loads((directory / "evaluation.json").read_text("utf-8"))["settings"]
+    except (OSError, ValueError, KeyError):
+        return False
+    wanted = EVALUATION | evaluate | {"steps": [int(part) for part in str(evaluate.get("steps", EVALUATION["steps"])).split(",")]}
+    return all(settings.get(name, "auto") == value for name, value in wanted.items())
+
+
+def training(asked: Sweep, each: Placed) -> list[str]:
+    """The words after `megaflow` that train a point."""
+    group = f"log.group={slug(Path(asked.file).stem)}"
+    return [each.point.stage, each.point.base, group, *each.words, f"run.dir={each.directory}"]
 
 
 def evaluation(asked: Sweep, directory: Path) -> list[list[str]]:

@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from megaflow.errors import UserError
 from megaflow.files import lines, write_atomically
@@ -92,18 +92,20 @@ def sweep(
             return code
     placed = points.place(asked, all_points, speed.known(asked)) if kind != "optuna" or dry_run else []
     if dry_run and resources is None:
-        print("\n".join(listed(placed)))
+        print("\n".join(listed(placed, asked.evaluate)))
         return 0
     if not dry_run and kind != "optuna":
-        keep(asked, placed)
+        keep(asked, placed, overrides)
     if resources is not None:
         array.submit(asked, placed, resources, jobs, retry, dry_run, templates)
         return 0
+    (Path(asked.dir) / ".pool").write_text(f"{os.getpid()} on {os.uname().nodename}", "utf-8")  # for megaflow cancel
     with on_signals(stop):
         if kind == "optuna":
-            tally = searched(asked, slots, retry, stop)
+            tally = searched(asked, slots, retry, stop, overrides)
         else:
             tally = (halve if kind == "halving" else run)(asked, placed, slots, retry, stop)
+    (Path(asked.dir) / ".pool").unlink(missing_ok=True)
     from megaflow.sweep.gather import report
 
     report(asked.dir, quiet=True)
@@ -123,16 +125,17 @@ def told(tally: Tally) -> str:
     return "".join(found) + (" (--retry tries failed ones again)" if tally.count(FAILED) else "")
 
 
-def listed(placed: list[Placed]) -> list[str]:
+def listed(placed: list[Placed], evaluate: dict[str, Any]) -> list[str]:
     """A line a point: how it stands, its directory, what it overrides."""
     lines = []
     for each in placed:
-        state = REFUSED if each.refused else points.record(each.directory).get("state", "to do")
+        state = REFUSED if each.refused else points.stands(each.directory, evaluate)[0]
+        state = "to do" if state == "pending" else state
         lines.append(f"{state:<8}  {each.directory}  {' '.join(each.words)}" + (f"  {each.refused}" if each.refused else ""))
     return lines
 
 
-def keep(asked: Sweep, placed: list[Placed]) -> None:
+def keep(asked: Sweep, placed: list[Placed], words: list[str]) -> None:
     """Note the sweep in its folder, for the report; one of the same file takes the place of an earlier one. Raises UserError."""
     folder = Path(asked.dir) / "sweeps"
     try:
@@ -140,6 +143,7 @@ def keep(asked: Sweep, placed: list[Placed]) -> None:
         members = [{"directory": each.directory.name, "labels": each.point.labels, "seed": each.point.seed} for each in placed]
         content = {
             "file": asked.file,
+            "words": words,
             "base": asked.base,
             "stage": asked.stage,
             "axes": {axis: [label for label, _ in values] for axis, values in asked.axes.items()},
@@ -150,7 +154,7 @@ def keep(asked: Sweep, placed: list[Placed]) -> None:
             "lower_is_better": asked.lower_is_better,
             "baseline": design.baseline_of(asked, [each.point for each in placed]),
             "budget": asked.budget,
-            "evaluated": bool(asked.evaluate),
+            "evaluate": asked.evaluate,
             "members": [member | {"refused": each.refused} for member, each in zip(members, placed, strict=True)],
         }
         write_atomically(folder / f"{design.slug(Path(asked.file).stem)}.json", json.dumps(content, indent=1))
@@ -208,7 +212,7 @@ def measured(asked: Sweep, all_points: list[design.Point], slots: list[dict[str,
     return STOPPED if stop else 0
 
 
-def searched(asked: Sweep, slots: list[dict[str, str]], retry: bool, stop: list[int]) -> Tally:
+def searched(asked: Sweep, slots: list[dict[str, str]], retry: bool, stop: list[int], words: list[str]) -> Tally:
     """Adaptive search: as many choices at once as fill the slots with all their seeds."""
     from megaflow.sweep import gather, search
 
@@ -217,7 +221,7 @@ def searched(asked: Sweep, slots: list[dict[str, str]], retry: bool, stop: list[
     def measure(new: list[design.Choice]) -> list[float | None]:
         tried.extend(new)
         placed = points.place(asked, design.points(asked, tried), speed.known(asked))
-        keep(asked, placed)
+        keep(asked, placed, words)
         names = [labels for labels, _ in new]
         mine = [each for each in placed if each.point.labels in names or design.TEACHER in each.point.labels]
         found = run(asked, mine, slots, retry, stop)
@@ -299,7 +303,7 @@ def run(asked: Sweep, placed: list[Placed], slots: list[dict[str, str]], retry: 
                 continue
             claim = points.claim(each.directory)
             if claim is None:
-                tally.states[str(each.directory)] = "busy"
+                waiting.append(each)  # of another sweep that runs here: it will be done
                 continue
             points.note(each, "running")
             busy.append(Running(each, claim, free.pop(), time.monotonic(), commands(asked, each, share), pauses(each, share)))
@@ -326,7 +330,7 @@ def standing(asked: Sweep, each: Placed, tally: Tally, retry: bool, share: float
     if each.refused:
         points.note(each, REFUSED, each.refused)
         return REFUSED
-    state, _ = points.stands(each.directory, bool(asked.evaluate))
+    state, _ = points.stands(each.directory, asked.evaluate)
     if state == DONE or state == FAILED and not retry:
         return state
     if pauses(each, share) and outcome.newest_step(each.directory) >= paused_at(each, share or 1.0):
@@ -344,8 +348,7 @@ def standing(asked: Sweep, each: Placed, tally: Tally, retry: bool, share: float
 
 def commands(asked: Sweep, each: Placed, share: float | None = None) -> list[list[str]]:
     """What a point runs, one after the other: the words after `megaflow`."""
-    group = f"log.group={design.slug(Path(asked.file).stem)}"
-    trains = [each.point.stage, each.point.base, group, *each.words, f"run.dir={each.directory}"]
+    trains = points.training(asked, each)
     if pauses(each, share):
         return [[*trains, f"train.pause_at={paused_at(each, share or 1.0)}"]]
     return [trains, *points.evaluation(asked, each.directory)]

@@ -38,7 +38,9 @@ def test_the_last_sentence_is_one_of_the_last_attempt(tmp_path):
         (attempt(), [attempt(), attempt(said="another sentence")], "", "again"),
         (attempt(step=20), [attempt(step=10), attempt(step=20)], "", "again"),  # it had come further
         (attempt(), [attempt(), attempt("stopped", "told to stop"), attempt()], "", "again"),
-        (attempt("stopped", "told to stop"), [attempt("stopped", "told to stop")] * 2, "", "over"),  # it never comes to a checkpoint
+        (attempt("stopped", "told to stop"), [attempt("stopped", "told to stop")] * 8, "", "again"),  # stopped is not failed
+        (attempt("stopped", "told to stop"), [attempt("stopped", "told to stop")] * 9, "", "over"),  # but comes to nothing
+        (attempt(), [attempt(said=word) for word in "abcabcabc"], "", "over"),  # nor does this, each time in another way
         (attempt("stopped", "told to stop", 30), [attempt("stopped", "told to stop", 20)] * 2, "", "again"),
         (attempt(), [], "cancelled", "left"),
         (attempt("stopped", "told to stop", asked="TERM"), [], "", "left"),

@@ -80,6 +80,15 @@ def test_what_is_excluded_is_left_out(sweep):
     assert [(x["flow.clock.name"], x["model.layers"]) for x in overrides(found)] == [("uniform", 2), ("uniform", 3)]
 
 
+def test_conditions_go_by_what_values_are(sweep):
+    """Numbers however they are written, and keys that go together by all of them."""
+    text = "axes: {optim.learning_rate: [1.0, 0.5], size: [{model.layers: 1, model.hidden: 32}, {model.layers: 2, model.hidden: 64}]}"
+    found = design.points(sweep(text + "\nexclude: [{optim.learning_rate: 1, size: {model.layers: 1, model.hidden: 32}}]"))
+    assert [(x["optim.learning_rate"], x["model.layers"]) for x in overrides(found)] == [(1.0, 2), (0.5, 1), (0.5, 2)]
+    asked = sweep(text + "\nbaseline: {size: {model.layers: 2, model.hidden: 64}}")
+    assert design.baseline_of(asked, design.points(asked))["size"] == "model.layers=2, model.hidden=64"
+
+
 def test_a_random_draw_of_more_has_that_of_fewer_in_it(sweep):
     axes = "axes: {model.layers: {range: [1, 9], step: 1}, model.hidden: {range: [8, 80], step: 8}}"
     few, more = (design.points(sweep(f"{axes}\ndraw: {{kind: random, count: {count}, seed: 3}}")) for count in (5, 20))
@@ -157,6 +166,16 @@ def test_the_baseline_is_a_choice(sweep):
         ("budget: {hours: 3}", "budget must be one of"),
         ("budget: {tokens: 100}\nset: {train.steps: 3}", "leave one out"),
         ("budget: {seconds: 9}\ndraw: {kind: optuna}", "use tokens or flops"),
+        ("axes: {train.micro_batch: [4, 8]}", "changes how a run is made and nothing that it comes to"),
+        ("axes: {train.steps: [4, 8]}\nbudget: {tokens: 99}", "budget and an axis both say"),
+        ("axes: {model.layers: [1]}\nexclude: [{model.lyers: 1}]", "exclude names model.lyers, which no axis sets"),
+        ("axes: {model.layers: [1]}\nexclude: [{model.layers: 3}]", "model.layers=3, which it never is; it is 1"),
+        ("evaluate: {stepps: 4}", "evaluate has no stepps"),
+        ("evaluate: {draws: 1}", "evaluate.draws must be a whole number of 2 or more"),
+        ("evaluate: {steps: 1;2}", "evaluate.steps must be"),
+        ("evaluate: {steps: 4}\nmetric: likelihood.nats", "did you mean likelihood.nats_per_token?"),
+        ("evaluate: {steps: 4}\nmetric: samples.8.entropy", "did you mean samples.4.entropy?"),
+        ("metric: likelihood.nats_per_token", "is nothing that a point of this sweep has"),
         ("stage: evaluate", "stage must be one of pretrain, distill"),
         ("teacher: {base: x}", "teacher belongs to stage: distill"),
         ("axes: {model.layers: [1]}\nbaseline: {model.hidden: 1}", "is no axis"),

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from megaflow.config.load import load
-from megaflow.files import lines
+from megaflow.files import last_line, lines
 from megaflow.process import STOPPED
 from megaflow.sweep import points
 from megaflow.train.run import load_distill
@@ -140,6 +140,9 @@ def test_maps_wait_for_their_flows(sweeping, config, tmp_path):
     done = sweeping(text, f"base={config('coded', 'flow_map')}")
     assert done.code == 0, done.err
     assert set(states(sweeping.out).values()) == {"done"} and len(states(sweeping.out)) == 3
+    before = starts(sweeping.out)
+    assert sweeping(text, f"base={config('coded', 'flow_map')}").code == 0
+    assert starts(sweeping.out) == before and len(states(sweeping.out)) == 3  # known again now that their flow is there
     assert load_distill(str(sweeping.out / "best.yaml"), []).config.distill.teacher == str(sweeping.out / "teacher=coded-flow-seed=0")
 
 
@@ -192,3 +195,29 @@ def test_a_budget_of_seconds_is_steps_by_the_speed_of_each_choice(sweeping):
     assert again.code == 0 and "measuring" not in again.err
     steps = {path.parent.name: json.loads(path.read_text())["steps"] for path in sweeping.out.glob("*/summary.json")}
     assert len(steps) == 4 and all(steps[name.replace("seed=0", "seed=1")] == count for name, count in found.items())
+
+
+@pytest.mark.long
+def test_points_that_were_evaluated_otherwise_are_evaluated_again(sweeping):
+    """And trained no second time: what is compared is measured in the same way."""
+    axes = "axes: {model.layers: [1, 2]}\nevaluate: {steps: '1', samples: 4, rows: 8, draws: 2}"
+    assert sweeping(axes).code == 0
+    done = sweeping(axes, "evaluate.rows=16", "axes.model.layers=[1,2,3]")
+    assert done.code == 0, done.err
+    found = [json.loads(path.read_text())["settings"]["rows"] for path in sweeping.out.glob("*/evaluation.json")]
+    assert found == [16, 16, 16] and set(starts(sweeping.out).values()) == {1}
+    assert "evaluate.rows=16" in (sweeping.out / "report.html").read_text()
+
+
+@pytest.mark.long
+def test_a_sweep_is_cancelled_with_what_it_trains(sweeping, process, tmp_path):
+    """And not point by point, with the next one beginning."""
+    running = sweeping.start("axes: {model.layers: [1, 2, 3, 4, 5, 6]}\nset: {train.steps: 100000, train.validation_rows: 8}")
+    while not any(last_line(path, "loss") for path in sweeping.out.glob("*/metrics.jsonl")):
+        assert running.poll() is None
+        time.sleep(0.1)
+    told = process("-m", "megaflow", "cancel", sweeping.out)
+    assert told.returncode == 0 and f"process {running.pid}, the sweep {sweeping.out}, is told to end" in told.stdout
+    running.communicate(timeout=60)
+    assert running.returncode == STOPPED and len(starts(sweeping.out)) == 2
+    assert not any(state == "running" for state in states(sweeping.out).values())

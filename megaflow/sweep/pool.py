@@ -99,6 +99,7 @@ def sweep(
     if resources is not None:
         array.submit(asked, placed, resources, jobs, retry, dry_run, templates)
         return 0
+    Path(asked.dir).mkdir(parents=True, exist_ok=True)
     (Path(asked.dir) / ".pool").write_text(f"{os.getpid()} on {os.uname().nodename}", "utf-8")  # for megaflow cancel
     with on_signals(stop):
         if kind == "optuna":
@@ -331,6 +332,8 @@ def standing(asked: Sweep, each: Placed, tally: Tally, retry: bool, share: float
         points.note(each, REFUSED, each.refused)
         return REFUSED
     state, _ = points.stands(each.directory, asked.evaluate)
+    if state == DONE and points.record(each.directory).get("state") != DONE:  # its sweep was killed before it had said so
+        points.note(each, DONE)
     if state == DONE or state == FAILED and not retry:
         return state
     if pauses(each, share) and outcome.newest_step(each.directory) >= paused_at(each, share or 1.0):

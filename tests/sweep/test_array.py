@@ -7,6 +7,8 @@ import pytest
 from megaflow.files import lines
 from megaflow.sweep import points
 
+EVALUATE = {"steps": "1", "samples": 4, "rows": 8, "draws": 2}
+
 
 @pytest.fixture
 def sweep(tmp_path, config):
@@ -27,7 +29,7 @@ def test_an_array_of_points_with_evaluations_and_a_report(cluster, megaflow, swe
     assert cluster.over(report) == "COMPLETED"
     out = tmp_path / "out"
     assert {content["state"] for content in points.recorded(out).values()} == {"queued"}
-    assert [points.stands(path, True)[0] for path in points.recorded(out)] == ["done"] * 4
+    assert [points.stands(path, EVALUATE)[0] for path in points.recorded(out)] == ["done"] * 4
     assert "%2" in (out / "slurm" / f"{train}.sbatch").read_text() and (out / "report.html").exists()
     assert len((out / "points.csv").read_text().splitlines()) == 5
     told = json.loads(megaflow("status", out, "--json").out)["runs"]
@@ -46,7 +48,7 @@ def test_an_element_that_diverges_is_told_and_the_others_are_done(cluster, megaf
     done = megaflow(*words, "axes.flow.clock.name=[uniform]")
     assert done.code == 0, done.err
     assert cluster.over(done.jobs[-1], 200.0) == "COMPLETED"
-    found = {path.name: points.stands(path, True) for path in points.recorded(tmp_path / "out")}
+    found = {path.name: points.stands(path, EVALUATE) for path in points.recorded(tmp_path / "out")}
     assert sorted(state for state, _ in found.values()) == ["done", "failed"]
     (said,) = [said for state, said in found.values() if state == "failed"]
     assert " is " in said and "Traceback" not in said

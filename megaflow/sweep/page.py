@@ -25,7 +25,7 @@ from omegaconf import OmegaConf
 from megaflow.config.schema import keys
 from megaflow.files import write_atomically
 from megaflow.progress import duration
-from megaflow.sweep import statistics
+from megaflow.sweep import scaling, statistics
 from megaflow.sweep.statistics import Choice, Design, Effect, Law, Row
 
 COSTS = {
@@ -536,7 +536,8 @@ def _view(data: dict[str, Any], folder: Path | str | None) -> dict[str, Any]:
     halves = [(pair.high - pair.low) / 2 for pair in pairs if pair.low is not None and pair.high is not None]
     spread = 1.1 * max(reach, default=0.0) + (float(np.median(halves)) if halves else 0.0)  # few seeds give some intervals that reach far
     found = statistics.design(data)
-    by_cost = {cost: statistics.by_size(data, cost) for cost in ("flops", "parameters")}
+    crossed = scaling.triples(data)
+    by_cost = {} if crossed else {cost: statistics.by_size(data, cost) for cost in ("flops", "parameters")}
     laws = [(cost, statistics.scaling_law(by_cost[cost])) for cost in [cost for cost in by_cost if by_cost[cost]][:1]]
     done = [point for point in data["points"] if point["state"] == "done"]
     sizes = {point["cost"].get("parameters") for point in done} - {None}
@@ -580,6 +581,7 @@ def _view(data: dict[str, Any], folder: Path | str | None) -> dict[str, Any]:
         "frontiers": frontiers(data, ranked),
         "costs": COSTS,
         "left_out": sum(0 < len(row.values) < max(len(other.values) for other in ranked) for row in ranked),
+        "surface": scaling.surface_law(crossed) if crossed else None,
         "laws": [(cost, law, law_figure(law, cost, data["metric"])) for cost, law in laws],
         "sizes": len(sizes),
         "unfinished": [point for point in data["points"] if point["state"] in ("failed", "refused", "stopped early")],

@@ -430,3 +430,15 @@ class TestInABrowser:
         assert self.body(tags) == "belief logistic uniform"
         colours = [attrs["style"].split(":")[1].strip(" ;") for attrs in of(tags, kind="c")]
         assert colours == list(reversed(sweep_page.PALETTE[:3]))  # ranked best first: the last value of the axis
+
+
+def test_sizes_by_tokens_have_a_law_of_both():
+    """And none in FLOPs alone, which a grid of them does not tell."""
+    grid = {(n, d): 1.7 + 400.0 * n**-0.34 + 410.0 * d**-0.28 for n in (1e6, 4e6, 1.6e7) for d in (2e7, 8e7, 3.2e8)}
+    data = sweep({"size": ["1", "2", "3"], "train.steps": ["1", "2", "3"]}, [0])
+    for point, ((n, d), loss) in zip(data["points"], grid.items(), strict=True):
+        point["cost"] |= {"parameters": n, "tokens": d, "flops": 6 * n * d}
+        point["metrics"][data["metric"]] = loss
+    words = Page(sweep_page.page(data)).words
+    assert "of 3 sizes and 3 lengths" in words and "α, of parameters" in words and "0.34" in words
+    assert "both axes logarithmic" not in words

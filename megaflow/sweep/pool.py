@@ -22,6 +22,7 @@ from typing import Any, TextIO
 
 from megaflow.errors import UserError
 from megaflow.files import lines, write_atomically
+from megaflow.launch import slurm
 from megaflow.launch.script import Resources
 from megaflow.process import STOP_SIGNALS, STOPPED
 from megaflow.progress import duration
@@ -99,6 +100,10 @@ def sweep(
     if resources is not None:
         array.submit(asked, placed, resources, jobs, retry, dry_run, templates)
         return 0
+    with contextlib.suppress(slurm.Unreachable):
+        if ids := [id for some in array.queued(placed).values() for id in some]:
+            there = f"{len(ids)} of its jobs are in Slurm's queue ({', '.join(ids[:3])}{', …' if len(ids) > 3 else ''})"
+            raise UserError(f"{asked.dir}: {there}, which train its points there; wait, or megaflow cancel {asked.dir}")
     Path(asked.dir).mkdir(parents=True, exist_ok=True)
     (Path(asked.dir) / ".pool").write_text(f"{os.getpid()} on {os.uname().nodename}", "utf-8")  # for megaflow cancel
     with on_signals(stop):

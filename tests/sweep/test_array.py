@@ -26,6 +26,8 @@ def test_an_array_of_points_with_evaluations_and_a_report(cluster, megaflow, swe
     done = megaflow("sweep", sweep, "--slurm", "--limit", 2, "--time", "0:20:00")
     assert done.code == 0, done.err
     train, evaluate, report = done.jobs
+    here = megaflow("sweep", sweep)
+    assert here.code == 2 and "in Slurm's queue" in here.err and here.err.count("\n") == 1
     assert cluster.over(report) == "COMPLETED"
     out = tmp_path / "out"
     assert {content["state"] for content in points.recorded(out).values()} == {"queued"}

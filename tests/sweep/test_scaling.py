@@ -46,6 +46,7 @@ def test_the_frontier_is_what_the_best_split_of_flops_comes_to():
     assert -fall == pytest.approx(found["frontier"], rel=1e-3) and grow == pytest.approx(found["size"], rel=1e-2)
 
 
+@pytest.mark.long
 def test_intervals_hold_as_often_as_they_say():
     inside = {name: 0 for name in TRUE}
     for seed in range(60):
@@ -57,10 +58,10 @@ def test_intervals_hold_as_often_as_they_say():
 
 
 def test_what_the_data_do_not_determine_is_said():
-    assert all(scaling.surface_law(points(0.001), replicates=60).told.values())
-    flat = scaling.surface_law(points(0.01, B=1e-6), replicates=60)
+    assert all(scaling.surface_law(points(0.001), replicates=30).told.values())
+    flat = scaling.surface_law(points(0.01, B=1e-6), replicates=30)
     assert not flat.told["beta"] and not flat.told["E"] and not flat.told["frontier"]
-    short = scaling.surface_law(points(0.02, sizes=[1e6, 1.2e6, 1.4e6], lengths=[2e7, 2.4e7, 2.8e7]), replicates=60)
+    short = scaling.surface_law(points(0.02, sizes=[1e6, 1.2e6, 1.4e6], lengths=[2e7, 2.4e7, 2.8e7]), replicates=30)
     assert not short.told["E"]
 
 

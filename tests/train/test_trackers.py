@@ -37,10 +37,12 @@ def records(file: Path) -> list:
     return found
 
 
-def test_points_of_a_sweep_are_one_group_with_what_differs_as_config(words, tmp_path):
+def test_points_of_a_sweep_are_one_group_with_what_differs_as_config(words, tmp_path, process):
+    """In a process of its own: the service that wandb starts is one for all runs of a process, whatever became of them."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "point.json").write_text(json.dumps({"labels": {"flow.clock.name": "uniform", "size": "model.layers=2"}}))
-    assert stages.pretrain(words[0], [*words[1:], "log.wandb=offline", "log.group=clocks", "flow.clock.name=uniform"]) == 0
+    done = process("-m", "megaflow", "pretrain", *words, "log.wandb=offline", "log.group=clocks", "flow.clock.name=uniform")
+    assert done.returncode == 0, done.stderr
     (file,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
     found = records(file)
     (run,) = [record.run for record in found if record.HasField("run")][:1]

@@ -42,6 +42,15 @@ def last_line(path: Path, name: str) -> dict[str, Any]:
     return {}
 
 
+def read_if_whole(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where the file is not there, or damaged, which is as good as not there to who calls this."""
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def read_json(path: Path, *needed: str) -> dict[str, Any]:
     """A JSON object that has the `needed` names. Raises UserError where the file is missing or something else."""
     try:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megaflow.files import last_line, lines, replacing, write_atomically
+from megaflow.files import last_line, lines, read_if_whole, replacing, write_atomically
 
 
 def test_another_process_may_write_the_same_file_meanwhile(tmp_path, process):
@@ -34,3 +34,11 @@ def test_the_last_line_with_a_name(tmp_path):
     assert last_line(path, "loss") == {}
     path.write_text("".join(f'{{"step": {n}, "loss": {n}}}\n' for n in range(20000)) + '{"step": 20000, "valid": 1}\n{"loss": 3')
     assert last_line(path, "loss")["step"] == 19999 and last_line(path, "valid")["step"] == 20000 and last_line(path, "none") == {}
+
+
+def test_what_is_damaged_is_as_good_as_not_there(tmp_path):
+    path = tmp_path / "point.json"
+    assert read_if_whole(path) == {}
+    for text, found in (('{"a": 1', {}), ("[1]", {}), ('{"a": 1}', {"a": 1})):
+        path.write_text(text)
+        assert read_if_whole(path) == found

@@ -3,10 +3,10 @@
 `evaluate` measures anew what is not of the run's present weights, and `report` refuses it.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
+from megaflow.files import read_if_whole
 from megaflow.train import checkpoint as checkpoints
 from megaflow.train.checkpoint import Checkpoint
 
@@ -26,11 +26,7 @@ def newest_weights(run: Path) -> dict[str, Any] | None:
 
 def read(run: Path) -> dict[str, Any]:
     """The run's evaluation; empty where there is none, or its file is damaged, which is as good as none."""
-    try:
-        found = json.loads((run / FILE).read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    return read_if_whole(run / FILE)
 
 
 def is_of(found: dict[str, Any], identity: dict[str, Any] | None) -> bool:

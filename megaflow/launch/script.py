@@ -4,7 +4,7 @@ import re
 import shlex
 import sys
 import sysconfig
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from megaflow.errors import UserError
@@ -54,7 +54,6 @@ class Job:
     """Of the run that is trained; empty for commands that note no outcome of their own."""
     dependency: str = ""
     array: str = ""
-    environment: dict[str, str] = field(default_factory=dict)
 
 
 def folder(given: str | None = None) -> Path:
@@ -135,7 +134,6 @@ def render(job: Job, templates: Path, cwd: Path) -> str:
         "ranks": str(resources.ranks),
         "place": shlex.quote(str(job.place)),
         "directory": shlex.quote(job.directory),
-        "environment": "".join(f"export {name}={shlex.quote(value)}\n" for name, value in job.environment.items()).rstrip(),
         "site": (templates / SITE).read_text("utf-8").rstrip(),
         "srun": shlex.join(srun),
         "command": shlex.join(job.words),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megaflow.errors import UserError
-from megaflow.files import lines
+from megaflow.files import lines, read_if_whole
 from megaflow.sweep import points
 from megaflow.sweep.design import SAMPLED, TEACHER, Sweep, written
 from megaflow.sweep.points import Placed
@@ -84,7 +84,7 @@ def point_of(directory: Path, member: dict[str, Any], evaluate: dict[str, Any]) 
         if held is not None:
             held.close()
             state = "stopped early"
-    summary, evaluation = (read(directory / name) for name in ("summary.json", "evaluation.json"))
+    summary, evaluation = (read_if_whole(directory / name) for name in ("summary.json", "evaluation.json"))
     curve, last = curve_of(directory)
     metrics = last | ({"tokens_per_second": summary["tokens_per_second"]} if "tokens_per_second" in summary else {})
     metrics |= measured(evaluation)
@@ -149,11 +149,3 @@ def curve_of(directory: Path) -> tuple[dict[str, list[float]], dict[str, float]]
     }
     found = {"validation_loss": checks[-1]["validation_loss"]} if checks else {}
     return curve, found
-
-
-def read(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}

@@ -20,7 +20,7 @@ from typing import Any, TextIO
 from megaflow.config.check import contradictions, resolve
 from megaflow.config.load import Loaded, flatten, load
 from megaflow.errors import UserError
-from megaflow.files import write_atomically
+from megaflow.files import read_if_whole, write_atomically
 from megaflow.launch import records
 from megaflow.model import flops
 from megaflow.show import foreseen, known
@@ -99,23 +99,19 @@ def recorded(folder: Path) -> dict[Path, dict[str, Any]]:
 
 
 def record(directory: Path) -> dict[str, Any]:
-    try:
-        content = json.loads((directory / FILE).read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    """What is noted of a point; empty where nothing is."""
+    return read_if_whole(directory / FILE)
 
 
-def note(placed: Placed, state: str, said: str = "", seconds: float | None = None) -> None:
+def note(placed: Placed, state: str, said: str = "") -> None:
     """How a point stands now."""
-    point, before = placed.point, record(placed.directory)
+    point = placed.point
     content = {"identity": placed.identity, "labels": point.labels, "seed": point.seed, "stage": point.stage, "base": point.base}
     content |= {
         "words": placed.words,
         "time": time.time(),
         "state": state,
         "said": said,
-        "seconds": seconds if seconds is not None else before.get("seconds"),
     }
     placed.directory.mkdir(parents=True, exist_ok=True)
     write_atomically(placed.directory / FILE, json.dumps(content, indent=1))

@@ -380,7 +380,7 @@ def advance(one: Running, environment: dict[str, str], tally: Tally, stopping: b
             return left(one, code, tally, stopping)
     if not one.commands:
         took = time.monotonic() - one.began
-        points.note(one.placed, DONE, seconds=took)
+        points.note(one.placed, DONE)
         tally.states[str(one.placed.directory)] = DONE
         tally.seconds.append(took)
         return True

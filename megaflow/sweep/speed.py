@@ -10,7 +10,7 @@ import statistics
 from dataclasses import replace
 from pathlib import Path
 
-from megaflow.files import lines, write_atomically
+from megaflow.files import lines, read_if_whole, write_atomically
 from megaflow.sweep import points
 from megaflow.sweep.design import Point, Sweep
 from megaflow.sweep.points import Placed
@@ -23,11 +23,7 @@ FEW = f"train.steps={STEPS}", f"train.validate_every={STEPS}", "train.validation
 
 def known(asked: Sweep) -> dict[str, float]:
     """Tokens a second of choices that were measured, by what their config says."""
-    try:
-        content = json.loads((Path(asked.dir) / FILE).read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    return read_if_whole(Path(asked.dir) / FILE)
 
 
 def to_measure(asked: Sweep, all_points: list[Point]) -> list[Placed]:

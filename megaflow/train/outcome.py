@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from megaflow.files import write_atomically
+from megaflow.files import read_if_whole, write_atomically
 
 FILE = "ended.json"
 
@@ -29,19 +29,11 @@ def end(directory: Path, said: str, code: int) -> None:
 
 def read(directory: Path) -> dict[str, Any] | None:
     """{'time', 'code', 'said'} of the last attempt; None where it goes on or ended without a word."""
-    found = _content(directory / FILE)
-    return found if found is not None and {"time", "code", "said"} <= found.keys() else None
-
-
-def _content(path: Path) -> dict[str, Any] | None:
-    try:
-        found = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
+    found = read_if_whole(directory / FILE)
+    return found if {"time", "code", "said"} <= found.keys() else None
 
 
 def newest_step(directory: Path) -> int:
-    """Of the newest checkpoint; 0 where there is none."""
+    """Of the newest checkpoint; 0 where there is none. By names alone, as checkpoint.py gives them: who asks after a run has no torch."""
     names = [path.name.removeprefix("step-") for path in (directory / "checkpoints").glob("step-*")]
     return max((int(name) for name in names if name.isdecimal()), default=0)

@@ -9,8 +9,11 @@ import pytest
 
 from megaflow.files import lines
 from megaflow.launch import records
+from megaflow.process import STOPPED
 from megaflow.train import outcome
 
+ENDLESS = 100000
+"""Steps of a run that is ended from outside, however fast it is."""
 EVERY = ("train.checkpoint_every=1000", "train.validate_every=1000", "train.validation_rows=8")
 
 
@@ -35,18 +38,33 @@ def submit(megaflow, config, tmp_path):
     return call
 
 
-@pytest.fixture(scope="module")
-def undisturbed(config, workspace):
-    """The losses of a run that nothing happens to."""
+@pytest.fixture
+def undisturbed(config, tmp_path):
+    """undisturbed(reached) has the losses of a run of as many steps as those that are ended from outside, up to the step that one of them
+    has come to; nothing happens to it before."""
     from megaflow.train import stages
 
-    def run(steps: int) -> dict[int, float]:
-        path = workspace / f"undisturbed-{steps}"
-        if not (path / "summary.json").exists():
-            assert stages.pretrain(str(config("coded")), [f"run.dir={path}", f"train.steps={steps}", *EVERY]) == 0
+    def run(reached: int) -> dict[int, float]:
+        path = tmp_path / "undisturbed"
+        words = [f"run.dir={path}", f"train.steps={ENDLESS}", *EVERY, f"train.pause_at={reached}"]
+        assert stages.pretrain(str(config("coded")), words) == STOPPED
         return losses(path)
 
     return run
+
+
+@pytest.fixture
+def goes_on(cluster):
+    """goes_on(run, job) waits until a run has come further than where it is saved, and ends it."""
+
+    def call(run: Path, job: str) -> None:
+        saved = outcome.newest_step(run)
+        cluster.until(lambda: step(run) > saved + 5, 120.0)
+        cluster.run("scancel", job)
+        assert cluster.over(job) in ("FAILED", "CANCELLED")
+        assert outcome.newest_step(run) == step(run) > saved
+
+    return call
 
 
 def test_a_job_of_two_hosts_trains_and_says_where_it_is(cluster, megaflow, submit, tmp_path):
@@ -118,27 +136,28 @@ def test_stages_wait_for_one_another(cluster, megaflow, config, tmp_path):
 
 
 @pytest.mark.long
-def test_a_time_limit_is_a_signal_a_checkpoint_and_a_place_in_the_queue(cluster, submit, undisturbed):
-    run, job = submit("limited", 500, "--time=0:30:00")
+def test_a_time_limit_is_a_signal_a_checkpoint_and_a_place_in_the_queue(cluster, submit, undisturbed, goes_on):
+    run, job = submit("limited", ENDLESS, "--time=0:30:00")
     cluster.until(lambda: step(run) > 5)
     cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=2")  # minutes, of which the last two are for saving
     cluster.until(lambda: len(records.attempts(run / "slurm")) == 1, 90.0)
     cluster.until(lambda: cluster.state(job) == "PENDING")
     cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=30")
-    assert cluster.over(job) == "COMPLETED"
+    goes_on(run, job)
     first = records.attempts(run / "slurm")[0]
     assert (first["asked"], first["end"], first["decision"]) == ("USR1", "stopped", "again")
-    assert losses(run) == undisturbed(500)
+    assert losses(run) == undisturbed(step(run))
 
 
 @pytest.mark.long
-def test_a_job_that_is_preempted_goes_on_when_there_is_room(cluster, submit, undisturbed, tmp_path):
-    run, job = submit("preempted", 120, "--cpus-per-node=2", "--sbatch=--nodelist=n1")
+def test_a_job_that_is_preempted_goes_on_when_there_is_room(cluster, submit, undisturbed, goes_on):
+    run, job = submit("preempted", ENDLESS, "--cpus-per-node=2", "--sbatch=--nodelist=n1")
     cluster.until(lambda: step(run) > 5)
     other = cluster.run("sbatch", "--parsable", "--partition=urgent", "--nodelist=n1", "--exclusive", "-o", "/dev/null", "--wrap=sleep 3")
-    assert cluster.over(job) == "COMPLETED" and cluster.state(other.strip()) == "COMPLETED"
-    assert [(line["end"], line["decision"]) for line in records.attempts(run / "slurm")] == [("stopped", "again"), ("done", "done")]
-    assert losses(run) == undisturbed(120)
+    assert cluster.over(other.strip()) == "COMPLETED"
+    goes_on(run, job)
+    assert [(line["end"], line["decision"]) for line in records.attempts(run / "slurm")] == [("stopped", "again"), ("stopped", "left")]
+    assert losses(run) == undisturbed(step(run))
 
 
 @pytest.mark.long
@@ -155,7 +174,7 @@ def test_what_fails_the_same_way_three_times_is_given_up(cluster, megaflow, subm
 
 
 def test_what_is_cancelled_saves_and_does_not_come_again(cluster, megaflow, submit):
-    run, job = submit("cancelled", 100000)
+    run, job = submit("cancelled", ENDLESS)
     second = megaflow("submit", run / "config.yaml", f"run.dir={run}") if (run / "config.yaml").exists() else None
     assert second is None or second.code == 2 and job in second.err
     cluster.until(lambda: step(run) > 5)
@@ -173,21 +192,21 @@ def test_what_is_cancelled_saves_and_does_not_come_again(cluster, megaflow, subm
 
 
 @pytest.mark.long
-def test_a_node_that_dies_is_left_out_of_the_next_attempt(cluster, megaflow, submit, undisturbed):
-    run, job = submit("two of three", 300, "--nodes=2", "train.checkpoint_every=20", "train.hang_timeout=10")
+def test_a_node_that_dies_is_left_out_of_the_next_attempt(cluster, submit, goes_on):
+    run, job = submit("two of three", ENDLESS, "--nodes=2", "train.checkpoint_every=20", "train.hang_timeout=10")
     cluster.until(lambda: outcome.newest_step(run) > 0)
     lost = cluster.run("squeue", "-h", "-j", job, "-o", "%B").strip().replace("n1", "n2")
     assert lost == "n2"
     try:
         cluster.lose(lost)
         cluster.until(lambda: len(lines(run / "slurm" / "attempts.jsonl")) == 1, 90.0)
-        assert cluster.over(job) == "COMPLETED"
+        goes_on(run, job)
     finally:
         cluster.start(lost)
     first, second = records.attempts(run / "slurm")
     assert first["end"] == "failed" and first["decision"] == "again" and first["hosts"] == "n[1-2]"
-    assert second["hosts"] == "n[1,3]" and second["end"] == "done"
-    assert losses(run).keys() == undisturbed(300).keys()
+    assert second["hosts"] == "n[1,3]" and second["end"] == "stopped"
+    assert list(losses(run)) == list(range(1, step(run) + 1))
 
 
 @pytest.mark.long
@@ -220,11 +239,9 @@ def test_a_controller_that_does_not_answer_is_said_not_to(cluster, megaflow, sub
 
 @pytest.mark.long
 @pytest.mark.timeout(3600)
-def test_twenty_preemptions_at_random_moments(cluster, megaflow, submit, config, tmp_path):
+def test_twenty_preemptions_at_random_moments(cluster, submit, undisturbed):
     """From before a process has begun to the middle of its training; the curve is that of a run that paused nowhere before."""
-    from megaflow.train import stages
-
-    run, job = submit("twenty", 100000)
+    run, job = submit("twenty", ENDLESS)
     draw = random.Random(0)
     for number in range(20):
         cluster.until(lambda: cluster.state(job) == "RUNNING", 120.0)
@@ -236,6 +253,4 @@ def test_twenty_preemptions_at_random_moments(cluster, megaflow, submit, config,
     reached = outcome.newest_step(run)
     steps = [start["step"] for start in json.loads((run / "run.json").read_text())["starts"]]
     assert steps == sorted(steps) and len(set(steps)) > 10 and max(losses(run)) == reached
-    words = [f"run.dir={tmp_path / 'other'}", "train.steps=100000", *EVERY, f"train.pause_at={reached}"]
-    assert stages.pretrain(str(config("coded")), words) == 75
-    assert losses(run) == losses(tmp_path / "other")
+    assert losses(run) == undisturbed(reached)

@@ -305,7 +305,7 @@ def run(arguments: argparse.Namespace, began: float) -> int:
 
         return doctor(arguments.place, arguments.config, arguments.overrides, arguments.json)
     if arguments.command == "sweep":
-        from megaflow.sweep.pool import sweep
+        from megaflow.sweep.command import sweep
 
         resources = resources_of(arguments)
         if not arguments.slurm and (resources != type(resources)() or arguments.limit is not None or arguments.templates is not None):
@@ -321,6 +321,7 @@ def run(arguments: argparse.Namespace, began: float) -> int:
             arguments.dry_run,
             resources if arguments.slurm else None,
             arguments.templates,
+            sys.argv[1:],
         )
     from megaflow.sweep import gather
 

@@ -66,7 +66,7 @@ def ended(log: Path, directory: str, code: int, asked: str, job: str) -> dict[st
     """What there is to say of an attempt: {job, attempt, time, hosts, code, asked, end: done|stopped|failed, said, step}."""
     noted = outcome.read(Path(directory)) if directory else None
     said = noted["said"] if noted is not None and noted["code"] not in (0, STOPPED) else ""
-    if code == 0:
+    if code == 0 or noted is not None and noted["said"] == outcome.PAUSED:
         end = "done"
     elif said or asked == "none" and (noted is None or noted["code"] != STOPPED):
         end, said = "failed", said or last_sentence(log) or f"exit code {code} without a word"

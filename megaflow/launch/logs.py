@@ -1,7 +1,9 @@
 """`megaflow logs`: what a job has written, or one of its ranks, to its end or as it comes."""
 
+import contextlib
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from megaflow.errors import UserError
@@ -20,7 +22,7 @@ def logs(run: str, rank: int | None = None, job: str | None = None, follow: bool
     ids = list(kept)
     console = Path(run) / "console.log"
     if not ids and console.exists():  # a point of a sweep that runs here
-        show(console, "", False)
+        show(lambda: console, "", False)
         return
     if (Path(run) / "sweeps").is_dir():
         raise UserError(f"{run}: a sweep has a log for each of its points; megaflow status {run} names them")
@@ -29,9 +31,12 @@ def logs(run: str, rank: int | None = None, job: str | None = None, follow: bool
     if job is not None and job not in ids:
         raise UserError(f"--job {job}: {run} has the jobs {', '.join(ids)}")
     id = job or ids[-1]
-    file = Path(kept[id].get("log", place / f"{id}.log")) if rank is None else of_rank(place, id, rank)
-    if not file.exists() and not follow:
-        raise UserError(f"{file}: there is no such log yet; megaflow status {run} says whether the job waits, and -f waits for it")
+
+    def file() -> Path:
+        return Path(kept[id].get("log", place / f"{id}.log")) if rank is None else of_rank(place, id, rank)
+
+    if not file().exists() and not follow:
+        raise UserError(f"{file()}: there is no such log yet; megaflow status {run} says whether the job waits, and -f waits for it")
     show(file, id, follow)
 
 
@@ -48,12 +53,17 @@ def of_rank(place: Path, id: str, rank: int) -> Path:
     return files[rank]
 
 
-def show(file: Path, id: str, follow: bool) -> None:
-    place, asked = 0, time.monotonic()
+def show(newest: Callable[[], Path], id: str, follow: bool) -> None:
+    """Print a log, or follow it; that of a rank is another file in the next attempt."""
+    file, place, asked = newest(), 0, -ASK
     while True:
         over = not follow
         if follow and time.monotonic() > asked + ASK:
             asked, over = time.monotonic(), gone(id)
+        with contextlib.suppress(UserError):  # an attempt whose ranks have not begun
+            if (now := newest()) != file:
+                print(f"megaflow: {now}", flush=True)
+                file, place = now, 0
         if file.exists():
             with file.open("rb") as content:
                 content.seek(place)

@@ -1,7 +1,9 @@
 """The few commands of Slurm that are needed, each with a limit to how long it may take: one that is away is said to be so."""
 
+import os
 import shutil
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megaflow.errors import UserError
@@ -57,7 +59,9 @@ def submit(script: str) -> str:
         raise Unreachable("sbatch is not on this machine's PATH; submit on a host of the cluster, or see the script by --dry-run")
     words = ["sbatch", "--parsable"]
     try:
-        done = subprocess.run(words, input=script, capture_output=True, text=True, errors="replace", timeout=SUBMISSION)
+        done = subprocess.run(
+            words, input=script, capture_output=True, text=True, errors="replace", timeout=SUBMISSION, env=outside(os.environ)
+        )
     except subprocess.TimeoutExpired:
         told = f"sbatch did not answer within {SUBMISSION:.0f} s; see by squeue whether the job is there before you try again"
         raise Unreachable(told) from None
@@ -65,6 +69,14 @@ def submit(script: str) -> str:
         said = " ".join(done.stderr.replace("sbatch: error: ", "").split())
         raise Unreachable(f"sbatch refuses the job: {said}")
     return done.stdout.strip().partition(";")[0]
+
+
+def outside(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment but for what is of the job that this process runs in: sbatch would hand it to the new one, whose srun heeds it."""
+    own = ("SLURM_", "SLURMD_", "SRUN_", "PMI", "CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL")
+    if "SLURM_JOB_ID" not in environment:
+        return dict(environment)
+    return {name: value for name, value in environment.items() if name == "SLURM_CONF" or not name.startswith(own)}
 
 
 def queue(ids: list[str], patience: float = PATIENCE) -> dict[str, Queued]:

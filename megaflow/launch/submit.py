@@ -14,6 +14,7 @@ from megaflow.errors import UserError
 from megaflow.launch import records, script, slurm
 from megaflow.launch.script import Job, Resources
 from megaflow.show import known
+from megaflow.train import outcome
 
 STAGES = ("prepare", "pretrain", "distill", "evaluate", "convert")
 TRAINING = ("pretrain", "distill")
@@ -199,6 +200,8 @@ def sent(each: Step, text: str) -> str:
         each.place.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{each.place}: cannot be made ({error.strerror}); choose another place for the run") from None
+    if each.stage in TRAINING:
+        outcome.begin(each.directory)  # what is said there is of an attempt before
     id = slurm.submit(text)
     print(f"\njob {id}: {each.stage} {each.directory}", flush=True)
     (each.place / f"{id}.sbatch").write_text(text, "utf-8")

@@ -1,11 +1,14 @@
-"""A sweep as Slurm arrays: an element a point, its evaluation once it is done, teachers before, and the report after all.
+"""What comes next of a sweep as Slurm arrays: an element a point, its evaluation behind it, teachers before, and a last job after all.
 
-What element number i runs stands in a file, DIR/slurm/NAME.json: a list of {'words': …, 'directory': …}. The script names that file with an
-@ before it, where one job has its words.
+What element number i runs stands in a file, DIR/slurm/NAME.json: a list of {'words': …, 'directory': …, 'needs': …}. The script names that
+file with an @ before it, where one job has its words. The last job writes the report; of a sweep that decides by what it has seen it is
+the command itself again, which submits what follows.
 """
 
 import json
+import shlex
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,58 +16,89 @@ from megaflow.errors import UserError
 from megaflow.files import write_atomically
 from megaflow.launch import records, script, slurm
 from megaflow.launch.script import Job, Resources
-from megaflow.launch.submit import limits, needed
-from megaflow.sweep import points
+from megaflow.launch.submit import TRAINING, limits, needed
+from megaflow.sweep import filed, halving, points
 from megaflow.sweep.design import Sweep
 from megaflow.sweep.points import DONE, FAILED, REFUSED, Placed
+from megaflow.train import outcome
 
 
-def submit(
-    asked: Sweep,
-    placed: list[Placed],
-    resources: Resources,
-    most: int | None = None,
-    retry: bool = False,
-    dry_run: bool = False,
-    templates: str | None = None,
-) -> None:
-    """Submit what is left of a sweep; most: how many elements of an array run at once. Prints ids. Raises UserError."""
+@dataclass(frozen=True)
+class Cluster:
+    """How the points of a sweep are submitted. `place` has scripts and logs, `again` are the words that ask for the sweep again."""
+
+    place: Path
+    templates: Path
+    resources: Resources
+    most: int | None
+    """Elements of an array that run at once."""
+    retry: bool
+    dry_run: bool
+    again: list[str]
+
+
+def cluster(
+    asked: Sweep, resources: Resources, most: int | None, retry: bool, dry_run: bool, templates: str | None, again: list[str]
+) -> Cluster:
+    """Checked. What failed is tried again once, not after every rung. Raises UserError."""
     limits(resources)
     if most is not None and most < 1:
         raise UserError(f"--limit: {most} is not a positive number")
-    source, place = script.folder(templates), (Path(asked.dir) / "slurm").absolute()
+    words = [word for word in again if word != "--retry"]
+    return Cluster((Path(asked.dir) / "slurm").absolute(), script.folder(templates), resources, most, retry, dry_run, words)
+
+
+def submit(asked: Sweep, placed: list[Placed], how: Cluster, share: float = 1.0) -> bool:
+    """Submit those of the points that are left, and what follows them; share: of their steps that they are to train (halving.py). Prints
+    ids. Returns whether any is submitted or in the queue already. Raises UserError."""
     active = queued(placed)
-    todo = left(asked, placed, retry, active, dry_run)
+    todo = left(asked, placed, how, active, share)
     if not todo:
-        print(f"{asked.dir}: nothing to submit, every point is done, failed, refused or in the queue; --retry takes failed ones")
-        return
-    if not dry_run:
-        place.mkdir(parents=True, exist_ok=True)
-    teachers = [each for each in todo if asked.stage == "distill" and each.point.stage == "pretrain"]
-    running = waiting_for(asked, placed, active)
-    waits = f"afterok:{':'.join(running)}" if running else ""
-    for number, group in enumerate((teachers, [each for each in todo if each not in teachers])):
+        if waiting := [id for each in placed for id in active[each.directory]]:
+            print(f"{asked.dir}: nothing to submit, {len(waiting)} jobs of its points are in the queue, and all others are over")
+        return bool(waiting)
+    if not how.dry_run:
+        how.place.mkdir(parents=True, exist_ok=True)
+    name = filed.name(asked)
+    teachers = [each for each in todo if is_teacher(asked, each)]
+    waits = [id for each in placed if is_teacher(asked, each) for id in active[each.directory][:1]]
+    last = ""
+    for suffix, group in ((".teachers", teachers), ("", [each for each in todo if each not in teachers])):
         if not group:
             continue
-        name = Path(asked.file).stem + (".teachers" if number == 0 else "")
-        trains = [entry(each, points.training(asked, each)) for each in group]
-        id = one(asked, place, source, name, trains, resources, "" if number == 0 else waits, most, group[0].point.stage, dry_run, group)
-        waits = f"{waits}:{id}" if waits and number == 0 else f"afterok:{id}"
-        if asked.evaluate:
+        trains = [entry(each, halving.training(asked, each, share)) for each in group]
+        # a map waits until all flows are over, and says so if its own has failed
+        dependency = f"afterany:{':'.join(waits)}" if waits and not suffix else ""
+        last = one(asked, how, name + suffix, group[0].point.stage, group, trains, how.resources, dependency)
+        waits.append(last)
+        if asked.evaluate and not halving.pauses(group[0], share):
             evaluates = [entry(each, points.evaluation(asked, each.directory)[0]) for each in group]
-            small = needed("evaluate", resources)
-            last = one(asked, place, source, f"{name}.evaluate", evaluates, small, f"aftercorr:{id}", most, "evaluate", dry_run, group)
-        else:
-            last = id
-    words, name = ["report", asked.dir], f"{Path(asked.file).stem}.report"
-    job = Job(name, words, place, needed("convert", resources), dependency=f"afterany:{last}")
-    text = script.render(job, source, Path.cwd())
-    if dry_run:
+            last = one(
+                asked, how, f"{name}{suffix}.evaluate", "evaluate", group, evaluates, needed("evaluate", how.resources), f"aftercorr:{last}"
+            )
+    finish(asked, how, name, last)
+    return True
+
+
+def finish(asked: Sweep, how: Cluster, name: str, last: str) -> None:
+    """The job after all: the report, or the sweep once more. Raises UserError."""
+    goes_on = asked.draw["kind"] in ("halving", "optuna")
+    words = how.again if goes_on else ["report", asked.dir]
+    name = f"{name}.next" if goes_on else f"{name}.report"
+    job = Job(name, words, how.place, needed("convert", how.resources), dependency=f"afterany:{last}")
+    text = script.render(job, how.templates, Path.cwd())
+    if how.dry_run:
         print(text)
         return
     id = slurm.submit(text)
-    records.add_job(place, {"job": id, "stage": "report", "time": time.time(), "words": words, "directory": asked.dir})
-    print(f"job {id}: the report, once all have ended: {Path(asked.dir) / 'report.html'}\n  state   megaflow status {asked.dir}")
+    (how.place / f"{id}.sbatch").write_text(text, "utf-8")
+    records.add_job(how.place, {"job": id, "stage": "report", "time": time.time(), "words": words, "directory": asked.dir})
+    what = "what comes next, once these have ended" if goes_on else f"the report, once all have ended: {Path(asked.dir) / 'report.html'}"
+    print(f"job {id}: {what}\n  state   megaflow status {asked.dir}")
+
+
+def is_teacher(asked: Sweep, each: Placed) -> bool:
+    return asked.stage == "distill" and each.point.stage == "pretrain"
 
 
 def queued(placed: list[Placed]) -> dict[Path, list[str]]:
@@ -75,25 +109,19 @@ def queued(placed: list[Placed]) -> dict[Path, list[str]]:
     return {directory: [id for id in some if id in active] for directory, some in jobs.items()}
 
 
-def waiting_for(asked: Sweep, placed: list[Placed], active: dict[Path, list[str]]) -> list[str]:
-    """Jobs of teachers that are in the queue already, for which maps have to wait."""
-    teachers = [each for each in placed if asked.stage == "distill" and each.point.stage == "pretrain"]
-    return [id for each in teachers for id in active[each.directory][:1]]
-
-
-def left(asked: Sweep, placed: list[Placed], retry: bool, active: dict[Path, list[str]], dry_run: bool) -> list[Placed]:
-    """The points that are not done, failed, refused or in the queue already, and whose teachers have not failed."""
+def left(asked: Sweep, placed: list[Placed], how: Cluster, active: dict[Path, list[str]], share: float) -> list[Placed]:
+    """The points that are not done, paused, failed, refused or in the queue already, and whose teachers have not failed."""
     found: dict[Path, Placed] = {}
     lost: set[str] = set()
     for each in placed:
         state, _ = points.stands(each.directory, asked.evaluate)
         if each.refused or each.point.teacher in lost:
             lost.add(each.point.name)
-            if not dry_run:
+            if not how.dry_run:
                 points.note(each, REFUSED if each.refused else FAILED, each.refused or f"its teacher {each.point.teacher} has failed")
-        elif state == DONE or active[each.directory]:
+        elif state == DONE or active[each.directory] or halving.paused(each, share):
             continue
-        elif state == FAILED and not retry:
+        elif state == FAILED and not how.retry:
             lost.add(each.point.name)
         else:
             found.setdefault(each.directory, each)
@@ -101,40 +129,32 @@ def left(asked: Sweep, placed: list[Placed], retry: bool, active: dict[Path, lis
 
 
 def entry(each: Placed, words: list[str]) -> dict[str, Any]:
-    return {"words": words, "directory": str(each.directory)}
+    """What an element runs, and the run that has to be finished before."""
+    return {"words": words, "directory": str(each.directory), "needs": points.teacher_of(each)}
 
 
 def one(
-    asked: Sweep,
-    place: Path,
-    source: Path,
-    name: str,
-    entries: list[dict[str, Any]],
-    resources: Resources,
-    dependency: str,
-    most: int | None,
-    stage: str,
-    dry_run: bool,
-    group: list[Placed],
+    asked: Sweep, how: Cluster, name: str, stage: str, group: list[Placed], entries: list[dict[str, Any]], resources: Resources, waits: str
 ) -> str:
-    """Submit one array. Returns its id."""
-    tasks = place / f"{name}-{time.time_ns() // 1000}.json"
-    array = f"0-{len(entries) - 1}" + (f"%{most}" if most else "")
-    job = Job(name, [f"@{tasks}"], place, resources, f"@{tasks}", dependency, array)
-    text = script.render(job, source, Path.cwd())
-    if dry_run:
-        print(text)
+    """Submit one array. Returns its id. Raises UserError."""
+    tasks = how.place / f"{name}-{time.time_ns() // 1000}.json"
+    array = f"0-{len(entries) - 1}" + (f"%{how.most}" if how.most else "")
+    text = script.render(Job(name, [f"@{tasks}"], how.place, resources, f"@{tasks}", waits, array), how.templates, Path.cwd())
+    if how.dry_run:
+        print(text, *(f"# {index}: megaflow {shlex.join(each['words'])}" for index, each in enumerate(entries)), sep="\n", end="\n\n")
         return f"ARRAY_OF_{name}"
+    for each in group if stage in TRAINING else []:
+        outcome.begin(each.directory)  # what is said there is of an attempt before
     write_atomically(tasks, json.dumps(entries, indent=1))
     id = slurm.submit(text)
-    (place / f"{id}.sbatch").write_text(text, "utf-8")
-    records.add_job(place, {"job": id, "stage": stage, "time": time.time(), "words": [str(tasks)], "directory": asked.dir})
+    (how.place / f"{id}.sbatch").write_text(text, "utf-8")
+    records.add_job(how.place, {"job": id, "stage": stage, "time": time.time(), "words": [str(tasks)], "directory": asked.dir})
     for index, each in enumerate(group):
         own = (each.directory / "slurm").absolute()
         own.mkdir(parents=True, exist_ok=True)
         content = {"job": f"{id}_{index}", "stage": stage, "time": time.time(), "words": entries[index]["words"]}
-        records.add_job(own, content | {"directory": str(each.directory), "log": str(place / f"{id}_{index}.log")})
-        if stage != "evaluate":
+        records.add_job(own, content | {"directory": str(each.directory), "log": str(how.place / f"{id}_{index}.log")})
+        if stage in TRAINING:
             points.note(each, "queued")
-    print(f"job {id}: {len(entries)} x {stage}, {name}; logs {place}/{id}_*.log")
+    print(f"job {id}: {len(entries)} x {stage}, {name}; logs {how.place}/{id}_*.log")
     return id

@@ -12,6 +12,8 @@ from megaflow.sweep import points
 from megaflow.sweep.design import SAMPLED, TEACHER, Sweep, written
 from megaflow.sweep.points import Placed
 
+ORDER = ("data.", "train.global_batch")
+"""Beginnings of keys that decide which samples come in which order: where they are axes, choices differ in that too."""
 CURVE = 400
 """Points of a curve that are kept: more are not seen."""
 
@@ -71,7 +73,10 @@ def note_of(content: dict[str, Any]) -> str:
     fixed = ", ".join(f"{key}={value}" for key, value in content["set"].items())
     budget = ", ".join(f"{value:,.0f} {name}" for name, value in content["budget"].items())
     found = [f"All points have {fixed}." if fixed else "", f"All have the same budget: {budget}." if budget else ""]
-    found.append("A seed has the same order of samples, noise and times at every choice.")
+    keys = {key for labels in content["overrides"].values() for values in labels.values() for key in values}
+    fair = "a seed has the same order of samples, noise and times at every choice."
+    other = sorted(key for key in keys if key.startswith(ORDER))
+    found.append(f"At equal {', '.join(other)} {fair}" if other else fair.capitalize())
     return " ".join(part for part in found if part)
 
 

@@ -28,7 +28,7 @@ from megaflow.sweep.design import EVALUATION, Point, Sweep, slug, written
 from megaflow.train.run import MAY_CHANGE
 
 FILE, LOG, CLAIM = "point.json", "console.log", ".claim"
-DONE, FAILED, REFUSED = "done", "failed", "refused"
+DONE, FAILED, REFUSED, EARLY = "done", "failed", "refused", "stopped early"
 
 
 @dataclass(frozen=True)
@@ -186,6 +186,11 @@ def evaluation(asked: Sweep, directory: Path) -> list[list[str]]:
     """The words after `megaflow` that evaluate a point; none where points are only trained."""
     options = [word for name, value in asked.evaluate.items() for word in (f"--{name}", written(value))]
     return [["evaluate", str(directory), *options]] if asked.evaluate else []
+
+
+def teacher_of(each: Placed) -> str:
+    """The run that a point is a map of; empty of a flow."""
+    return next((word.partition("=")[2] for word in each.words if word.startswith("distill.teacher=") and each.point.teacher), "")
 
 
 def claim(directory: Path) -> TextIO | None:

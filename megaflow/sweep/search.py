@@ -11,7 +11,7 @@ from typing import Any
 
 from megaflow.errors import UserError
 from megaflow.files import write_atomically
-from megaflow.sweep import design
+from megaflow.sweep import design, filed
 from megaflow.sweep.design import Choice, Sweep
 
 Measure = Callable[[list[Choice]], list[float | None]]
@@ -20,11 +20,11 @@ TRIES = 20
 """Proposals in a row that are known already, after which a choice is taken that nobody has proposed."""
 
 
-def search(asked: Sweep, at_once: int, measure: Measure, stop: list[int]) -> list[Choice]:
-    """Choose, run and learn until `draw.count` choices are tried. Returns them in their order. Raises UserError."""
+def search(asked: Sweep, at_once: int, measure: Measure, stop: list[int], keep: bool = True) -> list[Choice]:
+    """Choose, run and learn until `draw.count` choices are tried, or something is in `stop`. Returns them in order. Raises UserError."""
     optuna = imported()
     grid = {key(labels): (labels, overrides) for labels, overrides in design.choices(asked)}
-    file = Path(asked.dir) / "sweeps" / f"{design.slug(Path(asked.file).stem)}.chosen"
+    file = filed.chosen(asked)
     chosen = [grid[key(labels)] for labels in kept(file) if key(labels) in grid]
     total = min(asked.draw["count"], len(grid))
     values: list[float | None] = []
@@ -36,8 +36,9 @@ def search(asked: Sweep, at_once: int, measure: Measure, stop: list[int]) -> lis
                 return chosen
             new = proposed(optuna, asked, grid, chosen, values, min(at_once, total - len(chosen)))
             chosen += new
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(file, json.dumps([labels for labels, _ in chosen], indent=1))
+            if keep:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(file, json.dumps([labels for labels, _ in chosen], indent=1))
         values += measure(new)
     return chosen
 

@@ -11,6 +11,7 @@ from typing import Any
 from megaflow.files import read_if_whole, write_atomically
 
 FILE = "ended.json"
+PAUSED = "paused where it was told to (train.pause_at), saved"
 
 
 def begin(directory: Path) -> None:

@@ -132,7 +132,8 @@ def _train(loaded: Loaded, kind: str, began: float) -> int:
             stage.network.trunk.settle(config.parallel.recompute, config.parallel.compile)
             left = train(config, stage, mesh, began, watch)
             if mesh.first:
-                outcome.end(directory, "stopped by a signal, saved" if left else "finished", left)
+                paused = left and 0 < config.train.pause_at <= outcome.newest_step(directory)
+                outcome.end(directory, outcome.PAUSED if paused else "stopped by a signal, saved" if left else "finished", left)
             return left
         finally:
             if held is not None:

@@ -6,6 +6,7 @@ import pytest
 
 from megaflow.launch import after
 from megaflow.process import STOPPED
+from megaflow.train import outcome
 
 LOG = """megaflow: job 12, attempt 1, on n1, 2026-01-01 00:00:00
 megaflow: rank 3 on n1 raised ValueError: of the first attempt
@@ -62,6 +63,7 @@ def test_what_is_decided(last, earlier, fate, decision):
         (None, 1, "none", "failed", "rank 3 on n2 ended without a word (killed, or a crash of compiled code) in step 118"),
         ({"code": 1, "said": "the loss is nan"}, 1, "none", "failed", "the loss is nan"),
         ({"code": STOPPED, "said": "stopped by a signal"}, 1, "USR1", "stopped", "told to stop"),
+        ({"code": STOPPED, "said": outcome.PAUSED}, STOPPED, "none", "done", ""),  # as train.pause_at has it
         ({"code": STOPPED, "said": "stopped by a signal"}, 1, "none", "stopped", "told to stop"),  # by who could reach its processes
         (None, 138, "USR1", "stopped", "told to stop"),  # before it had begun
         ({"code": 2, "said": "disk full"}, 1, "USR1", "failed", "disk full"),

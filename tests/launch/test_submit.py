@@ -3,7 +3,7 @@
 import pytest
 
 from megaflow.errors import UserError
-from megaflow.launch import submit
+from megaflow.launch import slurm, submit
 from megaflow.launch.script import Resources
 
 
@@ -67,3 +67,15 @@ def test_what_follows_is_of_the_run_before(config, tmp_path):
     assert submit.needed("pretrain", Resources(nodes=4, gpus=8)) == Resources(nodes=4, gpus=8)
     with pytest.raises(UserError, match="evaluate takes RUN and options as name=value"):
         submit.step("evaluate", [], Resources(), None, True)
+
+
+def test_a_job_that_submits_another_does_not_hand_on_what_is_its_own():
+    inside = {
+        "SLURM_JOB_ID": "12",
+        "SLURM_CPUS_PER_TASK": "4",
+        "SLURM_CONF": "/etc/slurm.conf",
+        "CUDA_VISIBLE_DEVICES": "3",
+        "PATH": "/bin",
+    }
+    assert slurm.outside(inside) == {"SLURM_CONF": "/etc/slurm.conf", "PATH": "/bin"}
+    assert slurm.outside({"CUDA_VISIBLE_DEVICES": "3", "PATH": "/bin"}) == {"CUDA_VISIBLE_DEVICES": "3", "PATH": "/bin"}

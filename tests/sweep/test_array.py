@@ -1,6 +1,7 @@
 """A sweep as Slurm arrays on a real cluster: an element a point, evaluations behind them, and one page at the end."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -8,6 +9,10 @@ from megaflow.files import lines
 from megaflow.sweep import points
 
 EVALUATE = {"steps": "1", "samples": 4, "rows": 8, "draws": 2}
+
+
+def losses(run: Path) -> dict[int, float]:
+    return {line["step"]: line["loss"] for line in lines(run / "metrics.jsonl") if "loss" in line}
 
 
 @pytest.fixture
@@ -42,6 +47,7 @@ def test_an_array_of_points_with_evaluations_and_a_report(cluster, megaflow, swe
     assert again.code == 0 and "nothing to submit" in again.out
     more = megaflow("sweep", sweep, "axes.model.layers=[1,2,3]", "--slurm", "--dry-run")
     assert more.out.count("#SBATCH --array=0-1\n") == 2 and "squeue" not in more.err
+    assert more.out.count("# 0: megaflow pretrain ") == more.out.count("# 1: megaflow evaluate ") == 1
 
 
 @pytest.mark.long
@@ -54,3 +60,78 @@ def test_an_element_that_diverges_is_told_and_the_others_are_done(cluster, megaf
     assert sorted(state for state, _ in found.values()) == ["done", "failed"]
     (said,) = [said for state, said in found.values() if state == "failed"]
     assert " is " in said and "Traceback" not in said
+
+
+HALVED = """dir: out
+base: {base}
+set: {{train.steps: 24, train.validate_every: 24, train.validation_rows: 64, optim.warmup_steps: 0}}
+axes: {{optim.learning_rate: [0.00001, 0.0001, 0.001, 0.01]}}
+"""
+
+
+@pytest.mark.long
+def test_a_halving_goes_on_by_itself_rung_by_rung(cluster, megaflow, config, tmp_path):
+    """Four choices pause at a quarter of their steps, two at a half, one comes to its end: three arrays that follow one another, and the
+    losses of the same halving on this machine."""
+    path = tmp_path / "halved.yaml"
+    path.write_text(HALVED.format(base=config("coded")) + "draw: {kind: halving, keep: 0.5, rungs: 3}\n")
+    listed = megaflow("sweep", path, "--slurm", "--dry-run")
+    assert "--array=0-3\n" in listed.out and "train.pause_at=6" in listed.out and not (tmp_path / "out").exists()
+    done = megaflow("sweep", path, "--slurm")
+    assert done.code == 0, done.err
+    out = tmp_path / "out"
+    cluster.until(lambda: len(lines(out / "slurm" / "jobs.jsonl")) >= 6, 200.0)
+    jobs = lines(out / "slurm" / "jobs.jsonl")
+    assert [job["stage"] for job in jobs] == ["pretrain", "report"] * 3
+    assert cluster.over(jobs[-1]["job"]) == "COMPLETED"
+    assert [len(json.loads(Path(job["words"][0]).read_text())) for job in jobs[::2]] == [4, 2, 1]
+    steps = {run.name: max(line["step"] for line in lines(run / "metrics.jsonl")) for run in points.recorded(out)}
+    assert sorted(steps.values()) == [6, 6, 12, 24] and (out / "report.html").exists()
+    assert sorted(points.stands(run, {})[0] for run in points.recorded(out)) == ["done"] + ["stopped early"] * 3
+    assert len(lines(out / "slurm" / "jobs.jsonl")) == 6
+    here = megaflow("sweep", path, f"dir={tmp_path / 'here'}")
+    assert here.code == 0, here.err
+    assert {run.name: losses(run) for run in points.recorded(out)} == {run.name: losses(run) for run in points.recorded(tmp_path / "here")}
+
+
+@pytest.mark.long
+def test_a_search_goes_on_by_itself(cluster, megaflow, config, tmp_path):
+    """Two choices at once with two seeds each, then one more."""
+    path = tmp_path / "searched.yaml"
+    path.write_text(HALVED.format(base=config("coded")) + "draw: {kind: optuna, count: 3}\nseeds: 2\n")
+    refused = megaflow("sweep", path, "--slurm")
+    assert refused.code == 2 and "--limit" in refused.err
+    done = megaflow("sweep", path, "--slurm", "--limit", 4)
+    assert done.code == 0, done.err
+    out = tmp_path / "out"
+    cluster.until(lambda: len(lines(out / "slurm" / "jobs.jsonl")) >= 4, 200.0)
+    assert cluster.over(lines(out / "slurm" / "jobs.jsonl")[-1]["job"]) == "COMPLETED"
+    assert len(lines(out / "slurm" / "jobs.jsonl")) == 4
+    assert [points.stands(run, {})[0] for run in points.recorded(out)] == ["done"] * 6
+    assert (out / "points.csv").read_text().count("\n") == 7
+
+
+@pytest.mark.long
+def test_maps_of_a_flow_that_failed_fail_and_the_others_are_trained(cluster, megaflow, config, tmp_path):
+    """A flow of the seeds is given a run that something else holds, so that it cannot be trained."""
+    path = tmp_path / "maps.yaml"
+    path.write_text(
+        f"dir: out\nstage: distill\nbase: {config('coded', 'flow_map')}\nset: {{train.steps: 6, train.validation_rows: 8}}\n"
+        f"teacher: {{base: {config('coded')}, set: {{train.steps: 6, train.validation_rows: 8}}}}\n"
+        "axes: {distill.between: [middle, uniform]}\nseeds: 2\n"
+    )
+    held = tmp_path / "out" / "teacher=coded-flow-seed=1"
+    held.mkdir(parents=True)
+    (held / "checkpoints").write_text("in the way")
+    done = megaflow("sweep", path, "--slurm")
+    assert done.code == 0, done.err
+    assert cluster.over(done.jobs[-1], 400.0) == "COMPLETED"
+    found = {run.name: points.stands(run, {}) for run in points.recorded(tmp_path / "out")}
+    assert sorted(state for state, _ in found.values()) == ["done"] * 3 + ["failed"] * 3
+    assert all(
+        "has not been trained to its end" in said for name, (state, said) in found.items() if state == "failed" and "distill" in name
+    )
+    (held / "checkpoints").unlink()
+    again = megaflow("sweep", path, "--slurm", "--retry")
+    assert cluster.over(again.jobs[-1], 400.0) == "COMPLETED"
+    assert [points.stands(run, {})[0] for run in points.recorded(tmp_path / "out")] == ["done"] * 6

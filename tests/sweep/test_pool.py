@@ -16,7 +16,7 @@ import pytest
 from megaflow.config.load import load
 from megaflow.files import last_line, lines
 from megaflow.process import STOPPED
-from megaflow.sweep import points
+from megaflow.sweep import design, filed, gather, points
 from megaflow.train.run import load_distill
 
 STEPS = "train.steps: 6, train.validate_every: 6, train.validation_rows: 8"
@@ -221,3 +221,21 @@ def test_a_sweep_is_cancelled_with_what_it_trains(sweeping, process, tmp_path):
     running.communicate(timeout=60)
     assert running.returncode == STOPPED and len(starts(sweeping.out)) == 2
     assert not any(state == "running" for state in states(sweeping.out).values())
+
+
+def test_two_files_of_one_name_in_one_folder_are_two_sweeps(sweeping, tmp_path):
+    """Each with a page; and a file that is moved is still the same."""
+    assert sweeping("axes: {model.layers: [1, 2]}").code == 0
+    (tmp_path / "deep").mkdir()
+    text = (tmp_path / "sweep.yaml").read_text()
+    other = tmp_path / "deep" / "sweep.yaml"
+    other.write_text(text.replace("[1, 2]", "[1]"))
+    asked = design.read(str(other))
+    assert re.fullmatch(r"sweep-[0-9a-f]{6}", filed.name(asked))
+    filed.keep(asked, points.place(asked, design.points(asked)), [])
+    gather.report(sweeping.out, quiet=True)
+    assert len(list((sweeping.out / "reports").glob("*/points.csv"))) == 2
+    (tmp_path / "sweep.yaml").rename(tmp_path / "deep" / "moved.yaml")
+    (tmp_path / "deep" / "moved.yaml").rename(tmp_path / "sweep.yml")
+    other.rename(tmp_path / "deep" / "sweep.yml")
+    assert filed.name(design.read(str(tmp_path / "deep" / "sweep.yml"))) == "sweep"

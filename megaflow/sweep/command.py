@@ -1,0 +1,192 @@
+"""`megaflow sweep`: the points of a sweep, trained and evaluated by the ordinary commands, here (pool.py) or by Slurm (array.py), and its
+report.
+
+Asked again, it goes on: what is done is found done. So a halving and a search are the same here and there. Each is a function that trains
+what comes next and looks at what that has come to; on a cluster it ends where it has submitted something, and the last job asks again.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from megaflow.errors import UserError
+from megaflow.launch import slurm
+from megaflow.launch.script import Resources
+from megaflow.process import STOP_SIGNALS, STOPPED
+from megaflow.sweep import array, design, filed, gather, halving, points, pool, search, speed
+from megaflow.sweep.array import Cluster
+from megaflow.sweep.design import TEACHER, Choice, Sweep
+from megaflow.sweep.points import DONE, EARLY, FAILED, REFUSED, Placed
+from megaflow.sweep.pool import Tally
+
+
+def sweep(
+    path: str,
+    overrides: list[str],
+    at_once: int | None = None,
+    retry: bool = False,
+    dry_run: bool = False,
+    resources: Resources | None = None,
+    templates: str | None = None,
+    same: list[str] | None = None,
+) -> int:
+    """Run what is left of a sweep, `at_once` points together, and write its report; as Slurm arrays if `resources` of a point are given.
+
+    same: the words after `megaflow` that ask for it again. Returns the exit code. Raises UserError.
+    """
+    asked = design.read(path, overrides)
+    all_points = design.points(asked)
+    design.baseline_of(asked, all_points)
+    if resources is not None:
+        submitted(asked, all_points, overrides, array.cluster(asked, resources, at_once, retry, dry_run, templates, same or []))
+        return 0
+    slots, stop = pool.shares(at_once), list[int]()
+    searching = asked.draw["kind"] == "optuna"
+    if "seconds" in asked.budget and not dry_run and (code := measured(asked, all_points, slots, stop)):
+        return code
+    placed = points.place(asked, all_points, speed.known(asked)) if not searching or dry_run else []
+    if dry_run:
+        print("\n".join(listed(placed, asked.evaluate)))
+        return 0
+    if not searching:
+        filed.keep(asked, placed, overrides)
+    with contextlib.suppress(slurm.Unreachable):
+        if ids := [id for some in array.queued(placed).values() for id in some]:
+            there = f"{len(ids)} of its jobs are in Slurm's queue ({', '.join(ids[:3])}{', …' if len(ids) > 3 else ''})"
+            raise UserError(f"{asked.dir}: {there}, which train its points there; wait, or megaflow cancel {asked.dir}")
+    Path(asked.dir).mkdir(parents=True, exist_ok=True)
+    (Path(asked.dir) / ".pool").write_text(f"{os.getpid()} on {os.uname().nodename}", "utf-8")  # for megaflow cancel
+    with on_signals(stop):
+        tally = (searched if searching else trained)(asked, placed, slots, retry, stop, overrides)
+    (Path(asked.dir) / ".pool").unlink(missing_ok=True)
+    gather.report(asked.dir, quiet=True)
+    unfinished = tally.total - sum(tally.count(state) for state in (DONE, FAILED, REFUSED, EARLY))
+    print(
+        f"{asked.dir}: {tally.count(DONE)} of {tally.total} points done" + told(tally) + f"; {Path(asked.dir) / 'report.html'}",
+        file=sys.stderr,
+    )
+    if stop:
+        print(f"megaflow: stopped by a signal, {unfinished} points are left; the same command goes on", file=sys.stderr)
+        return STOPPED if stop[0] != signal.SIGINT else 130
+    return 1 if tally.count(FAILED) else 0
+
+
+def told(tally: Tally) -> str:
+    found = [f", {count} {state}" for state in (FAILED, REFUSED, EARLY, "busy") if (count := tally.count(state))]
+    return "".join(found) + (" (--retry tries failed ones again)" if tally.count(FAILED) else "")
+
+
+def listed(placed: list[Placed], evaluate: dict[str, Any]) -> list[str]:
+    """A line a point: how it stands, its directory, what it overrides."""
+    lines = []
+    for each in placed:
+        state = REFUSED if each.refused else points.stands(each.directory, evaluate)[0]
+        state = "to do" if state == "pending" else state
+        lines.append(f"{state:<8}  {each.directory}  {' '.join(each.words)}" + (f"  {each.refused}" if each.refused else ""))
+    return lines
+
+
+@contextlib.contextmanager
+def on_signals(stop: list[int]) -> Iterator[None]:
+    """Remember signals to stop by while the block runs."""
+    before = {number: signal.signal(number, lambda number, frame: stop.append(number)) for number in (*STOP_SIGNALS, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def measured(asked: Sweep, all_points: list[design.Point], slots: list[dict[str, str]], stop: list[int]) -> int:
+    """Measure how fast each choice trains that was not measured before. Returns an exit code, 0 where the sweep can go on."""
+    new = speed.to_measure(asked, all_points)
+    if new:
+        print(f"{asked.dir}: measuring the speed of {len(new)} choices, {speed.STEPS} steps each", file=sys.stderr)
+        with on_signals(stop):
+            pool.run(replace(asked, evaluate={}), new, slots, True, stop)
+        speed.keep(asked, new)
+    return STOPPED if stop else 0
+
+
+def trained(asked: Sweep, placed: list[Placed], slots: list[dict[str, str]], retry: bool, stop: list[int], words: list[str]) -> Tally:
+    """All points, or those of a halving rung by rung."""
+    tally = Tally(len({each.directory for each in placed}))
+    for share, alive in halving.rungs(asked, placed):
+        tally.add(pool.run(asked, alive, slots, retry, stop, share))
+        if stop:
+            break
+    early = {str(each.directory): EARLY for each in placed if points.record(each.directory).get("state") == EARLY}
+    tally.states |= early
+    return tally
+
+
+def searched(asked: Sweep, placed: list[Placed], slots: list[dict[str, str]], retry: bool, stop: list[int], words: list[str]) -> Tally:
+    """Adaptive search: as many choices at once as fill the slots with all their seeds."""
+    tally, tried = Tally(0), list[Choice]()
+
+    def measure(new: list[Choice]) -> list[float | None]:
+        tried.extend(new)
+        placed = points.place(asked, design.points(asked, tried))
+        filed.keep(asked, placed, words)
+        tally.add(pool.run(asked, of_choices(placed, new), slots, retry, stop))
+        tally.total = len(tally.states)
+        return values(asked, placed, new)
+
+    search.search(asked, max(1, len(slots) // len(asked.seeds)), measure, stop)
+    return tally
+
+
+def of_choices(placed: list[Placed], some: list[Choice]) -> list[Placed]:
+    """The points of some choices, and all teachers."""
+    labels = [each for each, _ in some]
+    return [each for each in placed if each.point.labels in labels or TEACHER in each.point.labels]
+
+
+def values(asked: Sweep, placed: list[Placed], some: list[Choice]) -> list[float | None]:
+    """The metric of each choice, a mean over its seeds."""
+    return [gather.mean_of(asked, [each for each in placed if each.point.labels == labels]) for labels, _ in some]
+
+
+def submitted(asked: Sweep, all_points: list[design.Point], words: list[str], cluster: Cluster) -> None:
+    """Submit what comes next of a sweep, or write its report where nothing does. Raises UserError."""
+    kind = asked.draw["kind"]
+    if "seconds" in asked.budget:
+        raise UserError(
+            f"{asked.file}: budget.seconds goes by how fast choices train here, and arrays train elsewhere; use tokens or flops"
+        )
+    if kind == "optuna":
+        more = searched_there(asked, words, cluster)
+    else:
+        placed = points.place(asked, all_points)
+        if not cluster.dry_run:
+            filed.keep(asked, placed, words)
+        more = any(array.submit(asked, alive, cluster, share) for share, alive in halving.rungs(asked, placed, note=not cluster.dry_run))
+    if more or cluster.dry_run:
+        return
+    print(f"{asked.dir}: nothing to submit, every point is done, failed or refused; --retry takes failed ones")
+    if kind in ("halving", "optuna"):
+        gather.report(asked.dir)
+
+
+def searched_there(asked: Sweep, words: list[str], cluster: Cluster) -> bool:
+    """The next choices of a search on a cluster. Returns whether there are any."""
+    if cluster.most is None:
+        raise UserError(f"{asked.file}: draw.kind=optuna chooses as many at once as --limit says, and learns from them; give --limit")
+    tried, stop = list[Choice](), list[int]()
+
+    def measure(new: list[Choice]) -> list[float | None]:
+        tried.extend(new)
+        placed = points.place(asked, design.points(asked, tried))
+        if not cluster.dry_run:
+            filed.keep(asked, placed, words)
+        if array.submit(asked, of_choices(placed, new), cluster):
+            stop.append(0)
+        return values(asked, placed, new)
+
+    search.search(asked, max(1, cluster.most // len(asked.seeds)), measure, stop, keep=not cluster.dry_run)
+    return bool(stop)

@@ -1,0 +1,76 @@
+"""Successive halving (Jamieson and Talwalkar 2016): all choices train for a share of their steps, the best go on for more of them.
+
+Rates and warm-ups are those of the whole run, which pauses and goes on: what comes to the end is what a grid would have made. What is
+decided is a function of what the runs have written, so that whoever goes on with a sweep decides the same.
+"""
+
+import math
+import statistics
+from collections.abc import Iterator
+
+from megaflow.files import lines
+from megaflow.sweep import design, points
+from megaflow.sweep.design import Sweep
+from megaflow.sweep.points import EARLY, Placed
+from megaflow.train import outcome
+
+Labels = tuple[tuple[str, str], ...]
+
+
+def rungs(asked: Sweep, placed: list[Placed], note: bool = True) -> Iterator[tuple[float, list[Placed]]]:
+    """(share of their steps, the points that train for it), each rung when those of the one before are trained. Of other draws all points
+    at once, to their end. What does not go on is noted so, unless nothing is to be written."""
+    draw, alive = asked.draw, placed
+    count = draw["rungs"] if draw["kind"] == "halving" else 1
+    for rung in range(count):
+        share = draw["keep"] ** (count - 1 - rung) if count > 1 else 1.0
+        yield share, alive
+        if rung + 1 < count:
+            alive = best(alive, share, draw["keep"], draw["by"], note)
+
+
+def best(alive: list[Placed], share: float, keep: float, by: str, note: bool) -> list[Placed]:
+    """The points of the best choices, and their teachers."""
+    order = ranked(alive, share, by)
+    going = {choice for choice, _ in order[: max(1, math.ceil(keep * len(order)))]}
+    for place, (choice, value) in enumerate(order):
+        for each in alive if note and choice not in going else []:
+            if choice_of(each) == choice:
+                points.note(each, EARLY, f"halving: {by} {value:.4f} after {paused_at(each, share)} steps, {place + 1} of {len(order)}")
+    return [each for each in alive if design.TEACHER in each.point.labels or choice_of(each) in going]
+
+
+def ranked(alive: list[Placed], share: float, by: str) -> list[tuple[Labels, float]]:
+    """(choice, mean over its seeds of what was measured where it paused), the least first; choices of which a seed has nothing left out."""
+    values: dict[Labels, list[float]] = {}
+    for each in alive:
+        if design.TEACHER not in each.point.labels:
+            step = paused_at(each, share)
+            written = [line[by] for line in lines(each.directory / "metrics.jsonl") if line.get("step") == step and by in line]
+            values.setdefault(choice_of(each), []).append(written[-1] if written else math.inf)
+    means = [(choice, statistics.mean(some)) for choice, some in values.items()]
+    return sorted((pair for pair in means if math.isfinite(pair[1])), key=lambda pair: pair[1])
+
+
+def choice_of(each: Placed) -> Labels:
+    return tuple(each.point.labels.items())
+
+
+def pauses(each: Placed, share: float) -> bool:
+    """Whether a point trains for a share of its steps only; a teacher trains for all."""
+    return share < 1.0 and design.TEACHER not in each.point.labels
+
+
+def paused_at(each: Placed, share: float) -> int:
+    """The step at which a point pauses that trains for a share of its steps."""
+    return max(1, round(share * each.steps))
+
+
+def paused(each: Placed, share: float) -> bool:
+    """Whether a point that pauses has come so far."""
+    return pauses(each, share) and outcome.newest_step(each.directory) >= paused_at(each, share)
+
+
+def training(asked: Sweep, each: Placed, share: float) -> list[str]:
+    """The words after `megaflow` that train a point for a share of its steps."""
+    return points.training(asked, each) + ([f"train.pause_at={paused_at(each, share)}"] if pauses(each, share) else [])

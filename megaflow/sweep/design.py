@@ -78,6 +78,10 @@ MACHINE = (
 )
 """Keys of the machine, which points of one identity may differ in: as axes they would give the same run several names."""
 SAMPLED = ("judge_bits_per_char", "entropy", "reverse_bits_per_char")
+GIVEN = "first_half", "prefix", "suffix", "infilling", "random", "source", "mixture"
+"""What a likelihood may be given, of those of the rest: evaluation.py."""
+PLAIN = "as it is"
+"""What an axis of mappings calls the one that overrides nothing, {}."""
 TEACHER = "teacher"
 """Label of a flow that is trained for the maps of a sweep, and is no choice of it."""
 Values = dict[str, Any]
@@ -254,9 +258,10 @@ def _check_evaluation(path: str, sweep: Sweep) -> None:
         raise UserError(f"{path}: evaluate.steps must be numbers of steps, '1,4,32', not {sweep.evaluate['steps']!r}")
     there = ["validation_loss", "tokens_per_second"]
     if sweep.evaluate:
-        there += ["likelihood.nats_per_token", "likelihood.bits_per_char", "continuation.nats_per_token"]
+        there += ["likelihood.nats_per_token", "likelihood.bits_per_char"]
+        there += [f"given.{law}.nats_per_token" for law in GIVEN]
         there += [f"samples.{n}.{name}" for n in (*steps, "autoregressive") for name in SAMPLED]
-    if sweep.metric not in there:
+    if re.sub(r"(?<=^given.mixture):.+(?=.nats_per_token$)", "", sweep.metric) not in there:
         near = difflib.get_close_matches(sweep.metric, there, n=1)
         hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(there)}"
         raise UserError(f"{path}: metric={sweep.metric} is nothing that a point of this sweep has{hint}")
@@ -322,7 +327,7 @@ def _axis(path: str, axis: str, values: Any) -> list[tuple[str, Values]]:
     for value in values:
         if isinstance(value, dict):
             overrides = _values(path, f"axes.{axis}", value)
-            label = ", ".join(f"{key}={written(each)}" for key, each in overrides.items())
+            label = ", ".join(f"{key}={written(each)}" for key, each in overrides.items()) or PLAIN
         else:
             overrides, label = _values(path, "axes", {axis: value}), written(value)
         found.append((label, overrides))

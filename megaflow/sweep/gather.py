@@ -23,7 +23,7 @@ def is_sweep(directory: str | Path) -> bool:
 
 
 def report(directory: str | Path, quiet: bool = False) -> None:
-    """Write report.html, points.csv, choices.csv and best.yaml of each sweep of a folder. Raises UserError."""
+    """Write the page and the tables of each sweep of a folder. Raises UserError."""
     from megaflow.sweep import page
 
     folder = Path(directory)
@@ -35,7 +35,8 @@ def report(directory: str | Path, quiet: bool = False) -> None:
         out.mkdir(parents=True, exist_ok=True)
         page.write(gathered(folder, file), out)
         if not quiet:
-            print(f"{out / 'report.html'}\n{out / 'points.csv'}\n{out / 'choices.csv'}\n{out / 'best.yaml'}")
+            names = ("report.html", "points.csv", "choices.csv", "choices.md", "best.yaml")
+            print("\n".join(str(out / name) for name in names if (out / name).exists()))
 
 
 def gathered(folder: Path, file: Path) -> dict[str, Any]:
@@ -126,14 +127,15 @@ def besides(directory: Path) -> dict[str, str]:
 
 
 def measured(evaluation: dict[str, Any]) -> dict[str, float]:
-    """The numbers of an evaluation by dotted names."""
+    """The numbers of an evaluation by dotted names. A likelihood of what is written, given the rest, has a name that says so: it is no
+    likelihood of whole rows, and of the same tokens as another that was given the same."""
     found: dict[str, float] = {}
-    likelihood = evaluation.get("likelihood", {})
-    for name in ("nats_per_token", "bits_per_char"):
-        if isinstance(likelihood.get(name), (int, float)):
-            found[f"likelihood.{name}"] = likelihood[name]
-    if isinstance(rest := likelihood.get("continuation", {}).get("nats_per_token"), (int, float)):
-        found["continuation.nats_per_token"] = rest
+    whole = evaluation.get("likelihood", {})
+    for likelihood in (whole, whole.get("continuation", {})):
+        law = likelihood.get("given")
+        for name in ("nats_per_token", "bits_per_char"):
+            if isinstance(likelihood.get(name), (int, float)):
+                found[f"given.{str(law).replace(' ', '_')}.{name}" if law else f"likelihood.{name}"] = likelihood[name]
     for steps, entry in evaluation.get("samples", {}).items():
         for name in SAMPLED:
             if isinstance(entry.get(name), (int, float)):

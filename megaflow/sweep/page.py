@@ -1,4 +1,4 @@
-"""The report of a sweep: one self-contained HTML page, two CSV files and the config that won, from the numbers of `statistics`.
+"""The report of a sweep: one self-contained HTML page, tables and the config that won, from the numbers of `statistics`.
 
 `data` is what statistics.py takes and, for the page, {title, dir, base (path of a config), seeds, commands, note} and of every point a
 curve {tokens, loss [N], validation_tokens, validation_loss [M]}, all of which may be empty. Three more may be there: set {key: value} of
@@ -46,11 +46,13 @@ ONE = re.compile(r"([A-Za-z_]\w*(?:\.\w+)+)=(.*)", re.S)
 
 
 def write(data: dict[str, Any], folder: Path | str) -> None:
-    """Write report.html, points.csv, choices.csv and, where a point is done, best.yaml into a folder, each as a whole or not at all."""
+    """Write report.html, points.csv, choices.csv, choices.md and, where a point is done, best.yaml into a folder, each as a whole or not
+    at all."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "points.csv", points_csv(data))
     write_atomically(folder / "choices.csv", choices_csv(data))
+    write_atomically(folder / "choices.md", choices_md(data))
     if best := best_yaml(data, folder):
         write_atomically(folder / "best.yaml", best)
     else:
@@ -93,6 +95,31 @@ def choices_csv(data: dict[str, Any]) -> str:
             line += [len(row.values), row.mean, row.error, *(row.paired or [None] * 6), row.holm]
         lines.append(line)
     return _csv([head, *lines])
+
+
+def choices_md(data: dict[str, Any]) -> str:
+    """The same in short, to be put into a text: a line a choice, the metric that decides with its paired difference from the baseline, the
+    others after it; mean ± standard error over seeds, and nothing where a seed that is done lacks the number or none is."""
+    names, base, done = statistics.metrics(data), statistics.baseline(data), statistics.choices(data)
+    head = [*data["axes"], names[0], "against the baseline", *names[1:]] if names else [*data["axes"]]
+    by_metric = [statistics.rows(data, name) for name in names]
+    lines = [head, ["---"] * len(head)]
+    for found in zip(*by_metric, strict=True):
+        choice = found[0].choice
+        whole = sum(point["state"] == "done" for point in done[choice])
+        cells = [
+            pair(row.mean, row.error, digits_of(rows), "") if len(row.values) == whole else ""
+            for row, rows in zip(found, by_metric, strict=True)
+        ]
+        apart, digits = found[0].paired, digits_of(by_metric[0])
+        difference = pair(apart.difference, apart.error, digits, "+") if apart is not None and choice != base and cells[0] else ""
+        lines.append([*(f"`{value}`".replace("|", "\\|") for value in choice), cells[0], difference, *cells[1:]])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def pair(mean: float | None, error: float | None, digits: int, sign: str) -> str:
+    """'5.243 ± 0.012'."""
+    return "" if mean is None else f"{mean:{sign}.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
 
 
 def best_yaml(data: dict[str, Any], folder: Path | str | None = None) -> str:

@@ -210,15 +210,28 @@ def test_names_of_folders(text):
     assert not name.startswith(".") and "/" not in name and design.slug(text) == name
 
 
-SWEEPS = sorted((Path(__file__).resolve().parents[2] / "configs" / "sweeps").glob("*.yaml"))
+FOLDER = Path(__file__).resolve().parents[2] / "configs" / "sweeps"
+SWEEPS = [(path, variant) for path in sorted(FOLDER.glob("*.yaml")) if path.stem != "small" for variant in (None, "large")]
+SWEEPS += [(path, None) for path in sorted(FOLDER.glob("tables/*.yaml"))]
 
 
-@pytest.mark.parametrize("variant", [None, "large"])
-@pytest.mark.parametrize("file", [path for path in SWEEPS if path.stem != "small"], ids=lambda path: path.stem)
+@pytest.mark.parametrize("file, variant", SWEEPS, ids=lambda value: getattr(value, "stem", value))
 def test_the_repository_s_sweeps(file, variant):
     """Each is read, small and large, has points that its config accepts, and a baseline."""
     asked = design.read(str(file), [f"variant={variant}"] if variant else [])
     found = design.points(asked)
-    assert design.baseline_of(asked, found) and len(found) >= 15 and len({point.name for point in found}) == len(found)
+    assert design.baseline_of(asked, found) and len(found) >= 9 and len({point.name for point in found}) == len(found)
     for point in found:
         contradictions(load(point.base, [*point.words(), *(["distill.teacher=x"] if point.teacher else [])]))
+
+
+def test_a_choice_that_overrides_nothing(tmp_path):
+    """And one of whose likelihoods is of what is given."""
+    (tmp_path / "s.yaml").write_text("dir: o\nbase: b.yaml\naxes: {way: [{}, {model.layers: 2}]}\nevaluate: {steps: '1'}\n")
+    plain, other = design.points(design.read(str(tmp_path / "s.yaml")))
+    assert (plain.labels, plain.overrides, plain.name) == ({"way": "as it is"}, {}, "way=as_it_is-seed=0")
+    assert other.labels == {"way": "model.layers=2"}
+    for metric in ("given.source.nats_per_token", "given.mixture:prefix=1.nats_per_token", "given.first_half.nats_per_token"):
+        assert design.read(str(tmp_path / "s.yaml"), [f"metric={metric}"]).metric == metric
+    with pytest.raises(UserError, match="given.sauce"):
+        design.read(str(tmp_path / "s.yaml"), ["metric=given.sauce.nats_per_token"])

@@ -223,7 +223,13 @@ class TestTheFiles:
     def test_points_and_choices(self, tmp_path):
         data = many()
         sweep_page.write(data, tmp_path / "new")
-        assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["best.yaml", "choices.csv", "points.csv", "report.html"]
+        assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [
+            "best.yaml",
+            "choices.csv",
+            "choices.md",
+            "points.csv",
+            "report.html",
+        ]
         points = table((tmp_path / "new/points.csv").read_text("utf-8"))
         assert len(points) == 300 and points[5]["said"] == "Traceback …\nRuntimeError: out of memory" and points[5]["state"] == "failed"
         for line, point in zip(points, data["points"], strict=True):
@@ -358,6 +364,23 @@ class TestDrawing:
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium: apt-get install chromium")
+def test_choices_as_markdown():
+    """Means and errors as statistics has them; nothing of a number that a done seed lacks, nor of a choice that is not done."""
+    data = sweep({"a.b": ["x", "y", "z|"], "c": ["1"]}, [0, 1])
+    for point in data["points"]:
+        point["metrics"] = {"loss": {"x": 5.0, "y": 4.9, "z|": 4.0}[point["values"]["a.b"]] + 0.2 * point["seed"], "bits": 1.25}
+    del data["points"][2]["metrics"]["bits"]
+    for point in data["points"][4:]:
+        point |= {"state": "failed", "metrics": {}}
+    assert sweep_page.choices_md(data).splitlines() == [
+        "| a.b | c | loss | against the baseline | bits |",
+        "| --- | --- | --- | --- | --- |",
+        "| `x` | `1` | 5.10 ± 0.10 |  | 1.250 ± 0.000 |",
+        "| `y` | `1` | 5.00 ± 0.10 | -0.10 ± 0.00 |  |",
+        "| `z\\|` | `1` |  |  |  |",
+    ]
+
+
 class TestInABrowser:
     def dom(self, data: dict, tmp_path: Path, script: str = "", fragment: str = "") -> list[tuple[str, dict]]:
         """The elements of the page after a browser has run it, and then `script`."""

@@ -306,6 +306,42 @@ def _test(reduced: _Fit, full: _Fit, error: float, freedom: int) -> float | None
     return float(fdtrc(more, freedom, max(0.0, reduced.rest - full.rest) / more / (error / freedom)))
 
 
+class _Model(NamedTuple):
+    """The additive model of a design: y = middle + parts @ weights. told: what `levels` says of each axis; parts: columns of the mean and
+    the seeds, under an empty name, and of each axis; pure: the fit of choices and seeds; source: of the error, see `design`."""
+
+    told: dict[str, tuple[list[int], list[str], list[float] | None, bool]]
+    parts: dict[str, np.ndarray]
+    y: np.ndarray
+    middle: float
+    additive: _Fit
+    pure: _Fit
+    source: str
+
+    @property
+    def error(self) -> tuple[float, int]:
+        """(squares, degrees of freedom) that effects are tested against."""
+        fit = self.pure if self.source == "seeds" else self.additive
+        return fit.rest, fit.freedom
+
+    def row(self, levels: dict[str, int], mean: bool = True) -> np.ndarray:
+        """What the weights are multiplied by for some levels of axes, with the mean or without."""
+        found = []
+        for name, part in self.parts.items():
+            inside = np.zeros(part.shape[1])
+            if name in levels:
+                inside = _coded([levels[name]], len(self.told[name][1]))[0]
+            elif not name and mean:
+                inside[0] = 1.0
+            found.append(inside)
+        return np.concatenate(found)
+
+    def predicted(self, levels: dict[str, int]) -> float | None:
+        """The mean at some levels; None where the design does not tell it."""
+        row = self.row(levels)
+        return self.middle + float(row @ self.additive.weights) if self.additive.told(row) else None
+
+
 def design(data: dict[str, Any]) -> Design | None:
     """Main effects and pairwise interactions of the axes with more than one value; None where there is none, or no point is done.
 
@@ -339,65 +375,48 @@ def design(data: dict[str, Any]) -> Design | None:
 
     parts: dict[str, np.ndarray] = {"": np.hstack([np.ones((len(y), 1)), column(seeds)])}
     parts |= {axis: _coded(found[0], len(found[1])) for axis, found in told.items()}
-    ends = np.cumsum([part.shape[1] for part in parts.values()])
-    where = {axis: slice(int(end) - part.shape[1], int(end)) for (axis, part), end in zip(parts.items(), ends, strict=True)}
-    matrix = np.hstack(list(parts.values()))
-    additive = _Fit(matrix, y)
-    pure = _Fit(np.hstack([parts[""], column(cells)]), y)
+    additive, pure = _Fit(np.hstack(list(parts.values())), y), _Fit(np.hstack([parts[""], column(cells)]), y)
     source = "seeds" if balanced and pure.freedom > 0 else "fit" if additive.freedom > 0 else ""
-    error, freedom = (pure.rest, pure.freedom) if source == "seeds" else (additive.rest, additive.freedom)
-    variance = error / freedom if freedom > 0 else None
+    model = _Model(told, parts, y, middle, additive, pure, source)
+    effects = [_effect(model, axis) for axis in told]
+    interactions = [_interaction(model, first, second) for first, second in itertools.combinations(told, 2)]
+    return Design(balanced, source, model.error[1], effects, interactions)
 
-    def row_of(axis: str, level: int) -> np.ndarray:
-        row = np.zeros(matrix.shape[1])
-        row[where[axis]] = _coded([level], len(told[axis][1]))[0]
-        return row
 
-    whole = np.zeros(matrix.shape[1])
-    whole[0] = 1.0
-    effects, interactions = [], []
-    for axis, (places, labels, at, binned) in told.items():
-        found = []
-        for level, label in enumerate(labels):
-            row = row_of(axis, level)
-            clear, mean = additive.told(row), None
-            if additive.told(row + whole):
-                mean = middle + float((row + whole) @ additive.weights)
-            spread = float(row @ additive.inverse @ row)
-            found.append(
-                Level(
-                    label,
-                    at[level] if at else None,
-                    places.count(level),
-                    mean,
-                    float(row @ additive.weights) if clear else None,
-                    math.sqrt(max(0.0, variance * spread)) if clear and variance is not None else None,
-                )
-            )
-        without = _Fit(np.hstack([part for name, part in parts.items() if name != axis]), y)
-        effects.append(Effect(axis, found, binned, _test(without, additive, error, freedom)))
-    for first, second in itertools.combinations(told, 2):
-        one, two = parts[first], parts[second]
-        both = np.hstack([matrix, (one[:, :, None] * two[:, None, :]).reshape(len(y), -1)])
-        full = _Fit(both, y)
-        left = (pure.rest, pure.freedom) if source == "seeds" else (full.rest, full.freedom)
-        shape = len(told[first][1]), len(told[second][1])
-        means: list[list[float | None]] = [[None] * shape[1] for _ in range(shape[0])]
-        residuals: list[list[float | None]] = [[None] * shape[1] for _ in range(shape[0])]
-        squares = 0.0
-        for i, j in sorted(set(zip(told[first][0], told[second][0], strict=True))):
-            inside = np.array([a == i and b == j for a, b in zip(told[first][0], told[second][0], strict=True)])
-            residual = float(additive.residual[inside].mean())
-            squares += float(inside.sum()) * residual**2
-            residuals[i][j] = residual
-            row = whole + row_of(first, i) + row_of(second, j)
-            if additive.told(row):
-                means[i][j] = middle + float(row @ additive.weights) + residual
-        size = math.sqrt(squares / len(y))
-        interactions.append(
-            Interaction(first, second, (told[first][1], told[second][1]), means, residuals, size, _test(additive, full, *left))
-        )
-    return Design(balanced, source, freedom, effects, interactions)
+def _effect(model: _Model, axis: str) -> Effect:
+    places, labels, at, binned = model.told[axis]
+    squares, freedom = model.error
+    found = []
+    for level, label in enumerate(labels):
+        row = model.row({axis: level}, mean=False)
+        clear, error = model.additive.told(row), None
+        if clear and freedom > 0:
+            error = math.sqrt(max(0.0, squares / freedom * float(row @ model.additive.inverse @ row)))
+        deviation = float(row @ model.additive.weights) if clear else None
+        mean = model.predicted({axis: level})
+        found.append(Level(label, at[level] if at else None, places.count(level), mean, deviation, error))
+    without = _Fit(np.hstack([part for name, part in model.parts.items() if name != axis]), model.y)
+    return Effect(axis, found, binned, _test(without, model.additive, squares, freedom))
+
+
+def _interaction(model: _Model, first: str, second: str) -> Interaction:
+    (at_first, labels_first, *_), (at_second, labels_second, *_) = model.told[first], model.told[second]
+    one, two = model.parts[first], model.parts[second]
+    products = (one[:, :, None] * two[:, None, :]).reshape(len(model.y), -1)
+    full = _Fit(np.hstack([*model.parts.values(), products]), model.y)
+    left = model.error if model.source == "seeds" else (full.rest, full.freedom)
+    means: list[list[float | None]] = [[None] * len(labels_second) for _ in labels_first]
+    residuals: list[list[float | None]] = [[None] * len(labels_second) for _ in labels_first]
+    squares = 0.0
+    for i, j in sorted(set(zip(at_first, at_second, strict=True))):
+        inside = np.array([a == i and b == j for a, b in zip(at_first, at_second, strict=True)])
+        residual = float(model.additive.residual[inside].mean())
+        squares += float(inside.sum()) * residual**2
+        residuals[i][j] = residual
+        if (mean := model.predicted({first: i, second: j})) is not None:
+            means[i][j] = mean + residual
+    size = math.sqrt(squares / len(model.y))
+    return Interaction(first, second, (labels_first, labels_second), means, residuals, size, _test(model.additive, full, *left))
 
 
 def _balanced(cells: Sequence[tuple[int, ...]], seeds: Sequence[int]) -> bool:

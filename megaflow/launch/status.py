@@ -14,7 +14,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from megaflow.errors import UserError
-from megaflow.files import last_line
+from megaflow.files import last_line, read_if_whole
 from megaflow.launch import records, slurm
 from megaflow.process import STOPPED
 from megaflow.progress import duration
@@ -32,14 +32,31 @@ def status(places: list[str], as_json: bool = False, live: bool = False) -> None
     while True:
         runs = found([Path(place) for place in places])
         states, trouble = looked_at(runs)
+        sweeps = [counted(folder, states) for folder in dict.fromkeys(run.parent for run in runs) if (folder / "sweeps").is_dir()]
         if as_json:
-            print(json.dumps({"runs": states, "queue_error": trouble}), flush=True)
+            print(json.dumps({"runs": states, "sweeps": sweeps, "queue_error": trouble}), flush=True)
         else:
             clear = "\x1b[H\x1b[2J" if live and sys.stdout.isatty() else ""
-            print(clear + "\n".join([*table(states), *([f"queue: {trouble}"] if trouble else [])]), flush=True)
+            shown = [*table(states), *map(summed, sweeps), *([f"queue: {trouble}"] if trouble else [])]
+            print(clear + "\n".join(shown), flush=True)
         if not live or all(state["state"] == "finished" for state in states):
             return
         time.sleep(PERIOD)
+
+
+def counted(folder: Path, states: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of a sweep's folder: {'sweep', 'points', 'states': {state: how many}}, points that nobody has begun among them."""
+    names = {member["directory"] for file in (folder / "sweeps").glob("*.json") for member in read_if_whole(file).get("members", [])}
+    there = {Path(state["run"]).name: state["state"] for state in states if Path(state["run"]).parent == folder}
+    counts: dict[str, int] = {}
+    for name in sorted(names):
+        state = there.get(name, "not begun")
+        counts[state] = counts.get(state, 0) + 1
+    return {"sweep": str(folder), "points": len(names), "states": counts}
+
+
+def summed(sweep: dict[str, Any]) -> str:
+    return f"{sweep['sweep']}: {sweep['points']} points, " + ", ".join(f"{count} {state}" for state, count in sweep["states"].items())
 
 
 def found(places: list[Path]) -> list[Path]:

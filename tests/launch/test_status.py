@@ -88,6 +88,18 @@ def test_all_runs_below_a_folder(copied, cli, tmp_path):
     assert [run["run"] for run in found] == [str(tmp_path / "all" / name) for name in ("two", "deep/one")]
 
 
+def test_points_of_a_sweep_are_counted(copied, cli, tmp_path):
+    """Those that nobody has begun too."""
+    sweep = tmp_path / "sweep"
+    shutil.move(copied("coded"), sweep / "one")
+    (sweep / "sweeps").mkdir()
+    for name, members in (("a", ["one", "two"]), ("b", ["one", "three"])):
+        (sweep / "sweeps" / f"{name}.json").write_text(json.dumps({"members": [{"directory": member} for member in members]}))
+    told = json.loads(cli("status", sweep, "--json").out)
+    assert told["sweeps"] == [{"sweep": str(sweep), "points": 3, "states": {"finished": 1, "not begun": 2}}]
+    assert cli("status", sweep).out.splitlines()[-1] == f"{sweep}: 3 points, 1 finished, 2 not begun"
+
+
 def test_where_there_is_no_run_that_is_said(cli, tmp_path):
     for place, words in ((tmp_path, "there is no run"), (tmp_path / "nowhere", "no such directory")):
         told = cli("status", place)

@@ -16,6 +16,13 @@ exit codes: 0 done; 1 failed; 2 bad input, or a disk that refuses: one sentence 
 75 stopped by SIGTERM or SIGUSR1 after saving, the same command continues; 130 interrupted by Ctrl-C"""
 
 
+class Exact(argparse.ArgumentParser):
+    """Options by their whole names: what is repeated by a job later is to mean the same then."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings | {"allow_abbrev": False})
+
+
 def parser() -> argparse.ArgumentParser:
     """The whole command line; building it imports nothing heavy."""
     top = argparse.ArgumentParser(
@@ -25,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     top.add_argument("--version", action="version", version=f"megaflow {__version__}")
-    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Exact)
 
     def with_config(name: str, help: str, optional: bool = False) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=help, description=help)

@@ -32,8 +32,8 @@ def main() -> int:
     if words[0].startswith("@"):
         mine = element(words[0], os.environ)
         words, place = mine["words"], Path(mine["directory"]).absolute() / "slurm"
-        if mine["needs"] and not (Path(mine["needs"]) / "summary.json").exists():
-            print(f"megaflow: {mine['needs']}, which comes before, has not been trained to its end", file=sys.stderr)
+        if (needs := mine.get("needs")) and not (Path(needs) / "summary.json").exists():
+            print(f"megaflow: {needs}, which comes before, has not been trained to its end", file=sys.stderr)
             return 2
     asked: list[int] = []
     for number in (signal.SIGUSR1, signal.SIGTERM):

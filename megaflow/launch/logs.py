@@ -24,8 +24,10 @@ def logs(run: str, rank: int | None = None, job: str | None = None, follow: bool
     if not ids and console.exists():  # a point of a sweep that runs here
         show(lambda: console, "", False)
         return
-    if (Path(run) / "sweeps").is_dir():
-        raise UserError(f"{run}: a sweep has a log for each of its points; megaflow status {run} names them")
+    if (Path(run) / "sweeps").is_dir() and rank is None and job is None:  # of a sweep the job that comes after all
+        ids = [id for id, line in kept.items() if "sweep" in line]
+        if not ids:
+            raise UserError(f"{run}: a sweep has a log for each of its points; megaflow status {run} names them")
     if not ids:
         raise UserError(f"{run}: no job was submitted for it; what is started by hand writes to its own console")
     if job is not None and job not in ids:
@@ -35,7 +37,7 @@ def logs(run: str, rank: int | None = None, job: str | None = None, follow: bool
     def file() -> Path:
         return Path(kept[id].get("log", place / f"{id}.log")) if rank is None else of_rank(place, id, rank)
 
-    if not file().exists() and not follow:
+    if not follow and not file().exists():
         raise UserError(f"{file()}: there is no such log yet; megaflow status {run} says whether the job waits, and -f waits for it")
     show(file, id, follow)
 
@@ -46,7 +48,9 @@ def of_rank(place: Path, id: str, rank: int) -> Path:
     if not attempts:
         raise UserError(f"{place / id}: no rank has a log of its own; a job of one rank has the job's log alone")
     files: list[Path] = []
-    for host in sorted(attempts[-1].glob("host*"), key=lambda path: int(path.name.removeprefix("host"))):
+    for number, host in enumerate(sorted(attempts[-1].glob("host*"), key=lambda path: int(path.name.removeprefix("host")))):
+        if host.name != f"host{number}":
+            break  # one before it has not begun, and how many ranks it has is not known
         files += sorted(host.glob("*/attempt_0/*/stderr.log"), key=lambda path: int(path.parent.name))
     if not 0 <= rank < len(files):
         raise UserError(f"--rank {rank}: the last attempt of job {id} has ranks 0 to {len(files) - 1}")
@@ -54,26 +58,34 @@ def of_rank(place: Path, id: str, rank: int) -> Path:
 
 
 def show(newest: Callable[[], Path], id: str, follow: bool) -> None:
-    """Print a log, or follow it; that of a rank is another file in the next attempt."""
-    file, place, asked = newest(), 0, -ASK
+    """Print a log, or follow it; that of a rank is another file in the next attempt. Raises UserError where none is there to print."""
+    file, place, asked = None if follow else newest(), 0, -ASK
     while True:
         over = not follow
         if follow and time.monotonic() > asked + ASK:
             asked, over = time.monotonic(), gone(id)
+        if file is not None:
+            place = printed(file, place)
         with contextlib.suppress(UserError):  # an attempt whose ranks have not begun
-            if (now := newest()) != file:
-                print(f"megaflow: {now}", flush=True)
-                file, place = now, 0
-        if file.exists():
-            with file.open("rb") as content:
-                content.seek(place)
-                while block := content.read(2**20):
-                    sys.stdout.write(block.decode("utf-8", "replace"))
-                    place += len(block)
-            sys.stdout.flush()
+            if follow and (now := newest()) != file:
+                if file is not None:
+                    print(f"megaflow: {now}", flush=True)
+                file, place = now, printed(now, 0)
         if over:
             return
         time.sleep(PERIOD)
+
+
+def printed(file: Path, place: int) -> int:
+    """Print what a file has from a place on; returns the place after it."""
+    if file.exists():
+        with file.open("rb") as content:
+            content.seek(place)
+            while block := content.read(2**20):
+                sys.stdout.write(block.decode("utf-8", "replace"))
+                place += len(block)
+        sys.stdout.flush()
+    return place
 
 
 def gone(id: str) -> bool:

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from megaflow.errors import UserError
 
@@ -95,6 +96,13 @@ def queue(ids: list[str], patience: float = PATIENCE) -> dict[str, Queued]:
         if id in wanted or id.partition("_")[0] in wanted:
             found[id] = Queued(id, state, reason, nodes, start)
     return found
+
+
+def logging_to(place: Path, patience: float = 60.0) -> set[str]:
+    """The jobs in the queue, arrays as a whole, whose logs lie in a folder. Raises Unreachable."""
+    text = ask("squeue", "--noheader", "--me", "--Format=ArrayJobID:|,STDOUT:", patience=patience)
+    rows = [line.strip().partition("|") for line in text.splitlines()]
+    return {id for id, _, log in rows if Path(log).parent == place}
 
 
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "DEADLINE", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED")

@@ -23,6 +23,7 @@ from megaflow.train import outcome
 DEPTH = 4
 """Folders below one another in which runs are looked for."""
 TRAINING = ("pretrain", "distill")
+BEGUN = "not begun"
 PERIOD = 2.0
 """Seconds between looks of --live."""
 
@@ -32,31 +33,49 @@ def status(places: list[str], as_json: bool = False, live: bool = False) -> None
     while True:
         runs = found([Path(place) for place in places])
         states, trouble = looked_at(runs)
-        sweeps = [counted(folder, states) for folder in dict.fromkeys(run.parent for run in runs) if (folder / "sweeps").is_dir()]
+        folders = [folder for folder in dict.fromkeys(run.parent for run in runs) if whole(folder, places)]
+        sweeps = [counted(folder, states) for folder in folders]
         if as_json:
             print(json.dumps({"runs": states, "sweeps": sweeps, "queue_error": trouble}), flush=True)
         else:
             clear = "\x1b[H\x1b[2J" if live and sys.stdout.isatty() else ""
             shown = [*table(states), *map(summed, sweeps), *([f"queue: {trouble}"] if trouble else [])]
             print(clear + "\n".join(shown), flush=True)
-        if not live or all(state["state"] == "finished" for state in states):
+        begun = all(BEGUN not in sweep["states"] for sweep in sweeps)
+        if not live or begun and all(state["state"] == "finished" for state in states):
             return
         time.sleep(PERIOD)
 
 
 def counted(folder: Path, states: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of a sweep's folder: {'sweep', 'points', 'states': {state: how many}}, points that nobody has begun among them."""
+    """Of a sweep's folder: {'sweep', 'points', 'states': {state: how many}, 'jobs': those that come after all others, 'said': why the last
+    of these failed}; points that nobody has begun are among the states."""
     names = {member["directory"] for file in (folder / "sweeps").glob("*.json") for member in read_if_whole(file).get("members", [])}
     there = {Path(state["run"]).name: state["state"] for state in states if Path(state["run"]).parent == folder}
     counts: dict[str, int] = {}
     for name in sorted(names):
-        state = there.get(name, "not begun")
+        noted = read_if_whole(folder / name / "point.json").get("state")  # of one that never became a run
+        state = there.get(name, noted if noted in ("failed", "refused") else BEGUN)
         counts[state] = counts.get(state, 0) + 1
-    return {"sweep": str(folder), "points": len(names), "states": counts}
+    last = [line["job"] for line in records.jobs(folder / "slurm") if "sweep" in line]
+    try:
+        queue = {id: str(job) for id, job in slurm.waiting_or_running(last).items()} if last else {}
+    except slurm.Unreachable:
+        queue = {}
+    attempts = records.attempts(folder / "slurm")
+    said = attempts[-1]["said"] if attempts and attempts[-1]["end"] == "failed" else None
+    return {"sweep": str(folder), "points": len(names), "states": counts, "jobs": queue, "said": said}
+
+
+def whole(folder: Path, places: list[str]) -> bool:
+    """Whether a folder is that of a sweep all of whose runs were asked for."""
+    return (folder / "sweeps").is_dir() and any(Path(place) == folder or Path(place) in folder.parents for place in places)
 
 
 def summed(sweep: dict[str, Any]) -> str:
-    return f"{sweep['sweep']}: {sweep['points']} points, " + ", ".join(f"{count} {state}" for state, count in sweep["states"].items())
+    points = ", ".join(f"{count} {state}" for state, count in sweep["states"].items())
+    then = "".join(f"; then job {id} {queue}" for id, queue in sweep["jobs"].items())
+    return f"{sweep['sweep']}: {sweep['points']} points, {points}{then}" + (f"\n    {sweep['said']}" if sweep["said"] else "")
 
 
 def found(places: list[Path]) -> list[Path]:

@@ -63,6 +63,8 @@ def submit(
     single(steps[0], resources)
     for stage, *words in then or []:
         run = next((earlier.directory for earlier in reversed(steps) if earlier.stage in (*TRAINING, "evaluate")), None)
+        if paused := next((word for each in steps for word in each.words if re.fullmatch("train.pause_at=0*[1-9].*", word)), ""):
+            raise UserError(f"{paused}: the run pauses there, and --then {stage} would begin; leave one of them out")
         steps.append(step(stage, words, resources, run, True))
     limits(resources)
     source = script.folder(templates)
@@ -200,9 +202,9 @@ def sent(each: Step, text: str) -> str:
         each.place.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{each.place}: cannot be made ({error.strerror}); choose another place for the run") from None
+    id = slurm.submit(text)
     if each.stage in TRAINING:
         outcome.begin(each.directory)  # what is said there is of an attempt before
-    id = slurm.submit(text)
     print(f"\njob {id}: {each.stage} {each.directory}", flush=True)
     (each.place / f"{id}.sbatch").write_text(text, "utf-8")
     content = {"job": id, "stage": each.stage, "time": time.time(), "words": each.words, "directory": str(each.directory)}

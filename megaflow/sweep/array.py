@@ -5,10 +5,14 @@ file with an @ before it, where one job has its words. The last job writes the r
 the command itself again, which submits what follows.
 """
 
+import contextlib
+import fcntl
 import json
+import os
 import shlex
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +21,13 @@ from megaflow.files import write_atomically
 from megaflow.launch import records, script, slurm
 from megaflow.launch.script import Job, Resources
 from megaflow.launch.submit import TRAINING, limits, needed
-from megaflow.sweep import filed, halving, points
+from megaflow.sweep import filed, gather, halving, points
 from megaflow.sweep.design import Sweep
 from megaflow.sweep.points import DONE, FAILED, REFUSED, Placed
 from megaflow.train import outcome
+
+PATIENCE = 60.0
+"""Seconds that Slurm may take to say what is queued, and another command to submit: more hangs on it than a table of states."""
 
 
 @dataclass(frozen=True)
@@ -48,53 +55,92 @@ def cluster(
     return Cluster((Path(asked.dir) / "slurm").absolute(), script.folder(templates), resources, most, retry, dry_run, words)
 
 
+@contextlib.contextmanager
+def alone(how: Cluster) -> Iterator[None]:
+    """One asker at a time: two would find the same points left, and submit them twice. Raises UserError."""
+    if how.dry_run:
+        yield
+        return
+    how.place.mkdir(parents=True, exist_ok=True)
+    with (how.place / ".asking").open("a+", encoding="utf-8") as file:
+        end = time.monotonic() + PATIENCE
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                if time.monotonic() > end:
+                    told = f"another command has been submitting its points for {PATIENCE:.0f} s; ask again when it is over"
+                    raise UserError(f"{how.place.parent}: {told}") from None
+                time.sleep(0.5)
+        if strange := slurm.logging_to(how.place) - {line["job"] for line in records.jobs(how.place)}:
+            told = f"job {min(strange)} writes its log there and is not noted (its sbatch did not answer in time, or was killed)"
+            raise UserError(f"{how.place}: {told}; scancel {' '.join(sorted(strange))} and ask again")
+        yield
+
+
 def submit(asked: Sweep, placed: list[Placed], how: Cluster, share: float = 1.0) -> bool:
     """Submit those of the points that are left, and what follows them; share: of their steps that they are to train (halving.py). Prints
     ids. Returns whether any is submitted or in the queue already. Raises UserError."""
     active = queued(placed)
     todo = left(asked, placed, how, active, share)
-    if not todo:
-        if waiting := [id for each in placed for id in active[each.directory]]:
-            print(f"{asked.dir}: nothing to submit, {len(waiting)} jobs of its points are in the queue, and all others are over")
-        return bool(waiting)
-    if not how.dry_run:
-        how.place.mkdir(parents=True, exist_ok=True)
+    waiting = [id for each in placed for id in active[each.directory]]
+    if not todo and not waiting:
+        return False
     name = filed.name(asked)
+    if not todo:
+        print(f"{asked.dir}: nothing to submit, {len(waiting)} jobs of its points are in the queue, and all others are over")
+        if not how.dry_run and not last_job(how, name):
+            finish(asked, how, name, waiting)
+        return True
     teachers = [each for each in todo if is_teacher(asked, each)]
     waits = [id for each in placed if is_teacher(asked, each) for id in active[each.directory][:1]]
-    last = ""
     for suffix, group in ((".teachers", teachers), ("", [each for each in todo if each not in teachers])):
         if not group:
             continue
         trains = [entry(each, halving.training(asked, each, share)) for each in group]
         # a map waits until all flows are over, and says so if its own has failed
         dependency = f"afterany:{':'.join(waits)}" if waits and not suffix else ""
-        last = one(asked, how, name + suffix, group[0].point.stage, group, trains, how.resources, dependency)
-        waits.append(last)
+        id = one(asked, how, name + suffix, group[0].point.stage, group, trains, how.resources, dependency)
+        waits.append(id)
+        waiting.append(id)
         if asked.evaluate and not halving.pauses(group[0], share):
-            evaluates = [entry(each, points.evaluation(asked, each.directory)[0]) for each in group]
-            last = one(
-                asked, how, f"{name}{suffix}.evaluate", "evaluate", group, evaluates, needed("evaluate", how.resources), f"aftercorr:{last}"
-            )
-    finish(asked, how, name, last)
+            words = [entry(each, points.evaluation(asked, each.directory)[0]) for each in group]
+            small, after = needed("evaluate", how.resources), f"aftercorr:{id}"
+            waiting.append(one(asked, how, f"{name}{suffix}.evaluate", "evaluate", group, words, small, after))
+    finish(asked, how, name, waiting)
     return True
 
 
-def finish(asked: Sweep, how: Cluster, name: str, last: str) -> None:
-    """The job after all: the report, or the sweep once more. Raises UserError."""
-    goes_on = asked.draw["kind"] in ("halving", "optuna")
-    words = how.again if goes_on else ["report", asked.dir]
-    name = f"{name}.next" if goes_on else f"{name}.report"
-    job = Job(name, words, how.place, needed("convert", how.resources), dependency=f"afterany:{last}")
-    text = script.render(job, how.templates, Path.cwd())
+def goes_on(asked: Sweep) -> bool:
+    """Whether a sweep decides by what it has seen, and is asked for again and again."""
+    return asked.draw["kind"] in ("halving", "optuna")
+
+
+def last_job(how: Cluster, name: str) -> str:
+    """The job in the queue that comes after all of a sweep, but for this process' own; empty where there is none. Raises UserError."""
+    ids = [line["job"] for line in records.jobs(how.place) if line.get("sweep") == name]
+    return next((id for id in slurm.waiting_or_running(ids, PATIENCE) if id != os.environ.get("SLURM_JOB_ID")), "")
+
+
+def finish(asked: Sweep, how: Cluster, name: str, after: list[str]) -> None:
+    """The job after all: the report, or the sweep once more. It is one of this host's packages, not of a container. Raises UserError."""
+    words = how.again if goes_on(asked) else ["report", asked.dir]
+    stage = "next" if goes_on(asked) else "report"
+    waits = dict.fromkeys(id.partition("_")[0] for id in after)
+    small = replace(needed("convert", how.resources), container="")
+    text = script.render(
+        Job(f"{name}.{stage}", words, how.place, small, dependency=f"afterany:{':'.join(waits)}"), how.templates, Path.cwd()
+    )
     if how.dry_run:
         print(text)
         return
     id = slurm.submit(text)
+    records.add_job(how.place, {"job": id, "stage": stage, "sweep": name, "time": time.time(), "words": words, "directory": asked.dir})
     (how.place / f"{id}.sbatch").write_text(text, "utf-8")
-    records.add_job(how.place, {"job": id, "stage": "report", "time": time.time(), "words": words, "directory": asked.dir})
-    what = "what comes next, once these have ended" if goes_on else f"the report, once all have ended: {Path(asked.dir) / 'report.html'}"
-    print(f"job {id}: {what}\n  state   megaflow status {asked.dir}")
+    page = gather.place_of(Path(asked.dir), name) / "report.html"
+    what = "what comes next, once these are over, and at last" if goes_on(asked) else "once all are over"
+    print(f"job {id}: {what} {page}\n  state   megaflow status {asked.dir}\n  log     megaflow logs {asked.dir}")
 
 
 def is_teacher(asked: Sweep, each: Placed) -> bool:
@@ -105,7 +151,7 @@ def queued(placed: list[Placed]) -> dict[Path, list[str]]:
     """The jobs of points that are not over. Raises UserError."""
     jobs = {each.directory: [line["job"] for line in records.jobs(records.place_of(each.directory))] for each in placed}
     ids = [id for some in jobs.values() for id in some]
-    active = slurm.waiting_or_running(ids) if ids else {}
+    active = slurm.waiting_or_running(ids, PATIENCE) if ids else {}
     return {directory: [id for id in some if id in active] for directory, some in jobs.items()}
 
 
@@ -115,14 +161,15 @@ def left(asked: Sweep, placed: list[Placed], how: Cluster, active: dict[Path, li
     lost: set[str] = set()
     for each in placed:
         state, _ = points.stands(each.directory, asked.evaluate)
+        if not each.refused and (state == DONE or active[each.directory] or halving.paused(each, share)):
+            continue
         if each.refused or each.point.teacher in lost:
             lost.add(each.point.name)
             if not how.dry_run:
                 points.note(each, REFUSED if each.refused else FAILED, each.refused or f"its teacher {each.point.teacher} has failed")
-        elif state == DONE or active[each.directory] or halving.paused(each, share):
-            continue
         elif state == FAILED and not how.retry:
-            lost.add(each.point.name)
+            if not (each.directory / "summary.json").exists():  # what fails after that is its evaluation
+                lost.add(each.point.name)
         else:
             found.setdefault(each.directory, each)
     return list(found.values())
@@ -143,11 +190,8 @@ def one(
     if how.dry_run:
         print(text, *(f"# {index}: megaflow {shlex.join(each['words'])}" for index, each in enumerate(entries)), sep="\n", end="\n\n")
         return f"ARRAY_OF_{name}"
-    for each in group if stage in TRAINING else []:
-        outcome.begin(each.directory)  # what is said there is of an attempt before
     write_atomically(tasks, json.dumps(entries, indent=1))
     id = slurm.submit(text)
-    (how.place / f"{id}.sbatch").write_text(text, "utf-8")
     records.add_job(how.place, {"job": id, "stage": stage, "time": time.time(), "words": [str(tasks)], "directory": asked.dir})
     for index, each in enumerate(group):
         own = (each.directory / "slurm").absolute()
@@ -155,6 +199,8 @@ def one(
         content = {"job": f"{id}_{index}", "stage": stage, "time": time.time(), "words": entries[index]["words"]}
         records.add_job(own, content | {"directory": str(each.directory), "log": str(how.place / f"{id}_{index}.log")})
         if stage in TRAINING:
+            outcome.begin(each.directory)  # what is said there is of an attempt before
             points.note(each, "queued")
+    (how.place / f"{id}.sbatch").write_text(text, "utf-8")
     print(f"job {id}: {len(entries)} x {stage}, {name}; logs {how.place}/{id}_*.log")
     return id

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megaflow.errors import UserError
-from megaflow.launch import slurm
+from megaflow.launch import records, slurm, status
 from megaflow.launch.script import Resources
 from megaflow.process import STOP_SIGNALS, STOPPED
 from megaflow.sweep import array, design, filed, gather, halving, points, pool, search, speed
@@ -23,6 +23,9 @@ from megaflow.sweep.array import Cluster
 from megaflow.sweep.design import TEACHER, Choice, Sweep
 from megaflow.sweep.points import DONE, EARLY, FAILED, REFUSED, Placed
 from megaflow.sweep.pool import Tally
+
+POOL = ".pool"
+"""In the folder of a sweep, the process that trains its points on this machine."""
 
 
 def sweep(
@@ -43,7 +46,11 @@ def sweep(
     all_points = design.points(asked)
     design.baseline_of(asked, all_points)
     if resources is not None:
-        submitted(asked, all_points, overrides, array.cluster(asked, resources, at_once, retry, dry_run, templates, same or []))
+        how = array.cluster(asked, resources, at_once, retry, dry_run, templates, same or [])
+        if status.holder(Path(asked.dir), POOL) == "here":
+            raise UserError(f"{asked.dir}: a sweep runs there on this machine; wait, or megaflow cancel {asked.dir}")
+        with array.alone(how):
+            submitted(asked, all_points, overrides, how)
         return 0
     slots, stop = pool.shares(at_once), list[int]()
     searching = asked.draw["kind"] == "optuna"
@@ -55,25 +62,30 @@ def sweep(
         return 0
     if not searching:
         filed.keep(asked, placed, overrides)
+    jobs = [line["job"] for line in records.jobs(Path(asked.dir) / "slurm")]
     with contextlib.suppress(slurm.Unreachable):
-        if ids := [id for some in array.queued(placed).values() for id in some]:
+        if ids := list(slurm.waiting_or_running(jobs)) if jobs else []:
             there = f"{len(ids)} of its jobs are in Slurm's queue ({', '.join(ids[:3])}{', …' if len(ids) > 3 else ''})"
             raise UserError(f"{asked.dir}: {there}, which train its points there; wait, or megaflow cancel {asked.dir}")
     Path(asked.dir).mkdir(parents=True, exist_ok=True)
-    (Path(asked.dir) / ".pool").write_text(f"{os.getpid()} on {os.uname().nodename}", "utf-8")  # for megaflow cancel
+    (Path(asked.dir) / POOL).write_text(f"{os.getpid()} on {os.uname().nodename}", "utf-8")  # for megaflow cancel
     with on_signals(stop):
         tally = (searched if searching else trained)(asked, placed, slots, retry, stop, overrides)
-    (Path(asked.dir) / ".pool").unlink(missing_ok=True)
+    (Path(asked.dir) / POOL).unlink(missing_ok=True)
     gather.report(asked.dir, quiet=True)
     unfinished = tally.total - sum(tally.count(state) for state in (DONE, FAILED, REFUSED, EARLY))
     print(
-        f"{asked.dir}: {tally.count(DONE)} of {tally.total} points done" + told(tally) + f"; {Path(asked.dir) / 'report.html'}",
+        f"{asked.dir}: {tally.count(DONE)} of {tally.total} points done" + told(tally) + f"; {page_of(asked)}",
         file=sys.stderr,
     )
     if stop:
         print(f"megaflow: stopped by a signal, {unfinished} points are left; the same command goes on", file=sys.stderr)
         return STOPPED if stop[0] != signal.SIGINT else 130
     return 1 if tally.count(FAILED) else 0
+
+
+def page_of(asked: Sweep) -> Path:
+    return gather.place_of(Path(asked.dir), filed.name(asked)) / "report.html"
 
 
 def told(tally: Tally) -> str:
@@ -120,18 +132,16 @@ def trained(asked: Sweep, placed: list[Placed], slots: list[dict[str, str]], ret
         tally.add(pool.run(asked, alive, slots, retry, stop, share))
         if stop:
             break
-    early = {str(each.directory): EARLY for each in placed if points.record(each.directory).get("state") == EARLY}
-    tally.states |= early
+    tally.states |= {str(each.directory): EARLY for each in placed if points.stands(each.directory, asked.evaluate)[0] == EARLY}
     return tally
 
 
 def searched(asked: Sweep, placed: list[Placed], slots: list[dict[str, str]], retry: bool, stop: list[int], words: list[str]) -> Tally:
     """Adaptive search: as many choices at once as fill the slots with all their seeds."""
-    tally, tried = Tally(0), list[Choice]()
+    tally = Tally(0)
 
-    def measure(new: list[Choice]) -> list[float | None]:
-        tried.extend(new)
-        placed = points.place(asked, design.points(asked, tried))
+    def measure(new: list[Choice], chosen: list[Choice]) -> list[float | None]:
+        placed = points.place(asked, design.points(asked, chosen))
         filed.keep(asked, placed, words)
         tally.add(pool.run(asked, of_choices(placed, new), slots, retry, stop))
         tally.total = len(tally.states)
@@ -154,34 +164,32 @@ def values(asked: Sweep, placed: list[Placed], some: list[Choice]) -> list[float
 
 def submitted(asked: Sweep, all_points: list[design.Point], words: list[str], cluster: Cluster) -> None:
     """Submit what comes next of a sweep, or write its report where nothing does. Raises UserError."""
-    kind = asked.draw["kind"]
     if "seconds" in asked.budget:
         raise UserError(
             f"{asked.file}: budget.seconds goes by how fast choices train here, and arrays train elsewhere; use tokens or flops"
         )
-    if kind == "optuna":
+    if asked.draw["kind"] == "optuna":
         more = searched_there(asked, words, cluster)
     else:
         placed = points.place(asked, all_points)
         if not cluster.dry_run:
             filed.keep(asked, placed, words)
         more = any(array.submit(asked, alive, cluster, share) for share, alive in halving.rungs(asked, placed, note=not cluster.dry_run))
-    if more or cluster.dry_run:
+    if more:
         return
-    print(f"{asked.dir}: nothing to submit, every point is done, failed or refused; --retry takes failed ones")
-    if kind in ("halving", "optuna"):
-        gather.report(asked.dir)
+    print(f"{asked.dir}: nothing to submit, every point is over; --retry takes those that have failed; {page_of(asked)}")
+    if array.goes_on(asked) and not cluster.dry_run:
+        gather.report(asked.dir, quiet=True)
 
 
 def searched_there(asked: Sweep, words: list[str], cluster: Cluster) -> bool:
     """The next choices of a search on a cluster. Returns whether there are any."""
     if cluster.most is None:
         raise UserError(f"{asked.file}: draw.kind=optuna chooses as many at once as --limit says, and learns from them; give --limit")
-    tried, stop = list[Choice](), list[int]()
+    stop = list[int]()
 
-    def measure(new: list[Choice]) -> list[float | None]:
-        tried.extend(new)
-        placed = points.place(asked, design.points(asked, tried))
+    def measure(new: list[Choice], chosen: list[Choice]) -> list[float | None]:
+        placed = points.place(asked, design.points(asked, chosen))
         if not cluster.dry_run:
             filed.keep(asked, placed, words)
         if array.submit(asked, of_choices(placed, new), cluster):

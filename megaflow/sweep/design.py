@@ -53,7 +53,8 @@ EVALUATION: dict[str, Any] = {
 }
 """Options of megaflow evaluate that a sweep may give, with their defaults."""
 BY = "validation_loss"
-"""What the rungs of a halving decide by: a number of metrics.jsonl, the less the better."""
+BYS = (BY, "loss")
+"""What the rungs of a halving may decide by: a number of metrics.jsonl, the less the better."""
 DRAWS: dict[str, dict[str, Any]] = {
     "grid": {},
     "random": {"count": 20, "seed": 0},
@@ -259,9 +260,9 @@ def _check_evaluation(path: str, sweep: Sweep) -> None:
     there = ["validation_loss", "tokens_per_second"]
     if sweep.evaluate:
         there += ["likelihood.nats_per_token", "likelihood.bits_per_char"]
-        there += [f"given.{law}.nats_per_token" for law in GIVEN]
+        there += [f"given.{law}.{unit}" for law in GIVEN for unit in ("nats_per_token", "bits_per_char")]
         there += [f"samples.{n}.{name}" for n in (*steps, "autoregressive") for name in SAMPLED]
-    if re.sub(r"(?<=^given.mixture):.+(?=.nats_per_token$)", "", sweep.metric) not in there:
+    if re.sub(r"(?<=^given\.mixture):.+(?=\.nats_per_token$|\.bits_per_char$)", "", sweep.metric) not in there:
         near = difflib.get_close_matches(sweep.metric, there, n=1)
         hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(there)}"
         raise UserError(f"{path}: metric={sweep.metric} is nothing that a point of this sweep has{hint}")
@@ -385,6 +386,8 @@ def _draw(path: str, value: dict[str, Any]) -> dict[str, Any]:
     found = {"kind": kind} | DRAWS[kind] | value
     if "count" in found and not (isinstance(found["count"], int) and found["count"] > 0 and isinstance(found["seed"], int)):
         raise UserError(f"{path}: draw.count must be a positive whole number, and draw.seed a whole number")
+    if kind == "halving" and found["by"] not in BYS:
+        raise UserError(f"{path}: draw.by must be {' or '.join(BYS)}, not {found['by']!r}")
     if kind == "halving" and not (
         isinstance(found["rungs"], int) and found["rungs"] > 1 and _number(found["keep"]) and 0 < found["keep"] < 1
     ):

@@ -15,10 +15,11 @@ from megaflow.sweep.points import Placed
 
 
 def name(asked: Sweep) -> str:
-    here = Path(asked.file).absolute()
+    here = Path(asked.file).resolve()
     plain = slug(here.stem)
-    other = read_if_whole(Path(asked.dir) / "sweeps" / f"{plain}.json").get("from")
-    if other is None or other == str(here) or not Path(other).exists():  # it is this one, which may have been moved
+    other = read_if_whole(Path(asked.dir) / "sweeps" / f"{plain}.json")
+    moved = "from" in other and not Path(other["from"]).exists() and list(other["axes"]) == list(asked.axes)
+    if other.get("from") in (None, str(here)) or moved:
         return plain
     return f"{plain}-{hashlib.sha256(str(here).encode()).hexdigest()[:6]}"
 
@@ -33,7 +34,7 @@ def keep(asked: Sweep, placed: list[Placed], words: list[str]) -> None:
     members = [{"directory": each.directory.name, "labels": each.point.labels, "seed": each.point.seed} for each in placed]
     content = {
         "file": asked.file,
-        "from": str(Path(asked.file).absolute()),
+        "from": str(Path(asked.file).resolve()),
         "words": words,
         "base": asked.base,
         "stage": asked.stage,

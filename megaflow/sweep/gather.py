@@ -14,6 +14,7 @@ from megaflow.sweep.points import Placed
 
 ORDER = ("data.", "train.global_batch")
 """Beginnings of keys that decide which samples come in which order: where they are axes, choices differ in that too."""
+WRITTEN = ("report.html", "points.csv", "choices.csv", "choices.md", "best.yaml")
 CURVE = 400
 """Points of a curve that are kept: more are not seen."""
 
@@ -31,12 +32,18 @@ def report(directory: str | Path, quiet: bool = False) -> None:
     if not files:
         raise UserError(f"{folder}: no sweep was run here; give the dir of a sweep")
     for file in files:
-        out = folder if len(files) == 1 else folder / "reports" / file.stem
+        out = place_of(folder, file.stem)
         out.mkdir(parents=True, exist_ok=True)
         page.write(gathered(folder, file), out)
         if not quiet:
-            names = ("report.html", "points.csv", "choices.csv", "choices.md", "best.yaml")
-            print("\n".join(str(out / name) for name in names if (out / name).exists()))
+            print("\n".join(str(out / name) for name in WRITTEN if (out / name).exists()))
+    for name in WRITTEN if len(files) > 1 else ():
+        (folder / name).unlink(missing_ok=True)  # of the time when there was one sweep
+
+
+def place_of(folder: Path, name: str) -> Path:
+    """Where the page of the sweep of this name is: in the folder itself if it is the only one there."""
+    return folder if {file.stem for file in (folder / "sweeps").glob("*.json")} <= {name} else folder / "reports" / name
 
 
 def gathered(folder: Path, file: Path) -> dict[str, Any]:
@@ -114,10 +121,11 @@ def point_of(directory: Path, member: dict[str, Any], evaluate: dict[str, Any]) 
 
 
 def mean_of(asked: Sweep, placed: list[Placed]) -> float | None:
-    """The metric of a choice, a mean over its seeds; None unless all of them have it."""
+    """The metric of a choice, a mean over its seeds; None unless all of them have it but for those whose flow has failed."""
+    placed = [each for each in placed if not points.orphaned(each)]
     found = [point_of(each.directory, {"labels": {}, "seed": 0, "refused": each.refused}, asked.evaluate)["metrics"] for each in placed]
     values = [metrics[asked.metric] for metrics in found if asked.metric in metrics]
-    return statistics.mean(values) if len(values) == len(asked.seeds) else None
+    return statistics.mean(values) if values and len(values) == len(placed) else None
 
 
 def besides(directory: Path) -> dict[str, str]:

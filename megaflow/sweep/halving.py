@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from megaflow.files import lines
 from megaflow.sweep import design, points
 from megaflow.sweep.design import Sweep
-from megaflow.sweep.points import EARLY, Placed
+from megaflow.sweep.points import DONE, EARLY, FAILED, REFUSED, Placed
 from megaflow.train import outcome
 
 Labels = tuple[tuple[str, str], ...]
@@ -26,30 +26,46 @@ def rungs(asked: Sweep, placed: list[Placed], note: bool = True) -> Iterator[tup
         share = draw["keep"] ** (count - 1 - rung) if count > 1 else 1.0
         yield share, alive
         if rung + 1 < count:
-            alive = best(alive, share, draw["keep"], draw["by"], note)
+            alive = best(asked, alive, share, note)
 
 
-def best(alive: list[Placed], share: float, keep: float, by: str, note: bool) -> list[Placed]:
-    """The points of the best choices, and their teachers."""
-    order = ranked(alive, share, by)
-    going = {choice for choice, _ in order[: max(1, math.ceil(keep * len(order)))]}
-    for place, (choice, value) in enumerate(order):
-        for each in alive if note and choice not in going else []:
-            if choice_of(each) == choice:
-                points.note(each, EARLY, f"halving: {by} {value:.4f} after {paused_at(each, share)} steps, {place + 1} of {len(order)}")
-    return [each for each in alive if design.TEACHER in each.point.labels or choice_of(each) in going]
+def best(asked: Sweep, alive: list[Placed], share: float, note: bool) -> list[Placed]:
+    """The points of the best choices, of those that are further already without having been measured here, and all teachers."""
+    keep, by = asked.draw["keep"], asked.draw["by"]
+    order, ahead = ranked(alive, share, by)
+    going = {choice for choice, _ in order[: max(1, math.ceil(keep * len(order)))]} | ahead
+    told = {choice: (place, value) for place, (choice, value) in enumerate(order)}
+    for each in alive if note else []:
+        choice = choice_of(each)
+        if choice in going or is_teacher(each) or points.stands(each.directory, asked.evaluate)[0] in (DONE, FAILED, REFUSED):
+            continue
+        said = f"one of its seeds has no {by} after {paused_at(each, share)} steps"
+        if choice in told:
+            place, value = told[choice]
+            said = f"{by} {value:.4f} after {paused_at(each, share)} steps, {place + 1} of {len(order)}"
+        points.note(each, EARLY, f"halving: {said}")
+    return [each for each in alive if is_teacher(each) or choice_of(each) in going]
 
 
-def ranked(alive: list[Placed], share: float, by: str) -> list[tuple[Labels, float]]:
-    """(choice, mean over its seeds of what was measured where it paused), the least first; choices of which a seed has nothing left out."""
+def ranked(alive: list[Placed], share: float, by: str) -> tuple[list[tuple[Labels, float]], set[Labels]]:
+    """(choice, mean over its seeds of what was measured where it paused), the least first; and the choices that came past that step in
+    another sweep, which measured nothing there. Choices of which a seed has neither are left out, seeds whose flow has failed in all."""
     values: dict[Labels, list[float]] = {}
+    ahead: set[Labels] = set()
     for each in alive:
-        if design.TEACHER not in each.point.labels:
-            step = paused_at(each, share)
-            written = [line[by] for line in lines(each.directory / "metrics.jsonl") if line.get("step") == step and by in line]
-            values.setdefault(choice_of(each), []).append(written[-1] if written else math.inf)
+        if is_teacher(each) or points.orphaned(each):
+            continue
+        step = paused_at(each, share)
+        written = [line[by] for line in lines(each.directory / "metrics.jsonl") if line.get("step") == step and by in line]
+        values.setdefault(choice_of(each), []).append(written[-1] if written else math.inf)
+        if not written and outcome.newest_step(each.directory) > step:
+            ahead.add(choice_of(each))
     means = [(choice, statistics.mean(some)) for choice, some in values.items()]
-    return sorted((pair for pair in means if math.isfinite(pair[1])), key=lambda pair: pair[1])
+    return sorted((pair for pair in means if math.isfinite(pair[1])), key=lambda pair: pair[1]), ahead
+
+
+def is_teacher(each: Placed) -> bool:
+    return design.TEACHER in each.point.labels
 
 
 def choice_of(each: Placed) -> Labels:
@@ -58,7 +74,7 @@ def choice_of(each: Placed) -> Labels:
 
 def pauses(each: Placed, share: float) -> bool:
     """Whether a point trains for a share of its steps only; a teacher trains for all."""
-    return share < 1.0 and design.TEACHER not in each.point.labels
+    return share < 1.0 and not is_teacher(each)
 
 
 def paused_at(each: Placed, share: float) -> int:

@@ -98,23 +98,26 @@ def choices_csv(data: dict[str, Any]) -> str:
 
 
 def choices_md(data: dict[str, Any]) -> str:
-    """The same in short, to be put into a text: a line a choice, the metric that decides with its paired difference from the baseline, the
-    others after it; mean ± standard error over seeds, and nothing where a seed that is done lacks the number or none is."""
-    names, base, done = statistics.metrics(data), statistics.baseline(data), statistics.choices(data)
-    head = [*data["axes"], names[0], "against the baseline", *names[1:]] if names else [*data["axes"]]
+    """The same in short, to be put into a text: a line a choice, how many of its seeds are done, the metric that decides with its paired
+    difference from the baseline, the others after it; mean ± standard error over seeds. Where some are not done it says what they said, and
+    where one that is done lacks a number nothing."""
+    names, base, points = statistics.metrics(data), statistics.baseline(data), statistics.choices(data)
+    lines = [[*data["axes"], "seeds", names[0], "against the baseline", *names[1:]]]
+    lines.append(["---"] * len(lines[0]))
     by_metric = [statistics.rows(data, name) for name in names]
-    lines = [head, ["---"] * len(head)]
     for found in zip(*by_metric, strict=True):
-        choice = found[0].choice
-        whole = sum(point["state"] == "done" for point in done[choice])
+        choice, mine = found[0].choice, points[found[0].choice]
+        done = [point for point in mine if point["state"] == "done"]
         cells = [
-            pair(row.mean, row.error, digits_of(rows), "") if len(row.values) == whole else ""
+            pair(row.mean, row.error, digits_of(rows), "") if done and len(row.values) == len(done) else ""
             for row, rows in zip(found, by_metric, strict=True)
         ]
         apart, digits = found[0].paired, digits_of(by_metric[0])
         difference = pair(apart.difference, apart.error, digits, "+") if apart is not None and choice != base and cells[0] else ""
-        lines.append([*(f"`{value}`".replace("|", "\\|") for value in choice), cells[0], difference, *cells[1:]])
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+        rest = next((f"{point['state']}: {point['said'] or ''}" for point in mine if point["state"] != "done"), "")
+        seeds = str(len(done)) if len(done) == len(mine) else f"{len(done)} of {len(mine)}; {rest}"
+        lines.append([*(f"`{value}`" for value in choice), seeds, cells[0], difference, *cells[1:]])
+    return "".join(f"| {' | '.join(' '.join(cell.replace('|', chr(92) + '|').split()) for cell in line)} |\n" for line in lines)
 
 
 def pair(mean: float | None, error: float | None, digits: int, sign: str) -> str:

@@ -28,7 +28,7 @@ from megaflow.sweep.design import EVALUATION, Point, Sweep, slug, written
 from megaflow.train.run import MAY_CHANGE
 
 FILE, LOG, CLAIM = "point.json", "console.log", ".claim"
-DONE, FAILED, REFUSED, EARLY = "done", "failed", "refused", "stopped early"
+DONE, FAILED, REFUSED, EARLY, STOPPED = "done", "failed", "refused", "stopped early", "stopped"
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def stands(directory: Path, evaluate: dict[str, Any]) -> tuple[str, str]:
         return DONE, ""
     attempts = [line for line in records.attempts(records.place_of(directory)) if line["time"] > content.get("time", 0.0)]
     if content.get("state") == "queued" and attempts and attempts[-1]["decision"] in ("over", "left"):
-        return FAILED, attempts[-1]["said"]
+        return FAILED if attempts[-1]["decision"] == "over" else STOPPED, attempts[-1]["said"]
     state = content.get("state", "pending")
     return ("pending" if state == DONE else state), content.get("said", "")
 
@@ -191,6 +191,14 @@ def evaluation(asked: Sweep, directory: Path) -> list[list[str]]:
 def teacher_of(each: Placed) -> str:
     """The run that a point is a map of; empty of a flow."""
     return next((word.partition("=")[2] for word in each.words if word.startswith("distill.teacher=") and each.point.teacher), "")
+
+
+def orphaned(each: Placed) -> bool:
+    """Whether a point is a map of a flow that has failed, or was refused."""
+    teacher = Path(teacher_of(each))
+    if not each.point.teacher or (teacher / "summary.json").exists():
+        return False
+    return stands(teacher, {})[0] in (FAILED, REFUSED)
 
 
 def claim(directory: Path) -> TextIO | None:

@@ -145,10 +145,10 @@ def standing(asked: Sweep, each: Placed, tally: Tally, retry: bool, share: float
     if each.point.teacher:
         teacher = points.teacher_of(each)
         its = tally.states.get(teacher)
-        if its in (FAILED, REFUSED):
+        if its in (FAILED, REFUSED) and points.orphaned(each):
             points.note(each, FAILED, f"its teacher {teacher} has failed")
             return FAILED
-        if its != DONE:
+        if its not in (DONE, FAILED):
             return "wait" if its is None else "busy"
     return ""
 

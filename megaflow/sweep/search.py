@@ -14,8 +14,8 @@ from megaflow.files import write_atomically
 from megaflow.sweep import design, filed
 from megaflow.sweep.design import Choice, Sweep
 
-Measure = Callable[[list[Choice]], list[float | None]]
-"""Runs choices and returns the metric of each, None where one has none."""
+Measure = Callable[[list[Choice], list[Choice]], list[float | None]]
+"""Runs the first and returns the metric of each, None where one has none; the second are all that are chosen so far."""
 TRIES = 20
 """Proposals in a row that are known already, after which a choice is taken that nobody has proposed."""
 
@@ -39,7 +39,7 @@ def search(asked: Sweep, at_once: int, measure: Measure, stop: list[int], keep: 
             if keep:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 write_atomically(file, json.dumps([labels for labels, _ in chosen], indent=1))
-        values += measure(new)
+        values += measure(new, chosen)
     return chosen
 
 

@@ -11,7 +11,7 @@ from megaflow.config.schema import Config, entries, keys
 from megaflow.flow import choice
 
 ROOT = Path(__file__).resolve().parents[2]
-REPOSITORY = sorted(path for path in ROOT.glob("configs/**/*.yaml") if "sweeps" not in path.parts or path.stem == "small")
+REPOSITORY = sorted(path for path in ROOT.glob("configs/**/*.yaml") if "sweeps" not in path.relative_to(ROOT).parts or path.stem == "small")
 
 
 @pytest.fixture

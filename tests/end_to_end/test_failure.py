@@ -167,7 +167,8 @@ def test_a_signal_is_no_failure(job, words, tmp_path, moment):
     assert bool(checkpoints.steps(tmp_path / "run")) == (moment == "steps")
 
 
-@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.long), 1])
+@pytest.mark.long
+@pytest.mark.parametrize("rank", [0, 1])
 def test_a_signal_to_one_process_before_its_steps(fails, rank):
     """It says so, whichever it is, and the others end with it."""
     assert sentence(fails("stop", rank, 0)) == "megaflow: stopped by a signal outside of training steps; the same command goes on"

@@ -152,7 +152,7 @@ def test_a_signal_saves_and_leaves_with_75(start, command, undisturbed, kind, nu
     assert curve(training.directory) == curve(undisturbed(kind, "flow"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.long), signal.SIGUSR1])
 def test_a_signal_before_the_first_step_leaves_with_75(start, command, undisturbed, number):
     """While the engine starts there is nothing to save; the same command starts again."""
     training = start("coded", "flow")

@@ -96,8 +96,11 @@ def test_points_of_a_sweep_are_counted(copied, cli, tmp_path):
     for name, members in (("a", ["one", "two"]), ("b", ["one", "three"])):
         (sweep / "sweeps" / f"{name}.json").write_text(json.dumps({"members": [{"directory": member} for member in members]}))
     told = json.loads(cli("status", sweep, "--json").out)
-    assert told["sweeps"] == [{"sweep": str(sweep), "points": 3, "states": {"finished": 1, "not begun": 2}}]
-    assert cli("status", sweep).out.splitlines()[-1] == f"{sweep}: 3 points, 1 finished, 2 not begun"
+    assert told["sweeps"] == [{"sweep": str(sweep), "points": 3, "states": {"finished": 1, "not begun": 2}, "jobs": {}, "said": None}]
+    (sweep / "three").mkdir()
+    (sweep / "three" / "point.json").write_text('{"state": "refused"}')  # it never became a run
+    assert cli("status", sweep).out.splitlines()[-1] == f"{sweep}: 3 points, 1 finished, 1 refused, 1 not begun"
+    assert json.loads(cli("status", sweep / "one", "--json").out)["sweeps"] == []  # of one run that is asked for there is nothing to count
 
 
 def test_where_there_is_no_run_that_is_said(cli, tmp_path):

@@ -80,15 +80,21 @@ def test_a_halving_goes_on_by_itself_rung_by_rung(cluster, megaflow, config, tmp
     done = megaflow("sweep", path, "--slurm")
     assert done.code == 0, done.err
     out = tmp_path / "out"
+    asked = megaflow("sweep", path, "--slurm")
+    assert asked.code == 0 and not asked.jobs and "in the queue" in asked.out
+    here = megaflow("sweep", path)
+    assert here.code == 2 and "in Slurm's queue" in here.err
+    (told,) = json.loads(megaflow("status", out, "--json").out)["sweeps"]
+    assert told["points"] == 4 and list(told["jobs"]) == [done.jobs[-1]]
     cluster.until(lambda: len(lines(out / "slurm" / "jobs.jsonl")) >= 6, 200.0)
     jobs = lines(out / "slurm" / "jobs.jsonl")
-    assert [job["stage"] for job in jobs] == ["pretrain", "report"] * 3
+    assert [job["stage"] for job in jobs] == ["pretrain", "next"] * 3
     assert cluster.over(jobs[-1]["job"]) == "COMPLETED"
     assert [len(json.loads(Path(job["words"][0]).read_text())) for job in jobs[::2]] == [4, 2, 1]
     steps = {run.name: max(line["step"] for line in lines(run / "metrics.jsonl")) for run in points.recorded(out)}
     assert sorted(steps.values()) == [6, 6, 12, 24] and (out / "report.html").exists()
     assert sorted(points.stands(run, {})[0] for run in points.recorded(out)) == ["done"] + ["stopped early"] * 3
-    assert len(lines(out / "slurm" / "jobs.jsonl")) == 6
+    assert len(lines(out / "slurm" / "jobs.jsonl")) == 6 and "nothing to submit, every point is over" in megaflow("logs", out).out
     here = megaflow("sweep", path, f"dir={tmp_path / 'here'}")
     assert here.code == 0, here.err
     assert {run.name: losses(run) for run in points.recorded(out)} == {run.name: losses(run) for run in points.recorded(tmp_path / "here")}
@@ -135,3 +141,22 @@ def test_maps_of_a_flow_that_failed_fail_and_the_others_are_trained(cluster, meg
     again = megaflow("sweep", path, "--slurm", "--retry")
     assert cluster.over(again.jobs[-1], 400.0) == "COMPLETED"
     assert [points.stands(run, {})[0] for run in points.recorded(tmp_path / "out")] == ["done"] * 6
+
+
+def test_what_goes_on_is_submitted_again_where_it_was_lost_and_what_is_not_noted_is_said(cluster, megaflow, sweep, tmp_path):
+    """The last job is gone, as when a command is killed between two submissions; and an array of which nothing is known."""
+    words = ("sweep", sweep, "--slurm", "--sbatch=--hold")
+    first = megaflow(*words)
+    assert first.code == 0, first.err
+    train, evaluate, report = first.jobs
+    assert not megaflow(*words).jobs
+    cluster.run("scancel", report)
+    cluster.until(lambda: not cluster.run("squeue", "-h", "-j", report).strip())
+    again = megaflow(*words)
+    (new,) = again.jobs
+    waits = (tmp_path / "out" / "slurm" / f"{new}.sbatch").read_text()
+    assert f"--dependency=afterany:{train}:{evaluate}\n" in waits
+    own = tmp_path / "out" / "slurm"
+    strange = cluster.run("sbatch", "--parsable", "--hold", "-o", f"{own}/%j.log", "--wrap=true").strip()
+    refused = megaflow(*words)
+    assert refused.code == 2 and f"scancel {strange}" in refused.err and refused.err.count("\n") == 1

@@ -363,24 +363,23 @@ class TestDrawing:
         assert [sweep_page.significance(p) for p in (None, 0.0, 0.0312, 0.5)] == ["–", "< 0.001", "0.031", "0.50"]
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium: apt-get install chromium")
 def test_choices_as_markdown():
-    """Means and errors as statistics has them; nothing of a number that a done seed lacks, nor of a choice that is not done."""
+    """Means and errors as statistics has them; nothing of a number that a done seed lacks, and what was said of those that are not done."""
     data = sweep({"a.b": ["x", "y", "z|"], "c": ["1"]}, [0, 1])
     for point in data["points"]:
         point["metrics"] = {"loss": {"x": 5.0, "y": 4.9, "z|": 4.0}[point["values"]["a.b"]] + 0.2 * point["seed"], "bits": 1.25}
     del data["points"][2]["metrics"]["bits"]
-    for point in data["points"][4:]:
-        point |= {"state": "failed", "metrics": {}}
+    data["points"][5] |= {"state": "failed", "metrics": {}, "said": "the loss\nis nan"}
     assert sweep_page.choices_md(data).splitlines() == [
-        "| a.b | c | loss | against the baseline | bits |",
-        "| --- | --- | --- | --- | --- |",
-        "| `x` | `1` | 5.10 ± 0.10 |  | 1.250 ± 0.000 |",
-        "| `y` | `1` | 5.00 ± 0.10 | -0.10 ± 0.00 |  |",
-        "| `z\\|` | `1` |  |  |  |",
+        "| a.b | c | seeds | loss | against the baseline | bits |",
+        "| --- | --- | --- | --- | --- | --- |",
+        "| `x` | `1` | 2 | 5.10 ± 0.10 |  | 1.250 ± 0.000 |",
+        "| `y` | `1` | 2 | 5.00 ± 0.10 | -0.10 ± 0.00 |  |",
+        "| `z\\|` | `1` | 1 of 2; failed: the loss is nan | 4.00 | -1.00 | 1.250 |",
     ]
 
 
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium: apt-get install chromium")
 class TestInABrowser:
     def dom(self, data: dict, tmp_path: Path, script: str = "", fragment: str = "") -> list[tuple[str, dict]]:
         """The elements of the page after a browser has run it, and then `script`."""

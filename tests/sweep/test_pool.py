@@ -119,6 +119,7 @@ def test_two_sweeps_at_once_share_their_points(sweeping):
     assert set(starts(sweeping.out).values()) == {1} and len(starts(sweeping.out)) == 3
 
 
+@pytest.mark.long
 def test_a_budget_of_tokens_is_the_same_for_all(sweeping):
     text = "axes: {train.global_batch: [4, 8]}\nbudget: {tokens: 1024}\nset: {train.validate_every: 6, train.validation_rows: 8}"
     done = sweeping(text)
@@ -223,18 +224,21 @@ def test_a_sweep_is_cancelled_with_what_it_trains(sweeping, process, tmp_path):
     assert not any(state == "running" for state in states(sweeping.out).values())
 
 
-def test_two_files_of_one_name_in_one_folder_are_two_sweeps(sweeping, tmp_path):
-    """Each with a page; and a file that is moved is still the same."""
-    assert sweeping("axes: {model.layers: [1, 2]}").code == 0
+def test_two_files_of_one_name_in_one_folder_are_two_sweeps(sweeping, tmp_path, monkeypatch):
+    """Each with a page, whatever path they are called by; and a file that is moved is still the same."""
+    assert sweeping("axes: {model.layers: [1, 2]}", "--dry-run").code == 0
     (tmp_path / "deep").mkdir()
-    text = (tmp_path / "sweep.yaml").read_text()
     other = tmp_path / "deep" / "sweep.yaml"
-    other.write_text(text.replace("[1, 2]", "[1]"))
-    asked = design.read(str(other))
+    other.write_text((tmp_path / "sweep.yaml").read_text().replace("[1, 2]", "[1]"))
+    for file in (tmp_path / "sweep.yaml", other):
+        asked = design.read(str(file))
+        filed.keep(asked, points.place(asked, design.points(asked)), [])
+        gather.report(sweeping.out, quiet=True)
     assert re.fullmatch(r"sweep-[0-9a-f]{6}", filed.name(asked))
-    filed.keep(asked, points.place(asked, design.points(asked)), [])
-    gather.report(sweeping.out, quiet=True)
-    assert len(list((sweeping.out / "reports").glob("*/points.csv"))) == 2
+    (tmp_path / "link").symlink_to(tmp_path / "deep")
+    monkeypatch.chdir(tmp_path)
+    assert {filed.name(design.read(path)) for path in ("link/sweep.yaml", "deep/../link/sweep.yaml")} == {filed.name(asked)}
+    assert len(list((sweeping.out / "reports").glob("*/points.csv"))) == 2 and not (sweeping.out / "points.csv").exists()
     (tmp_path / "sweep.yaml").rename(tmp_path / "deep" / "moved.yaml")
     (tmp_path / "deep" / "moved.yaml").rename(tmp_path / "sweep.yml")
     other.rename(tmp_path / "deep" / "sweep.yml")

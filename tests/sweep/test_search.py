@@ -33,7 +33,7 @@ def loss(choice: design.Choice) -> float:
 
 
 def best_of(asked: design.Sweep, at_once: int = 2) -> float:
-    return min(map(loss, search.search(asked, at_once, lambda new: list(map(loss, new)), [])))
+    return min(map(loss, search.search(asked, at_once, lambda new, chosen: list(map(loss, new)), [])))
 
 
 def test_it_finds_better_choices_than_chance(sweep, tmp_path):
@@ -52,7 +52,7 @@ def test_it_finds_better_choices_than_chance(sweep, tmp_path):
 def test_no_choice_is_tried_twice_and_what_is_excluded_never(sweep):
     more = "exclude: [{flow.code: frame, model.layers: [1, 2, 3, 4]}]"
     asked = sweep(60, more=more)
-    found = search.search(asked, 4, lambda new: [None if loss(choice) > 5.0 else loss(choice) for choice in new], [])
+    found = search.search(asked, 4, lambda new, chosen: [None if loss(choice) > 5.0 else loss(choice) for choice in new], [])
     keys = [search.key(labels) for labels, _ in found]
     assert len(keys) == 60 == len(set(keys))
     assert not [labels for labels, _ in found if labels["flow.code"] == "frame" and int(labels["model.layers"]) < 5]
@@ -60,16 +60,16 @@ def test_no_choice_is_tried_twice_and_what_is_excluded_never(sweep):
 
 def test_all_of_a_small_grid_are_tried(sweep):
     more = "exclude: [{flow.code: learned}, {model.layers: [1, 2, 3, 4, 5, 6, 7]}]"
-    assert len(search.search(sweep(100, more=more), 3, lambda new: list(map(loss, new)), [])) == 25
+    assert len(search.search(sweep(100, more=more), 3, lambda new, chosen: list(map(loss, new)), [])) == 25
 
 
 def test_a_search_that_was_stopped_goes_on_with_the_same_choices(sweep, tmp_path):
-    whole = search.search(sweep(12), 2, lambda new: list(map(loss, new)), [])
+    whole = search.search(sweep(12), 2, lambda new, chosen: list(map(loss, new)), [])
     (file,) = (tmp_path / "out" / "sweeps").glob("*.chosen")
     file.unlink()
     stop: list[int] = []
 
-    def stopped_at_the_third(new: list[design.Choice]) -> list[float | None]:
+    def stopped_at_the_third(new: list[design.Choice], chosen: list[design.Choice]) -> list[float | None]:
         stopped_at_the_third.calls = getattr(stopped_at_the_third, "calls", 0) + 1
         if stopped_at_the_third.calls == 3:
             stop.append(15)
@@ -78,10 +78,10 @@ def test_a_search_that_was_stopped_goes_on_with_the_same_choices(sweep, tmp_path
 
     assert len(search.search(sweep(12), 2, stopped_at_the_third, stop)) == 6
     assert len(json.loads(file.read_text())) == 6
-    assert search.search(sweep(12), 2, lambda new: list(map(loss, new)), []) == whole
+    assert search.search(sweep(12), 2, lambda new, chosen: list(map(loss, new)), []) == whole
 
 
 def test_without_optuna_that_is_said(sweep, monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(UserError, match="draw.kind=optuna needs the package optuna; pip install optuna"):
-        search.search(sweep(3), 1, lambda new: [0.0], [])
+        search.search(sweep(3), 1, lambda new, chosen: [0.0], [])

@@ -305,6 +305,7 @@ def test_matching_laws_alone_brings_the_texts_of_a_map_nearer_to_the_data():
     assert after[0] < 0.5 * found["psd"][1][0] and after[1] < 0.9 * found["psd"][1][1], found
 
 
+@pytest.mark.long
 def test_matching_laws_beside_the_identity_brings_one_and_two_steps_nearer_to_the_exact_map():
     """As it is distilled, with inner rows by the semigroup identity: the error, and how far the law of whole texts is."""
     toy, stage = solved()[0], stage_of("dmd:draws=2", boundary_fraction=0.125)

@@ -118,6 +118,12 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--data", metavar="PATH", default=None, help="the run's shards, where they are no longer at its data.path")
     evaluate.add_argument("--json", metavar="FILE", default=None, help="write the JSON to this file as well")
 
+    versus = commands.add_parser(
+        "compare", help="evaluations of several runs side by side, and what differs", description="Evaluations side by side, row by row."
+    )
+    versus.add_argument("runs", metavar="RUN", nargs="+", help="runs that were evaluated alike; the first is what others are compared with")
+    versus.add_argument("--json", metavar="FILE", default=None, help="write the comparison to this file")
+
     convert = commands.add_parser(
         "convert", help="a run as consolidated safetensors, or in other files", description="A run as consolidated safetensors; verified."
     )
@@ -279,6 +285,11 @@ def run(arguments: argparse.Namespace, began: float) -> int:
         sizes = arguments.samples, arguments.rows, arguments.draws
         asked = arguments.seed, arguments.temperature, arguments.json
         print(table(evaluate(arguments.run, steps, *sizes, *asked, began=began, data=arguments.data, clock=arguments.clock)))
+        return 0
+    if arguments.command == "compare":
+        from megaflow.evaluate import compare
+
+        print(compare.table(compare.compare(arguments.runs, arguments.json)))
         return 0
     if arguments.command == "convert":
         from megaflow.export.convert import convert

@@ -19,33 +19,29 @@ import torch
 
 from megaflow.data import shards
 from megaflow.data.stream import TokenStream
-from megaflow.data.tokenizer import decode, end_id
+from megaflow.data.tokenizer import decode
 from megaflow.errors import UserError
 from megaflow.evaluate import judge as judges
 from megaflow.evaluate import kept
 from megaflow.evaluate.flow_text import BALANCE_TOKENS, grid_clock, one_step_offsets
 from megaflow.evaluate.generate import generate
 from megaflow.evaluate.judge import Judge
+from megaflow.evaluate.likelihood import likelihood
 from megaflow.evaluate.loaded import Run, load_run, text_of
+from megaflow.evaluate.real_text import RealText
 from megaflow.evaluate.settings import LAST_STEP, Settings, check_temperature, last_step
 from megaflow.evaluate.template import Template
 from megaflow.files import write_atomically
-from megaflow.flow import context
 from megaflow.flow import profile as profiles
 from megaflow.flow.interpolant import time_of
-from megaflow.flow.likelihood import Estimate, NoBound
-from megaflow.model import discrete_bound
-from megaflow.model.autoregressive import Autoregressive
-from megaflow.model.bound import bound_of_rows
-from megaflow.model.discrete import Discrete
 from megaflow.parallel import random
 from megaflow.progress import Progress
-from megaflow.train.context import Contexts, masks
+from megaflow.train.context import Contexts
 from megaflow.train.run import read_config
-from megaflow.train.stage import documents_of, end_of_documents, validation_batch
-from megaflow.train.stage_autoregressive import AutoregressiveStage
-from megaflow.train.stages import SHARDS, check_same_shards
+from megaflow.train.stages import check_same_shards
 
+MEASURES = 2
+"""What an evaluation holds; one of another number is measured anew."""
 JUDGE_CHARACTERS = 8_000_000
 """The judge is fitted to at most this many characters of the training split, from its beginning."""
 
@@ -91,7 +87,13 @@ def evaluate(
     if clock != "auto":
         settings |= {"clock": clock}
         grid_clock(run, clock)  # is there
-    identity = {"step": run.step, "weights": run.weights, "shards": shards.identity(run.manifest), "settings": settings}
+    identity = {
+        "measures": MEASURES,
+        "step": run.step,
+        "weights": run.weights,
+        "shards": shards.identity(run.manifest),
+        "settings": settings,
+    }
     result = kept.read(run.directory)
     if not kept.is_of(result, identity):
         result = measure(run, identity, began)
@@ -179,111 +181,6 @@ def measure(run: Run, identity: dict[str, Any], began: float) -> dict[str, Any]:
     result["seconds"] = time.monotonic() - began
     result["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return result
-
-
-class RealText:
-    """Rows of a split: ids (R, L), lengths (R,) or None, their texts, and characters per counted token of the whole split."""
-
-    def __init__(self, run: Run, split: str, rows: int) -> None:
-        stream = TokenStream(run.config.data.path, split, run.config.run.seed, shuffle=False)
-        # rows spread evenly over the split, not its first ones
-        places = torch.linspace(0, len(stream) - 1, min(rows, len(stream))).round().long()
-        self.ids, lengths = stream.rows(places)
-        self.lengths = lengths if bool((lengths < self.ids.shape[1]).any()) else None
-        self.rows = [row[:length] for row, length in zip(self.ids.tolist(), lengths.tolist(), strict=True)]
-        self.texts = [text_of(run, row) for row in self.rows]
-        counts = run.manifest["splits"][split]
-        self.characters_per_token = counts["characters"] / counts["tokens"]
-
-    def characters_of(self, run: Run, given: torch.Tensor | None) -> float:
-        """Characters per token of those that are not `given` (R, L), an end token being one; of the whole split where that is None."""
-        if given is None:
-            return self.characters_per_token
-        end, characters, tokens = end_id(run.tokenizer), 0, 0
-        for row, known in zip(self.rows, given.tolist(), strict=True):
-            mine = [token for token, is_known in zip(row, known, strict=False) if not is_known]
-            plain = [token for token in mine if token != end]
-            tokens, characters = tokens + len(mine), characters + len(decode(run.tokenizer, plain)) + len(mine) - len(plain)
-        return characters / tokens
-
-
-@torch.no_grad()
-def likelihood(run: Run, held_out: RealText, draws: int, seed: int) -> dict[str, Any]:
-    """Nats per token and bits per character: a bound with its Monte-Carlo error for flows, exact for the baseline.
-
-    Of a run that writes nothing without being given some (flow.context.share=1) it is that of the tokens that are written, given the
-    others, and `given` is the law of those. Where a run can be given the beginning of a text, `continuation` is that of the rest: of the
-    second half of every row, given the first, or of what belongs to the source of a pair.
-    """
-    contexts, pairs = Contexts(run.config, run.manifest), bool(run.manifest["settings"].get("target_field"))
-    ids, lengths, places = held_out.ids, torch.tensor([len(row) for row in held_out.rows]), torch.arange(len(held_out.rows))
-    given = contexts.validation(ids, lengths, places)
-    found = nats(run, held_out, draws, seed, given)
-    if given is not None:
-        found["given"] = run.config.flow.context.law
-    if found["kind"] == "none":
-        return found
-    laws = context.laws(run.config.flow.context.law)
-    begins = bool(laws & {"prefix", "infilling", "random"}) or pairs and "source" in laws
-    if run.kind in ("autoregressive", "masked") or contexts.there and begins:
-        what = "source" if pairs else "first half"
-        half = torch.arange(ids.shape[1]) < (lengths // 2)[:, None]
-        given = masks("source", contexts.end, ids, lengths, seed, places, -1) if pairs else half
-        rest = nats(run, held_out, draws, seed, given)
-        found["continuation"] = {"given": what} | {key: value for key, value in rest.items() if key != "last_cross_entropy"}
-    return found
-
-
-def nats(run: Run, held_out: RealText, draws: int, seed: int, given: torch.Tensor | None) -> dict[str, Any]:
-    """The likelihood of the tokens that are not `given` (R, L), given these; of all where that is None."""
-    device, per_character = run.network.weight.device, 1.0 / held_out.characters_of(run, given) / math.log(2.0)
-    ids = held_out.ids.to(device)
-    lengths = None if held_out.lengths is None else held_out.lengths.to(device)
-    given = None if given is None else given.to(device)
-    law = shards.log_length_law(run.directory / SHARDS)
-    end = end_of_documents(run.config, run.manifest)
-    documents = None if end is None else documents_of(ids, end)
-    if isinstance(run.network, Autoregressive):
-        stage, total, tokens = AutoregressiveStage(run.config, run.network), 0.0, 0
-        log_prior, entropy = run.network.log_prior.double(), 0.0
-        for start in range(0, len(ids), 64):
-            part = slice(start, start + 64)
-            some, of, known = (None if x is None else x[part] for x in (lengths, documents, given))
-            batch = validation_batch(ids[part], some, of, given=known)
-            here = batch.weight > 0.0
-            total += stage.validate(batch)["validation_loss"] * int(here.sum())
-            entropy -= log_prior[ids[part].flatten()[here]].sum().item()
-            tokens += int(here.sum())
-        if law is not None and given is None and run.manifest["tokenizer"]["end_id"] is None:  # nothing in a row tells its length
-            total -= float(sum(law[len(row)] for row in held_out.rows))
-        entropy /= tokens
-        found: dict[str, Any] = {"kind": "exact", "nats_per_token": total / tokens, "standard_error_nats": 0.0, "tokens": tokens}
-    else:
-        progress = Progress(f"bound {run.directory.name}" + (" of the rest" if given is not None else ""), len(ids), "rows")
-        facts: dict[str, Any] = {"progress": progress, "log_length": law, "documents": documents, "given": given}
-        try:
-            bound: Estimate
-            if isinstance(run.network, Discrete):
-                bound = discrete_bound.bound_of_rows(run.network, ids, lengths, draws, seed, **facts)
-            else:
-                bound = bound_of_rows(*run.flow, ids, lengths, draws, seed, **facts)
-        except NoBound as error:
-            return {"kind": "none", "reason": str(error)}
-        entropy = bound.unigram
-        found = {
-            "kind": "bound",
-            "nats_per_token": bound.mean,
-            "standard_error_nats": bound.standard_error,
-            "row_error_nats": bound.row_error,
-            "last_cross_entropy": bound.last_cross_entropy,
-            "tokens": bound.tokens,
-            "standard_error_bits_per_char": bound.standard_error * per_character,
-            "row_error_bits_per_char": bound.row_error * per_character,
-        }
-    found["bits_per_char"] = found["nats_per_token"] * per_character
-    found["unigram_nats_per_token"] = entropy
-    found["unigram_bits_per_char"] = entropy * per_character
-    return found
 
 
 def fitted_judge(run: Run) -> Judge:
@@ -431,6 +328,7 @@ def table(result: dict[str, Any]) -> str:
         if word == "bound":
             lines.append(f"  standard error  {found['standard_error_bits_per_char']:.4f} bits/char of noise and times")
             lines.append(f"  over rows       {found['row_error_bits_per_char']:.4f} bits/char of bound minus unigram entropy")
+        lines.append(f"  in other units  {found['bits_per_byte']:.4f} bits/byte, perplexity {found['perplexity_per_token']:,.2f} per token")
         lines.append(f"unigram entropy   {found['unigram_bits_per_char']:.4f} bits/char")
     if "given" in found:
         lines.append(f"given             of held-out rows by flow.context.law={found['given']}; likelihood is of the rest, texts hold both")

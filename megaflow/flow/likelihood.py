@@ -10,7 +10,7 @@ therefore a control variate of known mean, which takes most of the noise out of 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -74,6 +74,7 @@ class Estimate:
 
     standard_error: of the Monte-Carlo part, draws of noise and times. row_error: of bound minus unigram entropy, were other rows of the
     same text taken. unigram: -log pi on the same tokens. last_cross_entropy: at the range's end. tokens: how many were counted.
+    rows: (R,) nats of each row, whose sum is mean x tokens; row_tokens: (R,) counted tokens. parts: where it comes from, if asked for.
     """
 
     mean: float
@@ -82,6 +83,44 @@ class Estimate:
     unigram: float
     last_cross_entropy: float
     tokens: int
+    rows: Tensor = field(compare=False, repr=False, default_factory=lambda: torch.zeros(0))
+    row_tokens: Tensor = field(compare=False, repr=False, default_factory=lambda: torch.zeros(0))
+    parts: "Parts | None" = field(compare=False, repr=False, default=None)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Where a bound comes from, in nats per token: the stretches between `edges` of log-SNR, or of the time of discrete noise, the
+    Monte-Carlo error of each, and what the exact posterior of independent tokens would have there at the same draws; before: what the
+    state tells already where the range begins; after: the cross-entropy at its end; rest: lengths of rows and ends of documents.
+
+    The sum of all is the plain mean of the draws, from which the bound itself differs by its control variate.
+    """
+
+    edges: list[float]
+    nats: list[float]
+    errors: list[float]
+    unigram: list[float]
+    before: float = 0.0
+    after: float = 0.0
+    rest: float = 0.0
+
+
+def by_stretch(levels: Tensor, network: Tensor, channel: Tensor, tokens: Tensor, edges: Tensor) -> Parts:
+    """The draws of a bound's integral sorted by where they are taken.
+
+    levels, network, channel: (draws, R), of each draw of a row its place and its two one-draw estimates; tokens (R,); edges (N + 1,).
+    """
+    network, channel, edges = network.double(), channel.double(), edges.double()
+    draws, total = len(levels), tokens.double().sum()
+    place = (torch.bucketize(levels.double(), edges) - 1).clamp(0, len(edges) - 2)
+    nats, errors, unigram = [], [], []
+    for number in range(len(edges) - 1):
+        here = torch.where(place == number, network, 0.0)
+        nats.append((here.sum() / draws / total).item())
+        errors.append(((here.var(0).sum() / draws).sqrt() / total).item() if draws > 1 else math.inf)
+        unigram.append((torch.where(place == number, channel, 0.0).sum() / draws / total).item())
+    return Parts(edges.tolist(), nats, errors, unigram)
 
 
 def estimate(network: Tensor, channel: Tensor, unigram: Tensor, tokens: Tensor, last_cross_entropy: float) -> Estimate:
@@ -114,4 +153,5 @@ def estimate(network: Tensor, channel: Tensor, unigram: Tensor, tokens: Tensor, 
     gain = by_row - unigram
     residual = gain - (mean - entropy) * tokens
     row_error = (residual.square().sum() * rows / max(rows - 1, 1)).sqrt() / total
-    return Estimate(mean.item(), monte_carlo.item(), row_error.item(), entropy.item(), last_cross_entropy, int(total.item()))
+    of_all = mean.item(), monte_carlo.item(), row_error.item(), entropy.item(), last_cross_entropy, int(total.item())
+    return Estimate(*of_all, by_row, tokens)

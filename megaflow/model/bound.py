@@ -15,7 +15,7 @@ from megaflow.flow.clock import Clock
 from megaflow.flow.code import lookup
 from megaflow.flow.context import told
 from megaflow.flow.head import Head, Read
-from megaflow.flow.interpolant import level, noisy_state, time_of
+from megaflow.flow.interpolant import level, log_snr, noisy_state, time_of
 from megaflow.flow.likelihood import Estimate, NoBound
 from megaflow.flow.vocabulary import Vocabulary, look_up
 from megaflow.model.parts import Parts
@@ -42,6 +42,7 @@ def bound_of_rows(
     all_rows: int | None = None,
     total: Callable[[Tensor], Tensor] = lambda value: value,
     given: Tensor | None = None,
+    stretches: int = 0,
 ) -> Estimate:
     """The bound on rows (R, L), `draws` times and noises each, in nats per counted token.
 
@@ -56,6 +57,8 @@ def bound_of_rows(
     given: (R, L) tokens that are known from the start: the bound is then one of -log p of the others, given these, in nats per token of
     the others (and of the row's length, where that has a law, as if the given tokens told nothing of it).
 
+    stretches: into how many of log-SNR the bound is parted besides (one process only).
+
     The channel's terms are in fp64, or with `double` off in fp32, twice as fast and good for watching a training run.
     Raises flow.likelihood.NoBound where the noise is not Gaussian, or the network has no bound on the flow's range.
     """
@@ -67,7 +70,7 @@ def bound_of_rows(
     counted = torch.ones_like(ids) if lengths is None else (torch.arange(width, device=ids.device) < lengths[:, None]).long()
     whole = counted.sum(1).cpu()
     counted = counted if given is None else counted * ~given
-    ours, channel = torch.zeros(2, draws, own, dtype=torch.float64)
+    ours, channel, levels = torch.zeros(3, draws, own, dtype=torch.float64)
     last, last_channel = torch.zeros(2, own, dtype=torch.float64)
     order, offset = random.permutation(rows * draws, seed, "bound cells"), random.uniform(seed, "bound offset")
     # rare tokens that resolve late make the integrand heavy where the clock is thin
@@ -84,6 +87,7 @@ def bound_of_rows(
             times, weight = likelihood.integration_times(parts.path, law, parts.bounded, order[at * draws + draw], rows * draws, offset)
             (_, error), (_, channel_error) = _integrands(network, parts, ids[part], some, of, known, at, times, seed, draw, double)
             ours[draw, part], channel[draw, part] = sums(error) * weight, sums(channel_error) * weight
+            levels[draw, part] = log_snr(parts.path, times)
         end = time_of(parts.path, torch.full((len(at),), parts.bounded.high, dtype=torch.float64))
         (nll, _), (channel_nll, _) = _integrands(network, parts, ids[part], some, of, known, at, end, seed, draws, double)
         last[part], last_channel[part] = sums(nll), sums(channel_nll)
@@ -95,10 +99,19 @@ def bound_of_rows(
     shape = torch.zeros(own, dtype=torch.float64) if log_length is None else -torch.from_numpy(log_length)[whole]
     if documents is not None:
         shape = shape + boundary_cost(ids, documents, parts.code.part, parts.log_prior, counted)
+    told_apart = None
+    if stretches:
+        edges = torch.linspace(parts.bounded.low, parts.bounded.high, stretches + 1, dtype=torch.float64)
+        told_apart = replace(
+            likelihood.by_stretch(levels, ours, channel, tokens, edges),
+            before=(first.sum() / tokens.sum()).item(),
+            after=(last.sum() / tokens.sum()).item(),
+            rest=(shape.sum() / tokens.sum()).item(),
+        )
     everyones = torch.zeros(2 * draws + 3, rows, dtype=torch.float64)
     everyones[:, places] = torch.cat([ours + first + last + shape, channel + first + last_channel, unigram[None], tokens[None], last[None]])
     ours, channel, (unigram, tokens, last) = total(everyones).split([draws, draws, 3])
-    return likelihood.estimate(ours, channel, unigram, tokens, (last.sum() / tokens.sum()).item())
+    return replace(likelihood.estimate(ours, channel, unigram, tokens, (last.sum() / tokens.sum()).item()), parts=told_apart)
 
 
 def boundary_cost(ids: Tensor, documents: Tensor, part: Vocabulary, log_prior: Tensor, counted: Tensor) -> Tensor:

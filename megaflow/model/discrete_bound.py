@@ -1,6 +1,7 @@
 """The bound of discrete diffusion on rows of tokens: flow/discrete.py with a network put into it."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -65,11 +66,12 @@ def bound_of_rows(
     all_rows: int | None = None,
     total: Callable[[Tensor], Tensor] = lambda value: value,
     given: Tensor | None = None,
+    stretches: int = 0,
 ) -> Estimate:
     """The bound on rows (R, L), `draws` times and noises each, in nats per counted token; arguments as of model/bound.py.
 
     Of a masked network the same draws under the unigram law, whose mean is its entropy, are the control variate; given tokens are never
-    hidden, and count for nothing.
+    hidden, and count for nothing. stretches: into how many of time the bound is parted besides (one process only).
     """
     own, width = ids.shape
     rows = own if all_rows is None else all_rows
@@ -77,7 +79,7 @@ def bound_of_rows(
     there = torch.ones_like(ids) if lengths is None else (torch.arange(width, device=ids.device) < lengths[:, None]).long()
     counted = there if given is None else there * ~given
     nll = -look_up(network.part, network.log_prior, ids).double()
-    ours, channel = torch.zeros(2, draws, own, dtype=torch.float64)
+    ours, channel, levels = torch.zeros(3, draws, own, dtype=torch.float64)
     order, offset = random.permutation(rows * draws, seed, "bound cells"), random.uniform(seed, "bound offset")
     for start in range(0, own, batch):
         part = slice(start, min(start + batch, own))
@@ -88,6 +90,7 @@ def bound_of_rows(
             if noisy.hidden is not None and given is not None:
                 noisy = noisy._replace(hidden=noisy.hidden & ~given[part])
             found = terms(network, ids[part], noisy, some, of)
+            levels[draw, part] = noisy.times.cpu()
             ours[draw, part] = (found * counted[part]).sum(1).cpu()
             known = nll[part]
             if noisy.hidden is not None:
@@ -99,7 +102,11 @@ def bound_of_rows(
     structure = torch.zeros(own, dtype=torch.float64) if log_length is None else -torch.from_numpy(log_length)[there.sum(1).cpu()]
     if documents is not None:
         structure = structure + boundary_cost(ids, documents, network.part, network.log_prior, counted)
+    told_apart = None
+    if stretches:
+        parted = likelihood.by_stretch(levels, ours, channel, tokens, torch.linspace(0.0, 1.0, stretches + 1, dtype=torch.float64))
+        told_apart = replace(parted, rest=(structure.sum() / tokens.sum()).item())
     everyones = torch.zeros(2 * draws + 2, rows, dtype=torch.float64)
     everyones[:, places] = torch.cat([ours + structure, channel, (nll * counted).sum(1).cpu()[None], tokens[None]])
     ours, channel, (unigram, tokens) = total(everyones).split([draws, draws, 2])
-    return likelihood.estimate(ours, channel, unigram, tokens, 0.0)
+    return replace(likelihood.estimate(ours, channel, unigram, tokens, 0.0), parts=told_apart)

@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.optimize import least_squares
-from scipy.special import fdtrc, stdtr, stdtrit
+from scipy.special import fdtrc
+
+from megaflow.paired import Paired, holm, mean_error, paired
 
 Choice = tuple[str, ...]
 
-CONFIDENCE = 0.95
-"""Of the intervals of paired differences."""
 MOST_VALUES = 12
 """Values of a numeric axis that are told apart in its effect; more of them, as a random sweep has, go into BINS of equal count."""
 BINS = 6
@@ -32,17 +32,6 @@ MOST_SPREAD = 1.0
 """Of the errors of log L in a replicate: with one degree of freedom some would be without bound; at this one nothing is known any more."""
 FLATTEST, STEEPEST = 1e-3, 5.0
 """Bounds in which the exponent of a scaling law is looked for."""
-
-
-class Paired(NamedTuple):
-    """A choice minus the baseline over the seeds of both. seeds: how many; error, low, high, p: None with fewer than two of them."""
-
-    seeds: int
-    difference: float | None
-    error: float | None = None
-    low: float | None = None
-    high: float | None = None
-    p: float | None = None
 
 
 class Row(NamedTuple):
@@ -160,14 +149,6 @@ def metrics(data: dict[str, Any]) -> list[str]:
     return list(dict.fromkeys([data["metric"], *names]))
 
 
-def mean_error(values: Sequence[float]) -> tuple[float | None, float | None]:
-    """Mean and its standard error, s / sqrt(n) with n - 1 degrees of freedom; None of no value, and the error of fewer than two."""
-    if not values:
-        return None, None
-    mean = float(np.mean(values))
-    return mean, float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
-
-
 def baseline(data: dict[str, Any]) -> Choice | None:
     """The choice that the others are compared with: the first one, done, that has the values of `baseline`; None where there is none."""
     asked = data.get("baseline") or {}
@@ -175,32 +156,6 @@ def baseline(data: dict[str, Any]) -> Choice | None:
         if measured([point], data["metric"]) and all(point["values"].get(axis) == value for axis, value in asked.items()):
             return tuple(point["values"][axis] for axis in data["axes"])
     return None
-
-
-def paired(values: dict[int, float], base: dict[int, float], confidence: float = CONFIDENCE) -> Paired:
-    """The mean of values[seed] - base[seed] over the seeds of both, with its interval and two-sided p-value by Student's t.
-
-    Differences that are all the same have no spread: p is 0, or 1 where they are 0.
-    """
-    differences = [values[seed] - base[seed] for seed in sorted(values.keys() & base.keys())]
-    mean, error = mean_error(differences)
-    if mean is None or error is None:
-        return Paired(len(differences), mean)
-    freedom = len(differences) - 1
-    half = float(stdtrit(freedom, (1 + confidence) / 2)) * error
-    p = 2 * float(stdtr(freedom, -abs(mean) / error)) if error > 0 else float(mean == 0)
-    return Paired(len(differences), mean, error, mean - half, mean + half, p)
-
-
-def holm(ps: Sequence[float | None]) -> list[float | None]:
-    """Holm's adjusted p-values (1979): the k-th smallest of m times m - k + 1, never below one before it, at most 1. None stays None."""
-    order = sorted((p, place) for place, p in enumerate(ps) if p is not None)
-    adjusted: list[float | None] = [None] * len(ps)
-    highest = 0.0
-    for rank, (p, place) in enumerate(order):
-        highest = max(highest, min(1.0, (len(order) - rank) * p))
-        adjusted[place] = highest
-    return adjusted
 
 
 def rows(data: dict[str, Any], metric: str) -> list[Row]:

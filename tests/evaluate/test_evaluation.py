@@ -13,10 +13,12 @@ import torch
 from megaflow.data.shards import log_length_law
 from megaflow.data.stream import TokenStream
 from megaflow.evaluate import judge as judges
-from megaflow.evaluate.evaluation import COOLED, RealText, evaluate, fitted_judge, judged, likelihood, table
+from megaflow.evaluate.evaluation import COOLED, evaluate, fitted_judge, judged, table
 from megaflow.evaluate.flow_text import BALANCE_TOKENS, grid_clock
 from megaflow.evaluate.generate import generate
+from megaflow.evaluate.likelihood import likelihood
 from megaflow.evaluate.loaded import load_run
+from megaflow.evaluate.real_text import RealText
 from megaflow.evaluate.settings import LAST_STEP, Settings, last_step
 from megaflow.train import run as runs
 from tests.train.writers import write_anew

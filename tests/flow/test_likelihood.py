@@ -11,7 +11,7 @@ from megaflow.flow import code as codes
 from megaflow.flow import head as heads
 from megaflow.flow import likelihood
 from megaflow.flow.head import Head, Read
-from megaflow.flow.interpolant import LINEAR, level, time_of
+from megaflow.flow.interpolant import LINEAR, level, log_snr, time_of
 from megaflow.flow.likelihood import Range
 from tests.flow import toy as toys
 from tests.flow.measured import argmax
@@ -205,3 +205,33 @@ def test_a_range_that_was_too_short_has_no_bound(last):
     with pytest.raises(likelihood.RangeTooShort, match="before the tokens are resolved, so there is no bound"):
         likelihood.estimate(torch.ones(2, 3), torch.ones(2, 3), torch.ones(3), torch.ones(3), last)
     assert likelihood.estimate(torch.ones(2, 3), torch.ones(2, 3), torch.ones(3), torch.ones(3), 0.0499).mean == 1.0
+
+
+def test_stretches_of_the_integral_are_those_of_the_closed_form():
+    """1/2 int e^lambda exp(-e^lambda) dlambda over each of six stretches, and their errors as they are over many draws."""
+    rows, draws = 400, 40
+    times, weight = likelihood.integration_times(LINEAR, CLOCKS["log-SNR"], SPAN, torch.randperm(rows * draws), rows * draws, 0.3)
+    levels = log_snr(LINEAR, times).view(draws, rows)
+    one = (weight * torch.exp(-levels.flatten().exp())).view(draws, rows)
+    edges = torch.linspace(-9.0, 9.0, 7)
+    tokens = torch.full((rows,), 2.0)
+    found = likelihood.by_stretch(levels, 2.0 * one, one, tokens, edges)
+    snr = edges.double().exp()
+    exact = 0.5 * (torch.exp(-snr[:-1]) - torch.exp(-snr[1:]))
+    np.testing.assert_allclose(found.nats, exact, atol=2e-3)
+    np.testing.assert_allclose(found.unigram, exact / 2.0, atol=1e-3)
+    assert sum(found.nats) == pytest.approx((2.0 * one).sum().item() / draws / 800.0, rel=1e-12)
+    assert found.edges == edges.tolist() and (found.before, found.after, found.rest) == (0.0, 0.0, 0.0)
+
+
+def test_the_error_of_a_stretch_is_that_over_repetitions():
+    """Of independent draws: the spread of what many of them say."""
+    generator, edges = torch.Generator().manual_seed(0), torch.tensor([0.0, 0.5, 1.0])
+    said, errors = [], []
+    for _ in range(400):
+        levels = torch.rand(8, 5, generator=generator)
+        found = likelihood.by_stretch(levels, levels.square(), levels, torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]), edges)
+        said.append(found.nats)
+        errors.append(found.errors)
+    np.testing.assert_allclose(np.std(said, axis=0), np.sqrt(np.mean(np.square(errors), axis=0)), rtol=0.1)
+    np.testing.assert_allclose(np.mean(said, axis=0), np.array([1 / 24, 7 / 24]) * 5 / 15, rtol=0.05)

@@ -106,6 +106,27 @@ def test_of_the_exact_denoiser_it_is_the_likelihood(code, clock):
     assert found.unigram - exact > 6.0 * found.standard_error
 
 
+@pytest.mark.parametrize("code", [codes.identity(4), codes.frame(5, 3, torch.Generator().manual_seed(1))], ids=["identity", "frame"])
+def test_parts_and_rows_add_up_to_it(code):
+    """Rows exactly; parts up to the control variate, whose own parts add up to the entropy; and the exact denoiser is ahead of the
+    posterior of independent tokens at every level but for noise."""
+    toy = toys.make(code, length=2, seed=2, spread=1.5)
+    ids = toys.draw(toy, 600, torch.Generator().manual_seed(0))
+    parts = Parts(code, toy.marginal.mean(0).log(), Range(information_range(code, 0.0).low, 9.0))
+    clock = clocks.uniform_log_snr(LINEAR, -6.0, 10.0)
+    found = bound_of_rows(toys.Exact(toy, code).double(), parts, clock, ids, None, draws=20, seed=0, batch=600, stretches=12)
+    assert found.rows.shape == found.row_tokens.shape == (600,) and found.row_tokens.sum() == 1200
+    assert found.rows.sum().item() / 1200 == pytest.approx(found.mean, rel=1e-12)
+    told = found.parts
+    whole = sum(told.nats) + told.before + told.after
+    assert whole == pytest.approx(found.mean, abs=6.0 * sum(error**2 for error in told.errors) ** 0.5)
+    assert sum(told.unigram) + told.before == pytest.approx(found.unigram, abs=0.06) and told.rest == 0.0
+    gain = np.array(told.unigram) - np.array(told.nats)
+    assert (gain >= -4.0 * np.array(told.errors) - 1e-12).all() and gain.sum() > 0.05
+    assert told.edges[0] == parts.bounded.low and told.edges[-1] == parts.bounded.high == 9.0
+    assert bound_of_rows(toys.Exact(toy, code).double(), parts, clock, ids[:8], None, draws=2, seed=0).parts is None
+
+
 def test_a_network_that_knows_less_has_a_larger_bound():
     """Random weights in the head: still a bound of these rows' unigram law, and so above its entropy."""
     network, parts, clock, ids = setup("frame of 5")

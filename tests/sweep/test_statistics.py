@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from megaflow.paired import Paired, holm
 from megaflow.sweep import statistics
 
 
@@ -44,53 +45,6 @@ def filled(shape: tuple[int, ...], seeds: int, law) -> dict:
     return sweep(cells, axes)
 
 
-class TestOverSeeds:
-    def test_mean_and_error(self):
-        values = np.random.default_rng(0).normal(3, 2, 7).tolist()
-        assert statistics.mean_error(values) == pytest.approx((np.mean(values), stats.sem(values)))
-        assert statistics.mean_error([2.5]) == (2.5, None) and statistics.mean_error([]) == (None, None)
-
-    @pytest.mark.parametrize("count", [2, 3, 8])
-    def test_paired_differences_are_those_of_scipy(self, count):
-        a, b = np.random.default_rng(count).normal(0, 1, (2, count))
-        found = statistics.paired(dict(enumerate(a)) | {98: 4.0}, dict(enumerate(b)) | {99: 5.0})
-        expected = stats.ttest_rel(a, b)
-        interval = expected.confidence_interval(0.95)
-        assert found.seeds == count
-        numbers = (found.difference, found.error, found.low, found.high, found.p)
-        assert numbers == pytest.approx(((a - b).mean(), stats.sem(a - b), interval.low, interval.high, expected.pvalue), rel=1e-9)
-
-    def test_fewer_than_two_shared_seeds_give_no_interval(self):
-        assert statistics.paired({1: 2.0, 2: 3.0}, {2: 1.0, 3: 9.0}) == statistics.Paired(1, 2.0)
-        assert statistics.paired({1: 2.0}, {2: 1.0}) == statistics.Paired(0, None)
-
-    def test_differences_without_spread(self):
-        assert statistics.paired({0: 1.0, 1: 2.0}, {0: 0.5, 1: 1.5}) == statistics.Paired(2, 0.5, 0.0, 0.5, 0.5, 0.0)
-        assert statistics.paired({0: 1.0, 1: 2.0}, {0: 1.0, 1: 2.0}) == statistics.Paired(2, 0.0, 0.0, 0.0, 0.0, 1.0)
-
-    def test_intervals_cover_as_often_as_they_say(self):
-        rng = np.random.default_rng(1)
-        shared = rng.normal(0, 1, (4000, 3))  # the seeds' own, which pairs take out
-        a, b = shared + 0.3 + rng.normal(0, 0.2, (4000, 3)), shared + rng.normal(0, 0.2, (4000, 3))
-        found = [statistics.paired(dict(enumerate(x)), dict(enumerate(y))) for x, y in zip(a, b, strict=True)]
-        assert np.mean([one.low <= 0.3 <= one.high for one in found]) == pytest.approx(0.95, abs=0.012)  # 3.5 standard errors
-
-    def test_holm_is_the_closed_test_of_bonferroni(self):
-        rng = np.random.default_rng(2)
-        for count in range(1, 7):
-            ps = np.round(rng.uniform(0, 0.4, count) ** 2, 2).tolist()  # ties too
-            sets = [s for size in range(1, count + 1) for s in itertools.combinations(range(count), size)]
-            brute = [max(min(1.0, len(s) * min(ps[j] for j in s)) for s in sets if i in s) for i in range(count)]
-            assert statistics.holm(ps) == pytest.approx(brute)
-        assert statistics.holm([0.03, None, 0.01]) == pytest.approx([0.03, None, 0.02])
-        assert statistics.holm([]) == []
-
-    def test_holm_errs_in_a_family_as_seldom_as_it_says(self):
-        rng = np.random.default_rng(3)
-        false = [min(statistics.holm(rng.uniform(0, 1, 8).tolist())) <= 0.05 for _ in range(4000)]
-        assert np.mean(false) == pytest.approx(0.05, abs=0.012)
-
-
 class TestChoices:
     AXES = {"lr": ["1", "2", "3"]}
 
@@ -100,7 +54,7 @@ class TestChoices:
         data["points"][3]["metrics"] = {}
         first, second = statistics.rows(data, "loss")
         assert first.values == {0: 1.0} and first.points == 3 and first.mean == 1.0 and first.error is None
-        assert second.values == {1: 6.0} and second.paired == statistics.Paired(0, None)
+        assert second.values == {1: 6.0} and second.paired == Paired(0, None)
 
     def test_choices_come_in_the_order_of_their_axes(self):
         data = sweep({("3",): {0: 1.0}, ("9",): {0: 1.0}, ("1",): {0: 2.0}}, self.AXES)
@@ -128,7 +82,7 @@ class TestChoices:
         ps = [stats.ttest_rel(list(cells[(value,)].values()), list(cells[("1",)].values())).pvalue for value in "23"]
         assert rows[0].paired is None and rows[0].holm is None
         assert [row.paired.p for row in rows[1:]] == pytest.approx(ps)
-        assert [row.holm for row in rows[1:]] == pytest.approx(statistics.holm(ps))
+        assert [row.holm for row in rows[1:]] == pytest.approx(holm(ps))
 
     def test_the_winner_and_what_does_not_stand_clear_of_it(self):
         cells = {("1",): {0: 1.0, 1: 2.0, 2: 3.0}, ("2",): {0: 1.3, 1: 1.9, 2: 3.1}, ("3",): {0: 1.2, 1: 2.2, 2: 3.25}}

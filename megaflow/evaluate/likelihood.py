@@ -1,0 +1,122 @@
+"""How likely held-out rows are to a run: a bound with its error for flows and discrete diffusion, exact for the baseline."""
+
+import math
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from megaflow.data import shards
+from megaflow.evaluate.loaded import Run
+from megaflow.evaluate.real_text import RealText
+from megaflow.flow import context
+from megaflow.flow import head as heads
+from megaflow.flow.likelihood import Estimate, NoBound
+from megaflow.model import discrete_bound
+from megaflow.model.autoregressive import Autoregressive
+from megaflow.model.bound import bound_of_rows
+from megaflow.model.discrete import Discrete
+from megaflow.progress import Progress
+from megaflow.train.context import Contexts, masks
+from megaflow.train.stage import documents_of, end_of_documents
+from megaflow.train.stages import SHARDS
+
+STRETCHES = 16
+"""Into which a bound is parted, evenly over its range of log-SNR or over time."""
+BATCH = 64
+
+
+@torch.no_grad()
+def likelihood(run: Run, held_out: RealText, draws: int, seed: int) -> dict[str, Any]:
+    """Nats per token and bits per character: a bound with its Monte-Carlo error for flows, exact for the baseline.
+
+    Of a run that writes nothing without being given some (flow.context.share=1) it is that of the tokens that are written, given the
+    others, and `given` is the law of those. Where a run can be given the beginning of a text, `continuation` is that of the rest: of the
+    second half of every row, given the first, or of what belongs to the source of a pair.
+    """
+    contexts, pairs = Contexts(run.config, run.manifest), bool(run.manifest["settings"].get("target_field"))
+    ids, lengths, places = held_out.ids, torch.tensor([len(row) for row in held_out.rows]), torch.arange(len(held_out.rows))
+    given = contexts.validation(ids, lengths, places)
+    found = nats(run, held_out, draws, seed, given)
+    if given is not None:
+        found["given"] = run.config.flow.context.law
+    if found["kind"] == "none":
+        return found
+    laws = context.laws(run.config.flow.context.law)
+    begins = bool(laws & {"prefix", "infilling", "random"}) or pairs and "source" in laws
+    if run.kind in ("autoregressive", "masked") or contexts.there and begins:
+        what = "source" if pairs else "first half"
+        half = torch.arange(ids.shape[1]) < (lengths // 2)[:, None]
+        given = masks("source", contexts.end, ids, lengths, seed, places, -1) if pairs else half
+        rest = nats(run, held_out, draws, seed, given)
+        found["continuation"] = {"given": what} | {key: value for key, value in rest.items() if key != "last_cross_entropy"}
+    return found
+
+
+def nats(run: Run, held_out: RealText, draws: int, seed: int, given: torch.Tensor | None) -> dict[str, Any]:
+    """The likelihood of the tokens that are not `given` (R, L), given these; of all where that is None. `rows` has nats and tokens of each
+    row, for comparisons; `parts` where a bound comes from, see flow.likelihood.Parts."""
+    device = run.network.weight.device
+    ids = held_out.ids.to(device)
+    lengths = None if held_out.lengths is None else held_out.lengths.to(device)
+    given = None if given is None else given.to(device)
+    law = shards.log_length_law(run.directory / SHARDS)
+    end = end_of_documents(run.config, run.manifest)
+    documents = None if end is None else documents_of(ids, end)
+    if isinstance(run.network, Autoregressive):
+        rows, tokens, unigram = exact(run.network, ids, lengths, documents, given)
+        if law is not None and given is None and run.manifest["tokenizer"]["end_id"] is None:  # nothing in a row tells its length
+            rows = rows - torch.tensor([law[len(row)] for row in held_out.rows], dtype=torch.float64)
+        total = int(tokens.sum())
+        found: dict[str, Any] = {"kind": "exact", "nats_per_token": rows.sum().item() / total, "standard_error_nats": 0.0, "tokens": total}
+        entropy = unigram / total
+    else:
+        progress = Progress(f"bound {run.directory.name}" + (" of the rest" if given is not None else ""), len(ids), "rows")
+        facts: dict[str, Any] = {"progress": progress, "log_length": law, "documents": documents, "given": given, "stretches": STRETCHES}
+        try:
+            bound: Estimate
+            if isinstance(run.network, Discrete):
+                bound = discrete_bound.bound_of_rows(run.network, ids, lengths, draws, seed, **facts)
+            else:
+                bound = bound_of_rows(*run.flow, ids, lengths, draws, seed, **facts)
+        except NoBound as error:
+            return {"kind": "none", "reason": str(error)}
+        rows, tokens, entropy = bound.rows, bound.row_tokens, bound.unigram
+        found = {
+            "kind": "bound",
+            "nats_per_token": bound.mean,
+            "standard_error_nats": bound.standard_error,
+            "row_error_nats": bound.row_error,
+            "last_cross_entropy": bound.last_cross_entropy,
+            "tokens": bound.tokens,
+        }
+        assert bound.parts is not None
+        found["parts"] = {"axis": "t" if isinstance(run.network, Discrete) else "log-SNR"} | asdict(bound.parts)
+    per_character = 1.0 / held_out.characters_of(run, given) / math.log(2.0)
+    found["unigram_nats_per_token"] = entropy
+    for name in ("nats_per_token", "standard_error_nats", "row_error_nats", "unigram_nats_per_token"):
+        if name in found:
+            per_token = name.removesuffix("_nats_per_token").removesuffix("_nats")
+            word = "bits_per_char" if name == "nats_per_token" else f"{per_token}_bits_per_char"
+            found[word] = found[name] * per_character
+    found["bits_per_byte"] = found["bits_per_char"] / held_out.bytes_per_character
+    found["perplexity_per_token"] = math.exp(min(found["nats_per_token"], 700.0))
+    found["rows"] = {"nats": rows.tolist(), "tokens": tokens.long().tolist()}
+    return found
+
+
+def exact(
+    network: Autoregressive, ids: torch.Tensor, lengths: torch.Tensor | None, documents: torch.Tensor | None, given: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """(nats (R,) of each row, its tokens (R,), -log pi of all of them) by the baseline, of what is not given."""
+    counted = torch.ones_like(ids) if lengths is None else (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long()
+    counted = (counted if given is None else counted * ~given).double()
+    rows = []
+    for start in range(0, len(ids), BATCH):
+        part = slice(start, start + BATCH)
+        some, of = (None if x is None else x[part] for x in (lengths, documents))
+        read = network.read(network(ids[part], some, of))
+        nll = heads.negative_log_likelihood(network.head(), read, ids[part].flatten()).double()
+        rows.append((nll.view(-1, ids.shape[1]) * counted[part]).sum(1))
+    unigram = -(network.log_prior.double()[ids] * counted).sum().item()
+    return torch.cat(rows).cpu(), counted.sum(1).cpu(), unigram

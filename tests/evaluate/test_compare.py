@@ -1,0 +1,71 @@
+"""Runs side by side: what is of the same rows is compared row by row, and nothing else is."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from megaflow.errors import UserError
+from megaflow.evaluate import compare
+from megaflow.evaluate.evaluation import evaluate
+
+QUICK = {"steps": [1], "samples": 4, "rows": 12, "draws": 2, "seed": 0}
+
+
+@pytest.fixture(scope="module")
+def runs(trained):
+    """A baseline, a flow and its map on the same shards, evaluated alike."""
+    found = [str(trained("coded", family)) for family in ("autoregressive", "flow", "flow_map")]
+    for run in found:
+        evaluate(run, **QUICK)
+    return found
+
+
+def test_differences_are_of_rows(runs, tmp_path):
+    """With Student's t over rows of one size; p-values adjusted for both comparisons; written as it is returned."""
+    found = compare.compare(runs, str(tmp_path / "compared.json"))
+    evaluations = [json.loads(open(f"{run}/evaluation.json").read()) for run in runs]
+    rows = [np.array(each["likelihood"]["rows"]["nats"]) / 16.0 for each in evaluations]
+    ps = [stats.ttest_rel(row, rows[0]).pvalue for row in rows[1:]]
+    for run, row, evaluation in zip(runs, rows, evaluations, strict=True):
+        assert found["likelihood"][run]["nats_per_token"] == evaluation["likelihood"]["nats_per_token"] == pytest.approx(row.mean())
+    for run, row, p in zip(runs[1:], rows[1:], ps, strict=True):
+        apart = found["likelihood"][run]["difference"]
+        assert (apart["difference"], apart["p"]) == pytest.approx(((row - rows[0]).mean(), p))
+        assert p <= apart["adjusted_p"] <= 2 * max(ps)
+    assert "difference" not in found["likelihood"][runs[0]]
+    assert json.loads((tmp_path / "compared.json").read_text()) == json.loads(json.dumps(found))
+    assert "texts" not in found["samples"][runs[1]]["1"] and found["samples"][runs[1]]["1"]["entropy"] >= 0.0
+    told = compare.table(found).splitlines()
+    assert told[0].endswith(runs[0]) and told[1].split()[0] == "run" and [line.split()[0] for line in told[2:5]] == runs
+    assert told[3].split()[1] == "bound" and told[2].split()[1] == "exact"
+
+
+def test_what_is_not_of_the_same_tokens_has_no_difference():
+    """A likelihood of answers, given their sources, beside one of whole rows; and one that is none."""
+    whole = {"kind": "bound", "nats_per_token": 2.0, "rows": {"nats": [4.0, 4.0], "tokens": [2, 2]}}
+    answers = {"kind": "bound", "nats_per_token": 1.0, "given": "source", "rows": {"nats": [1.0, 1.0], "tokens": [1, 1]}}
+    same_counts = copy.deepcopy(whole) | {"given": "source"}
+    found = compare.against_first({"a": whole, "b": answers, "c": same_counts, "d": {"kind": "none"}, "e": copy.deepcopy(whole)})
+    assert list(found) == ["a", "b", "c", "e"]
+    assert [run for run in found if "difference" in found[run]] == ["e"] and found["e"]["difference"]["difference"] == 0.0
+
+
+def test_what_cannot_be_compared_is_refused(runs, trained, copied, tmp_path):
+    with pytest.raises(UserError, match="two different runs"):
+        compare.compare([runs[0], runs[0] + "/."])
+    with pytest.raises(UserError, match="no run is there"):
+        compare.compare([runs[0], str(tmp_path / "nowhere")])
+    other = copied("coded", "flow")
+    (other / "evaluation.json").unlink(missing_ok=True)
+    with pytest.raises(UserError, match="megaflow evaluate"):
+        compare.compare([runs[0], str(other)])
+    evaluate(other, **QUICK | {"rows": 8})
+    with pytest.raises(UserError, match="--rows"):
+        compare.compare([runs[0], str(other)])
+    char = str(trained("char", "flow"))
+    evaluate(char, **QUICK)
+    with pytest.raises(UserError, match="other shards"):
+        compare.compare([runs[0], char])

@@ -116,6 +116,13 @@ def parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--seed", type=int, default=0, help="of noise and draws (default 0)")
     evaluate.add_argument("--data", metavar="PATH", default=None, help="the run's shards, where they are no longer at its data.path")
+    evaluate.add_argument(
+        "--text",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="another text whose likelihood is measured too; as often as wanted",
+    )
     evaluate.add_argument("--json", metavar="FILE", default=None, help="write the JSON to this file as well")
 
     versus = commands.add_parser(
@@ -284,7 +291,8 @@ def run(arguments: argparse.Namespace, began: float) -> int:
         steps = [whole(part, "--steps") for part in arguments.steps.split(",")]
         sizes = arguments.samples, arguments.rows, arguments.draws
         asked = arguments.seed, arguments.temperature, arguments.json
-        print(table(evaluate(arguments.run, steps, *sizes, *asked, began=began, data=arguments.data, clock=arguments.clock)))
+        more = {"data": arguments.data, "clock": arguments.clock, "texts": arguments.text}
+        print(table(evaluate(arguments.run, steps, *sizes, *asked, began=began, **more)))
         return 0
     if arguments.command == "compare":
         from megaflow.evaluate import compare

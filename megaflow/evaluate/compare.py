@@ -35,12 +35,23 @@ def compare(runs: list[str], out: str | None = None) -> dict[str, Any]:
         "confidence": CONFIDENCE,
         "likelihood": against_first({run: found["likelihood"] for run, found in evaluations.items()}),
         "continuation": against_first({run: found["likelihood"].get("continuation", {}) for run, found in evaluations.items()}),
+        "texts": of_texts(evaluations),
         "samples": {run: samples_of(found) for run, found in evaluations.items()},
         "reference": first["reference"],
     }
     if out:
         write_atomically(Path(out), json.dumps(result, ensure_ascii=False, indent=1, allow_nan=False))
     return result
+
+
+def of_texts(evaluations: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The same of other files that all runs have scored, by the first run's path."""
+    hashes = {run: {sha: path for path, sha in found["settings"].get("texts", {}).items()} for run, found in evaluations.items()}
+    shared = [sha for sha in next(iter(hashes.values())) if all(sha in paths for paths in hashes.values())]
+    first = next(iter(evaluations))
+    return {
+        hashes[first][sha]: against_first({run: found["texts"][hashes[run][sha]] for run, found in evaluations.items()}) for sha in shared
+    }
 
 
 def _real(run: str) -> Path:
@@ -84,10 +95,10 @@ def samples_of(evaluation: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def table(result: dict[str, Any]) -> str:
     """The comparison as a person reads it."""
     lines = []
-    for name, title in (("likelihood", "likelihood"), ("continuation", "continuation, of what follows what is given")):
-        if result[name]:
-            first = next(iter(result[name]))
-            lines += [f"{title}: nats per token, row by row against {first}", *_aligned(_likelihoods(result[name])), ""]
+    parts = {"likelihood": result["likelihood"], "continuation, of what follows what is given": result["continuation"]}
+    for title, found in (parts | result["texts"]).items():
+        if found:
+            lines += [f"{title}: nats per token, row by row against {next(iter(found))}", *_aligned(_likelihoods(found)), ""]
     rows = [["run", "steps", *(field.replace("_bits_per_char", " bits/char") for field in SHOWN)]]
     for run, samples in result["samples"].items():
         for steps, entry in samples.items():

@@ -5,6 +5,7 @@ already there, of the same checkpoint with the same settings, computes nothing.
 """
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -28,7 +29,7 @@ from megaflow.evaluate.generate import generate
 from megaflow.evaluate.judge import Judge
 from megaflow.evaluate.likelihood import likelihood
 from megaflow.evaluate.loaded import Run, load_run, text_of
-from megaflow.evaluate.real_text import RealText
+from megaflow.evaluate.real_text import RealText, of_file, of_split
 from megaflow.evaluate.settings import LAST_STEP, Settings, check_temperature, last_step
 from megaflow.evaluate.template import Template
 from megaflow.files import write_atomically
@@ -69,11 +70,13 @@ def evaluate(
     began: float | None = None,
     data: str | None = None,
     clock: str = "auto",
+    texts: list[str] | None = None,
 ) -> dict[str, Any]:
     """Evaluate a run, write RUN/evaluation.json, and copy it to `out`; its seconds count from `began`, a time.monotonic(), now if None.
 
     `clock` is the law that texts' grids are even on, see generate.sample; `data` is where the run's shards are, if not where they were in
-    training. A run that cannot be written to is evaluated into `out` alone. Raises UserError.
+    training; `texts` are files whose likelihood is measured besides. A run that cannot be written to is evaluated into `out` alone. Raises
+    UserError.
     """
     began = time.monotonic() if began is None else began
     check(Path(directory), steps, samples, rows, draws, out)
@@ -87,6 +90,8 @@ def evaluate(
     if clock != "auto":
         settings |= {"clock": clock}
         grid_clock(run, clock)  # is there
+    if texts:
+        settings |= {"texts": {path: hashed(path) for path in texts}}
     identity = {
         "measures": MEASURES,
         "step": run.step,
@@ -103,6 +108,15 @@ def evaluate(
     if out:
         write_atomically(Path(out), as_json(result))
     return result
+
+
+def hashed(path: str) -> str:
+    """The SHA-256 of a file. Raises UserError."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"--text {path}: cannot be read ({error.strerror}); give a file of text") from None
 
 
 def check(directory: Path, steps: list[int], samples: int, rows: int, draws: int, out: str | None) -> None:
@@ -157,13 +171,14 @@ def measure(run: Run, identity: dict[str, Any], began: float) -> dict[str, Any]:
     """Everything an evaluation holds, from the start."""
     settings = identity["settings"]
     samples, rows, draws, seed = (settings[key] for key in ("samples", "rows", "draws", "seed"))
-    held_out = RealText(run, "validation", rows)
+    held_out = of_split(run, "validation", rows)
     judge = fitted_judge(run)
     result: dict[str, Any] = {
         "run": str(run.directory),
         **identity,
         "kind": run.kind,
         "likelihood": likelihood(run, held_out, draws, seed),
+        "texts": {path: of_text(run, path, settings) for path in settings.get("texts", {})},
         "judge": {
             "name": f"smoothed character n-gram, order {judge.order}, of the training split",
             "order": judge.order,
@@ -181,6 +196,12 @@ def measure(run: Run, identity: dict[str, Any], began: float) -> dict[str, Any]:
     result["seconds"] = time.monotonic() - began
     result["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return result
+
+
+def of_text(run: Run, path: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """The likelihood of another text file, which the run was not trained on, in rows of the run's own. Raises UserError."""
+    text, counts = of_file(run, path, settings["rows"])
+    return counts | likelihood(run, text, settings["draws"], settings["seed"])
 
 
 def fitted_judge(run: Run) -> Judge:
@@ -284,7 +305,7 @@ def reference(run: Run, held_out: RealText, judge: Judge, samples: int, seed: in
     drawn = torch.multinomial(law, samples * run.manifest["length"], replacement=True, generator=source).view(samples, -1)
     spread = np.linspace(0, len(held_out.rows) - 1, min(samples, len(held_out.rows))).round().astype(int)
     data = judged(run, [held_out.rows[i] for i in spread], judge, held_out.texts)
-    data["reverse_bits_per_char"] = judges.reverse(judge, RealText(run, "train", samples).texts, held_out.texts)
+    data["reverse_bits_per_char"] = judges.reverse(judge, of_split(run, "train", samples).texts, held_out.texts)
     return {"data": data, "unigram": judged(run, drawn.tolist(), judge, held_out.texts)}
 
 
@@ -336,6 +357,14 @@ def table(result: dict[str, Any]) -> str:
         of = "what follows the source" if rest["given"] == "source" else "the second half of a row, given the first"
         entropy = rest["unigram_nats_per_token"]
         lines.append(f"continuation      {rest['nats_per_token']:.4f} nats/token of {of}; unigram entropy {entropy:.4f}")
+    for path, entry in result["texts"].items():
+        measured = f"none: {entry.get('reason')}"
+        if entry["kind"] != "none":
+            units = (
+                f"{entry['bits_per_char']:.4f} bits/char, {entry['bits_per_byte']:.4f} bits/byte, {entry['nats_per_token']:.4f} nats/token"
+            )
+            measured = f"{units}, unigram entropy {entry['unigram_nats_per_token']:.4f}"
+        lines.append(f"{path}: {measured}; {entry['scored_tokens']:,} of {entry['tokens']:,} tokens")
     lines.append(f"judge             {result['judge']['name']}; sums to one within {result['judge']['sum_error']:.0e}")
     lines.append("reverse           real text under an n-gram of the texts, bits/char: what they leave out")
     lines.append(f"{'text':<34}{'judge bits/char':>16}{'+-':>8}{'entropy nats':>14}{'+-':>8}{'reverse':>9}{'distinct':>10}")

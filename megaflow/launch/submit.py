@@ -19,7 +19,7 @@ from megaflow.train import outcome
 STAGES = ("prepare", "pretrain", "distill", "evaluate", "convert")
 TRAINING = ("pretrain", "distill")
 OPTIONS = {
-    "evaluate": ("steps", "samples", "rows", "draws", "temperature", "clock", "seed", "data", "json"),
+    "evaluate": ("steps", "samples", "rows", "draws", "temperature", "clock", "seed", "data", "text", "json"),
     "convert": ("as", "step", "weights", "precision", "shard-size", "processes"),
 }
 """Of the commands that know no config."""

@@ -43,6 +43,20 @@ def test_differences_are_of_rows(runs, tmp_path):
     assert told[3].split()[1] == "bound" and told[2].split()[1] == "exact"
 
 
+def test_other_texts_are_compared_where_all_have_scored_them(copied, tmp_path):
+    """By what is in them, wherever they lay."""
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.txt").write_text("In the beginning. " * 40)
+    (tmp_path / "other.txt").write_text("Of one run alone. " * 40)
+    runs = [str(copied("coded", family)) for family in ("flow", "autoregressive")]
+    evaluate(runs[0], **QUICK, texts=[str(tmp_path / "one.txt"), str(tmp_path / "other.txt")])
+    evaluate(runs[1], **QUICK, texts=[str(tmp_path / "two.txt")])
+    found = compare.compare(runs)
+    assert list(found["texts"]) == [str(tmp_path / "one.txt")]
+    assert found["texts"][str(tmp_path / "one.txt")][runs[1]]["difference"]["pairs"] == 12
+    assert f"{tmp_path / 'one.txt'}: nats per token" in compare.table(found)
+
+
 def test_what_is_not_of_the_same_tokens_has_no_difference():
     """A likelihood of answers, given their sources, beside one of whole rows; and one that is none."""
     whole = {"kind": "bound", "nats_per_token": 2.0, "rows": {"nats": [4.0, 4.0], "tokens": [2, 2]}}

@@ -18,7 +18,7 @@ from megaflow.evaluate.flow_text import BALANCE_TOKENS, grid_clock
 from megaflow.evaluate.generate import generate
 from megaflow.evaluate.likelihood import likelihood
 from megaflow.evaluate.loaded import load_run
-from megaflow.evaluate.real_text import RealText
+from megaflow.evaluate.real_text import of_split
 from megaflow.evaluate.settings import LAST_STEP, Settings, last_step
 from megaflow.train import run as runs
 from tests.train.writers import write_anew
@@ -71,7 +71,7 @@ class TestEveryRun:
         result, run = evaluated(kind, family), load_run(trained(kind, family))
         assert set(result["even"]) == ({"3"} if run.is_map else set())
         for entry in result["even"].values():
-            real = RealText(run, "validation", QUICK["rows"]).texts
+            real = of_split(run, "validation", QUICK["rows"]).texts
             assert entry == judged(run, generate(run, 6, Settings(3, "flow_map")), fitted_judge(run), real)
             longer = generate(run, 6, Settings(3, "flow_map", last=LAST_STEP))
             assert entry != result["samples"]["3"] == judged(run, longer, fitted_judge(run), real)
@@ -80,7 +80,7 @@ class TestEveryRun:
         result, run = evaluated(kind, family), load_run(trained(kind, family))
         assert set(result["unbalanced"]) == ({"1"} if run.is_map else set())
         for entry in result["unbalanced"].values():
-            real = RealText(run, "validation", QUICK["rows"]).texts
+            real = of_split(run, "validation", QUICK["rows"]).texts
             rows = generate(run, 6, Settings(1, "flow_map"), unbalanced=True)
             assert entry == judged(run, rows, fitted_judge(run), real)
             assert entry["texts"] != result["samples"]["1"]["texts"]
@@ -113,11 +113,11 @@ class TestEveryRun:
     def test_reverse(self, evaluated, trained, kind, family):
         """Held-out text under an n-gram of the texts; where they are real ones, not of the text that is read."""
         result, run = evaluated(kind, family), load_run(trained(kind, family))
-        judge, real = fitted_judge(run), RealText(run, "validation", QUICK["rows"]).texts
+        judge, real = fitted_judge(run), of_split(run, "validation", QUICK["rows"]).texts
         for entry in [*result["samples"].values(), result["reference"]["unigram"]]:
             assert entry["reverse_bits_per_char"] == judges.reverse(judge, entry["texts"], real)
         data = result["reference"]["data"]
-        own, other = judges.reverse(judge, data["texts"], real), RealText(run, "train", QUICK["samples"])
+        own, other = judges.reverse(judge, data["texts"], real), of_split(run, "train", QUICK["samples"])
         assert len(other.rows) == QUICK["samples"]
         assert data["reverse_bits_per_char"] == judges.reverse(judge, other.texts, real) > own
         assert data["reverse_bits_per_char"] < result["reference"]["unigram"]["reverse_bits_per_char"]
@@ -141,7 +141,7 @@ class TestRowsOfOneDocument:
 
     def test_of_a_flow(self, evaluated, trained, monkeypatch):
         found, run = evaluated("documents")["likelihood"], load_run(trained("documents"))
-        real = RealText(run, "validation", QUICK["rows"])
+        real = of_split(run, "validation", QUICK["rows"])
         price = -sum(log_length_law(run.config.data.path)[len(row)] for row in real.rows) / found["tokens"]
         monkeypatch.setattr("megaflow.evaluate.evaluation.shards.log_length_law", lambda path: None)
         given = likelihood(run, real, QUICK["draws"], QUICK["seed"])
@@ -153,7 +153,7 @@ class TestRowsOfOneDocument:
         directory = tmp_path / "baseline"
         assert cli("pretrain", config("documents"), f"run.dir={directory}", "model.family=autoregressive", "train.steps=3").code == 0
         run = load_run(directory)
-        real, law = RealText(run, "validation", QUICK["rows"]), log_length_law(run.config.data.path)
+        real, law = of_split(run, "validation", QUICK["rows"]), log_length_law(run.config.data.path)
         with_end = likelihood(run, real, 2, 0)["nats_per_token"]
         run.manifest["tokenizer"]["end_id"] = end
         price = 0.0 if end else -sum(law[len(row)] for row in real.rows) / sum(map(len, real.rows))
@@ -224,7 +224,7 @@ class TestComputedOnce:
         run = load_run(directory)
         run.clock = grid_clock(run, "uniform")
         rows = generate(run, 6, Settings(3, "ode", 1.0, None, 0, last_step("ode", 3)))
-        expected = judged(run, rows, fitted_judge(run), RealText(run, "validation", 24).texts)
+        expected = judged(run, rows, fitted_judge(run), of_split(run, "validation", 24).texts)
         assert found["samples"]["3"] == expected and found["samples"]["3"] != before["samples"]["3"]
         assert "grids even on the clock uniform" in table(found)
 
@@ -358,7 +358,7 @@ class TestOptions:
 
 def test_characters_are_of_the_tokens_that_are_written(trained):
     run = load_run(trained("coded", "flow"))
-    held_out = RealText(run, "validation", 5)
+    held_out = of_split(run, "validation", 5)
     given = torch.zeros(5, held_out.ids.shape[1], dtype=torch.bool)
     given[:, ::3] = True
     pieces = [run.tokenizer.decode([t for place, t in enumerate(row) if place % 3]) for row in held_out.rows]

@@ -11,6 +11,7 @@ import math
 import os
 import resource
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,14 @@ from megaflow.data.stream import TokenStream
 from megaflow.data.tokenizer import decode
 from megaflow.errors import UserError
 from megaflow.evaluate import judge as judges
-from megaflow.evaluate import kept
+from megaflow.evaluate import kept, repetition
 from megaflow.evaluate.flow_text import BALANCE_TOKENS, grid_clock, one_step_offsets
 from megaflow.evaluate.generate import generate
 from megaflow.evaluate.judge import Judge
 from megaflow.evaluate.likelihood import likelihood
 from megaflow.evaluate.loaded import Run, load_run, text_of
 from megaflow.evaluate.real_text import RealText, of_file, of_split
+from megaflow.evaluate.repetition import Training
 from megaflow.evaluate.settings import LAST_STEP, Settings, check_temperature, last_step
 from megaflow.evaluate.template import Template
 from megaflow.files import write_atomically
@@ -41,7 +43,7 @@ from megaflow.train.context import Contexts
 from megaflow.train.run import read_config
 from megaflow.train.stages import check_same_shards
 
-MEASURES = 2
+MEASURES = 3
 """What an evaluation holds; one of another number is measured anew."""
 JUDGE_CHARACTERS = 8_000_000
 """The judge is fitted to at most this many characters of the training split, from its beginning."""
@@ -172,7 +174,7 @@ def measure(run: Run, identity: dict[str, Any], began: float) -> dict[str, Any]:
     settings = identity["settings"]
     samples, rows, draws, seed = (settings[key] for key in ("samples", "rows", "draws", "seed"))
     held_out = of_split(run, "validation", rows)
-    judge = fitted_judge(run)
+    judge, training = fitted_judge(run), Training(list(training_text(run, "training text")))
     result: dict[str, Any] = {
         "run": str(run.directory),
         **identity,
@@ -189,7 +191,7 @@ def measure(run: Run, identity: dict[str, Any], began: float) -> dict[str, Any]:
         },
         "reference": reference(run, held_out, judge, samples, seed),
     }
-    result |= written(run, settings, judge, held_out)
+    result |= written(run, settings, judge, held_out, training)
     if run.parts is not None:
         result["profile"] = profile(run)
         result["trajectory"] = trajectory(run, seed)
@@ -210,20 +212,25 @@ def fitted_judge(run: Run) -> Judge:
     if path.exists():
         with contextlib.suppress(UserError):
             return judges.load(path)
-    stream = TokenStream(run.config.data.path, "train", run.config.run.seed, shuffle=False)
-    progress, pieces, characters = Progress("judge", len(stream), "rows"), [], 0
-    for start in range(0, len(stream), 1024):
-        ids, lengths = stream.rows(torch.arange(start, min(start + 1024, len(stream))))
-        flat = np.concatenate([row[:length] for row, length in zip(ids.numpy(), lengths.tolist(), strict=True)])
-        pieces.append(decode(run.tokenizer, flat))
-        characters += len(pieces[-1])
-        progress.update(min(start + 1024, len(stream)))
-        if characters >= JUDGE_CHARACTERS:
-            break
+    pieces = [decode(run.tokenizer, flat) for flat in training_text(run, "judge")]
     judge = judges.fit("".join(pieces)[:JUDGE_CHARACTERS])
     if writable(run.directory):
         judges.save(judge, path)
     return judge
+
+
+def training_text(run: Run, label: str) -> Iterator[np.ndarray]:
+    """The tokens of the training split's first JUDGE_CHARACTERS or so, (n,) each of as many rows as are read at once."""
+    stream, split = TokenStream(run.config.data.path, "train", run.config.run.seed, shuffle=False), run.manifest["splits"]["train"]
+    most = math.ceil(JUDGE_CHARACTERS * split["tokens"] / split["characters"])
+    progress, tokens = Progress(label, len(stream), "rows"), 0
+    for start in range(0, len(stream), 1024):
+        ids, lengths = stream.rows(torch.arange(start, min(start + 1024, len(stream))))
+        yield np.concatenate([row[:length] for row, length in zip(ids.numpy(), lengths.tolist(), strict=True)])
+        tokens += int(lengths.sum())
+        progress.update(min(start + 1024, len(stream)))
+        if tokens >= most:
+            return
 
 
 def contexts(held_out: RealText, order: int) -> list[str]:
@@ -256,7 +263,7 @@ def judged(run: Run, rows: list[list[int]], judge: Judge, real: list[str]) -> di
     }
 
 
-def written(run: Run, settings: dict[str, Any], judge: Judge, held_out: RealText) -> dict[str, Any]:
+def written(run: Run, settings: dict[str, Any], judge: Judge, held_out: RealText, training: Training) -> dict[str, Any]:
     """Judged `samples` by number of steps ('autoregressive' for the baseline), the same `cooled`, without texts; of a flow map also
     those it writes on a grid without a longer last step, `even`, and its one-step text as the plain argmax, `unbalanced`. A run that writes
     nothing without being given some is given what its law gives of held-out rows, which is part of its texts."""
@@ -268,6 +275,8 @@ def written(run: Run, settings: dict[str, Any], judge: Judge, held_out: RealText
         plan += [("even", n, temperature) for n in counts if n and 2 < n <= EVEN_STEPS]  # two steps are even
         plan += [("unbalanced", n, temperature) for n in counts if n == 1]
     found: dict[str, Any] = {"samples": {}, "cooled": {}, "even": {}, "unbalanced": {}}
+    half = len(held_out.rows) // 2  # real text is compared with other real text
+    found["repetition"] = {"data": repetition.measured(held_out.rows[:half], held_out.rows[half:], training)}
     template = given_of(run, held_out)
     if run.is_map and 1 in counts:
         one_step_offsets(run)  # has a progress of its own
@@ -284,6 +293,8 @@ def written(run: Run, settings: dict[str, Any], judge: Judge, held_out: RealText
             found[kind].setdefault(name, []).append({"temperature": heat, **numbers})
         else:
             found[kind][name] = entry
+        if kind == "samples":
+            found["repetition"][name] = repetition.measured(rows, held_out.rows[half:], training)
         progress.update(done := done + (count or 1))
     return found
 
@@ -383,4 +394,11 @@ def table(result: dict[str, Any]) -> str:
         error = "" if value["judge_standard_error"] is None else f"{value['judge_standard_error']:.3f}"
         spread = "" if value["entropy_standard_error"] is None else f"{value['entropy_standard_error']:.3f}"
         lines.append(f"{name:<34}{bits:>16}{error:>8}{value['entropy']:>14.3f}{spread:>8}{back:>9}{value['distinct']:>6}/{value['count']}")
+    lines += ["", f"{'tokens':<34}{'distinct-2':>12}{'repeated-4':>12}{'JS-1 bits':>11}{'JS-2 bits':>11}{'copied of 8':>13}{'of 32':>8}"]
+    for name, entry in result["repetition"].items():
+        numbers = [entry[key] for key in ("distinct_2", "repetition_4", "divergence_1", "divergence_2")]
+        numbers += [entry["copied"][length] for length in ("8", "32")]
+        cells = ("none" if x is None else f"{x:.3f}" for x in numbers)
+        label = f"{name} steps" if name.isdigit() else name
+        lines.append(f"{label:<34}" + "".join(cell.rjust(width) for cell, width in zip(cells, (12, 12, 11, 11, 13, 8), strict=True)))
     return "\n".join(lines)

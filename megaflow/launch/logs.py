@@ -1,10 +1,12 @@
 """`megaflow logs`: what a job has written, or one of its ranks, to its end or as it comes."""
 
 import contextlib
+import shlex
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from megaflow.errors import UserError
 from megaflow.launch import records, slurm
@@ -27,19 +29,39 @@ def logs(run: str, rank: int | None = None, job: str | None = None, follow: bool
     if (Path(run) / "sweeps").is_dir() and rank is None and job is None:  # of a sweep the job that comes after all
         ids = [id for id, line in kept.items() if "sweep" in line]
         if not ids:
-            raise UserError(f"{run}: a sweep has a log for each of its points; megaflow status {run} names them")
+            raise UserError(f"{run}: a sweep has a log for each of its points; megaflow status {shlex.quote(run)} names them")
     if not ids:
         raise UserError(f"{run}: no job was submitted for it; what is started by hand writes to its own console")
     if job is not None and job not in ids:
         raise UserError(f"--job {job}: {run} has the jobs {', '.join(ids)}")
-    id = job or ids[-1]
+    id = job or latest(ids, kept, place)
 
     def file() -> Path:
-        return Path(kept[id].get("log", place / f"{id}.log")) if rank is None else of_rank(place, id, rank)
+        if rank is None or rank == 0 and not (place / id).is_dir():  # of one rank the job's log is all
+            return log_of(kept[id], place)
+        return of_rank(place, id, rank)
 
     if not follow and not file().exists():
-        raise UserError(f"{file()}: there is no such log yet; megaflow status {run} says whether the job waits, and -f waits for it")
+        raise UserError(
+            f"{file()}: there is no such log yet; megaflow status {shlex.quote(run)} says whether the job waits, and -f waits for it"
+        )
     show(file, id, follow)
+
+
+def latest(ids: list[str], kept: dict[str, dict[str, Any]], place: Path) -> str:
+    """The newest job that has written anything; where none has, the first that waits, for the others come after it."""
+    begun = [id for id in ids if log_of(kept[id], place).exists()]
+    if begun:
+        return begun[-1]
+    try:
+        waiting = slurm.waiting_or_running(ids)
+    except slurm.Unreachable:
+        waiting = {}
+    return next((id for id in ids if id in waiting), ids[-1])
+
+
+def log_of(job: dict[str, Any], place: Path) -> Path:
+    return Path(job.get("log", place / f"{job['job']}.log"))
 
 
 def of_rank(place: Path, id: str, rank: int) -> Path:

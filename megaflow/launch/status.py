@@ -23,7 +23,9 @@ from megaflow.train import outcome
 DEPTH = 4
 """Folders below one another in which runs are looked for."""
 TRAINING = ("pretrain", "distill")
-BEGUN = "not begun"
+BEGUN, EARLY = "not begun", "stopped early"
+POOL = ".pool-"
+"""In the folder of a sweep, with its number, a process that trains points of it."""
 PERIOD = 2.0
 """Seconds between looks of --live."""
 
@@ -31,10 +33,8 @@ PERIOD = 2.0
 def status(places: list[str], as_json: bool = False, live: bool = False) -> None:
     """Print how the runs in these directories are doing, once or until Ctrl-C. Raises UserError where there is none."""
     while True:
-        runs = found([Path(place) for place in places])
-        states, trouble = looked_at(runs)
-        folders = [folder for folder in dict.fromkeys(run.parent for run in runs) if whole(folder, places)]
-        sweeps = [counted(folder, states) for folder in folders]
+        runs, folders = found([Path(place) for place in places])
+        states, sweeps, trouble = looked_at(runs, folders)
         if as_json:
             print(json.dumps({"runs": states, "sweeps": sweeps, "queue_error": trouble}), flush=True)
         else:
@@ -47,29 +47,32 @@ def status(places: list[str], as_json: bool = False, live: bool = False) -> None
         time.sleep(PERIOD)
 
 
-def counted(folder: Path, states: list[dict[str, Any]]) -> dict[str, Any]:
+def counted(folder: Path, states: list[dict[str, Any]], queue: dict[str, slurm.Queued]) -> dict[str, Any]:
     """Of a sweep's folder: {'sweep', 'points', 'states': {state: how many}, 'jobs': those that come after all others, 'said': why the last
     of these failed}; points that nobody has begun are among the states."""
     names = {member["directory"] for file in (folder / "sweeps").glob("*.json") for member in read_if_whole(file).get("members", [])}
     there = {Path(state["run"]).name: state["state"] for state in states if Path(state["run"]).parent == folder}
     counts: dict[str, int] = {}
     for name in sorted(names):
-        noted = read_if_whole(folder / name / "point.json").get("state")  # of one that never became a run
+        noted = point_of(folder / name).get("state")  # of one that never became a run
         state = there.get(name, noted if noted in ("failed", "refused") else BEGUN)
         counts[state] = counts.get(state, 0) + 1
     last = [line["job"] for line in records.jobs(folder / "slurm") if "sweep" in line]
-    try:
-        queue = {id: str(job) for id, job in slurm.waiting_or_running(last).items()} if last else {}
-    except slurm.Unreachable:
-        queue = {}
     attempts = records.attempts(folder / "slurm")
     said = attempts[-1]["said"] if attempts and attempts[-1]["end"] == "failed" else None
-    return {"sweep": str(folder), "points": len(names), "states": counts, "jobs": queue, "said": said}
+    jobs = {id: str(queue[id]) for id in last if id in queue}
+    return {"sweep": str(folder), "points": len(names), "states": counts, "jobs": jobs, "said": said}
 
 
-def whole(folder: Path, places: list[str]) -> bool:
-    """Whether a folder is that of a sweep all of whose runs were asked for."""
-    return (folder / "sweeps").is_dir() and any(Path(place) == folder or Path(place) in folder.parents for place in places)
+def point_of(run: Path) -> dict[str, Any]:
+    """What a sweep has noted of a run that is a point of it."""
+    return read_if_whole(run / "point.json")
+
+
+def pools(folder: Path) -> list[int]:
+    """The processes of this host that train the points of a sweep."""
+    files = [path.name for path in folder.glob(f"{POOL}*")]
+    return [owner(folder, name)[0] for name in files if holder(folder, name) == "here"]
 
 
 def summed(sweep: dict[str, Any]) -> str:
@@ -78,9 +81,10 @@ def summed(sweep: dict[str, Any]) -> str:
     return f"{sweep['sweep']}: {sweep['points']} points, {points}{then}" + (f"\n    {sweep['said']}" if sweep["said"] else "")
 
 
-def found(places: list[Path]) -> list[Path]:
-    """The runs at or below these directories, in the order of their names. Raises UserError."""
+def found(places: list[Path]) -> tuple[list[Path], list[Path]]:
+    """(the runs at or below these directories, in the order of their names; the folders of sweeps there). Raises UserError."""
     runs: list[Path] = []
+    sweeps: list[Path] = []
     for place in places:
         if not place.is_dir():
             raise UserError(f"{place}: no such directory; give a run, or a folder of runs")
@@ -88,10 +92,15 @@ def found(places: list[Path]) -> list[Path]:
         for _ in range(DEPTH):
             here = [path for path in below if is_run(path)]
             runs += here
+            sweeps += [path for path in below if is_sweep(path)]
             below = [path for folder in below if folder not in here for path in sorted(folder.iterdir()) if path.is_dir()]
-    if not runs:
+    if not runs and not sweeps:
         raise UserError(f"{', '.join(map(str, places))}: there is no run, nor a job of one; give the directory of a run, or of several")
-    return list(dict.fromkeys(runs))
+    return list(dict.fromkeys(runs)), list(dict.fromkeys(sweeps))
+
+
+def is_sweep(path: Path) -> bool:
+    return any((path / "sweeps").glob("*.json"))
 
 
 def is_run(path: Path) -> bool:
@@ -101,18 +110,19 @@ def is_run(path: Path) -> bool:
     return (path / "run.json").exists() or waits or of_shards
 
 
-def looked_at(runs: list[Path]) -> tuple[list[dict[str, Any]], str]:
-    """A state for each run, and why Slurm could not be asked, empty where it could or need not."""
-    places = {run: place_of(run) for run in runs}
-    jobs = {run: records.jobs(places[run]) for run in runs}
+def looked_at(runs: list[Path], sweeps: list[Path]) -> tuple[list[dict[str, Any]], list[dict[str, Any]], str]:
+    """A state for each run, the counts of each sweep, and why Slurm could not be asked, empty where it could or need not."""
+    jobs = {run: records.jobs(place_of(run)) for run in runs}
     ids = [line["job"] for lines in jobs.values() for line in lines]
+    ids += [line["job"] for folder in sweeps for line in records.jobs(folder / "slurm") if "sweep" in line]
     queue, trouble = {}, ""
     if ids:
         try:
             queue = slurm.waiting_or_running(ids)
         except slurm.Unreachable as error:
             trouble = str(error)
-    return [state_of(run, jobs[run], queue, not trouble) for run in runs], trouble
+    states = [state_of(run, jobs[run], queue, not trouble) for run in runs]
+    return states, [counted(folder, states, queue) for folder in sweeps], trouble
 
 
 def place_of(run: Path) -> Path:
@@ -127,7 +137,7 @@ def state_of(run: Path, jobs: list[dict[str, Any]], queue: dict[str, slurm.Queue
     steps, process = wanted(run), holder(run)
     loss, valid = (last_line(run / "metrics.jsonl", name) for name in ("loss", "validation_loss"))
     step = int(loss.get("step", 0))
-    ended = outcome.read(run)
+    ended, point = outcome.read(run), point_of(run)
     done = (run / "summary.json").exists() and steps is not None and step >= steps
     running = [job for job in mine.values() if job.state in ("RUNNING", "COMPLETING")]
     training = [job for job in running if stages[job.id] in TRAINING]
@@ -139,14 +149,18 @@ def state_of(run: Path, jobs: list[dict[str, Any]], queue: dict[str, slurm.Queue
         state = "running"
     elif any(stages[id] in TRAINING for id in mine) or mine and ended is None:
         state = "queued"
+    elif point.get("state") == EARLY:
+        state = EARLY
     elif ended is not None:
         state = "stopped" if ended["code"] == STOPPED else "failed"
     elif process or not asked:
         state = "unknown"
-    elif attempts and attempts[-1]["end"] == "failed":
-        state = "failed"
+    elif attempts and attempts[-1]["end"] in ("failed", "stopped"):
+        state = attempts[-1]["end"]
+    elif point.get("state") in ("failed", "stopped", "refused"):
+        state = point["state"]
     else:
-        state = "ended" if steps is not None else "unknown"
+        state = "ended" if steps is not None else BEGUN if jobs else "unknown"
     return {
         "run": str(run),
         "state": state,
@@ -157,7 +171,7 @@ def state_of(run: Path, jobs: list[dict[str, Any]], queue: dict[str, slurm.Queue
         "tokens_per_second": loss.get("tokens_per_second"),
         "seconds_left": left(loss, steps) if state == "training" else None,
         "checkpoint": outcome.newest_step(run) or None,
-        "said": said(state, ended, attempts, process),
+        "said": said(state, ended, attempts, process) or (point.get("said") or None if state in (EARLY, "failed", "refused") else None),
         "attempts": len(attempts) or None,
         "jobs": [{"job": id, "stage": stages[id], "state": job.state, "queue": str(job)} for id, job in mine.items()],
     }
@@ -213,6 +227,8 @@ def said(state: str, ended: dict[str, Any] | None, attempts: list[dict[str, Any]
         return attempts[-1]["said"]
     if state == "ended":
         return "ended without a word (killed, or its host is gone); the same command goes on from its last checkpoint"
+    if state == BEGUN:
+        return "its job has left the queue before it began; submit it again"
     if state == "unknown" and process:
         return f"started {process}, which cannot be seen from here"
     return None
@@ -253,13 +269,13 @@ def cells(state: dict[str, Any]) -> tuple[str, ...]:
 def cancel(places: list[str]) -> None:
     """End the jobs of runs, and their processes on this host: what trains saves before it leaves. Raises UserError."""
     ended = 0
-    sweeps = [Path(place) for place in places if (Path(place) / "sweeps").is_dir()]
+    runs, sweeps = found([Path(place) for place in places])
     for folder in sweeps:  # first what would start another point as soon as one has ended
-        if holder(folder, ".pool") == "here":
-            os.kill(owner(folder, ".pool")[0], signal.SIGTERM)
-            print(f"process {owner(folder, '.pool')[0]}, the sweep {folder}, is told to end, and what it trains to save")
+        for process in pools(folder):
+            os.kill(process, signal.SIGTERM)
+            print(f"process {process}, the sweep {folder}, is told to end, and what it trains to save")
             ended += 1
-    for run in [*sweeps, *found([Path(place) for place in places])]:
+    for run in [*sweeps, *runs]:
         jobs = records.jobs(place_of(run))
         for id, job in (slurm.waiting_or_running([line["job"] for line in jobs]) if jobs else {}).items():
             if job.state == "RUNNING":

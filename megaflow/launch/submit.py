@@ -210,6 +210,6 @@ def sent(each: Step, text: str) -> str:
     content = {"job": id, "stage": each.stage, "time": time.time(), "words": each.words, "directory": str(each.directory)}
     records.add_job(each.place, content)
     of = shlex.quote(str(each.directory))
-    print(f"  log     {each.place / f'{id}.log'}    megaflow logs {of} -f")
+    print(f"  log     {each.place / f'{id}.log'}    megaflow logs {of} -f --job {id}")
     print(f"  state   megaflow status {of}\n  end it  megaflow cancel {of}\n")
     return id

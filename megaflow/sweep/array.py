@@ -49,9 +49,11 @@ def cluster(
 ) -> Cluster:
     """Checked. What failed is tried again once, not after every rung. Raises UserError."""
     limits(resources)
+    if asked.draw["kind"] == "optuna" and most is None:
+        raise UserError(f"{asked.file}: draw.kind=optuna chooses as many at once as --limit says, and learns from them; give --limit")
     if most is not None and most < 1:
         raise UserError(f"--limit: {most} is not a positive number")
-    words = [word for word in again if word != "--retry"]
+    words = [word for word in again if word not in ("--retry", "--dry-run")]
     return Cluster((Path(asked.dir) / "slurm").absolute(), script.folder(templates), resources, most, retry, dry_run, words)
 
 
@@ -140,7 +142,8 @@ def finish(asked: Sweep, how: Cluster, name: str, after: list[str]) -> None:
     (how.place / f"{id}.sbatch").write_text(text, "utf-8")
     page = gather.place_of(Path(asked.dir), name) / "report.html"
     what = "what comes next, once these are over, and at last" if goes_on(asked) else "once all are over"
-    print(f"job {id}: {what} {page}\n  state   megaflow status {asked.dir}\n  log     megaflow logs {asked.dir}")
+    of = shlex.quote(asked.dir)
+    print(f"job {id}: {what} {page}\n  state   megaflow status {of}\n  log     megaflow logs {of}")
 
 
 def is_teacher(asked: Sweep, each: Placed) -> bool:
@@ -191,7 +194,13 @@ def one(
         print(text, *(f"# {index}: megaflow {shlex.join(each['words'])}" for index, each in enumerate(entries)), sep="\n", end="\n\n")
         return f"ARRAY_OF_{name}"
     write_atomically(tasks, json.dumps(entries, indent=1))
-    id = slurm.submit(text)
+    try:
+        id = slurm.submit(text)
+    except slurm.Unreachable as error:
+        if "array specification" in str(error):
+            told = f"an array of {len(entries)} elements is more than this Slurm takes (MaxArraySize of slurm.conf); ask for fewer points"
+            raise UserError(f"{asked.dir}: {told}, and for the others when these are done") from None
+        raise
     records.add_job(how.place, {"job": id, "stage": stage, "time": time.time(), "words": [str(tasks)], "directory": asked.dir})
     for index, each in enumerate(group):
         own = (each.directory / "slurm").absolute()

@@ -7,6 +7,7 @@ what comes next and looks at what that has come to; on a cluster it ends where i
 
 import contextlib
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Iterator
@@ -23,9 +24,6 @@ from megaflow.sweep.array import Cluster
 from megaflow.sweep.design import TEACHER, Choice, Sweep
 from megaflow.sweep.points import DONE, EARLY, FAILED, REFUSED, Placed
 from megaflow.sweep.pool import Tally
-
-POOL = ".pool"
-"""In the folder of a sweep, the process that trains its points on this machine."""
 
 
 def sweep(
@@ -47,8 +45,8 @@ def sweep(
     design.baseline_of(asked, all_points)
     if resources is not None:
         how = array.cluster(asked, resources, at_once, retry, dry_run, templates, same or [])
-        if status.holder(Path(asked.dir), POOL) == "here":
-            raise UserError(f"{asked.dir}: a sweep runs there on this machine; wait, or megaflow cancel {asked.dir}")
+        if status.pools(Path(asked.dir)):
+            raise UserError(f"{asked.dir}: a sweep runs there on this machine; wait, or megaflow cancel {shlex.quote(asked.dir)}")
         with array.alone(how):
             submitted(asked, all_points, overrides, how)
         return 0
@@ -58,20 +56,23 @@ def sweep(
         return code
     placed = points.place(asked, all_points, speed.known(asked)) if not searching or dry_run else []
     if dry_run:
+        if searching:
+            print(f"{min(asked.draw['count'], len(design.choices(asked)))} of these choices will be tried, each with all seeds:")
         print("\n".join(listed(placed, asked.evaluate)))
         return 0
     if not searching:
         filed.keep(asked, placed, overrides)
     jobs = [line["job"] for line in records.jobs(Path(asked.dir) / "slurm")]
-    with contextlib.suppress(slurm.Unreachable):
-        if ids := list(slurm.waiting_or_running(jobs)) if jobs else []:
-            there = f"{len(ids)} of its jobs are in Slurm's queue ({', '.join(ids[:3])}{', …' if len(ids) > 3 else ''})"
-            raise UserError(f"{asked.dir}: {there}, which train its points there; wait, or megaflow cancel {asked.dir}")
+    # without a Slurm here nothing of its is trained from here; one that does not answer may be training
+    if jobs and slurm.here() and (ids := list(slurm.waiting_or_running(jobs))):
+        there = f"{len(ids)} of its jobs are in Slurm's queue ({', '.join(ids[:3])}{', …' if len(ids) > 3 else ''})"
+        raise UserError(f"{asked.dir}: {there}, which train its points there; wait, or megaflow cancel {shlex.quote(asked.dir)}")
     Path(asked.dir).mkdir(parents=True, exist_ok=True)
-    (Path(asked.dir) / POOL).write_text(f"{os.getpid()} on {os.uname().nodename}", "utf-8")  # for megaflow cancel
+    mine = Path(asked.dir) / f"{status.POOL}{os.getpid()}"
+    mine.write_text(f"{os.getpid()} on {os.uname().nodename}", "utf-8")  # for megaflow cancel
     with on_signals(stop):
         tally = (searched if searching else trained)(asked, placed, slots, retry, stop, overrides)
-    (Path(asked.dir) / POOL).unlink(missing_ok=True)
+    mine.unlink(missing_ok=True)
     gather.report(asked.dir, quiet=True)
     unfinished = tally.total - sum(tally.count(state) for state in (DONE, FAILED, REFUSED, EARLY))
     print(
@@ -98,7 +99,7 @@ def listed(placed: list[Placed], evaluate: dict[str, Any]) -> list[str]:
     lines = []
     for each in placed:
         state = REFUSED if each.refused else points.stands(each.directory, evaluate)[0]
-        state = "to do" if state == "pending" else state
+        state = "to do" if state == "pending" or each.refused == points.UNMEASURED else state
         lines.append(f"{state:<8}  {each.directory}  {' '.join(each.words)}" + (f"  {each.refused}" if each.refused else ""))
     return lines
 
@@ -138,13 +139,13 @@ def trained(asked: Sweep, placed: list[Placed], slots: list[dict[str, str]], ret
 
 def searched(asked: Sweep, placed: list[Placed], slots: list[dict[str, str]], retry: bool, stop: list[int], words: list[str]) -> Tally:
     """Adaptive search: as many choices at once as fill the slots with all their seeds."""
-    tally = Tally(0)
+    choices = min(asked.draw["count"], len(design.choices(asked)))
+    tally = Tally(len(asked.seeds) * (choices + bool(asked.teacher.base)))
 
     def measure(new: list[Choice], chosen: list[Choice]) -> list[float | None]:
         placed = points.place(asked, design.points(asked, chosen))
         filed.keep(asked, placed, words)
         tally.add(pool.run(asked, of_choices(placed, new), slots, retry, stop))
-        tally.total = len(tally.states)
         return values(asked, placed, new)
 
     search.search(asked, max(1, len(slots) // len(asked.seeds)), measure, stop)
@@ -184,8 +185,7 @@ def submitted(asked: Sweep, all_points: list[design.Point], words: list[str], cl
 
 def searched_there(asked: Sweep, words: list[str], cluster: Cluster) -> bool:
     """The next choices of a search on a cluster. Returns whether there are any."""
-    if cluster.most is None:
-        raise UserError(f"{asked.file}: draw.kind=optuna chooses as many at once as --limit says, and learns from them; give --limit")
+    assert cluster.most is not None
     stop = list[int]()
 
     def measure(new: list[Choice], chosen: list[Choice]) -> list[float | None]:

@@ -195,6 +195,14 @@ def _override(content: dict[str, Any], word: str) -> None:
         content[name] = parsed
 
 
+def _read(word: str) -> Any:
+    """What the command line takes a word's value for; None where it cannot be read."""
+    try:
+        return OmegaConf.to_container(OmegaConf.from_dotlist([word]), resolve=True)["x"]  # type: ignore[index, call-overload]
+    except Exception:  # a YAML parser's errors have no common base class that OmegaConf promises
+        return None
+
+
 def _sweep(path: str, content: dict[str, Any]) -> Sweep:
     names = {item.name for item in fields(Sweep)} - {"file"}
     for name in content:
@@ -204,6 +212,8 @@ def _sweep(path: str, content: dict[str, Any]) -> Sweep:
     for name in ("dir", "base"):
         if not isinstance(content.get(name), str) or not content[name].strip():
             raise UserError(f"{path}: {name} is missing; name the {'folder of the sweep' if name == 'dir' else 'config of its points'}")
+    if _read(f"x={content['dir']}") != content["dir"]:
+        raise UserError(f"{path}: dir: {content['dir']} would be read as something else on a command line; choose another name")
     found = dict(content)
     forms = {"exclude": list} | dict.fromkeys(("set", "axes", "draw", "budget", "evaluate", "baseline"), dict)
     for name, kind in forms.items():
@@ -233,7 +243,7 @@ def _sweep(path: str, content: dict[str, Any]) -> Sweep:
     if found["budget"] and "train.steps" in found["set"]:
         raise UserError(f"{path}: budget and set.train.steps both say how long points train; leave one out")
     found["teacher"] = Teacher(str(teacher.get("base", "")), _values(path, "teacher.set", teacher.get("set", {})))
-    found["baseline"] = {str(key): value for key, value in found.get("baseline", {}).items()}
+    found["baseline"] = {str(key): _worded(str(key), value) for key, value in found.get("baseline", {}).items()}
     if strange := set(found["baseline"]) - set(found["axes"]):
         raise UserError(f"{path}: baseline names {min(strange)}, which is no axis; there are {', '.join(found['axes']) or 'none'}")
     if not isinstance(found.get("lower_is_better", True), bool) or not isinstance(found.get("metric", ""), str):
@@ -305,6 +315,7 @@ def _values(path: str, where: str, values: Any) -> Values:
         raise UserError(f"{path}: {where} must be a mapping of keys of a config, not {values!r}")
     flat = flatten({str(key): value for key, value in values.items()})
     known = keys()
+    flat = {name: _worded(name, value) for name, value in flat.items()}
     for name in flat:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
@@ -330,7 +341,8 @@ def _axis(path: str, axis: str, values: Any) -> list[tuple[str, Values]]:
             overrides = _values(path, f"axes.{axis}", value)
             label = ", ".join(f"{key}={written(each)}" for key, each in overrides.items()) or PLAIN
         else:
-            overrides, label = _values(path, "axes", {axis: value}), written(value)
+            overrides = _values(path, "axes", {axis: value})
+            label = written(overrides.get(axis, value))
         found.append((label, overrides))
     if len({label for label, _ in found}) < len(found):
         raise UserError(f"{path}: axes.{axis} names a value twice")
@@ -367,7 +379,16 @@ def _number(value: Any) -> bool:
 def _condition(path: str, entry: Any) -> Values:
     if not isinstance(entry, dict) or not entry:
         raise UserError(f"{path}: an entry of exclude is a mapping of keys to values that do not go together, not {entry!r}")
-    return {str(key): value for key, value in entry.items()}
+    return {
+        str(key): [_worded(str(key), each) for each in value] if isinstance(value, list) else _worded(str(key), value)
+        for key, value in entry.items()
+    }
+
+
+def _worded(name: str, value: Any) -> Any:
+    """A value of a key of text that YAML took for true or false: on and off."""
+    known = keys()
+    return ("on" if value else "off") if isinstance(value, bool) and name in known and known[name].type is str else value
 
 
 def _seeds(path: str, value: Any) -> tuple[int, ...]:

@@ -44,7 +44,10 @@ def keep(asked: Sweep, placed: list[Placed], words: list[str]) -> None:
         "seeds": list(asked.seeds),
         "metric": asked.metric,
         "lower_is_better": asked.lower_is_better,
-        "baseline": design.baseline_of(asked, [each.point for each in placed]),
+        # of what leaves choices out on the way, the first that is done unless one is asked for
+        "baseline": design.baseline_of(asked, [each.point for each in placed])
+        if asked.baseline or asked.draw["kind"] in ("grid", "random")
+        else None,
         "budget": asked.budget,
         "evaluate": asked.evaluate,
         "members": [member | {"refused": each.refused} for member, each in zip(members, placed, strict=True)],

@@ -15,6 +15,11 @@ from megaflow.sweep.points import Placed
 ORDER = ("data.", "train.global_batch")
 """Beginnings of keys that decide which samples come in which order: where they are axes, choices differ in that too."""
 WRITTEN = ("report.html", "points.csv", "choices.csv", "choices.md", "best.yaml")
+GOES_ON = {
+    "stopped": "told to stop, or its sweep was killed; the same command goes on",
+    "paused": "waits for the others of its rung; the same command goes on",
+}
+"""Of points that say nothing themselves, how they come to be where they are."""
 CURVE = 400
 """Points of a curve that are kept: more are not seen."""
 
@@ -96,8 +101,9 @@ def point_of(directory: Path, member: dict[str, Any], evaluate: dict[str, Any]) 
         held = points.claim(directory)  # nobody works on it: its sweep was killed
         if held is not None:
             held.close()
-            state = "stopped early"
-    summary, evaluation = (read_if_whole(directory / name) for name in ("summary.json", "evaluation.json"))
+            state = "stopped"
+    summary = read_if_whole(directory / "summary.json")
+    evaluation = points.evaluation_of(directory, evaluate) if evaluate else read_if_whole(directory / "evaluation.json")
     curve, last = curve_of(directory)
     metrics = last | ({"tokens_per_second": summary["tokens_per_second"]} if "tokens_per_second" in summary else {})
     metrics |= measured(evaluation)
@@ -108,7 +114,7 @@ def point_of(directory: Path, member: dict[str, Any], evaluate: dict[str, Any]) 
         "seed": member["seed"],
         "besides": besides(directory),
         "state": {"stopped": "stopped early", "paused": "stopped early", "queued": "pending"}.get(state, state),
-        "said": member["refused"] or said or None,
+        "said": member["refused"] or said or GOES_ON.get(state),
         "metrics": metrics if state == points.DONE else {},
         "curve": curve,
         "cost": {

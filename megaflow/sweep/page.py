@@ -13,7 +13,8 @@ import math
 import os
 import re
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -117,12 +118,17 @@ def choices_md(data: dict[str, Any]) -> str:
         rest = next((f"{point['state']}: {point['said'] or ''}" for point in mine if point["state"] != "done"), "")
         seeds = str(len(done)) if len(done) == len(mine) else f"{len(done)} of {len(mine)}; {rest}"
         lines.append([*(f"`{value}`" for value in choice), seeds, cells[0], difference, *cells[1:]])
-    return "".join(f"| {' | '.join(' '.join(cell.replace('|', chr(92) + '|').split()) for cell in line)} |\n" for line in lines)
+    won = statistics.winner(data)
+    best = f" The best: `{label(won.choice, list(data['axes']))}`." if won is not None else ""
+    note = f"\nMean ± standard error over seeds; differences are of the same seeds.{best}\n"
+    return "".join(f"| {' | '.join(' '.join(cell.replace('|', chr(92) + '|').split()) for cell in line)} |\n" for line in lines) + note
 
 
 def pair(mean: float | None, error: float | None, digits: int, sign: str) -> str:
     """'5.243 ± 0.012'."""
-    return "" if mean is None else f"{mean:{sign}.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
+    if mean is None:
+        return ""
+    return f"{round(mean, digits) + 0.0:{sign}.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
 
 
 def best_yaml(data: dict[str, Any], folder: Path | str | None = None) -> str:
@@ -224,6 +230,16 @@ def cost_text(value: float | None, cost: str) -> str:
     return duration(value) if cost == "seconds" else compact(value)
 
 
+def told_apart(values: Sequence[float], form: Callable[[float], str]) -> list[str]:
+    """Labels of numbers in as few digits as tell them apart."""
+    found = [form(value) for value in values]
+    for digits in range(3, 12):
+        if len(set(found)) == len(found):
+            break
+        found = [f"{value:.{digits}g}".replace("-", "−") for value in values]
+    return found
+
+
 def digits_of(rows: Iterable[Row]) -> int:
     """Decimals that show two digits of the middle standard error, or four digits of the values where there is none; 0 to 7."""
     errors = [row.error for row in rows if row.error]
@@ -250,6 +266,15 @@ def short_value(value: str) -> str:
     parts = [ONE.fullmatch(part) for part in FLAT.split(value)]
     matched = [f"{part[1].rsplit('.', 1)[-1]}={part[2]}" for part in parts if part is not None]
     return ", ".join(matched) if len(matched) == len(parts) else value
+
+
+def shortest(values: Sequence[str]) -> list[str]:
+    """Values of an axis as they are told apart: of the same keys at once what these are, '2, 64' of 'model.layers=2, model.hidden=64'."""
+    parts = [[ONE.fullmatch(part) for part in FLAT.split(value)] for value in values]
+    keys_of = {tuple(part[1] if part is not None else None for part in each) for each in parts}
+    if len(keys_of) == 1 and None not in next(iter(keys_of)):
+        return [", ".join(part[2] for part in each if part is not None) for each in parts]
+    return [short_value(value) for value in values]
 
 
 def label(choice: Choice, axes: Sequence[str]) -> str:
@@ -345,20 +370,24 @@ class Panel:
     def rules(self, kind: str = "") -> None:
         """Ticks and rules of the y axis."""
         marks = [(value, self.at(self.x.low, value)[1]) for value in self.y.ticks()]
+        told = told_apart([value for value, _ in marks], compact)
         lines = "".join(f'<path class="rule" d="M{self.left} {at}H{self.right}"/>' for _, at in marks)
-        texts = "".join(f'<text x="{self.left - 6}" y="{at + 3.5:.1f}" text-anchor="end">{compact(value)}</text>' for value, at in marks)
+        texts = "".join(
+            f'<text x="{self.left - 6}" y="{at + 3.5:.1f}" text-anchor="end">{text}</text>'
+            for (_, at), text in zip(marks, told, strict=True)
+        )
         self.add(f'<g class="ticks {kind}">{lines}{texts}</g>')
 
-    def below(self, marks: Iterable[tuple[float, str]]) -> None:
-        """Ticks of the x axis with these labels; one that would touch the one before is left out."""
+    def below(self, marks: Iterable[tuple[float, str]], rows: int = 1) -> None:
+        """Ticks of the x axis with these labels, in one row or by turns in several; one that would touch another is left out."""
         self.add(f'<path class="axis" d="M{self.left} {self.bottom}H{self.right}"/>')
-        last = -math.inf
-        for value, text in marks:
-            at = self.at(value, self.y.low)[0]
+        last = [-math.inf] * rows
+        for place, (value, text) in enumerate(marks):
+            at, row = self.at(value, self.y.low)[0], place % rows
             self.add(f'<path class="axis" d="M{at} {self.bottom}v3"/>')
-            if at - last >= 3.2 * len(text) + 6:
-                self.add(f'<text x="{at}" y="{self.bottom + 15}" text-anchor="middle">{escape(text)}</text>')
-                last = at + 3.2 * len(text)
+            if at - last[row] >= 3.2 * len(text) + 6:
+                self.add(f'<text x="{at}" y="{self.bottom + 15 + 12 * row}" text-anchor="middle">{escape(text)}</text>')
+                last[row] = at + 3.2 * len(text)
 
     def names(self, x: str, y: str) -> None:
         """What the two axes are."""
@@ -409,7 +438,10 @@ def curves(data: dict[str, Any], ranked: Sequence[Choice], shown: set[Choice]) -
     for place, choice in enumerate(ranked):
         title = escape(label(choice, list(data["axes"])))
         panel.add(f'<g class="c{"" if choice in shown else " off"}" data-c="{place}"><title>{title}</title>')
-        panel.parts += [f'<polyline class="{kind}" points="{panel.path(line)}"/>' for kind, _, line in lines.get(choice, []) if line]
+        for kind, _, line in lines.get(choice, []):
+            if len(line) == 1:  # a stroke of its own, which keeps its width however the heights are stretched
+                line = [line[0], (line[0][0] + 0.006 * end, line[0][1])]
+            panel.add(f'<polyline class="{kind}" points="{panel.path(line)}"/>' if line else "")
         panel.add("</g>")
     panel.add("</g></g>")
     return panel.svg("Loss curves", "curves")
@@ -423,12 +455,14 @@ def effect_figure(effect: Effect, y: Scale, name: str, metric: str) -> Markup | 
     ats = [level.at for _, level in found if level.at is not None]
     numeric = len(ats) == len(found)
     x = scale_of(ats, wide(ats), 0.08) if numeric else Scale(-0.6, len(effect.levels) - 0.4)
-    panel = Panel(330, 220, x, y)
+    rows = 1 if numeric else min(3, max(1, len(found) // 2))
+    panel = Panel(330, 208 + 12 * rows, x, y, bottom=28 + 12 * rows)
     panel.rules()
     spots = [(level.at if numeric and level.at is not None else float(place), level) for place, level in found]
     exact = numeric and len(found) <= 8 and not effect.binned
-    marks = [(at, compact(at) if exact else _cut(short_value(level.label), 60 // len(found) + 1)) for at, level in spots]
-    panel.below([(value, compact(value)) for value in x.ticks(5)] if numeric and not exact else marks)
+    named = shortest([level.label for _, level in spots])
+    marks = [(at, compact(at) if exact else _cut(name, 44 * rows // len(found) + 1)) for (at, _), name in zip(spots, named, strict=True)]
+    panel.below([(value, compact(value)) for value in x.ticks(5)] if numeric and not exact else marks, rows)
     if numeric:
         panel.add(f'<polyline class="effect" points="{panel.path((at, level.mean or 0.0) for at, level in spots)}"/>')
     for at, level in spots:
@@ -486,7 +520,8 @@ def frontiers(data: dict[str, Any], ranked: Sequence[Row]) -> list[Frontier]:
         front = [fair[i] for i in places]
         panel = Panel(760, 340, x, y)
         panel.rules()
-        panel.below((value, cost_text(value, cost)) for value in x.ticks(7))
+        ticks = x.ticks(7)
+        panel.below(zip(ticks, told_apart(ticks, partial(cost_text, cost=cost)), strict=True))
         panel.names(COSTS[cost], _cut(data["metric"], 50))
         steps: list[tuple[float, float]] = []
         for _, across, mean, _ in front:

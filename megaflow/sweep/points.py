@@ -27,6 +27,7 @@ from megaflow.show import foreseen, known
 from megaflow.sweep.design import EVALUATION, Point, Sweep, slug, written
 from megaflow.train.run import MAY_CHANGE
 
+UNMEASURED = "how fast it trains is not measured yet, or could not be"
 FILE, LOG, CLAIM = "point.json", "console.log", ".claim"
 DONE, FAILED, REFUSED, EARLY, STOPPED = "done", "failed", "refused", "stopped early", "stopped"
 
@@ -70,6 +71,8 @@ def place(sweep: Sweep, all_points: list[Point], speeds: dict[str, float] | None
                 loaded, vocab = known(point.base, words)
             if not point.teacher:
                 contradictions(loaded)
+                if point.stage == "distill" and not loaded.config.distill.teacher:
+                    raise UserError("distill.teacher is not set; give the sweep a teacher, or a base that has one")
             if vocab is not None and not point.teacher:
                 resolve(loaded, vocab)
             besides, of = (("distill.teacher",), by_name[point.teacher][1]) if point.teacher else ((), "")
@@ -136,7 +139,7 @@ def steps_of(budget: dict[str, float], loaded: Loaded, vocab: int | None, speed:
     tokens = budget.get("tokens")
     if "seconds" in budget:
         if speed is None:
-            raise UserError("how fast it trains is not measured yet, or could not be")
+            raise UserError(UNMEASURED)
         tokens = budget["seconds"] * speed
     if tokens is None:
         size = foreseen(loaded) if vocab is None else vocab
@@ -166,14 +169,23 @@ def stands(directory: Path, evaluate: dict[str, Any]) -> tuple[str, str]:
 
 def evaluated(directory: Path, evaluate: dict[str, Any]) -> bool:
     """Whether a run has an evaluation by these options, those that are not given by their defaults."""
-    if not evaluate:
-        return True
-    try:
-        settings = json.loads((directory / "evaluation.json").read_text("utf-8"))["settings"]
-    except (OSError, ValueError, KeyError):
-        return False
+    return not evaluate or bool(evaluation_of(directory, evaluate))
+
+
+def evaluation_of(directory: Path, evaluate: dict[str, Any]) -> dict[str, Any]:
+    """The evaluation of a run by these options: the sweep's own, which no other sweep of the folder takes the place of, or what somebody
+    has made by hand; empty where there is none."""
     wanted = EVALUATION | evaluate | {"steps": [int(part) for part in str(evaluate.get("steps", EVALUATION["steps"])).split(",")]}
-    return all(settings.get(name, "auto") == value for name, value in wanted.items())
+    for file in (kept_evaluation(directory, evaluate), directory / "evaluation.json"):
+        found = read_if_whole(file)
+        settings = found.get("settings", {})
+        if settings and all(settings.get(name, "auto") == value for name, value in wanted.items()):
+            return found
+    return {}
+
+
+def kept_evaluation(directory: Path, evaluate: dict[str, Any]) -> Path:
+    return directory / f"evaluation-{hashed(EVALUATION | evaluate)[:6]}.json"
 
 
 def training(asked: Sweep, each: Placed) -> list[str]:
@@ -185,7 +197,7 @@ def training(asked: Sweep, each: Placed) -> list[str]:
 def evaluation(asked: Sweep, directory: Path) -> list[list[str]]:
     """The words after `megaflow` that evaluate a point; none where points are only trained."""
     options = [word for name, value in asked.evaluate.items() for word in (f"--{name}", written(value))]
-    return [["evaluate", str(directory), *options]] if asked.evaluate else []
+    return [["evaluate", str(directory), *options, "--json", str(kept_evaluation(directory, asked.evaluate))]] if asked.evaluate else []
 
 
 def teacher_of(each: Placed) -> str:

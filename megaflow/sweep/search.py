@@ -25,8 +25,10 @@ def search(asked: Sweep, at_once: int, measure: Measure, stop: list[int], keep: 
     optuna = imported()
     grid = {key(labels): (labels, overrides) for labels, overrides in design.choices(asked)}
     file = filed.chosen(asked)
-    chosen = [grid[key(labels)] for labels in kept(file) if key(labels) in grid]
     total = min(asked.draw["count"], len(grid))
+    before = kept(file)
+    elsewhere = [labels for labels in before if key(labels) not in grid]  # of axes that were longer once, and may be again
+    chosen = [grid[key(labels)] for labels in before if key(labels) in grid][:total]
     values: list[float | None] = []
     while not stop:
         # at first those that an earlier start has chosen, then as many as run at once
@@ -38,7 +40,7 @@ def search(asked: Sweep, at_once: int, measure: Measure, stop: list[int], keep: 
             chosen += new
             if keep:
                 file.parent.mkdir(parents=True, exist_ok=True)
-                write_atomically(file, json.dumps([labels for labels, _ in chosen], indent=1))
+                write_atomically(file, json.dumps([*(labels for labels, _ in chosen), *elsewhere], indent=1))
         values += measure(new, chosen)
     return chosen
 

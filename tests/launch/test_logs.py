@@ -63,3 +63,27 @@ def test_a_rank_is_followed_into_the_next_attempt(run, monkeypatch, capsys):
     out = capsys.readouterr().out.splitlines()
     assert out[0] == "of rank 1, attempt 1" and out[1].endswith("attempt2/host1/none/attempt_0/0/stderr.log")
     assert out[2:] == ["of rank 1, attempt 2"]
+
+
+def test_of_several_jobs_it_is_the_newest_that_has_begun(run, monkeypatch, capsys):
+    """An evaluation that waits behind a run has no log yet; where none has, the first that waits is waited for."""
+    records.add_job(run / "slurm", {"job": "13", "stage": "evaluate"})
+    logs.logs(str(run))
+    assert capsys.readouterr().out == "of all\n"
+    (run / "slurm" / "13.log").write_text("of 13\n")
+    logs.logs(str(run))
+    assert capsys.readouterr().out == "of 13\n"
+    for name in ("12", "13"):
+        (run / "slurm" / f"{name}.log").unlink()
+    monkeypatch.setattr(logs.slurm, "waiting_or_running", lambda ids: {"12": None, "13": None})
+    with pytest.raises(UserError, match="12.log: there is no such log yet"):
+        logs.logs(str(run))
+
+
+def test_the_one_rank_of_a_job_has_the_job_s_log(run, capsys):
+    records.add_job(run / "slurm", {"job": "14", "stage": "pretrain"})
+    (run / "slurm" / "14.log").write_text("of one\n")
+    logs.logs(str(run), rank=0)
+    assert capsys.readouterr().out == "of one\n"
+    with pytest.raises(UserError, match="a job of one rank"):
+        logs.logs(str(run), rank=1)

@@ -103,6 +103,32 @@ def test_points_of_a_sweep_are_counted(copied, cli, tmp_path):
     assert json.loads(cli("status", sweep / "one", "--json").out)["sweeps"] == []  # of one run that is asked for there is nothing to count
 
 
+def test_a_sweep_of_which_nothing_has_begun_is_one(cli, tmp_path):
+    """All refused, or just started; and what was left out on the way says why."""
+    sweep = tmp_path / "sweep"
+    (sweep / "sweeps").mkdir(parents=True)
+    (sweep / "sweeps" / "a.json").write_text(json.dumps({"members": [{"directory": "one"}, {"directory": "two"}]}))
+    assert cli("status", sweep).out.splitlines()[-1] == f"{sweep}: 2 points, 2 not begun"
+    assert cli("cancel", sweep).code == 0
+    (sweep / "one").mkdir()
+    (sweep / "one" / "run.json").write_text("{}")
+    (sweep / "one" / "point.json").write_text(json.dumps({"state": "stopped early", "said": "halving: 2 of 2"}))
+    (told,) = json.loads(cli("status", sweep, "--json").out)["runs"]
+    assert (told["state"], told["said"]) == ("stopped early", "halving: 2 of 2")
+
+
+def test_every_pool_of_a_sweep_is_found(tmp_path):
+    """Two sweeps may share a folder; a process that is no more is none."""
+    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)  # megaflow"])
+    try:
+        for process in (other.pid, os.getpid(), 2**22 - 1):
+            (tmp_path / f"{status.POOL}{process}").write_text(f"{process} on {os.uname().nodename}")
+        assert other.pid in status.pools(tmp_path) and 2**22 - 1 not in status.pools(tmp_path)
+    finally:
+        other.kill()
+        other.wait()
+
+
 def test_where_there_is_no_run_that_is_said(cli, tmp_path):
     for place, words in ((tmp_path, "there is no run"), (tmp_path / "nowhere", "no such directory")):
         told = cli("status", place)

@@ -1,6 +1,7 @@
 """What a sweep file stands for: its points, their names, and what is refused."""
 
 import itertools
+import json
 from pathlib import Path
 
 import pytest
@@ -235,3 +236,26 @@ def test_a_choice_that_overrides_nothing(tmp_path):
         assert design.read(str(tmp_path / "s.yaml"), [f"metric={metric}"]).metric == metric
     with pytest.raises(UserError, match="given.sauce"):
         design.read(str(tmp_path / "s.yaml"), ["metric=given.sauce.nats_per_token"])
+
+
+def test_on_and_off_are_words_where_a_key_is_of_text(tmp_path):
+    """Which YAML takes for true and false; a key that is true or false stays so."""
+    (tmp_path / "s.yaml").write_text(
+        "dir: o\nbase: b.yaml\nset: {log.wandb: off, model.qk_norm: on}\naxes: {flow.skip: [on, off], flow.code: [frame, learned]}\n"
+        "exclude: [{flow.skip: off, flow.code: [learned]}]\nbaseline: {flow.skip: off}\n"
+    )
+    asked = design.read(str(tmp_path / "s.yaml"))
+    found = design.points(asked)
+    assert [point.labels["flow.skip"] for point in found] == ["on", "on", "off"] and asked.set == {
+        "log.wandb": "off",
+        "model.qk_norm": True,
+    }
+    assert design.baseline_of(asked, found) == {"flow.skip": "off", "flow.code": "frame"}
+    assert "flow.skip=off" in found[2].words() and "model.qk_norm=true" in found[2].words()
+
+
+@pytest.mark.parametrize("name", ["{a}: [b]", "[x, y]", "12", "null", "${x}"])
+def test_a_folder_that_no_command_line_can_name_is_refused(tmp_path, name):
+    (tmp_path / "s.yaml").write_text(f"dir: {json.dumps(name)}\nbase: b.yaml\n")
+    with pytest.raises(UserError, match="dir"):
+        design.read(str(tmp_path / "s.yaml"))

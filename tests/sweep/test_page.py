@@ -363,6 +363,16 @@ class TestDrawing:
         assert [sweep_page.significance(p) for p in (None, 0.0, 0.0312, 0.5)] == ["–", "< 0.001", "0.031", "0.50"]
 
 
+def test_labels_that_are_told_apart():
+    """Ticks in more digits where few make them alike, values of the same keys by what they are alone."""
+    assert sweep_page.told_apart([1.0, 2.0], sweep_page.compact) == ["1", "2"]
+    assert sweep_page.told_apart([5.842, 5.844, 5.846], sweep_page.compact) == ["5.842", "5.844", "5.846"]
+    assert sweep_page.told_apart([62.1, 62.2], lambda value: "1m 02s") == ["62.1", "62.2"]
+    sizes = ["model.layers=2, model.hidden=96", "model.layers=2, model.hidden=128"]
+    assert sweep_page.shortest(sizes) == ["2, 96", "2, 128"]
+    assert sweep_page.shortest([*sizes, "as it is"]) == ["layers=2, hidden=96", "layers=2, hidden=128", "as it is"]
+
+
 def test_choices_as_markdown():
     """Means and errors as statistics has them; nothing of a number that a done seed lacks, and what was said of those that are not done."""
     data = sweep({"a.b": ["x", "y", "z|"], "c": ["1"]}, [0, 1])
@@ -376,6 +386,8 @@ def test_choices_as_markdown():
         "| `x` | `1` | 2 | 5.10 ± 0.10 |  | 1.250 ± 0.000 |",
         "| `y` | `1` | 2 | 5.00 ± 0.10 | -0.10 ± 0.00 |  |",
         "| `z\\|` | `1` | 1 of 2; failed: the loss is nan | 4.00 | -1.00 | 1.250 |",
+        "",
+        "Mean ± standard error over seeds; differences are of the same seeds. The best: `b=y, c=1`.",
     ]
 
 

@@ -243,3 +243,21 @@ def test_two_files_of_one_name_in_one_folder_are_two_sweeps(sweeping, tmp_path, 
     (tmp_path / "deep" / "moved.yaml").rename(tmp_path / "sweep.yml")
     other.rename(tmp_path / "deep" / "sweep.yml")
     assert filed.name(design.read(str(tmp_path / "deep" / "sweep.yml"))) == "sweep"
+
+
+def test_a_sweep_keeps_its_numbers_beside_another_of_other_options(sweeping, copied):
+    """Of the same points: what each has measured is its own."""
+    sweeping("axes: {model.layers: [1]}", "--dry-run")
+    one = {"steps": "1", "rows": 4}
+    run = copied("coded")
+    for options, nats in ((one, 1.0), (one | {"rows": 8}, 2.0)):
+        settings = {**design.EVALUATION, **options, "steps": [1]}
+        content = json.dumps({"settings": settings, "likelihood": {"nats_per_token": nats}})
+        points.kept_evaluation(run, options).write_text(content)
+        (run / "evaluation.json").write_text(content)
+    member = {"labels": {}, "seed": 0, "refused": ""}
+    found = [gather.point_of(run, member, options)["metrics"]["likelihood.nats_per_token"] for options in (one, one | {"rows": 8})]
+    assert found == [1.0, 2.0] and not points.evaluated(run, one | {"rows": 16})
+    (by_hand,) = [points.evaluation_of(run, one | {"rows": 8})]
+    points.kept_evaluation(run, one | {"rows": 8}).unlink()
+    assert points.evaluation_of(run, one | {"rows": 8}) == by_hand

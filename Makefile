@@ -16,7 +16,7 @@ char: install  ## the same on characters, larger
 	@bash tools/run_path.sh char
 
 test: install  ## the tests, without those that take minutes
-	@.venv/bin/python -m pytest -m "not long" -n 2 --dist loadfile
+	@.venv/bin/python -m pytest -m "not long" -n 2 --dist loadfile --no-loadscope-reorder
 
 test-all: install  ## all tests: hours, most of them the table of layouts, which goes on where it was
 	@.venv/bin/python -m pytest

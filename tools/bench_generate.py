@@ -39,7 +39,6 @@ from megaflow.model import build  # noqa: E402
 from megaflow.model.parts import Parts, fit_clock, initial_profile  # noqa: E402
 from megaflow.parallel import random  # noqa: E402
 
-STEPS = (1, 2, 4, 16, 64)
 PEAK_SIZE = 2048
 
 
@@ -130,12 +129,14 @@ def peaks() -> dict[str, float]:
     }
 
 
-def measured(values: dict[str, Any], vocab: int, length: int, texts: int, budget: float, peak: dict[str, float]) -> dict[str, Any]:
+def measured(
+    values: dict[str, Any], vocab: int, length: int, texts: int, counts: list[int], budget: float, peak: dict[str, float]
+) -> dict[str, Any]:
     """Of the baseline and of every number of steps: seconds, tokens a second, roofline, and the ratio to the baseline."""
     runs = {"autoregressive": run_of("autoregressive", values, vocab, length), "flow_map": run_of("flow_map", values, vocab, length)}
     size = 2 if torch.cuda.is_available() else 4
     sides: dict[str, tuple[Run, int | None]] = {"autoregressive": (runs["autoregressive"], None)}
-    sides |= {str(steps): (runs["flow_map"], steps) for steps in STEPS}
+    sides |= {str(steps): (runs["flow_map"], steps) for steps in counts}
     writers = {name: writer(run, steps, texts) for name, (run, steps) in sides.items()}
     flops = {name: counted(write) for name, write in writers.items()}  # which warms up too
     seconds: dict[str, list[float]] = {name: [] for name in writers}
@@ -185,6 +186,7 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=50257)
     parser.add_argument("--lengths", type=int, nargs="+", default=[128, 1024])
     parser.add_argument("--texts", type=int, nargs="+", default=[1, 8], help="at once")
+    parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4, 16, 64])
     parser.add_argument("--seconds", type=float, default=60.0, help="of each length and number of texts")
     parser.add_argument("--json", type=Path, default=None)
     arguments = parser.parse_args()
@@ -198,7 +200,11 @@ def main() -> None:
         **peak,
         "model": values | {"vocab": arguments.vocab},
         "cases": [
-            {"length": length, "texts": texts, "sides": measured(values, arguments.vocab, length, texts, arguments.seconds, peak)}
+            {
+                "length": length,
+                "texts": texts,
+                "sides": measured(values, arguments.vocab, length, texts, arguments.steps, arguments.seconds, peak),
+            }
             for length in arguments.lengths
             for texts in arguments.texts
         ],

@@ -633,6 +633,7 @@ class TestProcesses:
 
 
 class TestOnACluster:
+    @pytest.mark.long
     def test_two_hosts(self, cluster, tmp_path, config):
         def srun(place: str, *words: str) -> subprocess.CompletedProcess[str]:
             command = [

@@ -121,6 +121,7 @@ def test_from_text_to_a_converted_map_by_one_command(cluster, megaflow, config, 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "data.slurm", "flow", "map", "out"]
 
 
+@pytest.mark.long
 def test_stages_wait_for_one_another(cluster, megaflow, config, tmp_path):
     """An evaluation runs when its run is done; what waits for jobs that are over waits for nothing."""
     run = tmp_path / "flow"

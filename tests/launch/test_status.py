@@ -121,6 +121,8 @@ def test_every_pool_of_a_sweep_is_found(tmp_path):
     """Two sweeps may share a folder; a process that is no more is none."""
     other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)  # megaflow"])
     try:
+        while b"megaflow" not in status.command_of(other.pid):  # it is just becoming what it is to be
+            time.sleep(0.01)
         for process in (other.pid, os.getpid(), 2**22 - 1):
             (tmp_path / f"{status.POOL}{process}").write_text(f"{process} on {os.uname().nodename}")
         assert other.pid in status.pools(tmp_path) and 2**22 - 1 not in status.pools(tmp_path)

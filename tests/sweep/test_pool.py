@@ -110,6 +110,7 @@ def test_points_killed_twice_and_finished(sweeping, tmp_path, seeds):
         assert f"{count} points of 4 choices" in page and len(set(re.findall(r'class="c[^"]*" data-c="(\d+)"', page))) == 4
 
 
+@pytest.mark.long
 def test_two_sweeps_at_once_share_their_points(sweeping):
     first = sweeping.start("axes: {model.layers: [1, 2, 3]}")
     second = sweeping.start("axes: {model.layers: [1, 2, 3]}")

@@ -283,6 +283,7 @@ def on_boundary_rows(stage: MapStage, steps: int, every: int, rate: float, first
     return network
 
 
+@pytest.mark.long
 def test_matching_laws_alone_brings_the_texts_of_a_map_nearer_to_the_data():
     """Of a map that the semigroup identity has begun to teach, by rows from 0 to 1 without inner ones: which noise writes which text stays
     as it was, the law of the texts comes nearer, and much nearer than by the identity on the same rows."""
@@ -393,6 +394,7 @@ def test_an_auxiliary_denoiser_that_is_the_teacher_still_measures_no_distance():
     assert stage.learn(stage.loss(batch(0))[1], 0)["distance_of_laws"] < 1e-10
 
 
+@pytest.mark.long
 def test_joint_training_from_the_start():
     """Towards the data alone, without a teacher: the map comes nearer than one with diagonal rows alone, and the diagonal learns."""
     found = {}

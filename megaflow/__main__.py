@@ -349,9 +349,11 @@ def run(arguments: argparse.Namespace, began: float) -> int:
             arguments.templates,
             sys.argv[1:],
         )
-    from megaflow.sweep import gather
+    from megaflow.launch.status import is_sweep
 
-    if gather.is_sweep(arguments.dir):
+    if is_sweep(arguments.dir):
+        from megaflow.sweep import gather
+
         gather.report(arguments.dir)
         return 0
     from megaflow.evaluate.gather import report

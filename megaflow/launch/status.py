@@ -99,8 +99,8 @@ def found(places: list[Path]) -> tuple[list[Path], list[Path]]:
     return list(dict.fromkeys(runs)), list(dict.fromkeys(sweeps))
 
 
-def is_sweep(path: Path) -> bool:
-    return any((path / "sweeps").glob("*.json"))
+def is_sweep(path: str | Path) -> bool:
+    return any((Path(path) / "sweeps").glob("*.json"))
 
 
 def is_run(path: Path) -> bool:

@@ -71,7 +71,10 @@ def sweep(
     mine = Path(asked.dir) / f"{status.POOL}{os.getpid()}"
     mine.write_text(f"{os.getpid()} on {os.uname().nodename}", "utf-8")  # for megaflow cancel
     with on_signals(stop):
-        tally = (searched if searching else trained)(asked, placed, slots, retry, stop, overrides)
+        if searching:
+            tally = searched(asked, slots, retry, stop, overrides)
+        else:
+            tally = trained(asked, placed, slots, retry, stop)
     mine.unlink(missing_ok=True)
     gather.report(asked.dir, quiet=True)
     unfinished = tally.total - sum(tally.count(state) for state in (DONE, FAILED, REFUSED, EARLY))
@@ -126,7 +129,7 @@ def measured(asked: Sweep, all_points: list[design.Point], slots: list[dict[str,
     return STOPPED if stop else 0
 
 
-def trained(asked: Sweep, placed: list[Placed], slots: list[dict[str, str]], retry: bool, stop: list[int], words: list[str]) -> Tally:
+def trained(asked: Sweep, placed: list[Placed], slots: list[dict[str, str]], retry: bool, stop: list[int]) -> Tally:
     """All points, or those of a halving rung by rung."""
     tally = Tally(len({each.directory for each in placed}))
     for share, alive in halving.rungs(asked, placed):
@@ -137,7 +140,7 @@ def trained(asked: Sweep, placed: list[Placed], slots: list[dict[str, str]], ret
     return tally
 
 
-def searched(asked: Sweep, placed: list[Placed], slots: list[dict[str, str]], retry: bool, stop: list[int], words: list[str]) -> Tally:
+def searched(asked: Sweep, slots: list[dict[str, str]], retry: bool, stop: list[int], words: list[str]) -> Tally:
     """Adaptive search: as many choices at once as fill the slots with all their seeds."""
     choices = min(asked.draw["count"], len(design.choices(asked)))
     tally = Tally(len(asked.seeds) * (choices + bool(asked.teacher.base)))

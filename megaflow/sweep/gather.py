@@ -24,10 +24,6 @@ CURVE = 400
 """Points of a curve that are kept: more are not seen."""
 
 
-def is_sweep(directory: str | Path) -> bool:
-    return any((Path(directory) / "sweeps").glob("*.json"))
-
-
 def report(directory: str | Path, quiet: bool = False) -> None:
     """Write the page and the tables of each sweep of a folder. Raises UserError."""
     from megaflow.sweep import page

@@ -132,21 +132,24 @@ def parser() -> argparse.ArgumentParser:
     versus.add_argument("--json", metavar="FILE", default=None, help="write the comparison to this file")
 
     convert = commands.add_parser(
-        "convert", help="a run as consolidated safetensors, or in other files", description="A run as consolidated safetensors; verified."
+        "convert",
+        help="a run's network as safetensors or for transformers, or its checkpoint in other files",
+        description="A run, converted; verified.",
     )
     convert.add_argument("run", metavar="RUN", help="run directory")
     convert.add_argument("out", metavar="OUT", help="a new folder")
     convert.add_argument(
-        "--as",
-        dest="form",
-        choices=("model", "run"),
-        default="model",
-        help="model: the network alone (default); run: a run that training goes on from, its checkpoint cut anew",
+        "--to",
+        choices=("safetensors", "hf", "run"),
+        default="safetensors",
+        help="safetensors: the network alone (default); hf: so that transformers opens it besides; run: a run, its checkpoint cut anew",
     )
     convert.add_argument("--step", type=int, default=None, help="of the checkpoint (default: the newest)")
-    convert.add_argument("--weights", choices=("averaged", "live"), default=None, help="of a model: which (default averaged)")
-    convert.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default=None, help="of a model: its numbers' (default fp32)")
-    convert.add_argument("--shard-size", metavar="5GB", default=None, help="of a model: most bytes a file, in KB, MB, GB, TB (default 5GB)")
+    convert.add_argument("--weights", choices=("averaged", "live"), default=None, help="of a network: which (default averaged)")
+    convert.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default=None, help="of a network: its numbers' (default fp32)")
+    convert.add_argument(
+        "--shard-size", metavar="5GB", default=None, help="of a network: most bytes a file, in KB, MB, GB, TB (default 5GB)"
+    )
     convert.add_argument("--processes", type=int, default=None, help="of a run: how many write a file a group each (default 1)")
 
     submission = with_config("submit", "a stage as a Slurm job, or several that follow one another; CONFIG of stage=evaluate is a run")
@@ -303,7 +306,7 @@ def run(arguments: argparse.Namespace, began: float) -> int:
         from megaflow.export.convert import convert
 
         model = arguments.weights, arguments.precision, arguments.shard_size
-        print("\n".join(convert(arguments.run, arguments.out, *model, arguments.step, arguments.form, arguments.processes)))
+        print("\n".join(convert(arguments.run, arguments.out, *model, arguments.step, arguments.to, arguments.processes)))
         return 0
     if arguments.command == "submit":
         from megaflow.launch.submit import submit

@@ -1,4 +1,5 @@
-"""`megaflow convert RUN OUT`: a run's network as consolidated safetensors, or its checkpoint in other files; verified after writing.
+"""`megaflow convert RUN OUT`: a run's network as consolidated safetensors, which transformers opens too if asked, or its checkpoint in
+other files; verified after writing.
 
 Tensors go through in blocks of rows, so that what is converted may be larger than memory. OUT is there when all of it is written, on disk
 and verified, and not before; nothing of the run is changed.
@@ -18,7 +19,7 @@ import megaflow
 from megaflow.config.load import to_yaml
 from megaflow.data import shards
 from megaflow.errors import UserError
-from megaflow.export import verify
+from megaflow.export import hf, verify
 from megaflow.export.folder import FILE, INDEX, MODEL, PRECISIONS, STAGE, VERSION, load
 from megaflow.export.recut import recut
 from megaflow.export.source import MEGABYTE, Source, made, open_source, room, sized
@@ -41,34 +42,39 @@ def convert(
     precision: str | None = None,
     shard_size: str | None = None,
     step: int | None = None,
-    form: str = "model",
+    to: str = "safetensors",
     processes: int | None = None,
 ) -> list[str]:
     """Convert a run's newest checkpoint, or that of a step, into a new folder; returns what was done and compared, a line each.
 
-    form 'model': `weights` 'averaged' (if None) or 'live', in `precision` fp32 (if None), bf16 or fp16, in files of at most `shard_size`
-    (5GB if None) but for a tensor that is larger alone. form 'run': a run directory from which training continues, its checkpoint in the
-    files of `processes` (1 if None). Raises UserError.
+    to 'safetensors': `weights` 'averaged' (if None) or 'live', in `precision` fp32 (if None), bf16 or fp16, in files of at most
+    `shard_size` (5GB if None) but for a tensor that is larger alone. to 'hf': the same, with what transformers opens it by. to 'run': a run
+    directory from which training continues, its checkpoint in the files of `processes` (1 if None). Raises UserError.
     """
     run, out = Path(run), Path(out)
-    if form == "run":
+    if to == "run":
         if given := [name for name, value in (("weights", weights), ("precision", precision), ("shard-size", shard_size)) if value]:
             raise UserError(
-                f"--{given[0]} belongs to --as model: a run keeps all its weights, in fp32, in a file for each process and group"
+                f"--{given[0]} belongs to a network: a run keeps all its weights, in fp32, in a file for each process and group"
             )
         return recut(run, out, step, 1 if processes is None else processes)
     if processes is not None:
-        raise UserError("--processes belongs to --as run: the files of a model are cut by --shard-size")
+        raise UserError("--processes belongs to --to run: the files of a network are cut by --shard-size")
     weights, precision, limit = weights or "averaged", precision or "fp32", size_of(shard_size or SHARD_SIZE)
     with made(out) as partial:
         source = open_source(run, step, [WEIGHTS[weights], "stage"])
         kinds = {name: (PRECISIONS[precision], shape) for name, shape in source.shapes.items()}
         room(partial, out, sum(map(_bytes, kinds.values())))
-        files = _write_model(source, partial, weights, kinds, limit)
+        beside = hf.fixed(source, WEIGHTS[weights]) if to == "hf" else {}
+        files = _write_model(source, partial, weights, kinds, limit, beside)
         _write_rest(source, partial)
+        if to == "hf":
+            hf.write(source, partial, out.name, WEIGHTS[weights], PRECISIONS[precision])
         manifest = _manifest(source, partial, weights, precision, files)
         _write_json(partial / FILE, manifest)
         compared = _verify(source, out, partial, weights, precision, kinds, files)
+        if to == "hf":
+            compared["transformers"] = hf.compare(source, out, partial, WEIGHTS[weights], precision)
         _write_json(partial / FILE, manifest | {"verified": compared})
     found = source.found
     what = f"{source.kind}, step {found.state['step']}, {weights} weights, {manifest['parameters']:,} numbers in {precision}"
@@ -115,11 +121,15 @@ def _bytes(kind: tuple[torch.dtype, tuple[int, ...]]) -> int:
     return kind[0].itemsize * torch.Size(kind[1]).numel()
 
 
-def _write_model(source: Source, partial: Path, weights: str, kinds: tensor_file.Kinds, limit: int) -> dict[str, list[str]]:
-    """Write the weights; returns the names in each file."""
+def _write_model(
+    source: Source, partial: Path, weights: str, kinds: tensor_file.Kinds, limit: int, beside: dict[str, Tensor]
+) -> dict[str, list[str]]:
+    """Write the weights, and fixed tensors beside them in a file of their own; returns the names of weights in each file."""
     sizes = {name: _bytes(kind) for name, kind in kinds.items()}
     several = split(sizes, limit)
-    files = {MODEL if len(several) == 1 else f"model-{i:05d}-of-{len(several):05d}.safetensors": each for i, each in enumerate(several, 1)}
+    count = len(several) + bool(beside)
+    name_of = "model-{:05d}-of-{:05d}.safetensors".format
+    files = {MODEL if count == 1 else name_of(i, count): each for i, each in enumerate(several, 1)}
     progress, done = Progress(f"write {partial.stem}", sum(sizes.values()) / MEGABYTE, "MB"), 0
 
     def blocks_of(name: str) -> Iterator[Tensor]:
@@ -130,9 +140,12 @@ def _write_model(source: Source, partial: Path, weights: str, kinds: tensor_file
 
     for file, names in files.items():
         tensor_file.write(partial / file, {name: kinds[name] for name in names}, blocks_of, {"format": "pt"})
-    if len(files) > 1:
-        places = {name: file for file, names in files.items() for name in names}
-        _write_json(partial / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places})
+    if beside:
+        tensor_file.write(partial / name_of(count, count), *tensor_file.given(beside), {"format": "pt"})
+    if count > 1:
+        places = {name: file for file, names in files.items() for name in names} | dict.fromkeys(beside, name_of(count, count))
+        total = sum(sizes.values()) + sum(value.nbytes for value in beside.values())
+        _write_json(partial / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
     return files
 
 
@@ -141,7 +154,7 @@ def _write_rest(source: Source, partial: Path) -> None:
     (partial / "config.yaml").write_text(to_yaml(source.loaded.config), "utf-8")
     _write_json(partial / "origin.json", source.loaded.origin)
     shards.copy_description(source.run / SHARDS, partial / SHARDS)
-    if source.kind in ("flow", "flow_map"):
+    if source.is_flow:
         (partial / parts.FILE).write_bytes((source.run / parts.FILE).read_bytes())
         tensor_file.write(partial / STAGE, *tensor_file.given(source.found.tensors("stage")), {"format": "pt"})
 
@@ -186,14 +199,14 @@ def _verify(
     if {name: (entry.dtype, entry.shape) for found in entries.values() for name, entry in found.items()} != kinds:
         raise UserError(verify.failed(out, "its tensors are not the run's"))
     verify.compare_blocks(out, pairs())
-    after = sized(source, partial_of(_load, partial))
-    found = verify.compare_logits(out, source.network(WEIGHTS[weights]), after, precision)
+    after = sized(source, partial_of(_logits, partial))
+    found = verify.compare_logits(out, source.network(WEIGHTS[weights]), after, verify.TOLERANCE[precision], precision)
     return {"tensors": len(kinds), "exact": precision == "fp32", **found}
 
 
-def _load(directory: Path) -> tuple:
+def _logits(directory: Path) -> Tensor:
     network, fixed, _, _ = load(directory, "cpu")
-    return network, fixed
+    return verify.logits(network, fixed)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

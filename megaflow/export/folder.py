@@ -7,6 +7,7 @@
     flow.safetensors            the fixed parts of a flow: code, prior and range of log-SNR; not of a baseline
     stage.safetensors           what the stage has measured: the clock of a flow and its profile; not of a baseline
     shards/                     what the shards say of themselves: tokenizer, counts, length of rows
+    config.json, …              of --to hf, what transformers opens it by (export/hf)
 
 export.json is {"version", "megaflow", "kind": flow, flow_map, or the family of a baseline, "weights": averaged or live, "precision",
 "parameters", "source": {run, step, tokens, manifest: SHA-256 of the checkpoint's manifest.json, content: identity of its averaged weights
@@ -42,6 +43,8 @@ FILE = "export.json"
 INDEX = "model.safetensors.index.json"
 MODEL = "model.safetensors"
 STAGE = "stage.safetensors"
+FIXED = "fixed."
+"""Names of tensors that lie beside the weights for transformers: of code, unigram law and lengths, which megaflow reads elsewhere."""
 VERSION = 1
 KINDS = ("flow", "flow_map", "autoregressive", "masked", "uniform")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -160,7 +163,7 @@ def _places(directory: Path) -> dict[str, str]:
         found = json.loads((directory / INDEX).read_text("utf-8"))["weight_map"]
         if any(Path(file).name != file for file in found.values()):
             raise ValueError("it names files of other folders")
-        return dict(found)
+        return {name: file for name, file in found.items() if not name.startswith(FIXED)}
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{INDEX}: {error}") from None
 

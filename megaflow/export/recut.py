@@ -1,4 +1,4 @@
-"""`megaflow convert RUN OUT --as run`: a run directory whose checkpoint lies in the files of another number of processes.
+"""`megaflow convert RUN OUT --to run`: a run directory whose checkpoint lies in the files of another number of processes.
 
 A checkpoint belongs to no layout: any number of processes reads any checkpoint. What a layout leaves behind are its files, one for each
 process and group, each with the boxes that the process held. Thousands of small ones are slow to open and to copy; they become few here,
@@ -49,7 +49,7 @@ def recut(run: Path, out: Path, step: int | None, processes: int) -> list[str]:
         if again.sha256 != found.sha256 or [(name, again.shape(name)) for name in again.names()] != [(n, found.shape(n)) for n in names]:
             raise UserError(verify.failed(out, "its tensors are not the run's"))
         verify.compare_blocks(out, _pairs(source, again, out, total))
-        compared = verify.compare_logits(out, source.network("averaged"), network_of(partial, source, again, "averaged"), "fp32")
+        compared = verify.compare_logits(out, source.network("averaged"), network_of(partial, source, again, "averaged"), 0.0, "a copy")
     files = sum(1 for _ in checkpoints.folder(out, found.state["step"]).glob("*.safetensors"))
     what = f"{source.kind}, step {found.state['step']}, {len(found.files)} files of tensors became {files}"
     return [f"{out}: {what}; training continues with run.dir={out}", *verify.told({"tensors": len(names), "exact": True, **compared})]

@@ -4,18 +4,19 @@ import contextlib
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch import Tensor
 
 from megaflow import process
 from megaflow.config.check import is_map
 from megaflow.config.load import Loaded
 from megaflow.data.shards import read_description
 from megaflow.errors import UserError
+from megaflow.export import verify
 from megaflow.export.folder import build_network, check_same, fill, is_model, shapes_of
 from megaflow.export.verify import Network
 from megaflow.model.text_dit import AUXILIARY
@@ -40,6 +41,11 @@ class Source:
     kind: str
     found: Checkpoint
     shapes: dict[str, tuple[int, ...]]
+
+    @property
+    def is_flow(self) -> bool:
+        """Whether it is a flow or a flow map, and no baseline."""
+        return self.kind in ("flow", "flow_map")
 
     def network(self, group: str) -> Network:
         """The network with the weights of a group, 'weights' or 'averaged', of the checkpoint."""
@@ -94,17 +100,17 @@ def _compare(found: Checkpoint, groups: list[str]) -> None:
 def network_of(directory: Path, source: Source, found: Checkpoint, group: str) -> Network:
     """A network of the source's kind with the weights of a checkpoint; `directory` has its fixed parts."""
 
-    def load() -> Any:
+    def logits() -> Tensor:
         network, fixed = build_network(directory, source.loaded.config, source.kind == "flow_map", torch.device("cpu"))
         fill(network, source.shapes, lambda name: found.read(f"{group}/{name}"), found.path)
-        return network.eval(), fixed
+        return verify.logits(network.eval(), fixed)
 
-    return sized(source, load)
+    return sized(source, logits)
 
 
-def sized(source: Source, load: Any) -> Network:
+def sized(source: Source, logits: Callable[[], Tensor]) -> Network:
     numbers = [torch.Size(shape).numel() for shape in source.shapes.values()]
-    return Network(load, sum(numbers), max(numbers))
+    return Network(logits, sum(numbers), max(numbers))
 
 
 @contextlib.contextmanager

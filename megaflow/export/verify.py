@@ -8,7 +8,7 @@ import resource
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,9 +36,10 @@ WORKING = 2**28
 
 @dataclass(frozen=True)
 class Network:
-    """A network to be computed with: how it is loaded, and how many numbers it has in all and in its largest tensor."""
+    """A network to be computed with: its logits of fixed inputs, for which it is loaded, and how many numbers it has in all and in its
+    largest tensor."""
 
-    load: Callable[[], tuple[TextDiT | Baseline, Parts | None]]
+    logits: Callable[[], Tensor]
     numbers: int
     largest: int
 
@@ -62,35 +63,51 @@ def compare_blocks(out: Path, pairs: Iterable[tuple[str, Tensor, Tensor]]) -> No
             raise UserError(failed(out, f"{name} read back is not what was written"))
 
 
-def compare_logits(out: Path, before: Network, after: Network, precision: str) -> dict[str, Any]:
-    """Logits of both networks on fixed inputs: what was found, for export.json and for a person. Raises UserError where they differ by more
-    than the precision allows. Networks that do not fit in memory are not compared, and that is said."""
+def compare_logits(out: Path, before: Network, after: Network, allowed: float, what: str) -> dict[str, Any]:
+    """Logits of both networks on fixed inputs: what was found, for export.json and for a person. allowed: root mean square of their
+    differences over their spread, which `what` is allowed. Raises UserError where they differ by more. Networks that do not fit in memory
+    are not compared, and that is said."""
     free = memory()
     if max(before.bytes, after.bytes) > free:
         return {"logits": None, "reason": f"the network takes {_size(before.bytes)} of memory and {_size(free)} are free"}
-    one, other = logits(*before.load()), logits(*after.load())
+    one, other = before.logits(), after.logits()
     spread, difference = one.std().item(), (one - other).square().mean().sqrt().item()
     relative = difference / spread if difference else 0.0
-    if not relative <= TOLERANCE[precision]:
-        allowed = f"{TOLERANCE[precision]:.2g} of their spread"
-        raise UserError(failed(out, f"logits differ by {relative:.2g} of their spread, and {precision} is allowed {allowed}"))
-    return {"logits": one.numel(), "difference_over_spread": relative, "allowed": TOLERANCE[precision]}
+    if not relative <= allowed:
+        raise UserError(
+            failed(out, f"logits differ by {relative:.2g} of their spread, and {what} is allowed {allowed:.2g} of their spread")
+        )
+    return {"logits": one.numel(), "difference_over_spread": relative, "allowed": allowed}
+
+
+class Probe(NamedTuple):
+    """Fixed inputs: ids (B, L), times s and t (B,), which tokens are hidden (B, L), noise (B, L, d_c)."""
+
+    ids: Tensor
+    s: Tensor
+    t: Tensor
+    hidden: Tensor
+    noise: Tensor
+
+
+def probe(vocab: int, dim: int = 0, seed: int = 0) -> Probe:
+    """Inputs that every network is asked for its logits of; dim: d_c of a flow."""
+    source, (s, t) = random.generator(seed, "verification"), torch.tensor(TIMES, dtype=torch.float64).unbind(1)
+    ids = torch.randint(vocab, (ROWS, POSITIONS), generator=source)
+    hidden = torch.rand(ids.shape, generator=source) < 0.5
+    return Probe(ids, s, t, hidden, torch.randn(ROWS, POSITIONS, dim, generator=source))
 
 
 @torch.no_grad()
-def logits(network: TextDiT | Baseline, fixed: Parts | None, seed: int = 0) -> Tensor:
-    """(N, V) logits in fp32 of fixed tokens, noise and times: of the diagonal, and of a flow map also of the ways ahead."""
-    source = random.generator(seed, "verification")
-    vocab = len(network.log_prior)
-    ids = torch.randint(vocab, (ROWS, POSITIONS), generator=source)
+def logits(network: TextDiT | Baseline, fixed: Parts | None) -> Tensor:
+    """(N, V) logits in fp32 of the probe: of the diagonal, and of a flow map also of the ways ahead."""
+    ids, s, t, hidden, noise = probe(len(network.log_prior), 0 if fixed is None else fixed.code.dim)
     if isinstance(network, Autoregressive):
         return heads.logits(network.head(), network.read(network(ids)))
     if isinstance(network, Discrete):
-        times, mask = torch.tensor([s for s, _ in TIMES], dtype=torch.float64), torch.rand(ids.shape, generator=source) < 0.5
-        return heads.logits(network.head(), network.read(network(ids, times, mask)))
+        return heads.logits(network.head(), network.read(network(ids, s, hidden)))
     assert fixed is not None
-    s, t = torch.tensor(TIMES, dtype=torch.float64).unbind(1)
-    y = noisy_state(fixed.path, lookup(network.refresh(), ids), torch.randn(ROWS, POSITIONS, fixed.code.dim, generator=source), s)
+    y = noisy_state(fixed.path, lookup(network.refresh(), ids), noise, s)
     found = [heads.logits(network.head(), network.read(network(y, s, end), y, s)) for end in ([None, t] if network.map_time else [None])]
     return torch.cat(found)
 
@@ -98,14 +115,18 @@ def logits(network: TextDiT | Baseline, fixed: Parts | None, seed: int = 0) -> T
 def told(found: dict[str, Any]) -> list[str]:
     """What was compared, a line each."""
     lines = [f"{found['tensors']} tensors read back: equal to the checkpoint's" + ("" if found["exact"] else ", rounded as asked")]
+    lines.append(told_logits("the network before and after", found))
+    return [*lines, told_logits("the run and of transformers", found["transformers"])] if "transformers" in found else lines
+
+
+def told_logits(whose: str, found: dict[str, Any]) -> str:
+    """What compare_logits has found."""
     if found["logits"] is None:
-        lines.append(f"logits not compared: {found['reason']}")
-    elif found["allowed"] == 0.0:
-        lines.append(f"{found['logits']:,} logits of the network before and after: equal")
-    else:
-        relative = f"{found['difference_over_spread']:.2g} of their spread, {found['allowed']:.2g} is allowed"
-        lines.append(f"{found['logits']:,} logits of the network before and after: they differ by {relative}")
-    return lines
+        return f"logits of {whose} not compared: {found['reason']}"
+    if found["allowed"] == 0.0:
+        return f"{found['logits']:,} logits of {whose}: equal"
+    relative = f"{found['difference_over_spread']:.2g} of their spread, {found['allowed']:.2g} is allowed"
+    return f"{found['logits']:,} logits of {whose}: they differ by {relative}"
 
 
 def failed(out: Path, what: str) -> str:

@@ -24,7 +24,6 @@ from megaflow.export import load, source, verify
 from megaflow.export.convert import convert, size_of, split
 from megaflow.train import checkpoint as checkpoints
 from megaflow.train import checkpoint_writer, tensor_file
-from tests import layout_job
 from tests.train.writers import write_anew
 
 FAMILIES = [("coded", "flow"), ("char", "flow_map"), ("documents", "autoregressive")]
@@ -42,15 +41,6 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
     return tmp_path / "out"
-
-
-@pytest.fixture(scope="module")
-def mesh_run(ranks, config, workspace) -> Path:
-    """A flow that four processes have trained, tensor 2 x data 2, each with its files under ZeRO 2."""
-    path = workspace / "run-convert-mesh"
-    words = ["pretrain", str(config("coded", "flow")), f"run.dir={path}", "parallel.tensor=2", "parallel.zero=2"]
-    ranks(4, layout_job.train, [*words, "train.steps=4", "train.validation_rows=8"])
-    return path
 
 
 class TestEveryFamily:
@@ -222,9 +212,9 @@ class TestRefused:
     def test_options_that_do_not_belong(self, cli, trained, out):
         run = trained("coded")
         self.refused(cli, f"--step: {run} keeps no checkpoint of step 7; it keeps 30, 40", run, out, "--step", 7)
-        self.refused(cli, "--processes belongs to --as run", run, out, "--processes", 2)
-        self.refused(cli, "--precision belongs to --as model", run, out, "--as", "run", "--precision", "bf16")
-        self.refused(cli, "--processes: 0 is not a whole number from 1", run, out, "--as", "run", "--processes", 0)
+        self.refused(cli, "--processes belongs to --to run", run, out, "--processes", 2)
+        self.refused(cli, "--precision belongs to a network", run, out, "--to", "run", "--precision", "bf16")
+        self.refused(cli, "--processes: 0 is not a whole number from 1", run, out, "--to", "run", "--processes", 0)
         self.refused(cli, "--shard-size: 'much'", run, out, "--shard-size", "much")
 
     def test_weights_of_another_network(self, cli, copied, out):
@@ -333,7 +323,9 @@ def test_what_does_not_fit_in_memory_is_compared_by_its_tensors(trained, out, mo
     monkeypatch.setattr(verify, "memory", lambda: 10**6)
     told = convert(trained("coded"), out)
     assert told[1].endswith("tensors read back: equal to the checkpoint's")
-    assert told[2].startswith("logits not compared: the network takes 26") and told[2].endswith("of memory and 1 MB are free")
+    assert told[2].startswith("logits of the network before and after not compared: the network takes 26") and told[2].endswith(
+        "of memory and 1 MB are free"
+    )
     assert json.loads((out / "export.json").read_text())["verified"]["logits"] is None
     assert same(weights(out), checkpoints.newest(trained("coded")).tensors("averaged"))
 
@@ -350,7 +342,7 @@ def status(name):
 checkpoint.BLOCK = 2**20
 verify.memory = lambda: 0
 run, small, out, form = sys.argv[1:]
-way = dict(precision="bf16", shard_size="20MB") if form == "model" else dict(form="run", processes=3)
+way = dict(to="run", processes=3) if form == "run" else dict(to=form, precision="bf16", shard_size="20MB")
 convert(small, out + "-small", **way)  # what the first of them loads is no matter of sizes
 open("/proc/self/clear_refs", "w").write("5")
 before = status("VmRSS")
@@ -359,7 +351,7 @@ print(status("VmHWM") - before)
 """
 
 
-@pytest.mark.parametrize("form", ["model", "run"])
+@pytest.mark.parametrize("form", ["safetensors", "hf", "run"])
 def test_a_model_larger_than_the_memory_that_it_is_given(trained, tmp_path, out, process, form):
     """67 MB of weights in tensors of 34 MB, in blocks of 1 MB: it never holds so much as one of the tensors."""
     small, run = trained("coded", "autoregressive"), tmp_path / "large"

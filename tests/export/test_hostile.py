@@ -73,7 +73,7 @@ def refused(cli, *words: object) -> str:
     return lines[0]
 
 
-WAYS = [("--weights", "live"), ("--weights", "averaged"), ("--as", "run")]
+WAYS = [("--weights", "live"), ("--weights", "averaged"), ("--to", "run")]
 AVERAGED, WEIGHTS = "averaged-00000-of-00001.safetensors", "weights-00000-of-00001.safetensors"
 
 

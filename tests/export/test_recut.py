@@ -1,4 +1,4 @@
-"""`megaflow convert RUN OUT --as run`: the same run, its checkpoint in the files of another number of processes."""
+"""`megaflow convert RUN OUT --to run`: the same run, its checkpoint in the files of another number of processes."""
 
 import json
 import shutil
@@ -34,7 +34,7 @@ def goes_on(config, run, steps: int) -> list[float]:
 @pytest.mark.parametrize("processes", [1, 3])
 def test_training_goes_on_as_it_would_have(copied, config, tmp_path, processes):
     run, out = copied("coded"), tmp_path / "out"
-    told = convert(run, out, form="run", processes=processes)
+    told = convert(run, out, to="run", processes=processes)
     assert told[0].endswith(f"4 files of tensors became {3 * processes + 1}; training continues with run.dir={out}")
     assert told[1].endswith("tensors read back: equal to the checkpoint's") and told[2].endswith("before and after: equal")
     assert same(checkpoints.newest(out), checkpoints.newest(run))
@@ -56,7 +56,7 @@ def test_from_the_files_of_four_processes_into_one_and_into_many(ranks, config, 
     assert len(found.files) == 13
     for processes in (1, 5):
         out = tmp_path / f"files-{processes}"
-        convert(run, out, form="run", processes=processes)
+        convert(run, out, to="run", processes=processes)
         again = checkpoints.newest(out)
         assert same(again, found)
         assert {name.rsplit("-", 3)[0] for name in again.files} == set(GROUPS)
@@ -73,7 +73,7 @@ def test_a_map_stays_finished_and_what_is_its_own_stays_behind(copied, config, t
     content = json.loads((run / "run.json").read_text()) | {"wandb": "abcd"}
     (run / "run.json").write_text(json.dumps(content))
     (run / "wandb").mkdir()
-    convert(run, out, form="run", processes=2)
+    convert(run, out, to="run", processes=2)
     about = json.loads((out / "run.json").read_text())
     assert about["converted"] == {"from": str(run), "step": 40, "processes": 2} and "wandb" not in about
     assert (about["stage"], about["starts"]) == (content["stage"], content["starts"])
@@ -92,7 +92,7 @@ def test_a_map_stays_finished_and_what_is_its_own_stays_behind(copied, config, t
 
 
 def test_an_earlier_step_ends_the_curve_there(trained, tmp_path):
-    convert(trained("coded"), tmp_path / "out", form="run", step=30)
+    convert(trained("coded"), tmp_path / "out", to="run", step=30)
     assert checkpoints.steps(tmp_path / "out") == [30]
     assert max(line["step"] for line in runs.lines(tmp_path / "out" / "metrics.jsonl")) == 30
 
@@ -100,7 +100,7 @@ def test_an_earlier_step_ends_the_curve_there(trained, tmp_path):
 def test_nothing_is_left_of_one_that_fails(cli, copied, tmp_path):
     run = copied("coded")
     shutil.rmtree(run / "shards")
-    told = cli("convert", run, tmp_path / "out", "--as", "run")
+    told = cli("convert", run, tmp_path / "out", "--to", "run")
     assert told.code == 2 and "restore this folder of the run" in told.err
     assert [path.name for path in tmp_path.iterdir()] == [run.name]
 

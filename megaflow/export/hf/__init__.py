@@ -1,0 +1,11 @@
+"""A converted model that plain transformers opens too: `AutoModel.from_pretrained(OUT, trust_remote_code=True)`, without megaflow.
+
+write                 what lies in the folder besides, and whether transformers computes the same
+fields                what config.json says, and the fixed tensors beside the weights
+card                  the model card
+modeling_megaflow     the network as transformers has it, copied into the folder as it is
+"""
+
+from megaflow.export.hf.write import compare, fixed, write
+
+__all__ = ["compare", "fixed", "write"]

@@ -1,0 +1,134 @@
+"""The model card: what the network is, what it has learned from, how it was measured, and what it cannot do. Filled from the run alone."""
+
+import json
+import math
+from typing import Any
+
+import megaflow
+from megaflow.config.load import flatten
+from megaflow.data import shards
+from megaflow.export.source import Source
+from megaflow.files import read_if_whole
+from megaflow.train.stages import SHARDS
+
+EVALUATION = "evaluation.json"
+"""Where an evaluation lies in a run: evaluate/kept.py, which imports this room."""
+KINDS = {
+    "flow": "A flow language model: it refines every position of a text at once, from noise to tokens, in as many steps as asked for.",
+    "flow_map": "A flow map, distilled from a flow language model: it writes every position of a text at once, in one to a few steps.",
+    "autoregressive": "An autoregressive language model, the baseline of flow language models: one token after another.",
+    "masked": "A masked diffusion language model, a baseline of flow language models: hidden tokens are written, some at every step.",
+    "uniform": "A uniform diffusion language model, a baseline of flow language models: random tokens are replaced, some at every step.",
+}
+SHOWN = ("model", "flow", "clock", "distill", "train")
+"""Sections of the config that say how the network was made."""
+
+
+def card(source: Source, name: str, about: dict[str, Any], group: str) -> str:
+    """README.md. about: config.json; group: 'averaged' or 'weights', which were converted."""
+    config, state = source.loaded.config, source.found.state
+    manifest = shards.read_description(source.run / SHARDS)
+    train = manifest["splits"]["train"]
+    layers, heads = about["num_hidden_layers"], about["num_attention_heads"]
+    count = sum(math.prod(shape) for shape in source.shapes.values())
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "tags: [megaflow]",
+        "---",
+        "",
+        f"# {name}",
+        "",
+    ]
+    lines += [KINDS[source.kind], "", "## Use", "", *_code(source.kind), ""]
+    lines += [f"Texts have {manifest['length']} tokens. The same seed gives the same texts, those of `megaflow sample`.", ""]
+    lines += ["## Made of", "", "| | |", "|---|---|"]
+    rows = {
+        "network": f"{count:,} weights: {layers} layers of {about['hidden_size']}, {heads} heads",
+        "text": "; ".join(f"{each['name']} ({each['bytes']:,} bytes, SHA-256 {each['sha256'][:12]}…)" for each in manifest["sources"]),
+        "tokenizer": f"{manifest['tokenizer']['kind']}, {manifest['tokenizer']['vocab_size']:,} tokens",
+        "training split": f"{train['tokens']:,} tokens in rows of {manifest['length']}, packing {manifest['packing']}",
+        "trained for": f"{state['step']:,} steps" + (f", {state['tokens']:,} tokens" if state.get("tokens") else ""),
+        "weights": "moving average of training's" if group == "averaged" else "those that training moves, not averaged",
+        "made by": f"megaflow {megaflow.__version__}, checkpoint {source.found.sha256[:12]}…, seed {config.run.seed}",
+    }
+    lines += [f"| {key} | {_cell(value)} |" for key, value in rows.items()]
+    lines += ["", "## Measured", "", *_measured(source, group), "", "## Limits", "", *_limits(source, about), ""]
+    lines += [
+        "## Config",
+        "",
+        "Every value is in `config.yaml`. What differs from the defaults:",
+        "",
+        "```yaml",
+        *_chosen(source),
+        "```",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _code(kind: str) -> list[str]:
+    steps = {"autoregressive": "", "flow_map": "num_steps=1, "}.get(kind, "num_steps=64, ")
+    return [
+        "```python",
+        "from transformers import AutoModel, AutoTokenizer",
+        "",
+        'model = AutoModel.from_pretrained("FOLDER", trust_remote_code=True)',
+        'tokenizer = AutoTokenizer.from_pretrained("FOLDER")',
+        f"tokens = model.generate({steps}num_texts=4, seed=0)",
+        "print(tokenizer.batch_decode(tokens, skip_special_tokens=True))",
+        "```",
+    ]
+
+
+def _measured(source: Source, group: str) -> list[str]:
+    found = read_if_whole(source.run / EVALUATION)
+    if group != "averaged" or (found.get("step"), found.get("weights")) != (source.found.state["step"], source.found.sha256):
+        return ["Nothing: these weights have not been evaluated (`megaflow evaluate` before `megaflow convert`)."]
+    likelihood, reference = found["likelihood"], found["reference"]
+    lines = []
+    if likelihood.get("bits_per_char") is not None:
+        error = likelihood.get("row_error_bits_per_char")
+        kind = "exact" if likelihood["kind"] == "exact" else "at most"
+        beside = f" ± {error:.3f} over rows" if error else ""
+        unigram = likelihood["unigram_bits_per_char"]
+        lines += [
+            f"Validation text: {kind} {likelihood['bits_per_char']:.3f} bits per character{beside} (unigram entropy {unigram:.3f}).",
+            "",
+        ]
+    judged = found.get("samples", {})
+    lines += [f"Generated texts under a {found['judge']['name']}; always to be read with the entropy beside it:", ""]
+    lines += ["| steps | judge, bits per character | entropy of tokens within a text, nats |", "|---|---|---|"]
+    for steps, texts in [*judged.items(), ("real text", reference["data"])]:
+        bits = texts["judge_bits_per_char"]
+        lines.append(f"| {steps} | {'none' if bits is None else f'{bits:.2f}'} | {texts['entropy']:.2f} |")
+    return lines
+
+
+def _limits(source: Source, about: dict[str, Any]) -> list[str]:
+    lines = [
+        "- It has learned from the text above alone, says what that says, and has been taught nothing about what not to say.",
+        f"- A text has at most {about['max_position_embeddings']} tokens.",
+    ]
+    if about["no_given"]:
+        lines.append(f"- No prompt: {about['no_given']}.")
+    if source.kind == "autoregressive":
+        lines.append("- `forward` takes padding behind a text only.")
+    elif source.kind in ("flow", "flow_map"):
+        lines.append("- Its likelihood is a bound, and that of the flow: a flow map's texts have no likelihood.")
+    return lines
+
+
+def _chosen(source: Source) -> list[str]:
+    config, origin = source.loaded.config, source.loaded.origin
+    flat = flatten(config)
+    return [
+        f"{key}: {json.dumps(flat[key], ensure_ascii=False)}"
+        for key in sorted(flat)
+        if key.partition(".")[0] in SHOWN and origin.get(key) != "default"
+    ]

@@ -1,0 +1,73 @@
+"""The files of a converted model that transformers opens it by, and the comparison of what it then computes with the run's network."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megaflow.data import shards
+from megaflow.export import verify
+from megaflow.export.folder import FIXED
+from megaflow.export.hf import card, fields
+from megaflow.export.source import Source, sized
+from megaflow.flow.interpolant import noisy_state
+from megaflow.model import parts
+from megaflow.train.stages import SHARDS
+
+ALLOWED = 1e-5
+"""Root mean square by which logits of transformers may differ from the run's, over their spread: another order of the same sums in fp32."""
+
+
+def fixed(source: Source, group: str) -> dict[str, Tensor]:
+    """The fixed tensors of a run's network with the weights of a group, by their names in the folder."""
+    found, _ = _fixed(source, group)
+    return {f"{FIXED}{name}": value for name, value in found.items()}
+
+
+def _fixed(source: Source, group: str) -> tuple[dict[str, Tensor], parts.Parts | None]:
+    kept = parts.read(source.run / parts.FILE) if source.is_flow else None
+    weight = source.found.read(f"{group}/code_weight") if "code_weight" in source.shapes else None
+    return fields.fixed_tensors(source.loaded.config, source.run / SHARDS, kept, weight)
+
+
+def write(source: Source, partial: Path, name: str, group: str, precision: torch.dtype) -> None:
+    """Everything but tensors; the model card is called `name`."""
+    found, own = _fixed(source, group)
+    clock = (source.found.read("stage/clock_times"), source.found.read("stage/clock_tau")) if source.is_flow else None
+    folder, config = source.run / SHARDS, source.loaded.config
+    about = fields.described(config, source.kind, precision, folder, found, own, clock)
+    texts = {
+        "config.json": json.dumps(about, indent=1) + "\n",
+        "README.md": card.card(source, name, about, group),
+    } | fields.tokenizer_files(folder)
+    for file, text in texts.items():
+        (partial / file).write_text(text, "utf-8")
+    shutil.copyfile(fields.MODELING, partial / fields.MODELING.name)
+    for file in (*texts, fields.MODELING.name):
+        shards.describe_file(partial / file)  # on disk
+
+
+def compare(source: Source, out: Path, partial: Path, group: str, precision: str) -> dict[str, Any]:
+    """Logits of the run's network against those of the folder as transformers opens it, in fp32. Raises UserError."""
+    after = sized(source, lambda: logits(partial, source))
+    return verify.compare_logits(out, source.network(group), after, verify.TOLERANCE[precision] or ALLOWED, "transformers")
+
+
+@torch.no_grad()
+def logits(folder: Path, source: Source) -> Tensor:
+    """(N, V) what verify.logits computes, of the network as transformers opens it. Imports transformers."""
+    from megaflow.export.hf import modeling_megaflow as modeling
+
+    model = getattr(modeling, fields.CLASSES[source.kind]).from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    ids, s, t, hidden, noise = verify.probe(model.config.vocab_size, model.config.code_dim if source.is_flow else 0)
+    if source.kind == "autoregressive":
+        return model.row_logits(ids)[:, :-1].flatten(0, 1)
+    if not source.is_flow:
+        return model(ids, s, hidden).logits.flatten(0, 1)
+    path = parts.read(source.run / parts.FILE).path
+    y = noisy_state(path, model.codes(ids), noise, s)
+    found = [model(y, s, end).logits for end in ([None, t] if source.kind == "flow_map" else [None])]
+    return torch.cat(found).flatten(0, 1)

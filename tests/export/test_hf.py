@@ -1,0 +1,257 @@
+"""`megaflow convert RUN OUT --to hf`: transformers opens OUT, computes the run's logits and writes the run's texts."""
+
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from megaflow.data.tokenizer import decode, encode, load_tokenizer
+from megaflow.evaluate.generate import sample
+from megaflow.evaluate.loaded import load_run
+from megaflow.export import load
+from megaflow.export.convert import convert
+from megaflow.export.hf import modeling_megaflow as modeling
+from megaflow.export.hf.fields import CLASSES
+from megaflow.export.hf.modeling_megaflow import FlowModel
+from megaflow.flow import head as heads
+from megaflow.train import stages
+
+FEW = ["train.steps=2", "train.checkpoint_every=2", "train.validate_every=2", "train.validation_rows=8"]
+VARIANTS = {
+    "frame": ("coded", []),
+    "one-hot": ("char", []),
+    "documents": ("documents", []),
+    "given, recalls": ("coded", ["flow.context.share=0.5", "flow.self_conditioning=0.5"]),
+    "learned code": ("coded", ["flow.code=learned", "model.input=both"]),
+    "embedding": ("coded", ["flow.code=embedding", "model.input=linear", "flow.skip=off"]),
+    "tied": ("coded", ["model.head=tied", "model.belief_dim=auto", "model.softcap=5", "model.qk_norm=false", "model.neighbors=0"]),
+    "tokens of time": ("coded", ["model.time=tokens", "model.registers=3"]),
+    "untimed": ("coded", ["model.time=none"]),
+    "power": ("coded", ["flow.interpolant=power:exponent=3"]),
+    "trigonometric": ("coded", ["flow.interpolant=trigonometric", "flow.prior=gaussian:temperature=2"]),
+    "variance preserving": ("coded", ["flow.interpolant=variance_preserving"]),
+    "vertices": ("coded", ["flow.prior=vertices:temperature=1.5", "model.input=linear", "flow.skip=off", "flow.clock.name=uniform"]),
+    "dirichlet": ("char", ["flow.prior=dirichlet:temperature=2", "model.input=linear", "flow.skip=off", "flow.clock.name=uniform"]),
+    "autoregressive": ("coded", ["model.family=autoregressive"]),
+    "autoregressive documents": ("documents", ["model.family=autoregressive", "model.neighbors=0"]),
+    "masked": ("documents", ["model.family=masked"]),
+    "masked untimed": ("coded", ["model.family=masked", "model.time=none", "model.head=tied", "model.belief_dim=auto"]),
+    "uniform": ("coded", ["model.family=uniform"]),
+}
+CHECKED = ("documents", "given, recalls", "learned code", "tokens of time", "dirichlet", "masked", "uniform")
+
+
+@pytest.fixture(scope="module")
+def variant(config, workspace) -> Callable[[str], Path]:
+    """The run of a few steps of a network of VARIANTS."""
+
+    def run(name: str) -> Path:
+        kind, words = VARIANTS[name]
+        path = workspace / f"run-hf-{name}"
+        if not path.exists():
+            assert stages.pretrain(str(config(kind)), [f"run.dir={path}", *words, *FEW]) == 0
+        return path
+
+    return run
+
+
+def opened(out: Path) -> modeling.MegaFlowModel:
+    found = modeling.MegaFlowConfig.from_pretrained(out)
+    return getattr(modeling, CLASSES[found.kind]).from_pretrained(out).eval()
+
+
+@pytest.fixture(scope="module")
+def converted(trained, workspace) -> Callable[[str, str], Path]:
+    """The folder that a run of conftest was converted to."""
+
+    def folder(kind: str, family: str) -> Path:
+        path = workspace / f"hf-{kind}-{family}"
+        if not path.exists():
+            convert(trained(kind, family), path, to="hf")
+        return path
+
+    return folder
+
+
+def same_texts(run: Path, out: Path, ours: dict, theirs: dict) -> None:
+    """What the folder writes is what the run writes."""
+    found = sample(run, count=2, seed=7, **theirs)
+    texts = opened(out).generate(num_texts=2, seed=7, return_dict_in_generate=True, **ours)
+    assert [row[:length] for row, length in zip(texts.sequences.tolist(), texts.lengths.tolist(), strict=True)] == found["tokens"]
+
+
+@pytest.mark.parametrize("name", [name if name in CHECKED else pytest.param(name, marks=pytest.mark.long) for name in VARIANTS])
+def test_logits_and_texts_are_the_run_s(variant, tmp_path, name):
+    told = convert(variant(name), tmp_path / "out", to="hf")
+    assert re.fullmatch(r"[\d,]+ logits of the run and of transformers: they differ by \S+ of their spread, 1e-05 is allowed", told[3]), (
+        told
+    )
+    same_texts(variant(name), tmp_path / "out", {}, {"steps": None})
+
+
+class TestGeneration:
+    """Every way of writing text gives the tokens of `megaflow sample`."""
+
+    @pytest.mark.parametrize(
+        "steps, way",
+        [
+            (1, {}),
+            (3, {}),
+            (3, {"last": 0.2}),
+            (2, {"gamma": 1.0}),
+            (3, {"gamma": 0.5}),
+            (2, {"method": "ode"}),
+            (3, {"method": "ancestral"}),
+        ],
+    )
+    def test_flow_map(self, trained, converted, steps, way):
+        same_texts(trained("char", "flow_map"), converted("char", "flow_map"), {"num_steps": steps, **way}, {"steps": steps, **way})
+
+    @pytest.mark.parametrize("way", [{}, {"gamma": 0.0}, {"method": "stochastic"}, {"method": "ancestral"}, {"temperature": 0.7}])
+    def test_flow(self, trained, converted, way):
+        same_texts(trained("coded", "flow"), converted("coded", "flow"), {"num_steps": 4, **way}, {"steps": 4, **way})
+
+    def test_autoregressive(self, trained, converted):
+        way = {"temperature": 0.8}
+        same_texts(trained("documents", "autoregressive"), converted("documents", "autoregressive"), way, {"steps": None, **way})
+
+
+class TestGivenTokens:
+    @pytest.mark.parametrize("name", ["given, recalls", pytest.param("masked", marks=pytest.mark.long)])
+    def test_a_beginning(self, variant, tmp_path, name):
+        convert(variant(name), tmp_path / "out", to="hf")
+        ids = AutoTokenizer.from_pretrained(tmp_path / "out")("And God said", return_tensors="pt").input_ids
+        same_texts(variant(name), tmp_path / "out", {"prompt": ids[0], "num_steps": 4}, {"steps": 4, "prompt": "And God said"})
+
+    def test_all_but_a_blank(self, variant, tmp_path):
+        run = variant("given, recalls")
+        convert(run, tmp_path / "out", to="hf")
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+        before, after = (tokenizer(text).input_ids for text in ("And God", " said"))
+        ids, mask = torch.tensor(before + [0, 0] + after), torch.tensor([1] * len(before) + [0] * 2 + [1] * len(after))
+        found = sample(run, count=2, steps=3, seed=7, infill="And God ___ said", blank=2)
+        texts = opened(tmp_path / "out").generate(3, prompt=ids, mask=mask, num_texts=2, seed=7)
+        assert texts[:, : len(ids)].tolist() == found["tokens"]
+
+    def test_each_text_has_its_own(self, converted):
+        model, ids = opened(converted("documents", "autoregressive")), torch.tensor([[5, 6], [7, 8]])
+        assert model.generate(prompt=ids)[:, :2].tolist() == ids.tolist()
+
+    @pytest.mark.parametrize(
+        "options, said",
+        [
+            ({"mask": [True]}, "give a prompt too"),
+            ({"prompt": [1] * 49}, "the prompt has 49 tokens, and a text 48"),
+            ({"prompt": [300]}, r"outside of 0 … 299"),
+            ({"prompt": [[1], [2]], "num_texts": 3}, "num_texts is 3, and there are 2 prompts"),
+            ({"prompt": [1, 2], "mask": [False, True]}, "knows nothing of what comes later"),
+            ({"num_steps": 2}, "writes one token after another: no num_steps"),
+            ({"temperature": 0.0}, "temperature must be a finite number above 0"),
+        ],
+    )
+    def test_what_makes_no_sense_is_refused(self, converted, options, said):
+        with pytest.raises(ValueError, match=said):
+            opened(converted("documents", "autoregressive")).generate(**options)
+
+    def test_a_flow_that_heeds_none_says_so(self, converted):
+        with pytest.raises(ValueError, match=r"trained without given tokens \(flow.context.share=0\)"):
+            opened(converted("coded", "flow")).generate(prompt=[1])
+
+
+class TestTheFolder:
+    def test_it_is_still_a_converted_model(self, trained, converted):
+        out = converted("coded", "flow")
+        ours, theirs = (sample(each, count=2, steps=2, seed=3) for each in (out, trained("coded")))
+        assert ours | {"run": ""} == theirs | {"run": ""}
+
+    @pytest.mark.parametrize("kind, family", [("coded", "flow"), ("char", "flow_map"), ("documents", "autoregressive")])
+    def test_the_tokenizer_is_the_run_s(self, trained, converted, kind, family):
+        ours, theirs = AutoTokenizer.from_pretrained(converted(kind, family)), load_tokenizer(trained(kind, family) / "shards")
+        for text in ("and it came to pass", "in the beginning <|end|>" if kind != "char" else "amen", " two  spaces "):
+            ids = encode(theirs, text)
+            assert ours(text).input_ids == ids and ours.decode(ids) == decode(theirs, ids) == text
+
+    def test_tensors_in_files_of_a_size(self, trained, tmp_path):
+        convert(trained("coded"), tmp_path / "out", to="hf", shard_size="40KB")
+        assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 4
+        same_texts(trained("coded"), tmp_path / "out", {"num_steps": 2}, {"steps": 2})
+
+    def test_half_precision_leaves_what_the_channel_is_read_by_whole(self, trained, tmp_path):
+        convert(trained("coded"), tmp_path / "out", to="hf", precision="bf16")
+        model = FlowModel.from_pretrained(tmp_path / "out", dtype="auto")
+        assert model.weight.dtype == torch.bfloat16 and model.fixed.code.dtype == torch.float32
+        _, parts, _, _ = load(tmp_path / "out", "cpu")
+        assert torch.equal(model.fixed.code, parts.code.matrix) and torch.equal(model.fixed.log_prior, parts.log_prior)
+        assert model.generate(2).shape == (1, 16)
+
+    def test_from_four_processes(self, mesh_run, tmp_path):
+        convert(mesh_run, tmp_path / "out", to="hf")
+        same_texts(mesh_run, tmp_path / "out", {"num_steps": 2}, {"steps": 2})
+
+    def test_losses_of_a_causal_model_are_the_run_s(self, trained, converted):
+        out, run = converted("documents", "autoregressive"), load_run(trained("documents", "autoregressive"))
+        ids = torch.randint(300, (2, 48), generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            nll = heads.negative_log_likelihood(run.network.head(), run.network.read(run.network(ids)), ids.flatten()).view(2, 48)
+            found = opened(out)(ids, labels=ids)
+        torch.testing.assert_close(found.loss, nll[:, 1:].mean(), rtol=1e-5, atol=0.0)
+        padded = torch.ones_like(ids)
+        padded[0, 0] = 0
+        with pytest.raises(ValueError, match="padding belongs behind a text"):
+            opened(out)(ids, attention_mask=padded)
+
+    def test_without_megaflow(self, converted, elsewhere):
+        out = converted("char", "flow_map")
+        told = elsewhere(
+            "from transformers import AutoModel, AutoTokenizer",
+            f"model = AutoModel.from_pretrained({str(out)!r}, trust_remote_code=True)",
+            f"tokenizer = AutoTokenizer.from_pretrained({str(out)!r})",
+            "print(tokenizer.batch_decode(model.generate(num_steps=1, num_texts=1, seed=7))[0])",
+        )
+        assert told.rstrip("\n") == tokens_of(out)
+        card = (out / "README.md").read_text()
+        assert "AutoModel.from_pretrained" in card and "have not been evaluated" in card
+
+    def test_a_causal_model_without_megaflow(self, converted, elsewhere):
+        out = converted("documents", "autoregressive")
+        told = elsewhere(
+            "import torch; from transformers import AutoModelForCausalLM",
+            f"model = AutoModelForCausalLM.from_pretrained({str(out)!r}, trust_remote_code=True)",
+            "print(model(torch.tensor([[1, 2, 3]])).logits.shape)",
+        )
+        assert told.strip() == "torch.Size([1, 3, 300])"
+
+
+def tokens_of(out: Path) -> str:
+    return sample(out, count=1, steps=1, seed=7)["texts"][0]
+
+
+@pytest.fixture
+def elsewhere(tmp_path) -> Callable[..., str]:
+    """Runs lines of Python in an environment that has torch and transformers, and neither megaflow nor what it needs besides."""
+    venv = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
+    place = next(venv.glob("lib/python3*/site-packages"))
+    for entry in Path(sysconfig.get_paths()["purelib"]).iterdir():
+        if not re.search("megaflow|deepspeed|streaming|omegaconf|wandb|webdataset", entry.name):
+            (place / entry.name).symlink_to(entry)
+
+    def run(*lines: str) -> str:
+        hidden = {"PYTHONPATH", "PYTHONHOME"}
+        env = {key: value for key, value in os.environ.items() if key not in hidden} | {
+            "HF_HOME": str(tmp_path / "hf"),
+            "HF_HUB_OFFLINE": "1",
+        }
+        code = "\n".join(["import importlib.util as u; assert not any(u.find_spec(x) for x in ('megaflow', 'deepspeed'))", *lines])
+        found = subprocess.run([venv / "bin/python", "-c", code], capture_output=True, text=True, env=env, cwd=tmp_path)
+        assert found.returncode == 0, found.stderr
+        return found.stdout
+
+    return run

@@ -141,8 +141,11 @@ def parser() -> argparse.ArgumentParser:
     convert.add_argument(
         "--to",
         choices=("safetensors", "hf", "run"),
-        default="safetensors",
+        default=None,
         help="safetensors: the network alone (default); hf: so that transformers opens it besides; run: a run, its checkpoint cut anew",
+    )
+    convert.add_argument(
+        "--from", dest="origin", choices=("run", "hf"), default="run", help="hf: RUN is a folder of convert, and becomes the run OUT again"
     )
     convert.add_argument("--step", type=int, default=None, help="of the checkpoint (default: the newest)")
     convert.add_argument("--weights", choices=("averaged", "live"), default=None, help="of a network: which (default averaged)")
@@ -306,7 +309,7 @@ def run(arguments: argparse.Namespace, began: float) -> int:
         from megaflow.export.convert import convert
 
         model = arguments.weights, arguments.precision, arguments.shard_size
-        print("\n".join(convert(arguments.run, arguments.out, *model, arguments.step, arguments.to, arguments.processes)))
+        print("\n".join(convert(arguments.run, arguments.out, *model, arguments.step, arguments.to, arguments.processes, arguments.origin)))
         return 0
     if arguments.command == "submit":
         from megaflow.launch.submit import submit

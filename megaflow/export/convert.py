@@ -21,13 +21,14 @@ from megaflow.data import shards
 from megaflow.errors import UserError
 from megaflow.export import hf, verify
 from megaflow.export.folder import FILE, INDEX, MODEL, PRECISIONS, STAGE, VERSION, load
+from megaflow.export.into_run import into_run
 from megaflow.export.recut import recut
 from megaflow.export.source import MEGABYTE, Source, made, open_source, room, sized
 from megaflow.model import parts
 from megaflow.progress import Progress
 from megaflow.train import checkpoint as checkpoints
 from megaflow.train import tensor_file
-from megaflow.train.stages import SHARDS
+from megaflow.train.stages import SHARDS, TEACHER_FILE
 
 WEIGHTS = {"averaged": "averaged", "live": "weights"}
 """Group of a checkpoint that each kind of weights is."""
@@ -42,18 +43,26 @@ def convert(
     precision: str | None = None,
     shard_size: str | None = None,
     step: int | None = None,
-    to: str = "safetensors",
+    to: str | None = None,
     processes: int | None = None,
+    origin: str = "run",
 ) -> list[str]:
     """Convert a run's newest checkpoint, or that of a step, into a new folder; returns what was done and compared, a line each.
 
-    to 'safetensors': `weights` 'averaged' (if None) or 'live', in `precision` fp32 (if None), bf16 or fp16, in files of at most
+    to 'safetensors' (if None): `weights` 'averaged' (if None) or 'live', in `precision` fp32 (if None), bf16 or fp16, in files of at most
     `shard_size` (5GB if None) but for a tensor that is larger alone. to 'hf': the same, with what transformers opens it by. to 'run': a run
-    directory from which training continues, its checkpoint in the files of `processes` (1 if None). Raises UserError.
+    directory from which training continues, its checkpoint in the files of `processes` (1 if None). origin 'hf': `run` is such a folder,
+    and becomes a run again. Raises UserError.
     """
     run, out = Path(run), Path(out)
+    of_network = [name for name, value in (("weights", weights), ("precision", precision), ("shard-size", shard_size)) if value is not None]
+    if origin == "hf":
+        others = [name for name, value in (("step", step), ("processes", processes)) if value is not None]
+        if given := [*of_network, *others, *(["to"] if to not in (None, "run") else [])]:
+            raise UserError(f"--{given[0]} has no place beside --from hf: a folder becomes a run as it is")
+        return into_run(run, out)
     if to == "run":
-        if given := [name for name, value in (("weights", weights), ("precision", precision), ("shard-size", shard_size)) if value]:
+        if given := of_network:
             raise UserError(
                 f"--{given[0]} belongs to a network: a run keeps all its weights, in fp32, in a file for each process and group"
             )
@@ -154,6 +163,8 @@ def _write_rest(source: Source, partial: Path) -> None:
     (partial / "config.yaml").write_text(to_yaml(source.loaded.config), "utf-8")
     _write_json(partial / "origin.json", source.loaded.origin)
     shards.copy_description(source.run / SHARDS, partial / SHARDS)
+    if (source.run / TEACHER_FILE).exists():
+        (partial / TEACHER_FILE).write_bytes((source.run / TEACHER_FILE).read_bytes())
     if source.is_flow:
         (partial / parts.FILE).write_bytes((source.run / parts.FILE).read_bytes())
         tensor_file.write(partial / STAGE, *tensor_file.given(source.found.tensors("stage")), {"format": "pt"})
@@ -174,6 +185,7 @@ def _manifest(source: Source, partial: Path, weights: str, precision: str, files
             "run": str(source.run),
             "step": found.state["step"],
             "tokens": found.state.get("tokens"),
+            "state": found.state,
             "manifest": tensor_file.sha256(found.path / checkpoints.MANIFEST),
             "content": found.sha256,
         },

@@ -6,12 +6,13 @@
     config.yaml, origin.json    the run's resolved config, and where each of its values came from
     flow.safetensors            the fixed parts of a flow: code, prior and range of log-SNR; not of a baseline
     stage.safetensors           what the stage has measured: the clock of a flow and its profile; not of a baseline
+    teacher.json                of a flow map, the checkpoint that it was distilled from
     shards/                     what the shards say of themselves: tokenizer, counts, length of rows
     config.json, …              of --to hf, what transformers opens it by (export/hf)
 
 export.json is {"version", "megaflow", "kind": flow, flow_map, or the family of a baseline, "weights": averaged or live, "precision",
-"parameters", "source": {run, step, tokens, manifest: SHA-256 of the checkpoint's manifest.json, content: identity of its averaged weights
-and stage}, "verified": what was compared after writing, "files": {name: {bytes, sha256}}}.
+"parameters", "source": {run, step, tokens, state: the checkpoint's counters, manifest: SHA-256 of its manifest.json, content: identity of
+its averaged weights and stage}, "verified": what was compared after writing, "files": {name: {bytes, sha256}}}.
 
 Reading runs no code of the folder's: JSON, YAML's plain values and bytes of tensors.
 """
@@ -60,7 +61,7 @@ def load(directory: str | Path, device: torch.device | str) -> tuple[TextDiT | B
     """
     directory, device = Path(directory), torch.device(device)
     manifest = read_manifest(directory)
-    _compare(directory, manifest)
+    compare(directory, manifest)
     config = read_config(directory).config
     network, fixed = build_network(directory, config, manifest["kind"] == "flow_map", device)
     names, read = tensors(directory)
@@ -101,7 +102,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     return found
 
 
-def _compare(directory: Path, manifest: dict[str, Any]) -> None:
+def compare(directory: Path, manifest: dict[str, Any]) -> None:
     """Compare the files that the network is made of with those that were written. Raises UserError."""
     for name in made_of(manifest["files"]):
         if (directory / name).parent != directory:

@@ -62,7 +62,7 @@ def open_source(run: Path, step: int | None, groups: list[str]) -> Source:
     The checkpoint's weights are held against the network that config.yaml describes, which is not made for that. Raises UserError.
     """
     if is_model(run):
-        raise UserError(f"{run}: this is a converted model and no run; convert the run that it was made of")
+        raise UserError(f"{run}: this is a converted model and no run; convert the run that it was made of, or --from hf")
     loaded = read_run(run)
     read_description(run / SHARDS)
     kept = checkpoints.steps(run)

@@ -21,7 +21,9 @@ from megaflow.files import read_json, write_atomically
 from megaflow.model import devices
 from megaflow.model.attention import choose
 from megaflow.model.build import parameters
+from megaflow.parallel import boxes
 from megaflow.parallel import mesh as meshes
+from megaflow.parallel.boxes import Box
 from megaflow.parallel.mesh import Mesh
 from megaflow.parallel.watch import Watch
 from megaflow.process import STOP_SIGNALS, STOPPED
@@ -178,9 +180,14 @@ def resume(directory: Path, deep: Any, stage: Stage, mesh: Mesh) -> dict[str, An
     if saved is not None:
         # earlier versions counted neither steps that are passed over nor processes
         state |= {"taken": saved.state["step"], "process_seconds": saved.state["training_seconds"] * mesh.world.size} | saved.state
-        engine_state.restore(deep, saved.read, state["taken"])
+        engine_state.restore(deep, saved.read if saved.names("moments/") else partial(without_moments, saved), state["taken"])
         stage.restore(saved.tensors("stage"))
     return state
+
+
+def without_moments(saved: checkpoints.Checkpoint, name: str, at: Box) -> Tensor:
+    """A box of a tensor of a checkpoint that came from a converted model (export/into_run.py): its moments are zero."""
+    return torch.zeros(boxes.shape_of(at)) if name.startswith("moments/") else saved.read(name, at)
 
 
 def accumulate(

@@ -140,9 +140,10 @@ def parser() -> argparse.ArgumentParser:
     convert.add_argument("out", metavar="OUT", help="a new folder")
     convert.add_argument(
         "--to",
-        choices=("safetensors", "hf", "run"),
+        choices=("safetensors", "hf", "onnx", "vllm", "run"),
         default=None,
-        help="safetensors: the network alone (default); hf: so that transformers opens it besides; run: a run, its checkpoint cut anew",
+        help="safetensors: the network alone (default); hf: so that transformers opens it besides; onnx: a map's one step as one file; "
+        "vllm: why it cannot be; run: a run, its checkpoint cut anew",
     )
     convert.add_argument(
         "--from", dest="origin", choices=("run", "hf"), default="run", help="hf: RUN is a folder of convert, and becomes the run OUT again"

@@ -7,6 +7,7 @@ and verified, and not before; nothing of the run is changed.
 
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from functools import partial as partial_of
 from pathlib import Path
@@ -19,7 +20,7 @@ import megaflow
 from megaflow.config.load import to_yaml
 from megaflow.data import shards
 from megaflow.errors import UserError
-from megaflow.export import hf, verify
+from megaflow.export import hf, onnx, verify
 from megaflow.export.folder import FILE, INDEX, MODEL, PRECISIONS, STAGE, VERSION, load
 from megaflow.export.into_run import into_run
 from megaflow.export.recut import recut
@@ -33,6 +34,11 @@ from megaflow.train.stages import SHARDS, TEACHER_FILE
 WEIGHTS = {"averaged": "averaged", "live": "weights"}
 """Group of a checkpoint that each kind of weights is."""
 SHARD_SIZE = "5GB"
+NO_SERVER = (
+    "--to vllm: no layout of a serving engine holds this network: the trunk's norms have a gain and no shift, its MLP is of two matrices "
+    "with GELU (Llama: RMSNorm, and three with SiLU), its input reads neighbours, its head has a bias, and its first token comes from a "
+    "learned start; use --to hf, whose AutoModelForCausalLM is the autoregressive network"
+)
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -50,9 +56,9 @@ def convert(
     """Convert a run's newest checkpoint, or that of a step, into a new folder; returns what was done and compared, a line each.
 
     to 'safetensors' (if None): `weights` 'averaged' (if None) or 'live', in `precision` fp32 (if None), bf16 or fp16, in files of at most
-    `shard_size` (5GB if None) but for a tensor that is larger alone. to 'hf': the same, with what transformers opens it by. to 'run': a run
-    directory from which training continues, its checkpoint in the files of `processes` (1 if None). origin 'hf': `run` is such a folder,
-    and becomes a run again. Raises UserError.
+    `shard_size` (5GB if None) but for a tensor that is larger alone. to 'hf': the same, with what transformers opens it by. to 'onnx': a
+    flow map's one step as one file. to 'vllm' is refused. to 'run': a run directory from which training continues, its checkpoint in the
+    files of `processes` (1 if None). origin 'hf': `run` is such a folder, and becomes a run again. Raises UserError.
     """
     run, out = Path(run), Path(out)
     of_network = [name for name, value in (("weights", weights), ("precision", precision), ("shard-size", shard_size)) if value is not None]
@@ -67,26 +73,42 @@ def convert(
                 f"--{given[0]} belongs to a network: a run keeps all its weights, in fp32, in a file for each process and group"
             )
         return recut(run, out, step, 1 if processes is None else processes)
+    if to == "vllm":
+        raise UserError(NO_SERVER)
     if processes is not None:
         raise UserError("--processes belongs to --to run: the files of a network are cut by --shard-size")
-    weights, precision, limit = weights or "averaged", precision or "fp32", size_of(shard_size or SHARD_SIZE)
+    group, limit = WEIGHTS[weights or "averaged"], size_of(shard_size or SHARD_SIZE)
+    if to == "onnx" and (given := [name for name in of_network if name != "weights"]):
+        raise UserError(f"--{given[0]} belongs to folders of weights: --to onnx writes one file, in fp32")
     with made(out) as partial:
-        source = open_source(run, step, [WEIGHTS[weights], "stage"])
-        kinds = {name: (PRECISIONS[precision], shape) for name, shape in source.shapes.items()}
-        room(partial, out, sum(map(_bytes, kinds.values())))
-        beside = hf.fixed(source, WEIGHTS[weights]) if to == "hf" else {}
-        files = _write_model(source, partial, weights, kinds, limit, beside)
-        _write_rest(source, partial)
-        if to == "hf":
-            hf.write(source, partial, out.name, WEIGHTS[weights], PRECISIONS[precision])
-        manifest = _manifest(source, partial, weights, precision, files)
-        _write_json(partial / FILE, manifest)
-        compared = _verify(source, out, partial, weights, precision, kinds, files)
-        if to == "hf":
-            compared["transformers"] = hf.compare(source, out, partial, WEIGHTS[weights], precision)
-        _write_json(partial / FILE, manifest | {"verified": compared})
-    found = source.found
-    what = f"{source.kind}, step {found.state['step']}, {weights} weights, {manifest['parameters']:,} numbers in {precision}"
+        source = open_source(run, step, [group, "stage"])
+        if to == "onnx":
+            onnx.refuse(source)
+            _write_network(source, partial / "network", out, group, "fp32", limit, "hf")
+            told = [onnx.write(source, partial, out, hf.opened(partial / "network", source.kind))]
+            shutil.rmtree(partial / "network")
+            return told
+        return _write_network(source, partial, out, group, precision or "fp32", limit, to or "safetensors")
+
+
+def _write_network(source: Source, partial: Path, out: Path, group: str, precision: str, limit: int, to: str) -> list[str]:
+    """Write a network's folder and compare it with the run's; returns what was done, a line each. Raises UserError."""
+    partial.mkdir(exist_ok=True)
+    kinds = {name: (PRECISIONS[precision], shape) for name, shape in source.shapes.items()}
+    room(partial, out, sum(map(_bytes, kinds.values())))
+    beside = hf.fixed(source, group) if to == "hf" else {}
+    files = _write_weights(source, partial, group, kinds, limit, beside)
+    _write_rest(source, partial)
+    if to == "hf":
+        hf.write(source, partial, out.name, group, PRECISIONS[precision])
+    manifest = _manifest(source, partial, group, precision, files)
+    _write_json(partial / FILE, manifest)
+    compared = _verify(source, out, partial, group, precision, kinds, files)
+    if to == "hf":
+        compared["transformers"] = hf.compare(source, out, partial, group, precision)
+    _write_json(partial / FILE, manifest | {"verified": compared})
+    step, which = source.found.state["step"], manifest["weights"]
+    what = f"{source.kind}, step {step}, {which} weights, {manifest['parameters']:,} numbers in {precision}"
     return [f"{out}: {what}, {len(files)} {'file' if len(files) == 1 else 'files'} of weights", *verify.told(compared)]
 
 
@@ -122,16 +144,12 @@ def rounded(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
     return found
 
 
-def _full(weights: str, name: str) -> str:
-    return f"{WEIGHTS[weights]}/{name}"
-
-
 def _bytes(kind: tuple[torch.dtype, tuple[int, ...]]) -> int:
     return kind[0].itemsize * torch.Size(kind[1]).numel()
 
 
-def _write_model(
-    source: Source, partial: Path, weights: str, kinds: tensor_file.Kinds, limit: int, beside: dict[str, Tensor]
+def _write_weights(
+    source: Source, partial: Path, group: str, kinds: tensor_file.Kinds, limit: int, beside: dict[str, Tensor]
 ) -> dict[str, list[str]]:
     """Write the weights, and fixed tensors beside them in a file of their own; returns the names of weights in each file."""
     sizes = {name: _bytes(kind) for name, kind in kinds.items()}
@@ -143,7 +161,7 @@ def _write_model(
 
     def blocks_of(name: str) -> Iterator[Tensor]:
         nonlocal done
-        for _, block in source.found.blocks(_full(weights, name)):
+        for _, block in source.found.blocks(f"{group}/{name}"):
             yield rounded(name, block, kinds[name][0])
             progress.update((done := done + kinds[name][0].itemsize * block.numel()) / MEGABYTE)
 
@@ -170,7 +188,7 @@ def _write_rest(source: Source, partial: Path) -> None:
         tensor_file.write(partial / STAGE, *tensor_file.given(source.found.tensors("stage")), {"format": "pt"})
 
 
-def _manifest(source: Source, partial: Path, weights: str, precision: str, files: dict[str, list[str]]) -> dict[str, Any]:
+def _manifest(source: Source, partial: Path, group: str, precision: str, files: dict[str, list[str]]) -> dict[str, Any]:
     """export.json of the files that are there, which are on disk when this returns."""
     found = source.found
     written = sorted(path for path in partial.rglob("*") if path.is_file())
@@ -178,7 +196,7 @@ def _manifest(source: Source, partial: Path, weights: str, precision: str, files
         "version": VERSION,
         "megaflow": megaflow.__version__,
         "kind": source.kind,
-        "weights": weights,
+        "weights": next(name for name, of in WEIGHTS.items() if of == group),
         "precision": precision,
         "parameters": sum(torch.Size(shape).numel() for shape in source.shapes.values()),
         "source": {
@@ -194,7 +212,7 @@ def _manifest(source: Source, partial: Path, weights: str, precision: str, files
 
 
 def _verify(
-    source: Source, out: Path, partial: Path, weights: str, precision: str, kinds: tensor_file.Kinds, files: dict[str, list[str]]
+    source: Source, out: Path, partial: Path, group: str, precision: str, kinds: tensor_file.Kinds, files: dict[str, list[str]]
 ) -> dict[str, Any]:
     """Compare what was written with what it was made of, tensors first. Raises UserError."""
     progress, done = Progress(f"verify {out.name}", sum(map(_bytes, kinds.values())) / MEGABYTE, "MB"), 0
@@ -203,7 +221,7 @@ def _verify(
         nonlocal done
         for file, names in files.items():
             for name in names:
-                for box, block in source.found.blocks(_full(weights, name)):
+                for box, block in source.found.blocks(f"{group}/{name}"):
                     yield name, tensor_file.read(partial / file, entries[file][name], box), rounded(name, block, kinds[name][0])
                     progress.update((done := done + kinds[name][0].itemsize * block.numel()) / MEGABYTE)
 
@@ -212,7 +230,7 @@ def _verify(
         raise UserError(verify.failed(out, "its tensors are not the run's"))
     verify.compare_blocks(out, pairs())
     after = sized(source, partial_of(_logits, partial))
-    found = verify.compare_logits(out, source.network(WEIGHTS[weights]), after, verify.TOLERANCE[precision], precision)
+    found = verify.compare_logits(out, source.network(group), after, verify.TOLERANCE[precision], precision)
     return {"tensors": len(kinds), "exact": precision == "fp32", **found}
 
 

@@ -33,17 +33,15 @@ def test_there_and_back_is_the_same_network(trained, tmp_path, kind, family, to)
 
 @pytest.mark.parametrize("words", [[], ["optim.name=muon"]])
 def test_training_goes_on_where_it_was(config, workspace, tmp_path, words):
-    """From a step's weights with moments of zero: the first loss is that of the run that was never converted, whose weights are the same."""
+    """From a step's weights with moments of zero: the first loss is that of the run that was never converted."""
     whole = tmp_path / "whole"
     few = ["train.steps=6", "train.checkpoint_every=3", "train.validate_every=6", "train.validation_rows=8", "log.every=1", *words]
     assert stages.pretrain(str(config("coded")), [f"run.dir={whole}", *few]) == 0
     convert(whole, tmp_path / "folder", to="hf", weights="live", step=3)
     convert(tmp_path / "folder", tmp_path / "again", origin="hf")
     assert stages.pretrain(str(config("coded")), [f"run.dir={tmp_path / 'again'}", *few]) == 0
-    losses = [
-        {line["step"]: line["loss"] for line in map(json.loads, (each / "metrics.jsonl").open()) if "loss" in line}
-        for each in (whole, tmp_path / "again")
-    ]
+    written = ((each / "metrics.jsonl").read_text().splitlines() for each in (whole, tmp_path / "again"))
+    losses = [{line["step"]: line["loss"] for line in map(json.loads, lines) if "loss" in line} for lines in written]
     assert losses[1].keys() == {4, 5, 6} and losses[1][4] == losses[0][4] and losses[1][6] != losses[0][6]
     assert checkpoints.newest(tmp_path / "again").names("moments/") == checkpoints.newest(whole).names("moments/")
 

@@ -384,6 +384,7 @@ class FlowModel(MegaFlowModel):
         self.map_time = TimeEmbedding(self.path, config.span) if config.map_reads else None
         self.trunk = Trunk(config, timed)
         self.offsets: Tensor | None = None
+        self.whole = False
         self.post_init()
 
     @property
@@ -465,7 +466,9 @@ class FlowModel(MegaFlowModel):
         return self.evidence(y, level, self.bias) + F.linear(hidden, self.weight).float()
 
     def parts(self, *of_tokens: Tensor) -> list[tuple[Tensor, ...]]:
-        """Tensors of (n, …) tokens cut into as many tokens as a part of all logits has."""
+        """Tensors of (n, …) tokens cut into as many tokens as a part of all logits has, or whole."""
+        if self.whole:
+            return [(x,) for x in of_tokens]
         return [x.split(max(1, CHUNK // self.config.vocab_size)) for x in of_tokens]
 
     def mean(self, p: Tensor) -> Tensor:

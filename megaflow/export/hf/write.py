@@ -56,12 +56,23 @@ def compare(source: Source, out: Path, partial: Path, group: str, precision: str
     return verify.compare_logits(out, source.network(group), after, verify.TOLERANCE[precision] or ALLOWED, "transformers")
 
 
-@torch.no_grad()
-def logits(folder: Path, source: Source) -> Tensor:
-    """(N, V) what verify.logits computes, of the network as transformers opens it. Imports transformers."""
+def opened(folder: Path, kind: str) -> Any:
+    """The network as transformers opens it, in fp32, by this megaflow's own modelling file. Imports transformers."""
+    from transformers.utils import logging
+
     from megaflow.export.hf import modeling_megaflow as modeling
 
-    model = getattr(modeling, fields.CLASSES[source.kind]).from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    logging.disable_progress_bar()  # it shows files
+    try:
+        return getattr(modeling, fields.CLASSES[kind]).from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    finally:
+        logging.enable_progress_bar()
+
+
+@torch.no_grad()
+def logits(folder: Path, source: Source) -> Tensor:
+    """(N, V) what verify.logits computes, of the network as transformers opens it."""
+    model = opened(folder, source.kind)
     ids, s, t, hidden, noise = verify.probe(model.config.vocab_size, model.config.code_dim if source.is_flow else 0)
     if source.kind == "autoregressive":
         return model.row_logits(ids)[:, :-1].flatten(0, 1)

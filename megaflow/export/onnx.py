@@ -1,0 +1,113 @@
+"""`megaflow convert MAP OUT --to onnx`: the one-step map as a single file, noise in and tokens out, that ONNX Runtime runs on any CPU.
+
+The graph is that of the network as transformers has it (export/hf), at the times 0 and 1, and the balanced choice of tokens of `megaflow
+sample --steps 1` (flow/balance.py). What times come to is computed when it is made, in fp64; what is left is fp32.
+"""
+
+import contextlib
+import logging
+import shutil
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megaflow.data import shards
+from megaflow.data.tokenizer import TOKENIZER_FILE
+from megaflow.errors import UserError
+from megaflow.export import verify
+from megaflow.export.source import Source
+from megaflow.train.stages import SHARDS
+
+FILE = "map.onnx"
+LARGEST = 2_000_000_000
+"""Bytes of weights of one file: the format is a protocol buffer, which holds no more."""
+SAME = 0.999
+"""Share of tokens that ONNX Runtime must write as torch does: where two are equally likely, the order of a sum decides."""
+CHECKED = 4
+
+
+def refuse(source: Source) -> None:
+    """Refuse what has no one-step map, or does not fit in a file. Raises UserError."""
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"--to onnx needs the package {error.name}, which is not here; pip install -e .[onnx]") from None
+    if source.kind != "flow_map":
+        raise UserError(f"--to onnx: {source.run} is no flow map ({source.kind}), whose one pass would write a text; distill a flow")
+    if (size := 4 * sum(torch.Size(shape).numel() for shape in source.shapes.values())) > LARGEST:
+        raise UserError(f"--to onnx: its weights are {size / 1e9:.1f} GB, and a file of this format holds 2 GB; use --to hf")
+
+
+def write(source: Source, partial: Path, out: Path, model: Any) -> str:
+    """Write the file and its tokenizer. model: the network as transformers opens it. Returns what was done, a line. Raises UserError."""
+    model.whole = True  # one product over all tokens, or the number of texts would be a number of the graph
+    one_step = OneStep(model).eval()
+    y, lengths = model.noise(list(range(CHECKED)), 0, "initial noise") / model.path.scale, model.drawn_lengths(list(range(CHECKED)), 0, 0)
+    inputs = {"noise": y} | ({} if lengths is None else {"lengths": lengths})
+    texts = torch.export.Dim("texts", min=1, max=2**20)
+    with quiet():
+        made = torch.onnx.export(
+            one_step,
+            tuple(value[:2] for value in inputs.values()),
+            dynamo=True,
+            input_names=list(inputs),
+            output_names=["tokens"],
+            dynamic_shapes=tuple({0: texts} for _ in inputs),
+            verbose=False,
+        )
+    assert made is not None
+    about = {"run": source.run, "step": source.found.state["step"], "content": source.found.sha256, "kind": source.kind}
+    made.model.metadata_props.update({f"megaflow.{key}": str(value) for key, value in about.items()})
+    made.save(partial / FILE, external_data=False)
+    shutil.copyfile(source.run / SHARDS / TOKENIZER_FILE, partial / TOKENIZER_FILE)
+    for path in (partial / FILE, partial / TOKENIZER_FILE):
+        shards.describe_file(path)  # on disk
+    with torch.no_grad():
+        wanted = one_step(*inputs.values())
+    same = (run(partial / FILE, inputs) == wanted).double().mean().item()
+    if same < SAME:
+        raise UserError(verify.failed(out, f"ONNX Runtime writes {same:.1%} of the tokens that the run writes"))
+    size = (partial / FILE).stat().st_size / 1e6
+    shapes = ", ".join(f"{name} (texts, {', '.join(map(str, value.shape[1:]))})".replace(", )", ",)") for name, value in inputs.items())
+    return f"{out / FILE}: {size:.1f} MB, {shapes} -> tokens (texts, {y.shape[1]}); {same:.1%} of {wanted.numel()} tokens are the run's"
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """A block in which what the exporter says of itself, its steps and its plans, is not printed; what fails is."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.ERROR)
+        try:
+            yield
+        finally:
+            logging.disable(logging.NOTSET)
+
+
+class OneStep(nn.Module):
+    """Standard noise (B, L, d_c), or a draw of another prior, and of rows of documents their lengths (B,), to tokens (B, L)."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model, self.offsets = model, nn.Buffer(model.balance())
+
+    def forward(self, noise: Tensor, lengths: Tensor | None = None) -> Tensor:
+        model, y = self.model, self.model.path.scale * noise
+        zero = torch.zeros(noise.shape[0], dtype=torch.float64)
+        (logits,) = model.all_logits(y, zero, zero + 1.0, lengths)
+        top = logits.topk(min(32, logits.shape[-1]))
+        return top.indices.gather(1, (top.values + self.offsets[top.indices]).argmax(-1, keepdim=True)).view(noise.shape[:2])
+
+
+def run(file: Path, inputs: dict[str, Tensor]) -> Tensor:
+    """What ONNX Runtime writes on this machine's CPU."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {name: value.numpy() for name, value in inputs.items()})[0])

@@ -53,17 +53,19 @@ def likelihood(run: Run, held_out: RealText, draws: int, seed: int) -> dict[str,
     return found
 
 
-def nats(run: Run, held_out: RealText, draws: int, seed: int, given: torch.Tensor | None) -> dict[str, Any]:
-    """The likelihood of the tokens that are not `given` (R, L), given these; of all where that is None. `rows` has nats and tokens of each
-    row, for comparisons; `parts` where a bound comes from, see flow.likelihood.Parts."""
+def nats(run: Run, held_out: RealText, draws: int, seed: int, given: torch.Tensor | None, of_lengths: bool = True) -> dict[str, Any]:
+    """The likelihood of the tokens that are not `given` (R, L), given these; of all where that is None. `rows` has nats of each row, their
+    error and tokens, for comparisons; `parts` where a bound comes from, see flow.likelihood.Parts. of_lengths: whether a row's length has
+    its own likelihood, or is known."""
     device = run.network.weight.device
     ids = held_out.ids.to(device)
     lengths = None if held_out.lengths is None else held_out.lengths.to(device)
     given = None if given is None else given.to(device)
-    law = shards.log_length_law(run.directory / SHARDS)
+    law = shards.log_length_law(run.directory / SHARDS) if of_lengths else None
     end = end_of_documents(run.config, run.manifest)
     documents = None if end is None else documents_of(ids, end)
     if isinstance(run.network, Autoregressive):
+        errors = torch.zeros(len(ids))
         rows, tokens, unigram = exact(run.network, ids, lengths, documents, given)
         if law is not None and given is None and run.manifest["tokenizer"]["end_id"] is None:  # nothing in a row tells its length
             rows = rows - torch.tensor([law[len(row)] for row in held_out.rows], dtype=torch.float64)
@@ -81,7 +83,7 @@ def nats(run: Run, held_out: RealText, draws: int, seed: int, given: torch.Tenso
                 bound = bound_of_rows(*run.flow, ids, lengths, draws, seed, **facts)
         except NoBound as error:
             return {"kind": "none", "reason": str(error)}
-        rows, tokens, entropy = bound.rows, bound.row_tokens, bound.unigram
+        rows, errors, tokens, entropy = bound.rows, bound.errors, bound.row_tokens, bound.unigram
         found = {
             "kind": "bound",
             "nats_per_token": bound.mean,
@@ -101,7 +103,7 @@ def nats(run: Run, held_out: RealText, draws: int, seed: int, given: torch.Tenso
             found[word] = found[name] * per_character
     found["bits_per_byte"] = found["bits_per_char"] / held_out.bytes_per_character
     found["perplexity_per_token"] = math.exp(min(found["nats_per_token"], 700.0))
-    found["rows"] = {"nats": rows.tolist(), "tokens": tokens.long().tolist()}
+    found["rows"] = {"nats": rows.tolist(), "errors": errors.tolist(), "tokens": tokens.long().tolist()}
     return found
 
 

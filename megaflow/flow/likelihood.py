@@ -74,7 +74,8 @@ class Estimate:
 
     standard_error: of the Monte-Carlo part, draws of noise and times. row_error: of bound minus unigram entropy, were other rows of the
     same text taken. unigram: -log pi on the same tokens. last_cross_entropy: at the range's end. tokens: how many were counted.
-    rows: (R,) nats of each row, whose sum is mean x tokens; row_tokens: (R,) counted tokens. parts: where it comes from, if asked for.
+    rows: (R,) nats of each row, whose sum is mean x tokens; errors: (R,) the Monte-Carlo error of each; row_tokens: (R,) counted tokens.
+    parts: where it comes from, if asked for.
     """
 
     mean: float
@@ -85,6 +86,7 @@ class Estimate:
     tokens: int
     rows: Tensor = field(compare=False, repr=False, default_factory=lambda: torch.zeros(0))
     row_tokens: Tensor = field(compare=False, repr=False, default_factory=lambda: torch.zeros(0))
+    errors: Tensor = field(compare=False, repr=False, default_factory=lambda: torch.zeros(0))
     parts: "Parts | None" = field(compare=False, repr=False, default=None)
 
 
@@ -149,9 +151,10 @@ def estimate(network: Tensor, channel: Tensor, unigram: Tensor, tokens: Tensor, 
     values = network - beta * surplus
     by_row = values.mean(0)
     mean, entropy = by_row.sum() / total, unigram.sum() / total
-    monte_carlo = (values.var(0).sum() / draws).sqrt() / total if draws > 1 else torch.tensor(math.inf)
+    errors = (values.var(0) / draws).sqrt() if draws > 1 else torch.full_like(by_row, math.inf)
+    monte_carlo = errors.square().sum().sqrt() / total
     gain = by_row - unigram
     residual = gain - (mean - entropy) * tokens
     row_error = (residual.square().sum() * rows / max(rows - 1, 1)).sqrt() / total
     of_all = mean.item(), monte_carlo.item(), row_error.item(), entropy.item(), last_cross_entropy, int(total.item())
-    return Estimate(*of_all, by_row, tokens)
+    return Estimate(*of_all, by_row, tokens, errors)

@@ -1,0 +1,201 @@
+"""A run or a converted model in lm-evaluation-harness: `lm_eval --model megaflow --model_args path=RUN,draws=32 --tasks …`.
+
+loglikelihood           -log p of a continuation given its context: exact of an autoregressive network; else the bound, of which every
+                        request has its own Monte-Carlo error. A row's length is known, and is not part of it
+loglikelihood_rolling   rows of the network's length, one after the other, as `megaflow evaluate --text` packs a document
+generate_until          the context is given and the rest of a row is filled in, up to the first stop or end token
+
+What the bounds' errors were, and how many draws they took, is in the results' `config` (megaflow_…). Texts are tokenized as in training.
+This is the only module that needs lm_eval, which calls it: tools/lm_eval_model makes `megaflow` one of the names that it knows.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lm_eval.api.model import LM
+from torch import Tensor
+
+from megaflow.data.tokenizer import decode, end_id
+from megaflow.errors import UserError
+from megaflow.evaluate import real_text
+from megaflow.evaluate.generate import generate
+from megaflow.evaluate.likelihood import nats
+from megaflow.evaluate.loaded import load_run
+from megaflow.evaluate.settings import Settings, resolved
+from megaflow.evaluate.template import Template, encoded
+from megaflow.flow import discrete
+from megaflow.flow import head as heads
+
+MOST_DRAWS = 4096
+GREEDY = 1e-6
+"""Temperature of an autoregressive network that is to write its likeliest tokens."""
+
+
+class MegaFlow(LM):
+    """path: a run or a converted model; draws: of noise and time for every bound, and at least so many where `tolerance`, nats of standard
+    error of a request, asks for more; steps, temperature: of generation, None for the run's usual ones."""
+
+    def __init__(
+        self,
+        path: str = "",
+        draws: int = 32,
+        tolerance: float = math.inf,
+        seed: int = 0,
+        steps: int | None = None,
+        temperature: float | None = None,
+        **_: Any,  # batch_size, max_batch_size and device: rows go in batches of their own, to a GPU where there is one
+    ) -> None:
+        super().__init__()
+        if not path:
+            raise UserError("--model_args: path=RUN_OR_FOLDER is missing")
+        if draws < 2:
+            raise UserError(f"--model_args: draws={draws} has no error; give 2 or more")
+        self.run = load_run(path)
+        self.draws, self.tolerance, self.seed, self.steps, self.temperature = draws, tolerance, seed, steps, temperature
+        self.length = self.run.manifest["length"]
+        self.took: list[tuple[float, int, int]] = []  # of every bound its error in nats, its tokens, its draws
+
+    def tokens(self, text: str) -> list[int]:
+        return encoded(self.run.manifest, self.run.tokenizer, text, "lm_eval") if text else []
+
+    # -- likelihoods
+
+    def loglikelihood(self, requests: list) -> list[tuple[float, bool]]:
+        rows, begins = [], []
+        for context, continuation in (request.args for request in requests):
+            spaces = len(context) - len(context.rstrip())
+            context, continuation = context[: len(context) - spaces], context[len(context) - spaces :] + continuation
+            before, whole = self.tokens(context), self.tokens(context + continuation)
+            rest = whole[len(before) :]
+            if not rest:
+                raise UserError(f"lm_eval: the continuation {continuation!r} has no token")
+            if len(rest) > self.length:
+                raise UserError(f"lm_eval: a continuation has {len(rest)} tokens, and the network's rows {self.length}")
+            rows.append(whole[-self.length :])  # of a context that is too long, its end
+            begins.append(len(rows[-1]) - len(rest))
+        found = self.nats(rows, begins, of_lengths=False)
+        return list(zip([-each for each in found], self.likeliest(rows, begins), strict=True))
+
+    def loglikelihood_rolling(self, requests: list) -> list[float]:
+        rows, of = [], []
+        for number, (text,) in enumerate(request.args for request in requests):
+            ids = self.tokens(text)
+            rows += [ids[start : start + self.length] for start in range(0, len(ids), self.length)]
+            of += [number] * -(-len(ids) // self.length)
+        sums = [0.0] * len(requests)
+        for number, each in zip(of, self.nats(rows, [0] * len(rows), of_lengths=True), strict=True):
+            sums[number] -= each
+        return sums
+
+    def nats(self, rows: list[list[int]], begins: list[int], of_lengths: bool) -> list[float]:
+        """-log p of each row from where it begins, given what is before; with more and more draws where the error is too large."""
+        found = [0.0] * len(rows)
+        left, draws = list(range(len(rows))), self.draws
+        while left:
+            ids, given = self.padded([rows[i] for i in left], [begins[i] for i in left])
+            self.check_given(bool(given.any()))
+            text = real_text.made(self.run, ids, [len(rows[i]) for i in left], 1.0)
+            measured = nats(self.run, text, draws, self.seed, given if bool(given.any()) else None, of_lengths)
+            if measured["kind"] == "none":
+                raise UserError(f"{self.run.directory}: it has no likelihood ({measured['reason']})")
+            each = measured["rows"]
+            again = []
+            for i, value, error, count in zip(left, each["nats"], each["errors"], each["tokens"], strict=True):
+                if error > self.tolerance and draws < MOST_DRAWS:
+                    again.append(i)
+                else:
+                    found[i] = value
+                    self.took.append((error, count, draws))
+            left, draws = again, min(2 * draws, MOST_DRAWS)
+        return found
+
+    def padded(self, rows: Sequence[Sequence[int]], begins: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """(N, L) tokens, and which of them stand before where a row begins."""
+        ids = torch.zeros(len(rows), self.length, dtype=torch.int64)
+        for place, row in enumerate(rows):
+            ids[place, : len(row)] = torch.tensor(row)
+        return ids, torch.arange(self.length) < torch.tensor(begins)[:, None]
+
+    def check_given(self, given: bool) -> None:
+        if not given or self.run.kind in ("autoregressive", "masked"):
+            return
+        if self.run.kind == "uniform":
+            raise UserError(
+                f"{self.run.directory} replaces tokens by random ones and is given none: tasks with a context need another network"
+            )
+        if self.run.config.flow.context.share == 0.0:
+            raise UserError(
+                f"{self.run.directory} was trained without given tokens (flow.context.share=0): it has a likelihood of whole texts "
+                "(rolling tasks), and none of a continuation"
+            )
+
+    @torch.no_grad()
+    def likeliest(self, rows: list[list[int]], begins: list[int]) -> list[bool]:
+        """Whether each continuation is what its network finds likeliest: an autoregressive one token by token; others at every position at
+        once, from what is given alone (of a flow, at noise that is its own)."""
+        ids, given = self.padded(rows, begins)
+        found = []
+        for start in range(0, len(rows), 64):
+            part = slice(start, start + 64)
+            lengths = [len(row) for row in rows[part]]
+            top = self.top(ids[part], given[part], torch.tensor(lengths))
+            for row, begin, written in zip(rows[part], begins[part], top.tolist(), strict=True):
+                found.append(written[begin : len(row)] == row[begin:])
+        return found
+
+    def top(self, ids: Tensor, given: Tensor, lengths: Tensor) -> Tensor:
+        """(B, L) likeliest tokens."""
+        network, device = self.run.network, self.run.network.weight.device
+        ids, given, lengths = ids.to(device), given.to(device), lengths.to(device)
+        if self.run.kind == "autoregressive":
+            read = network.read(network(ids))  # type: ignore[operator]
+        elif self.run.parts is None:
+            time = torch.full((len(ids),), discrete.FIRST, dtype=torch.float64, device=device)
+            read = network.read(network(ids, time, ~given, lengths))  # type: ignore[operator]
+        else:
+            asked = Settings(1, "ode", seed=self.seed)
+            template = Template(ids.cpu(), given.cpu(), lengths.tolist())
+            written = generate(self.run, len(ids), asked, template)
+            return torch.tensor([row + [0] * (self.length - len(row)) for row in written])
+        return heads.likeliest(network.head(), read)[1][:, 0].view(ids.shape).cpu()
+
+    # -- text
+
+    def generate_until(self, requests: list) -> list[str]:
+        texts = []
+        for context, how in (request.args for request in requests):
+            until = how.get("until") or []
+            until = [until] if isinstance(until, str) else until
+            room = min(int(how.get("max_gen_toks") or self.length // 2), self.length - 1)
+            before = self.tokens(context)[-(self.length - room) :]
+            ids, given = self.padded([before], [len(before)])
+            self.check_given(bool(before))
+            settings = resolved(self.run, Settings(self.steps, temperature=self.warmth(how), seed=self.seed))
+            (row,) = generate(self.run, 1, settings, Template(ids, given) if before else None)
+            texts.append(self.cut(row[len(before) :][:room], until))
+        return texts
+
+    def warmth(self, how: dict[str, Any]) -> float:
+        asked = how.get("temperature") if how.get("do_sample") else None
+        if asked:
+            return float(asked)
+        return self.temperature or (GREEDY if self.run.kind == "autoregressive" else 1.0)
+
+    def cut(self, row: list[int], until: Sequence[str]) -> str:
+        """The text of tokens up to the first end token, or before the first stop."""
+        end = end_id(self.run.tokenizer)
+        text = decode(self.run.tokenizer, row[: row.index(end)] if end in row else row)
+        return text[: min((place for stop in until if stop and (place := text.find(stop)) >= 0), default=len(text))]
+
+    def get_model_info(self) -> dict[str, Any]:
+        """For the results' `config`: what was measured, by how many draws, and with what error."""
+        run = self.run
+        found = {"path": str(run.directory), "kind": run.kind, "step": run.step, "weights": run.weights, "seed": self.seed}
+        if self.took and run.kind != "autoregressive":
+            errors, tokens, draws = zip(*self.took, strict=True)
+            found |= {"likelihoods": len(errors), "draws": sum(draws) / len(draws), "draws_most": max(draws)}
+            found["standard_error_nats_per_token"] = math.sqrt(sum(error**2 for error in errors)) / sum(tokens)
+            found["standard_error_nats_most"] = max(errors)
+        return {f"megaflow_{key}": value for key, value in found.items()}

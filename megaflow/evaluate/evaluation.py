@@ -89,7 +89,7 @@ def evaluate(
     check(Path(directory), steps, samples, rows, draws, out)
     check_temperature(temperature)
     if mauve:
-        mauve_score.check(causal or [])
+        mauve_score.check(causal or [])  # the first is the one
     identities = {path: causal_judge.identity(path) for path in causal or []}
     run = load_run(directory)
     run.config.data.path = data or run.config.data.path
@@ -108,7 +108,7 @@ def evaluate(
         frontier.check(run, along)
         settings |= {"frontier": along._asdict()}
     if mauve:
-        settings |= {"mauve": True}
+        settings |= {"mauve": next(iter(identities))}
     identity = {
         "measures": MEASURES,
         "step": run.step,
@@ -322,7 +322,7 @@ def written(
     entries: dict[Settings, dict[str, Any]] = {}
     found["nearest"], near = {}, None
     if settings.get("mauve"):
-        near = mauve_score.Real.of(run, causal, settings["samples"])
+        near = mauve_score.Real.of(run, settings["mauve"], causal[settings["mauve"]], settings["samples"])
         found["mauve"] = near.about(settings["seed"])
     for kind, count, heat in plan:
         last = None if kind == "even" else last_step(method, count)

@@ -54,8 +54,7 @@ class Real:
     other: np.ndarray
 
     @classmethod
-    def of(cls, run: Run, judges: dict[str, CausalJudge], samples: int) -> "Real":
-        path, judge = next(iter(judges.items()))
+    def of(cls, run: Run, path: str, judge: CausalJudge, samples: int) -> "Real":
         sides = [causal_judge.features(judge, of_split(run, split, samples).texts) for split in ("validation", "train")]
         return cls(path, judge, *sides)
 

@@ -1,5 +1,6 @@
 """Generative perplexity, against one text at a time in fp64 and counting by hand."""
 
+import dataclasses
 import json
 import math
 from collections import Counter
@@ -112,6 +113,25 @@ def test_a_spelled_end_is_text_and_an_end_is_not(folder):
     assert score(judge, [["a", "bc"]]).tokens[0] == 1 and score(judge, [["a", "bc"]]).whole_tokens[0] == 3
 
 
+def test_without_an_end_token_documents_are_lines(tmp_path):
+    made = save_judge(tmp_path / "judge")
+    settings = json.loads((made / "tokenizer_config.json").read_text())
+    (made / "tokenizer_config.json").write_text(json.dumps({key: value for key, value in settings.items() if key != "eos_token"}))
+    named = json.loads((made / "special_tokens_map.json").read_text())
+    (made / "special_tokens_map.json").write_text(json.dumps({key: value for key, value in named.items() if key != "eos_token"}))
+    judge = open_judge(str(made))
+    assert judge.end is None and judge.about["end"] is None
+    one, other = score(judge, [["ab", "cd"]]), score(judge, [["ab\ncd"]])
+    assert one.nats[0] == other.nats[0] == one.whole_nats[0] and one.characters[0] == 4
+
+
+def test_what_is_not_finite_is_refused(folder):
+    judge = open_judge(str(folder))
+    nowhere = dataclasses.replace(judge, nll=lambda ids: torch.full(ids.shape, math.inf))
+    with pytest.raises(UserError, match="no finite likelihood"):
+        score(nowhere, [["In the beginning"]])
+
+
 def test_characters_are_those_of_the_scored_tokens(folder, tmp_path):
     judge = open_judge(str(folder))
     for documents_, expected in ((["In the beginning"], 15), (["é漢x"], None), (["   a   "], None), (["ab", "cd"], 2), (["ab", ""], 2)):
@@ -178,6 +198,13 @@ class TestOurOwnBaseline:
             assert found.whole_tokens[place] == expected["tokens"][place] - max(0, real.rows[place].count(judge.end) - 1)
             if real.rows[place].count(judge.end) <= 1:
                 assert found.whole_nats[place] == pytest.approx(expected["nats"][place], rel=1e-5)
+
+    def test_a_converted_model_judges_as_its_run(self, trained, tmp_path, cli):
+        run = trained("coded", "autoregressive")
+        assert cli("convert", run, tmp_path / "model").code == 0
+        texts = [["And God said, let there be"], ["and", "there was"]]
+        found, expected = (score(open_judge(str(path)), texts) for path in (tmp_path / "model", run))
+        assert found.nats.tolist() == pytest.approx(expected.nats.tolist(), rel=1e-6) and found.entropies == expected.entropies
 
     def test_texts_are_cut_at_its_length(self, trained):
         judge = open_judge(str(trained("coded", "autoregressive")))

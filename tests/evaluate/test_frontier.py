@@ -111,6 +111,15 @@ def test_of_the_baseline_and_of_a_map(copied, cli):
     assert points[0]["entropy"] == found["samples"]["1"]["entropy"] and points[1]["entropy"] == found["samples"]["3"]["entropy"]
 
 
+def test_of_discrete_diffusion_one_step_has_temperatures_too(cli, config, tmp_path):
+    directory = tmp_path / "masked"
+    assert cli("pretrain", config("coded"), f"run.dir={directory}", "model.family=masked", "train.steps=3").code == 0
+    found, _ = ask(cli, directory, "--frontier", "--temperatures", "0.7,1")
+    expected = [(1, 0.7), (1, 1.0), (3, 0.7), (3, 1.0)]
+    assert [(point["steps"], point["temperature"]) for point in found["frontier"]["points"]] == expected
+    assert "takes no gamma" in cli("evaluate", directory, *QUICK, "--frontier", "--gammas", "0.5").err
+
+
 @pytest.mark.parametrize(
     "family, options, words",
     [

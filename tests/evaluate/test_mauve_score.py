@@ -28,7 +28,9 @@ def test_of_a_run(copied, cli, tmp_path):
     options = ("--steps", "1,3", "--samples", "24", "--rows", "12", "--draws", "2", "--judge", folder, "--mauve")
     told = cli("evaluate", directory, *options)
     assert told.code == 0, told.err
-    found = json.loads((directory / "evaluation.json").read_text())["mauve"]
+    written = json.loads((directory / "evaluation.json").read_text())
+    found = written["mauve"]
+    assert written["settings"]["mauve"] == str(folder)
     assert found["judge"] == str(folder) and set(found["samples"]) == {"1", "3"}
     for entry in (*found["samples"].values(), found["real"]):
         assert entry["texts"] == [24, 24] and entry["clusters"] == 2 and 0.0 < entry["mauve"] <= 1.0

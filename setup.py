@@ -16,6 +16,7 @@ PARQUET = ["pyarrow>=15"]
 SEARCH = ["optuna>=4"]
 TENSORBOARD = ["tensorboard>=2.14"]
 ONNX = ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"]
+EVAL = ["mauve-text>=0.4", "lm-eval>=0.4.9"]
 
 paths = sysconfig.get_paths()
 site_packages = os.path.relpath(paths["purelib"], paths["data"])  # where data_files are relative to
@@ -59,6 +60,7 @@ setup(
         "tensorboard": TENSORBOARD,
         "search": SEARCH,
         "onnx": ONNX,
+        "eval": EVAL,
         "quickstart": QUICKSTART,
         "test": [
             "pytest>=8",
@@ -72,6 +74,7 @@ setup(
             *TENSORBOARD,
             *SEARCH,
             *ONNX,
+            *EVAL,
         ],
     },
 )

@@ -123,6 +123,18 @@ def parser() -> argparse.ArgumentParser:
         default=[],
         help="another text whose likelihood is measured too; as often as wanted",
     )
+    evaluate.add_argument(
+        "--judge",
+        metavar="FOLDER",
+        action="append",
+        default=[],
+        help="a causal language model (Hugging Face folder, or an autoregressive run) that judges texts too; as often as wanted",
+    )
+    evaluate.add_argument("--mauve", action="store_true", help="MAUVE of the samples, by the states of the first --judge folder")
+    evaluate.add_argument("--frontier", action="store_true", help="judge texts over temperatures and gammas, and read them at one entropy")
+    evaluate.add_argument("--temperatures", default=None, metavar="T,T,…", help="of --frontier (default 0.7,0.8,0.9,1)")
+    evaluate.add_argument("--gammas", default=None, metavar="G,G,…", help="of --frontier: shares of fresh noise (default: none is added)")
+    evaluate.add_argument("--entropy", type=float, default=None, help="of --frontier: nats to read it at (default: those of real text)")
     evaluate.add_argument("--json", metavar="FILE", default=None, help="write the JSON to this file as well")
 
     versus = commands.add_parser(
@@ -299,6 +311,7 @@ def run(arguments: argparse.Namespace, began: float) -> int:
         sizes = arguments.samples, arguments.rows, arguments.draws
         asked = arguments.seed, arguments.temperature, arguments.json
         more = {"data": arguments.data, "clock": arguments.clock, "texts": arguments.text}
+        more |= {"causal": arguments.judge, "along": frontier_of(arguments), "mauve": arguments.mauve}
         print(table(evaluate(arguments.run, steps, *sizes, *asked, began=began, **more)))
         return 0
     if arguments.command == "compare":
@@ -369,6 +382,19 @@ def run(arguments: argparse.Namespace, began: float) -> int:
     return 0
 
 
+def frontier_of(arguments: argparse.Namespace) -> Any:
+    """What `evaluate --frontier` is to write. Raises UserError."""
+    from megaflow.evaluate import frontier
+
+    if not arguments.frontier:
+        for option in ("temperatures", "gammas", "entropy"):
+            if getattr(arguments, option) is not None:
+                raise UserError(f"--{option} belongs to --frontier; give both, or leave it out")
+        return None
+    heats = list(frontier.TEMPERATURES) if arguments.temperatures is None else decimals(arguments.temperatures, "--temperatures")
+    return frontier.Asked(heats, decimals(arguments.gammas, "--gammas") if arguments.gammas is not None else [], arguments.entropy)
+
+
 def resources_of(arguments: argparse.Namespace) -> Any:
     """What a job is to have. Raises UserError."""
     from megaflow.launch.script import Resources
@@ -407,6 +433,14 @@ def whole(text: str, option: str) -> int:
     if not text.strip().isdecimal() or int(text) < 1:
         raise UserError(f"{option}: {text!r} is not a positive whole number")
     return int(text)
+
+
+def decimals(text: str, option: str) -> list[float]:
+    """Numbers of an option, parted by commas. Raises UserError."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"{option}: {text!r} is not a list of numbers, 0.5,1") from None
 
 
 if __name__ == "__main__":

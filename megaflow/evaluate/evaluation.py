@@ -1,4 +1,4 @@
-"""`megaflow evaluate RUN`: likelihood with its error, and samples judged at several numbers of steps.
+"""`megaflow evaluate RUN`: likelihood with its error, and samples judged at several numbers of steps, or along a frontier.
 
 Everything is computed from the run's newest checkpoint (averaged weights) and the shards it was trained on; asking again for what is
 already there, of the same checkpoint with the same settings, computes nothing.
@@ -23,13 +23,14 @@ from megaflow.data import shards
 from megaflow.data.stream import TokenStream
 from megaflow.data.tokenizer import decode
 from megaflow.errors import UserError
+from megaflow.evaluate import causal_judge, frontier, kept, mauve_score, repetition
 from megaflow.evaluate import judge as judges
-from megaflow.evaluate import kept, repetition
+from megaflow.evaluate.causal_judge import CausalJudge
 from megaflow.evaluate.flow_text import BALANCE_TOKENS, grid_clock, one_step_offsets
 from megaflow.evaluate.generate import generate
 from megaflow.evaluate.judge import Judge
 from megaflow.evaluate.likelihood import likelihood
-from megaflow.evaluate.loaded import Run, load_run, text_of
+from megaflow.evaluate.loaded import Run, documents, load_run, text_of
 from megaflow.evaluate.real_text import RealText, of_file, of_split
 from megaflow.evaluate.repetition import Training
 from megaflow.evaluate.settings import LAST_STEP, Settings, check_temperature, last_step
@@ -43,7 +44,7 @@ from megaflow.train.context import Contexts
 from megaflow.train.run import read_config
 from megaflow.train.stages import check_same_shards
 
-MEASURES = 3
+MEASURES = 4
 """What an evaluation holds; one of another number is measured anew."""
 JUDGE_CHARACTERS = 8_000_000
 """The judge is fitted to at most this many characters of the training split, from its beginning."""
@@ -73,16 +74,23 @@ def evaluate(
     data: str | None = None,
     clock: str = "auto",
     texts: list[str] | None = None,
+    causal: list[str] | None = None,
+    along: frontier.Asked | None = None,
+    mauve: bool = False,
 ) -> dict[str, Any]:
     """Evaluate a run, write RUN/evaluation.json, and copy it to `out`; its seconds count from `began`, a time.monotonic(), now if None.
 
     `clock` is the law that texts' grids are even on, see generate.sample; `data` is where the run's shards are, if not where they were in
-    training; `texts` are files whose likelihood is measured besides. A run that cannot be written to is evaluated into `out` alone. Raises
-    UserError.
+    training; `texts` are files whose likelihood is measured besides; `causal` are folders of causal language models that judge texts too,
+    `along` a frontier to write texts on, and `mauve` asks for that of the first such folder. A run that cannot be written to is evaluated
+    into `out` alone. Raises UserError.
     """
     began = time.monotonic() if began is None else began
     check(Path(directory), steps, samples, rows, draws, out)
     check_temperature(temperature)
+    if mauve:
+        mauve_score.check(causal or [])  # the first is the one
+    identities = {path: causal_judge.identity(path) for path in causal or []}
     run = load_run(directory)
     run.config.data.path = data or run.config.data.path
     check_shards(run)
@@ -94,6 +102,13 @@ def evaluate(
         grid_clock(run, clock)  # is there
     if texts:
         settings |= {"texts": {path: hashed(path) for path in texts}}
+    if identities:
+        settings |= {"judges": identities}
+    if along is not None:
+        frontier.check(run, along)
+        settings |= {"frontier": along._asdict()}
+    if mauve:
+        settings |= {"mauve": next(iter(identities))}
     identity = {
         "measures": MEASURES,
         "step": run.step,
@@ -174,7 +189,8 @@ def measure(run: Run, identity: dict[str, Any], began: float) -> dict[str, Any]:
     settings = identity["settings"]
     samples, rows, draws, seed = (settings[key] for key in ("samples", "rows", "draws", "seed"))
     held_out = of_split(run, "validation", rows)
-    judge, training = fitted_judge(run), Training(list(training_text(run, "training text")))
+    causal = {path: causal_judge.open_judge(path) for path in settings.get("judges", {})}
+    judge, training = fitted_judge(run), Training(*zip(*training_rows(run, "training text"), strict=True))
     result: dict[str, Any] = {
         "run": str(run.directory),
         **identity,
@@ -189,9 +205,11 @@ def measure(run: Run, identity: dict[str, Any], began: float) -> dict[str, Any]:
             "contexts_checked": CONTEXTS_CHECKED,
             "sum_error": judges.sum_error(judge, contexts(held_out, judge.order)),
         },
-        "reference": reference(run, held_out, judge, samples, seed),
+        "reference": reference(run, held_out, judge, samples, seed, causal),
     }
-    result |= written(run, settings, judge, held_out, training)
+    if causal:
+        result["judges"] = {path: {"sha256": settings["judges"][path]} | each.about for path, each in causal.items()}
+    result |= written(run, settings, judge, held_out, training, causal, result["reference"]["data"]["entropy"])
     if run.parts is not None:
         result["profile"] = profile(run)
         result["trajectory"] = trajectory(run, seed)
@@ -212,21 +230,22 @@ def fitted_judge(run: Run) -> Judge:
     if path.exists():
         with contextlib.suppress(UserError):
             return judges.load(path)
-    pieces = [decode(run.tokenizer, flat) for flat in training_text(run, "judge")]
+    pieces = [decode(run.tokenizer, flat) for flat, _ in training_rows(run, "judge")]
     judge = judges.fit("".join(pieces)[:JUDGE_CHARACTERS])
     if writable(run.directory):
         judges.save(judge, path)
     return judge
 
 
-def training_text(run: Run, label: str) -> Iterator[np.ndarray]:
-    """The tokens of the training split's first JUDGE_CHARACTERS or so, (n,) each of as many rows as are read at once."""
+def training_rows(run: Run, label: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The tokens of the training split's first JUDGE_CHARACTERS or so, (n,) each of as many rows as are read at once, and the lengths of
+    these."""
     stream, split = TokenStream(run.config.data.path, "train", run.config.run.seed, shuffle=False), run.manifest["splits"]["train"]
     most = math.ceil(JUDGE_CHARACTERS * split["tokens"] / split["characters"])
     progress, tokens = Progress(label, len(stream), "rows"), 0
     for start in range(0, len(stream), 1024):
         ids, lengths = stream.rows(torch.arange(start, min(start + 1024, len(stream))))
-        yield np.concatenate([row[:length] for row, length in zip(ids.numpy(), lengths.tolist(), strict=True)])
+        yield np.concatenate([row[:length] for row, length in zip(ids.numpy(), lengths.tolist(), strict=True)]), lengths.numpy()
         tokens += int(lengths.sum())
         progress.update(min(start + 1024, len(stream)))
         if tokens >= most:
@@ -240,9 +259,9 @@ def contexts(held_out: RealText, order: int) -> list[str]:
     return [text[start : start + index % order] for index, start in enumerate(starts)]
 
 
-def judged(run: Run, rows: list[list[int]], judge: Judge, real: list[str]) -> dict[str, Any]:
+def judged(run: Run, rows: list[list[int]], judge: Judge, real: list[str], causal: dict[str, CausalJudge] | None = None) -> dict[str, Any]:
     """Bits per character under the judge and entropy within a text, with their standard errors over texts, bits per character of
-    `real` texts under an n-gram of the texts, and the first texts."""
+    `real` texts under an n-gram of the texts, the same texts under `causal` judges, and the first texts."""
     texts = [text_of(run, row) for row in rows]
     per_text = np.array([[judges.bits(judge, text).sum(), len(text)] for text in texts if text])
     mean = float(per_text[:, 0].sum() / per_text[:, 1].sum()) if len(per_text) else None
@@ -251,7 +270,7 @@ def judged(run: Run, rows: list[list[int]], judge: Judge, real: list[str]) -> di
         residual = per_text[:, 0] - mean * per_text[:, 1]
         error = float(np.sqrt((residual**2).sum() * len(per_text) / (len(per_text) - 1)) / per_text[:, 1].sum())
     entropies = judges.token_entropies(rows)
-    return {
+    found: dict[str, Any] = {
         "judge_bits_per_char": mean,
         "judge_standard_error": error,
         "entropy": judges.token_entropy(rows),
@@ -261,12 +280,27 @@ def judged(run: Run, rows: list[list[int]], judge: Judge, real: list[str]) -> di
         "count": len(rows),
         "texts": texts[:SHOWN_TEXTS],
     }
+    if causal:
+        parts = [documents(run, row) for row in rows]
+        found["judges"] = {path: causal_judge.summary(causal_judge.score(each, parts)) for path, each in causal.items()}
+    return found
 
 
-def written(run: Run, settings: dict[str, Any], judge: Judge, held_out: RealText, training: Training) -> dict[str, Any]:
+def written(
+    run: Run,
+    settings: dict[str, Any],
+    judge: Judge,
+    held_out: RealText,
+    training: Training,
+    causal: dict[str, CausalJudge],
+    entropy: float,
+) -> dict[str, Any]:
     """Judged `samples` by number of steps ('autoregressive' for the baseline), the same `cooled`, without texts; of a flow map also
     those it writes on a grid without a longer last step, `even`, and its one-step text as the plain argmax, `unbalanced`. A run that writes
-    nothing without being given some is given what its law gives of held-out rows, which is part of its texts."""
+    nothing without being given some is given what its law gives of held-out rows, which is part of its texts.
+
+    `nearest` has the most copied of the samples beside the training text, `mauve` that of the samples, and `frontier` what is asked for,
+    read at the `entropy` of real text unless at another."""
     method = METHODS.get(run.kind, "ancestral")
     counts, temperature = [None] if run.kind == "autoregressive" else settings["steps"], settings["temperature"]
     plan = [("samples", count, temperature) for count in counts]
@@ -281,22 +315,58 @@ def written(run: Run, settings: dict[str, Any], judge: Judge, held_out: RealText
     if run.is_map and 1 in counts:
         one_step_offsets(run)  # has a progress of its own
     run = run if "clock" not in settings else replace(run, clock=grid_clock(run, settings["clock"]))
-    progress, done = Progress(f"samples {run.directory.name}", sum(count or 1 for _, count, _ in plan), "steps"), 0
+    along = frontier.Asked(**settings["frontier"]) if "frontier" in settings else None
+    ways = [] if along is None else frontier.ways(run, along, counts, settings["seed"])
+    total = sum(count or 1 for _, count, _ in plan) + sum(way.steps or 1 for way in ways)
+    progress, done = Progress(f"samples {run.directory.name}", total, "steps"), 0
+    entries: dict[Settings, dict[str, Any]] = {}
+    found["nearest"], near = {}, None
+    if settings.get("mauve"):
+        near = mauve_score.Real.of(run, settings["mauve"], causal[settings["mauve"]], settings["samples"])
+        found["mauve"] = near.about(settings["seed"])
     for kind, count, heat in plan:
         last = None if kind == "even" else last_step(method, count)
         way = Settings(count, method, heat, None, settings["seed"], last)
         rows = generate(run, settings["samples"], way, template, unbalanced=kind == "unbalanced")
-        entry = judged(run, rows, judge, held_out.texts)
+        entry = judged(run, rows, judge, held_out.texts, causal)
         name = "autoregressive" if count is None else str(count)
+        numbers = {key: value for key, value in entry.items() if key != "texts"}
         if kind == "cooled":
-            numbers = {key: value for key, value in entry.items() if key != "texts"}
             found[kind].setdefault(name, []).append({"temperature": heat, **numbers})
         else:
             found[kind][name] = entry
+        if kind in ("samples", "cooled"):
+            entries[way] = numbers
         if kind == "samples":
             found["repetition"][name] = repetition.measured(rows, held_out.rows[half:], training)
+            found["nearest"][name] = nearest(run, rows, training)
+            if near is not None:
+                found["mauve"]["samples"][name] = near.against([text_of(run, row) for row in rows], settings["seed"])
         progress.update(done := done + (count or 1))
+    for way in ways:
+        if way not in entries:
+            entry = judged(run, generate(run, settings["samples"], way, template), judge, held_out.texts, causal)
+            entries[way] = {key: value for key, value in entry.items() if key != "texts"}
+        progress.update(done := done + (way.steps or 1))
+    if along is not None:
+        found["frontier"] = frontier.read([(way, entries[way]) for way in ways], entropy if along.entropy is None else along.entropy)
     return found
+
+
+def nearest(run: Run, rows: list[list[int]], training: Training) -> list[dict[str, Any]]:
+    """The texts that have the longest runs of the training text: which they are, how long the run is, and the training row it begins in,
+    both as text."""
+    return [
+        {
+            "text": found.text,
+            "tokens": found.tokens,
+            "copied": decode(run.tokenizer, rows[found.text][found.start : found.start + found.tokens]),
+            "generated": text_of(run, rows[found.text]),
+            "training_row": found.row,
+            "training": text_of(run, training.row(found.row)),
+        }
+        for found in training.nearest(rows)
+    ]
 
 
 def given_of(run: Run, held_out: RealText) -> Template | None:
@@ -306,7 +376,9 @@ def given_of(run: Run, held_out: RealText) -> Template | None:
     return None if given is None else Template(held_out.ids, given, None if held_out.lengths is None else lengths.tolist())
 
 
-def reference(run: Run, held_out: RealText, judge: Judge, samples: int, seed: int) -> dict[str, Any]:
+def reference(
+    run: Run, held_out: RealText, judge: Judge, samples: int, seed: int, causal: dict[str, CausalJudge] | None = None
+) -> dict[str, Any]:
     """Real validation text, and tokens drawn one by one from the unigram law, through the same judge.
 
     The text that an n-gram of real text reads is not its own: for that one number it learns from as many rows of the training split.
@@ -315,9 +387,9 @@ def reference(run: Run, held_out: RealText, judge: Judge, samples: int, seed: in
     source = random.generator(seed, "unigram texts")
     drawn = torch.multinomial(law, samples * run.manifest["length"], replacement=True, generator=source).view(samples, -1)
     spread = np.linspace(0, len(held_out.rows) - 1, min(samples, len(held_out.rows))).round().astype(int)
-    data = judged(run, [held_out.rows[i] for i in spread], judge, held_out.texts)
+    data = judged(run, [held_out.rows[i] for i in spread], judge, held_out.texts, causal)
     data["reverse_bits_per_char"] = judges.reverse(judge, of_split(run, "train", samples).texts, held_out.texts)
-    return {"data": data, "unigram": judged(run, drawn.tolist(), judge, held_out.texts)}
+    return {"data": data, "unigram": judged(run, drawn.tolist(), judge, held_out.texts, causal)}
 
 
 def profile(run: Run) -> dict[str, Any] | None:
@@ -394,6 +466,8 @@ def table(result: dict[str, Any]) -> str:
         error = "" if value["judge_standard_error"] is None else f"{value['judge_standard_error']:.3f}"
         spread = "" if value["entropy_standard_error"] is None else f"{value['entropy_standard_error']:.3f}"
         lines.append(f"{name:<34}{bits:>16}{error:>8}{value['entropy']:>14.3f}{spread:>8}{back:>9}{value['distinct']:>6}/{value['count']}")
+    for path, about in result.get("judges", {}).items():
+        lines += ["", *causal_judge.table(path, about, {name: entry["judges"][path] for name, entry in shown.items()})]
     lines += ["", f"{'tokens':<34}{'distinct-2':>12}{'repeated-4':>12}{'JS-1 bits':>11}{'JS-2 bits':>11}{'copied of 8':>13}{'of 32':>8}"]
     for name, entry in result["repetition"].items():
         numbers = [entry[key] for key in ("distinct_2", "repetition_4", "divergence_1", "divergence_2")]
@@ -401,4 +475,8 @@ def table(result: dict[str, Any]) -> str:
         cells = ("none" if x is None else f"{x:.3f}" for x in numbers)
         label = f"{name} steps" if name.isdigit() else name
         lines.append(f"{label:<34}" + "".join(cell.rjust(width) for cell, width in zip(cells, (12, 12, 11, 11, 13, 8), strict=True)))
+    if "mauve" in result:
+        lines += ["", *mauve_score.table(result["mauve"])]
+    if "frontier" in result:
+        lines += ["", *frontier.table(result["frontier"], list(result.get("judges", {})))]
     return "\n".join(lines)

@@ -16,7 +16,7 @@ from typing import Any
 from megaflow.data import shards
 from megaflow.data.shards import SECONDS_FILE, read_manifest
 from megaflow.errors import UserError
-from megaflow.evaluate import kept
+from megaflow.evaluate import frontier, kept
 from megaflow.files import lines, read_json, write_atomically
 from megaflow.train.run import read_config, versions
 from megaflow.train.stages import TEACHER_FILE
@@ -341,5 +341,8 @@ def commands(directory: Path) -> list[str]:
             steps = ",".join(map(str, settings["steps"]))
             others = [text for key in ("samples", "rows", "draws", "seed", "temperature") for text in (f"--{key}", str(settings[key]))]
             others += ["--clock", settings["clock"]] if "clock" in settings else []
+            others += [word for option in ("text", "judge") for path in settings.get(f"{option}s", {}) for word in (f"--{option}", path)]
+            others += ["--mauve"] if settings.get("mauve") else []
+            others += frontier.words(settings["frontier"]) if "frontier" in settings else []
             found.append(["megaflow", "evaluate", str(directory / name), "--steps", steps, *others])
     return [shlex.join(command) for command in [*found, ["megaflow", "report", str(directory)]]]

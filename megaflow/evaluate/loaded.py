@@ -101,3 +101,18 @@ def text_of(run: Run, row: list[int]) -> str:
         places = [place for place, token in enumerate(row) if token == end]
         row = row[: places[ends(run) - 1]] if len(places) >= ends(run) else row
     return decode(run.tokenizer, row)
+
+
+def documents(run: Run, row: list[int]) -> list[str]:
+    """The texts of the documents of a row, parted where its end tokens stand; an empty one comes last where the row ends with one. A row of
+    one document (packing=document) is that, with an empty one behind it if it ends."""
+    end = end_id(run.tokenizer)
+    if run.manifest["packing"] == "document" and end is not None:
+        return [text_of(run, row)] + ([""] if row.count(end) >= ends(run) else [])
+    parts: list[list[int]] = [[]]
+    for token in row:
+        if token == end:
+            parts.append([])
+        else:
+            parts[-1].append(token)
+    return [decode(run.tokenizer, part) for part in parts]

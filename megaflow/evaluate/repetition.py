@@ -6,13 +6,15 @@ A judge cannot see any of this: a text that says one likely thing again and agai
 import math
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 Rows = Sequence[Sequence[int]]
 COPIED = (8, 16, 32)
 """Lengths of runs that are looked for in the training text."""
+NEAREST = 3
+"""Texts that are shown beside the training text they have most of."""
 FACTOR = 0x9E3779B97F4A7C15
 """Of the hash of a run, odd."""
 
@@ -58,11 +60,23 @@ def divergence(rows: Rows, real: Rows, n: int) -> float | None:
     return max(0.0, total)
 
 
-class Training:
-    """The training text, for runs of tokens that it has. texts: rows (n,) of ids that follow one another within a text only."""
+class Nearest(NamedTuple):
+    """A run of the training text in a generated one: which text, where the run begins in it, its tokens, and the training row that the
+    first place of it in the training text is in."""
 
-    def __init__(self, texts: Sequence[np.ndarray]) -> None:
+    text: int
+    start: int
+    tokens: int
+    row: int
+
+
+class Training:
+    """The training text, for runs of tokens that it has. texts: rows (n,) of ids that follow one another within a text only; lengths: of
+    each the lengths of the rows (R,) that it is made of, one where that is None."""
+
+    def __init__(self, texts: Sequence[np.ndarray] = (), lengths: Sequence[np.ndarray] | None = None) -> None:
         self.texts = texts
+        self.starts = [np.cumsum([0, *each]) for each in ([[len(text)] for text in texts] if lengths is None else lengths)]
         self.known: dict[int, np.ndarray] = {}
 
     def hashes(self, length: int) -> np.ndarray:
@@ -76,12 +90,72 @@ class Training:
         there, inside, total = self.hashes(length), 0, 0
         for row in rows:
             ours = runs(np.asarray(row, np.int64), length)
-            found = np.flatnonzero(np.isin(ours, there)) if len(ours) else np.zeros(0, int)
+            found = np.flatnonzero(within(ours, there))
             covered = np.zeros(len(row), bool)
             for start in found:
                 covered[start : start + length] = True
             inside, total = inside + int(covered.sum()), total + len(row)
         return inside / total if total else 0.0
+
+    def row(self, place: int) -> list[int]:
+        """The tokens of a training row."""
+        for text, starts in zip(self.texts, self.starts, strict=True):
+            if place < len(starts) - 1:
+                return text[starts[place] : starts[place + 1]].tolist()
+            place -= len(starts) - 1
+        raise IndexError(place)
+
+    def nearest(self, rows: Rows, most: int = NEAREST, least: int = COPIED[0]) -> list[Nearest]:
+        """The `most` texts that share the longest runs with the training text, of `least` tokens or more, the longest first; of equal
+        ones the first. Whoever has a run has all shorter ones: lengths are halved in, of texts that can still be among the longest.
+        """
+        if not rows:
+            return []
+        ids = [np.asarray(row, np.int64) for row in rows]
+        low, high = np.full(len(ids), least - 1), np.array([max(len(row), least - 1) for row in ids], int)
+        trial: int | None = least  # at first: most texts have none of it
+        while len(going := np.flatnonzero((low < high) & (high >= sorted(low, reverse=True)[:most][-1]))):
+            trial = trial or int(((low + high + 1) // 2)[going].max())
+            tried = going[(low[going] < trial) & (trial <= high[going])]
+            has = np.array(self.among([ids[place] for place in tried], trial), bool)
+            low[tried[has]], high[tried[~has]] = trial, trial - 1
+            trial = None
+        best = sorted((-int(low[place]), place) for place in range(len(ids)) if low[place] >= least)[:most]
+        return [self.place(place, ids[place], -length) for length, place in best]
+
+    def among(self, rows: Sequence[np.ndarray], length: int) -> list[bool]:
+        """Of each row (n,) whether it has a run of this length that the training text has."""
+        ours = [runs(row, length) for row in rows]
+        if length in self.known:
+            return [bool(within(row, self.known[length]).any()) for row in ours]
+        wanted = np.unique(np.concatenate(ours)) if ours else np.zeros(0, np.uint64)
+        maybe = np.zeros(2**20, bool)  # by a hash's first bits: most of the training text is put aside without a search
+        maybe[wanted >> np.uint64(44)] = True
+        seen = np.zeros(len(wanted), bool)
+        for text in self.texts:
+            theirs = runs(text, length)
+            theirs = theirs[maybe[theirs >> np.uint64(44)]]
+            seen[np.searchsorted(wanted, theirs[within(theirs, wanted)])] = True
+        return [bool(seen[np.searchsorted(wanted, row)].any()) for row in ours]
+
+    def place(self, text: int, row: np.ndarray, length: int) -> Nearest:
+        """Where the first run of this length of a row is in the training text, which has it."""
+        ours, before = runs(row, length), 0
+        for theirs, starts in zip(self.texts, self.starts, strict=True):
+            hits = np.flatnonzero(within(runs(theirs, length), np.sort(ours)))
+            for hit in hits.tolist():
+                for start in range(len(ours)):
+                    if np.array_equal(row[start : start + length], theirs[hit : hit + length]):
+                        return Nearest(text, start, length, before + int(np.searchsorted(starts, hit, side="right")) - 1)
+            before += len(starts) - 1
+        raise AssertionError("two unlike runs have one hash")
+
+
+def within(some: np.ndarray, there: np.ndarray) -> np.ndarray:
+    """Whether each of `some` (N,) is in `there` (M,), which is sorted: (N,) bool."""
+    if not len(there):
+        return np.zeros(len(some), bool)
+    return there[np.minimum(np.searchsorted(there, some), len(there) - 1)] == some
 
 
 def runs(ids: np.ndarray, length: int) -> np.ndarray:
@@ -93,7 +167,13 @@ def runs(ids: np.ndarray, length: int) -> np.ndarray:
         x = (ids.astype(np.uint64) + np.uint64(1)) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(29))) * np.uint64(0x94D049BB133111EB)
         x ^= x >> np.uint64(32)
-        total = np.zeros(len(ids) - length + 1, np.uint64)
-        for place in range(length):
-            total = total * np.uint64(FACTOR) + x[place : place + len(total)]
-    return total
+        total, done = np.zeros(len(ids) + 1, np.uint64), 0
+        power, factor, size = x, np.uint64(FACTOR), 1  # hashes of runs of `size`, which doubles, and FACTOR ** size
+        while True:
+            if length & size:  # what is there already, followed by a run of this size
+                count = len(ids) - done - size + 1
+                total, done = total[:count] * factor + power[done : done + count], done + size
+            if done == length:
+                return total
+            power = power[: len(power) - size] * factor + power[size:]
+            factor, size = factor * factor, 2 * size

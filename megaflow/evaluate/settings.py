@@ -22,9 +22,9 @@ class Settings(NamedTuple):
     last: float | None = None
 
 
-def check_temperature(temperature: float) -> None:
+def check_temperature(temperature: float, option: str = "--temperature") -> None:
     if not 0.0 < temperature < math.inf:
-        raise UserError(f"--temperature: {temperature} is not a finite number above 0")
+        raise UserError(f"{option}: {temperature} is not a finite number above 0")
 
 
 def resolved(run: Run, asked: Settings) -> Settings:

@@ -126,6 +126,18 @@ class TestWhole:
         ):
             assert words in page
 
+    def test_options_of_an_evaluation_are_in_its_command(self, folder):
+        path = folder / "flow" / "evaluation.json"
+        before = path.read_text()
+        found = json.loads(before)
+        asked = {"temperatures": [0.7, 1.0], "gammas": [0.0, 0.5], "entropy": 3.25}
+        found["settings"] |= {"texts": {"a b.txt": ""}, "judges": {"gpt2": "", "ar": ""}, "mauve": True, "frontier": asked}
+        path.write_text(json.dumps(found))
+        (told,) = [line for line in commands(folder) if "evaluate" in line and "/flow " in line]
+        path.write_text(before)
+        options = "--text 'a b.txt' --judge gpt2 --judge ar --mauve --frontier --temperatures 0.7,1.0 --gammas 0.0,0.5 --entropy 3.25"
+        assert told.endswith(options)
+
     def test_the_commands_are_those_that_were_run(self, folder):
         """With every option of the evaluations."""
         found = commands(folder)

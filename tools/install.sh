@@ -10,7 +10,7 @@ set -euo pipefail
 cd -P "$(dirname "${BASH_SOURCE[0]}")/.."
 
 readonly record=.venv/megaflow-installed
-readonly inputs=(setup.py constraints.txt pyproject.toml tools/torchvision_mend/torchvision_mend.py tools/torchvision_mend/torchvision_mend.pth)
+readonly inputs=(setup.py constraints.txt pyproject.toml tools/site_packages/{megaflow_lm_eval,torchvision_mend}.{pth,py})
 readonly supported='import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))'
 
 fail() {

@@ -27,6 +27,8 @@ from megaflow.evaluate.settings import Settings, resolved
 from megaflow.evaluate.template import Template, encoded
 from megaflow.flow import discrete
 from megaflow.flow import head as heads
+from megaflow.model.autoregressive import Autoregressive
+from megaflow.model.discrete import Discrete
 
 MOST_DRAWS = 4096
 GREEDY = 1e-6
@@ -35,7 +37,10 @@ GREEDY = 1e-6
 
 class MegaFlow(LM):
     """path: a run or a converted model; draws: of noise and time for every bound, and at least so many where `tolerance`, nats of standard
-    error of a request, asks for more; steps, temperature: of generation, None for the run's usual ones."""
+    error of a request, asks for more; steps, temperature: of generation, None for the run's usual ones.
+
+    lm_eval also passes batch_size, max_batch_size and device, which change nothing: rows go in batches of their own, to a GPU where there is
+    one."""
 
     def __init__(
         self,
@@ -45,7 +50,9 @@ class MegaFlow(LM):
         seed: int = 0,
         steps: int | None = None,
         temperature: float | None = None,
-        **_: Any,  # batch_size, max_batch_size and device: rows go in batches of their own, to a GPU where there is one
+        batch_size: Any = None,
+        max_batch_size: Any = None,
+        device: Any = None,
     ) -> None:
         super().__init__()
         if not path:
@@ -149,11 +156,11 @@ class MegaFlow(LM):
         """(B, L) likeliest tokens."""
         network, device = self.run.network, self.run.network.weight.device
         ids, given, lengths = ids.to(device), given.to(device), lengths.to(device)
-        if self.run.kind == "autoregressive":
-            read = network.read(network(ids))  # type: ignore[operator]
-        elif self.run.parts is None:
+        if isinstance(network, Autoregressive):
+            read = network.read(network(ids))
+        elif isinstance(network, Discrete):
             time = torch.full((len(ids),), discrete.FIRST, dtype=torch.float64, device=device)
-            read = network.read(network(ids, time, ~given, lengths))  # type: ignore[operator]
+            read = network.read(network(ids, time, ~given, lengths))
         else:
             asked = Settings(1, "ode", seed=self.seed)
             template = Template(ids.cpu(), given.cpu(), lengths.tolist())

@@ -1,0 +1,195 @@
+"""A run in lm-evaluation-harness, as its users start it: `lm_eval --model megaflow --model_args path=… --tasks …` on local tasks."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megaflow.errors import UserError
+from megaflow.evaluate.evaluation import evaluate
+from megaflow.evaluate.generate import sample
+from megaflow.evaluate.likelihood import nats
+from megaflow.evaluate.loaded import load_run
+from megaflow.evaluate.real_text import made
+from megaflow.export.convert import convert
+from megaflow.train import stages
+
+pytest.importorskip("lm_eval")
+from lm_eval.api.instance import Instance  # noqa: E402
+
+from megaflow.evaluate.harness import MegaFlow  # noqa: E402
+
+TASKS = {
+    "ending": """
+task: ending
+dataset_path: json
+dataset_kwargs: {data_files: {test: DATA/ending.jsonl}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{context}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: "{{label}}"
+metric_list: [{metric: acc}]
+""",
+    "rolling": """
+task: rolling
+dataset_path: json
+dataset_kwargs: {data_files: {test: DATA/rolling.jsonl}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{text}}"
+metric_list: [{metric: bits_per_byte}]
+""",
+    "writing": """
+task: writing
+dataset_path: json
+dataset_kwargs: {data_files: {test: DATA/ending.jsonl}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{context}}"
+doc_to_target: "{{choices[label]}}"
+generation_kwargs: {until: ["."], max_gen_toks: 6}
+metric_list: [{metric: exact_match}]
+""",
+}
+
+
+def request(*arguments: object) -> Instance:
+    return Instance(request_type="loglikelihood", doc={}, arguments=arguments, idx=0)
+
+
+@pytest.fixture(scope="module")
+def given_run(config, workspace) -> Path:
+    """A flow of a few steps that is given tokens."""
+    path = workspace / "run-harness-given"
+    if not path.exists():
+        few = ["train.steps=4", "train.checkpoint_every=4", "train.validate_every=4", "train.validation_rows=8", "flow.context.share=0.5"]
+        assert stages.pretrain(str(config("coded")), [f"run.dir={path}", *few]) == 0
+    return path
+
+
+def run_lm_eval(folder: Path, run: Path, tasks: str, more: str = "") -> dict:
+    data = folder / "data"
+    data.mkdir(parents=True)
+    for name, text in TASKS.items():
+        (folder / f"{name}.yaml").write_text(text.replace("DATA", str(data)))
+    choices = [{"context": "And God said", "choices": [" let there be", " xyz qqq"], "label": 0}] * 2
+    (data / "ending.jsonl").write_text("".join(json.dumps(line) + "\n" for line in choices))
+    (data / "rolling.jsonl").write_text(json.dumps({"text": "In the beginning God created the heaven and the earth. " * 3}) + "\n")
+    env = os.environ | {"HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    words = ["--model", "megaflow", "--model_args", f"path={run}{more}", "--tasks", tasks, "--include_path", str(folder)]
+    command = [Path(sys.executable).with_name("lm_eval"), *words, "--output_path", str(folder / "out.json")]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    (file,) = folder.glob("out*.json")
+    return json.loads(file.read_text())
+
+
+def test_as_its_users_run_it(given_run, tmp_path):
+    found = run_lm_eval(tmp_path, given_run, "ending,rolling,writing", ",draws=4")
+    assert found["results"]["ending"]["acc,none"] in (0.0, 0.5, 1.0)
+    assert 0.5 < found["results"]["rolling"]["bits_per_byte,none"] < 20.0
+    config = found["config"]
+    assert config["megaflow_kind"] == "flow" and config["megaflow_draws"] == 4.0 and config["megaflow_likelihoods"] > 4
+    assert 0.0 < config["megaflow_standard_error_nats_per_token"] < 1.0
+
+
+@pytest.mark.parametrize("kind, family", [("coded", "flow"), ("documents", "autoregressive")])
+def test_rolling_is_what_evaluate_measures_of_the_same_text(trained, tmp_path, kind, family):
+    """A document whose tokens fill rows: evaluate packs the end token behind them, into a row that is not full and is left out."""
+    run = load_run(trained(kind, family))
+    length, text = run.manifest["length"], ""
+    model = MegaFlow(path=str(run.directory), draws=4)
+    for word in ("and God said let there be light and there was light " * 60).split():
+        text += word + " "
+        if (count := len(model.tokens(text))) % length == 0 and count >= 3 * length:
+            break
+    if kind == "documents":
+        text = text[: len(text) // 2]
+    (tmp_path / "text.txt").write_text(text)
+    sizes = {"steps": [1], "samples": 2, "rows": 1000, "draws": 4, "seed": 0}
+    found = evaluate(run.directory, **sizes, out=str(tmp_path / "out.json"), texts=[str(tmp_path / "text.txt")])["texts"]
+    (ours,) = model.loglikelihood_rolling([request(text)])
+    (theirs,) = found.values()
+    if kind == "coded":
+        assert theirs["scored_tokens"] == len(model.tokens(text))
+        assert -ours == pytest.approx(sum(theirs["rows"]["nats"]), rel=1e-9)
+    else:  # its last row has an end token besides
+        assert 0.0 < sum(theirs["rows"]["nats"]) + ours < 30.0
+
+
+def test_a_continuation_of_a_baseline_is_its_tokens_cross_entropy(trained):
+    run = load_run(trained("documents", "autoregressive"))
+    model = MegaFlow(path=str(run.directory))
+    context, rest = model.tokens("And God said"), model.tokens("And God said, Let there be light")
+    ids = torch.tensor([rest])
+    with torch.no_grad():
+        logits = run.network.read(run.network(ids)).hidden @ run.network.weight.T + run.network.bias
+    log_p = torch.log_softmax(logits.double(), -1)[torch.arange(len(rest)), ids[0]]
+    ((found, greedy),) = model.loglikelihood([request("And God said", ", Let there be light")])
+    assert found == pytest.approx(log_p[len(context) :].sum().item(), rel=1e-5)
+    assert greedy == bool((logits.argmax(-1) == ids[0])[len(context) :].all())
+    top = logits.argmax(-1)[len(context)].item()
+    assert model.loglikelihood([request("And God said", run.tokenizer.decode([top]))])[0][1] or len(run.tokenizer.decode([top])) == 0
+
+
+def test_a_continuation_of_a_flow_is_its_conditional_bound(given_run):
+    run, model = load_run(given_run), MegaFlow(path=str(given_run), draws=8, seed=5)
+    ((found, _),) = model.loglikelihood([request("And God", " said")])
+    before, rest = model.tokens("And God"), model.tokens("And God said")
+    ids = torch.tensor([rest + [0] * (16 - len(rest))])
+    given = torch.arange(16)[None] < len(before)
+    wanted = nats(run, made(run, ids, [len(rest)], 1.0), 8, 5, given, of_lengths=False)
+    assert -found == pytest.approx(sum(wanted["rows"]["nats"]), rel=1e-9)
+    about = model.get_model_info()
+    assert about["megaflow_likelihoods"] == 1 and about["megaflow_draws_most"] == 8
+    assert about["megaflow_standard_error_nats_most"] == pytest.approx(wanted["rows"]["errors"][0], rel=1e-9)
+
+
+def test_draws_are_added_until_the_error_is_small_enough(given_run):
+    requests = [request("And God", " said"), request("", "In the beginning")]
+    once = MegaFlow(path=str(given_run), draws=2)
+    once.loglikelihood(requests)
+    tolerance = 0.3 * min(error for error, _, _ in once.took)
+    more = MegaFlow(path=str(given_run), draws=2, tolerance=tolerance)
+    more.loglikelihood(requests)
+    assert all(error <= tolerance or draws == 4096 for error, _, draws in more.took) and max(draws for *_, draws in more.took) > 2
+
+
+def test_text_is_what_sample_writes(trained, given_run):
+    found = sample(given_run, count=1, steps=4, prompt="And God")["tokens"][0]
+    model = MegaFlow(path=str(given_run), steps=4)
+    (text,) = model.generate_until([request("And God", {"max_gen_toks": 5})])
+    before = len(model.tokens("And God"))
+    assert text == model.cut(found[before : before + 5], [])
+    assert model.cut(model.tokens("one. two. three"), [". t"]) == "one"
+    baseline = MegaFlow(path=str(trained("documents", "autoregressive")))
+    once, again = (baseline.generate_until([request("And God", {"until": ["zzz"], "max_gen_toks": 5})])[0] for _ in range(2))
+    assert once == again  # greedy
+
+
+def test_a_converted_model_is_the_run(given_run, tmp_path):
+    convert(given_run, tmp_path / "hf", to="hf")
+    ours, theirs = (MegaFlow(path=str(each), draws=4).loglikelihood([request("And God", " said")]) for each in (tmp_path / "hf", given_run))
+    assert ours == theirs
+
+
+class TestRefused:
+    def test_a_flow_without_given_tokens_has_no_continuation(self, trained):
+        with pytest.raises(UserError, match="none of a continuation"):
+            MegaFlow(path=str(trained("coded"))).loglikelihood([request("And God", " said")])
+        assert MegaFlow(path=str(trained("coded")), draws=2).loglikelihood([request("", "And God")])[0][0] < 0.0
+
+    @pytest.mark.parametrize("words, said", [({}, "path=RUN_OR_FOLDER is missing"), ({"path": "x", "draws": 1}, "draws=1 has no error")])
+    def test_arguments(self, words, said):
+        with pytest.raises(UserError, match=said):
+            MegaFlow(**words)
+
+    def test_what_is_longer_than_a_row(self, trained):
+        with pytest.raises(UserError, match="and the network's rows 16"):
+            MegaFlow(path=str(trained("coded"))).loglikelihood([request("", "and " * 40)])

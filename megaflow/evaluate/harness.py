@@ -39,8 +39,8 @@ class MegaFlow(LM):
     """path: a run or a converted model; draws: of noise and time for every bound, and at least so many where `tolerance`, nats of standard
     error of a request, asks for more; steps, temperature: of generation, None for the run's usual ones.
 
-    lm_eval also passes batch_size, max_batch_size and device, which change nothing: rows go in batches of their own, to a GPU where there is
-    one."""
+    lm_eval also passes batch_size, max_batch_size and device, which change nothing: rows go in batches of their own, to a GPU where there
+    is one."""
 
     def __init__(
         self,

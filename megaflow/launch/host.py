@@ -2,12 +2,13 @@
 
     srun … python -m megaflow.launch.host --place DIR --processes P -- pretrain CONFIG a.b=c
 
-One rank is the command itself; several are torchrun's, which meet at the job's first host. torchrun ends its ranks when it gets a signal,
-within 30 seconds, and answers 1 whatever they said. So it gets none: it has a session of its own, and signals go to its ranks, which save
-and leave, and to nobody else.
+One rank is the command itself; several are torchrun's, which meet at the job's first host. torchrun dies of USR1, and of TERM ends its
+ranks within 30 seconds; either way what they save is lost. Slurm may signal all processes of a step (ProctrackType=linuxproc does), so
+torchrun is deaf to both: the ranks alone hear them, save and leave. An attempt is over when the last of them is gone.
 """
 
 import argparse
+import importlib.metadata
 import json
 import os
 import signal
@@ -20,6 +21,9 @@ from typing import Any
 AGAIN = 5.0
 """Seconds between repetitions of a signal: a process that is just starting does not hear it yet."""
 PERIOD = 0.2
+KNOWS_SIGNALS = 13
+"""Minor version of torch 2 whose torchrun is known to take the signals that it handles; an earlier one still ends its ranks at TERM."""
+STOPS = (signal.SIGUSR1, signal.SIGTERM)
 
 
 def main() -> int:
@@ -36,19 +40,27 @@ def main() -> int:
             print(f"megaflow: {needs}, which comes before, has not been trained to its end", file=sys.stderr)
             return 2
     asked: list[int] = []
-    for number in (signal.SIGUSR1, signal.SIGTERM):
+    for number in STOPS:
         signal.signal(number, lambda number, frame: asked.append(number))
-    started = subprocess.Popen(command(words, arguments.processes, place, os.environ), start_new_session=True)
     several = arguments.processes * hosts(os.environ) > 1
-    told = 0.0
-    while started.poll() is None:
+    ours = command(words, arguments.processes, place, os.environ)
+    started = subprocess.Popen(ours, start_new_session=True, preexec_fn=deaf if several else None)
+    told, ranks = 0.0, [started.pid]
+    while started.poll() is None or asked and any(map(alive, ranks)):
+        ranks = (children(started.pid) or ranks) if several else ranks
         if asked and time.monotonic() > told + AGAIN:
             told = time.monotonic()
-            for process in children(started.pid) if several else [started.pid]:
+            for process in ranks:
                 tell(process, asked[-1])
         time.sleep(PERIOD)
     code = started.returncode
     return code if code >= 0 else 128 - code
+
+
+def deaf() -> None:
+    """What a launcher begins with; its ranks set handlers of their own as they begin, and until then there is nothing to save."""
+    for number in STOPS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def element(file: str, environment: "os._Environ[str] | dict[str, str]") -> dict[str, Any]:
@@ -76,6 +88,8 @@ def command(words: list[str], processes: int, place: Path, environment: "os._Env
     # another port at every attempt: of the one before, the system may not have let go
     port = 20000 + (31 * int(job) + attempt) % 10000
     launcher += [f"--master-addr={environment.get('SLURM_LAUNCH_NODE_IPADDR') or '127.0.0.1'}", f"--master-port={port}"]
+    if int(importlib.metadata.version("torch").split(".")[1]) >= KNOWS_SIGNALS:
+        launcher.append("--signals-to-handle=SIGINT,SIGHUP,SIGQUIT")
     return [sys.executable, *launcher, f"--log-dir={logs}", "--redirects=3", "--tee=3", *ours]
 
 
@@ -88,6 +102,14 @@ def children(process: int) -> list[int]:
         except OSError:
             continue
     return found
+
+
+def alive(process: int) -> bool:
+    """Whether a process is there and has not ended; one that nobody has waited for has."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
 
 
 def tell(process: int, number: int) -> None:

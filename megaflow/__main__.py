@@ -1,8 +1,11 @@
 """The command line: `megaflow` and `python -m megaflow` are this file. Every command's code is imported when it is called."""
 
 import argparse
+import contextlib
+import io
 import json
 import os
+import shlex
 import signal
 import sys
 import time
@@ -329,7 +332,8 @@ def run(arguments: argparse.Namespace, began: float) -> int:
         from megaflow.launch.submit import submit
 
         chain = arguments.after, arguments.then
-        submit(arguments.config, arguments.overrides, resources_of(arguments), *chain, arguments.dry_run, arguments.templates)
+        resources, dry = resources_of(arguments), arguments.dry_run
+        submit(arguments.config, arguments.overrides, resources, *chain, dry, arguments.templates, check=check_words)
         return 0
     if arguments.command in ("status", "cancel", "logs"):
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing is lost of what only looks
@@ -368,6 +372,7 @@ def run(arguments: argparse.Namespace, began: float) -> int:
             resources if arguments.slurm else None,
             arguments.templates,
             sys.argv[1:],
+            check_words,
         )
     from megaflow.launch.status import is_sweep
 
@@ -380,6 +385,27 @@ def run(arguments: argparse.Namespace, began: float) -> int:
 
     report(arguments.dir)
     return 0
+
+
+def check_words(words: list[str]) -> None:
+    """Refuse the words of a later evaluate or convert that it would itself refuse before it reads anything. Raises UserError."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            arguments = parser().parse_args(words)
+    except SystemExit:
+        raise UserError(f"{shlex.join(words)}: {said.getvalue().strip().rpartition('error: ')[2]}") from None
+    if arguments.command == "evaluate":
+        from megaflow.evaluate import evaluation
+
+        steps = [whole(step, "--steps") for step in arguments.steps.split(",")]
+        evaluation.check_numbers(steps, arguments.samples, arguments.rows, arguments.draws, arguments.temperature, arguments.clock)
+        frontier_of(arguments)
+    elif arguments.command == "convert":
+        from megaflow.export.convert import checked
+
+        model = arguments.weights, arguments.precision, arguments.shard_size
+        checked(*model, arguments.step, arguments.to, arguments.processes, arguments.origin)
 
 
 def frontier_of(arguments: argparse.Namespace) -> Any:

@@ -36,6 +36,7 @@ from megaflow.evaluate.repetition import Training
 from megaflow.evaluate.settings import LAST_STEP, Settings, check_temperature, last_step
 from megaflow.evaluate.template import Template
 from megaflow.files import write_atomically
+from megaflow.flow import choice, laws
 from megaflow.flow import profile as profiles
 from megaflow.flow.interpolant import time_of
 from megaflow.parallel import random
@@ -138,11 +139,7 @@ def hashed(path: str) -> str:
 
 def check(directory: Path, steps: list[int], samples: int, rows: int, draws: int, out: str | None) -> None:
     """Refuse, before anything is loaded, what would fail after all the work. Raises UserError."""
-    for option, value in (("--samples", samples), ("--rows", rows), ("--draws", draws), *(("--steps", step) for step in steps)):
-        if value < 1:
-            raise UserError(f"{option}: {value} is not a positive whole number")
-    if not steps:
-        raise UserError("--steps: no number of steps is given")
+    check_numbers(steps, samples, rows, draws)
     if draws < 2 and read_config(directory).config.model.family != "autoregressive":
         raise UserError(f"--draws: {draws} draw of noise and time per row has no error estimate; give 2 or more")
     if not out:
@@ -155,6 +152,21 @@ def check(directory: Path, steps: list[int], samples: int, rows: int, draws: int
         raise UserError(f"--json {out}: the result cannot be written, {Path(out).parent} is not writable; give a file in another folder")
     if Path(out).is_dir():
         raise UserError(f"--json {out}: this is a folder; give the path of a file")
+
+
+def check_numbers(steps: list[int], samples: int, rows: int, draws: int, temperature: float = 1.0, clock: str = "auto") -> None:
+    """What can be refused without a run. Raises UserError."""
+    for option, value in (("--samples", samples), ("--rows", rows), ("--draws", draws), *(("--steps", step) for step in steps)):
+        if value < 1:
+            raise UserError(f"{option}: {value} is not a positive whole number")
+    if not steps:
+        raise UserError("--steps: no number of steps is given")
+    check_temperature(temperature)
+    if clock != "auto":
+        try:
+            choice.split(laws.LAWS, clock)
+        except choice.ChoiceError as error:
+            raise UserError(f"--clock must be {error}") from None
 
 
 def check_shards(run: Run) -> None:

@@ -23,7 +23,7 @@ from megaflow.errors import UserError
 from megaflow.export import hf, onnx, verify
 from megaflow.export.folder import FILE, INDEX, MODEL, PRECISIONS, STAGE, VERSION, load
 from megaflow.export.into_run import into_run
-from megaflow.export.recut import recut
+from megaflow.export.recut import check_processes, recut
 from megaflow.export.source import MEGABYTE, Source, made, open_source, room, sized
 from megaflow.model import parts
 from megaflow.progress import Progress
@@ -61,25 +61,12 @@ def convert(
     files of `processes` (1 if None). origin 'hf': `run` is such a folder, and becomes a run again. Raises UserError.
     """
     run, out = Path(run), Path(out)
-    of_network = [name for name, value in (("weights", weights), ("precision", precision), ("shard-size", shard_size)) if value is not None]
+    checked(weights, precision, shard_size, step, to, processes, origin)
     if origin == "hf":
-        others = [name for name, value in (("step", step), ("processes", processes)) if value is not None]
-        if given := [*of_network, *others, *(["to"] if to not in (None, "run") else [])]:
-            raise UserError(f"--{given[0]} has no place beside --from hf: a folder becomes a run as it is")
         return into_run(run, out)
     if to == "run":
-        if given := of_network:
-            raise UserError(
-                f"--{given[0]} belongs to a network: a run keeps all its weights, in fp32, in a file for each process and group"
-            )
         return recut(run, out, step, 1 if processes is None else processes)
-    if to == "vllm":
-        raise UserError(NO_SERVER)
-    if processes is not None:
-        raise UserError("--processes belongs to --to run: the files of a network are cut by --shard-size")
     group, limit = WEIGHTS[weights or "averaged"], size_of(shard_size or SHARD_SIZE)
-    if to == "onnx" and (given := [name for name in of_network if name != "weights"]):
-        raise UserError(f"--{given[0]} belongs to folders of weights: --to onnx writes one file, in fp32")
     with made(out) as partial:
         source = open_source(run, step, [group, "stage"])
         if to == "onnx":
@@ -89,6 +76,36 @@ def convert(
             shutil.rmtree(partial / "network")
             return told
         return _write_network(source, partial, out, group, precision or "fp32", limit, to or "safetensors")
+
+
+def checked(
+    weights: str | None,
+    precision: str | None,
+    shard_size: str | None,
+    step: int | None,
+    to: str | None,
+    processes: int | None,
+    origin: str,
+) -> None:
+    """Refuse options that do not go together, or mean nothing. Raises UserError."""
+    of_network = [name for name, value in (("weights", weights), ("precision", precision), ("shard-size", shard_size)) if value is not None]
+    if origin == "hf":
+        others = [name for name, value in (("step", step), ("processes", processes)) if value is not None]
+        if given := [*of_network, *others, *(["to"] if to not in (None, "run") else [])]:
+            raise UserError(f"--{given[0]} has no place beside --from hf: a folder becomes a run as it is")
+    elif to == "run":
+        if of_network:
+            what = f"--{of_network[0]} belongs to a network"
+            raise UserError(f"{what}: a run keeps all its weights, in fp32, in a file for each process and group")
+        check_processes(1 if processes is None else processes)
+    elif to == "vllm":
+        raise UserError(NO_SERVER)
+    elif processes is not None:
+        raise UserError("--processes belongs to --to run: the files of a network are cut by --shard-size")
+    elif to == "onnx" and (given := [name for name in of_network if name != "weights"]):
+        raise UserError(f"--{given[0]} belongs to folders of weights: --to onnx writes one file, in fp32")
+    if shard_size is not None:
+        size_of(shard_size)
 
 
 def _write_network(source: Source, partial: Path, out: Path, group: str, precision: str, limit: int, to: str) -> list[str]:

@@ -37,8 +37,7 @@ def recut(run: Path, out: Path, step: int | None, processes: int) -> list[str]:
 
     Raises UserError.
     """
-    if not 1 <= processes <= MOST:
-        raise UserError(f"--processes: {processes} is not a whole number from 1 to {MOST}")
+    check_processes(processes)
     with made(out) as partial:
         source = open_source(run, step, list(checkpoints.GROUPS))
         found, names = source.found, source.found.names()
@@ -53,6 +52,12 @@ def recut(run: Path, out: Path, step: int | None, processes: int) -> list[str]:
     files = sum(1 for _ in checkpoints.folder(out, found.state["step"]).glob("*.safetensors"))
     what = f"{source.kind}, step {found.state['step']}, {len(found.files)} files of tensors became {files}"
     return [f"{out}: {what}; training continues with run.dir={out}", *verify.told({"tensors": len(names), "exact": True, **compared})]
+
+
+def check_processes(processes: int) -> None:
+    """Raises UserError."""
+    if not 1 <= processes <= MOST:
+        raise UserError(f"--processes: {processes} is not a whole number from 1 to {MOST}")
 
 
 def share(name: str, shape: tuple[int, ...], rank: int, size: int) -> Box | None:

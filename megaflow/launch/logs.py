@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megaflow.errors import UserError
-from megaflow.launch import records, slurm
+from megaflow.launch import records, slurm, status
 
 PERIOD = 0.5
 """Seconds between looks at a log that is followed."""
@@ -24,7 +24,9 @@ def logs(run: str, rank: int | None = None, job: str | None = None, follow: bool
     ids = list(kept)
     console = Path(run) / "console.log"
     if not ids and console.exists():  # a point of a sweep that runs here
-        show(lambda: console, "", False)
+        if rank is not None or job is not None:
+            raise UserError(f"{run}: it was trained here, by no job, and its ranks have one log; leave --rank and --job out")
+        show(lambda: console, lambda: status.holder(Path(run)) != "here", follow)
         return
     if (Path(run) / "sweeps").is_dir() and rank is None and job is None:  # of a sweep the job that comes after all
         ids = [id for id, line in kept.items() if "sweep" in line]
@@ -45,7 +47,7 @@ def logs(run: str, rank: int | None = None, job: str | None = None, follow: bool
         raise UserError(
             f"{file()}: there is no such log yet; megaflow status {shlex.quote(run)} says whether the job waits, and -f waits for it"
         )
-    show(file, id, follow)
+    show(file, lambda: gone(id), follow)
 
 
 def latest(ids: list[str], kept: dict[str, dict[str, Any]], place: Path) -> str:
@@ -79,13 +81,14 @@ def of_rank(place: Path, id: str, rank: int) -> Path:
     return files[rank]
 
 
-def show(newest: Callable[[], Path], id: str, follow: bool) -> None:
-    """Print a log, or follow it; that of a rank is another file in the next attempt. Raises UserError where none is there to print."""
+def show(newest: Callable[[], Path], ended: Callable[[], bool], follow: bool) -> None:
+    """Print a log, or follow it until what writes it has ended; that of a rank is another file in the next attempt. Raises UserError where
+    none is there to print."""
     file, place, asked = None if follow else newest(), 0, -ASK
     while True:
         over = not follow
         if follow and time.monotonic() > asked + ASK:
-            asked, over = time.monotonic(), gone(id)
+            asked, over = time.monotonic(), ended()
         if file is not None:
             place = printed(file, place)
         with contextlib.suppress(UserError):  # an attempt whose ranks have not begun

@@ -49,17 +49,23 @@ def status(places: list[str], as_json: bool = False, live: bool = False) -> None
 
 def counted(folder: Path, states: list[dict[str, Any]], queue: dict[str, slurm.Queued]) -> dict[str, Any]:
     """Of a sweep's folder: {'sweep', 'points', 'states': {state: how many}, 'jobs': those that come after all others, 'said': why the last
-    of these failed}; points that nobody has begun are among the states."""
+    of these failed, or most points of which nothing else is said}; points that nobody has begun are among the states."""
     names = {member["directory"] for file in (folder / "sweeps").glob("*.json") for member in read_if_whole(file).get("members", [])}
     there = {Path(state["run"]).name: state["state"] for state in states if Path(state["run"]).parent == folder}
     counts: dict[str, int] = {}
+    reasons: list[str] = []
     for name in sorted(names):
-        noted = point_of(folder / name).get("state")  # of one that never became a run
-        state = there.get(name, noted if noted in ("failed", "refused") else BEGUN)
+        noted = point_of(folder / name)
+        failed = noted.get("state") in ("failed", "refused")
+        state = there.get(name) or (noted["state"] if failed else BEGUN)  # or one that never became a run
+        state = "failed" if failed and state == "finished" else state  # trained, and its evaluation has failed
         counts[state] = counts.get(state, 0) + 1
+        if failed and noted.get("said") and state == noted["state"] and (name not in there or there[name] == "finished"):
+            reasons.append(noted["said"])
     last = [line["job"] for line in records.jobs(folder / "slurm") if "sweep" in line]
     attempts = records.attempts(folder / "slurm")
     said = attempts[-1]["said"] if attempts and attempts[-1]["end"] == "failed" else None
+    said = said or (max(reasons, key=reasons.count) if reasons else None)
     jobs = {id: str(queue[id]) for id in last if id in queue}
     return {"sweep": str(folder), "points": len(names), "states": counts, "jobs": jobs, "said": said}
 
@@ -86,6 +92,9 @@ def found(places: list[Path]) -> tuple[list[Path], list[Path]]:
     runs: list[Path] = []
     sweeps: list[Path] = []
     for place in places:
+        beside = place.absolute().with_name(f"{place.absolute().name}.slurm")
+        if (beside / records.JOBS).exists() and not is_run(place):  # shards, whose jobs are noted beside them
+            place = place.with_name(beside.name) if place.name else beside
         if not place.is_dir():
             raise UserError(f"{place}: no such directory; give a run, or a folder of runs")
         below = [place]
@@ -139,9 +148,10 @@ def state_of(run: Path, jobs: list[dict[str, Any]], queue: dict[str, slurm.Queue
     step = int(loss.get("step", 0))
     ended, point = outcome.read(run), point_of(run)
     done = (run / "summary.json").exists() and steps is not None and step >= steps
+    prepared = run.suffix == ".slurm" and bool(attempts) and attempts[-1]["end"] == "done" and not mine
     running = [job for job in mine.values() if job.state in ("RUNNING", "COMPLETING")]
     training = [job for job in running if stages[job.id] in TRAINING]
-    if done:
+    if done or prepared:
         state = "finished"
     elif training or process == "here":
         state = "training"
@@ -171,7 +181,9 @@ def state_of(run: Path, jobs: list[dict[str, Any]], queue: dict[str, slurm.Queue
         "tokens_per_second": loss.get("tokens_per_second"),
         "seconds_left": left(loss, steps) if state == "training" else None,
         "checkpoint": outcome.newest_step(run) or None,
-        "said": said(state, ended, attempts, process) or (point.get("said") or None if state in (EARLY, "failed", "refused") else None),
+        "said": said(state, ended, attempts, process)
+        or later(run, state, jobs, attempts)
+        or (point.get("said") or None if state in (EARLY, "failed", "refused") else None),
         "attempts": len(attempts) or None,
         "jobs": [{"job": id, "stage": stages[id], "state": job.state, "queue": str(job)} for id, job in mine.items()],
     }
@@ -234,6 +246,17 @@ def said(state: str, ended: dict[str, Any] | None, attempts: list[dict[str, Any]
     return None
 
 
+def later(run: Path, state: str, jobs: list[dict[str, Any]], attempts: list[dict[str, Any]]) -> str | None:
+    """Why what came after training has failed, of a run that is finished; None where it has not, or was done again since."""
+    last = attempts[-1] if attempts else {}
+    stage = next((line["stage"] for line in jobs if line["job"] == last.get("job")), "")
+    if state != "finished" or last.get("end") != "failed" or stage in TRAINING:
+        return None
+    file = run / "evaluation.json"
+    again = stage == "evaluate" and file.exists() and file.stat().st_mtime > last["time"]
+    return None if again else f"{stage}: {last['said']}"
+
+
 COLUMNS = ("run", "state", "step", "loss", "valid", "tokens/s", "left", "saved", "queue")
 
 
@@ -268,7 +291,7 @@ def cells(state: dict[str, Any]) -> tuple[str, ...]:
 
 def cancel(places: list[str]) -> None:
     """End the jobs of runs, and their processes on this host: what trains saves before it leaves. Raises UserError."""
-    ended = 0
+    ended, trouble, told = 0, None, set()
     runs, sweeps = found([Path(place) for place in places])
     for folder in sweeps:  # first what would start another point as soon as one has ended
         for process in pools(folder):
@@ -276,8 +299,15 @@ def cancel(places: list[str]) -> None:
             print(f"process {process}, the sweep {folder}, is told to end, and what it trains to save")
             ended += 1
     for run in [*sweeps, *runs]:
-        jobs = records.jobs(place_of(run))
-        for id, job in (slurm.waiting_or_running([line["job"] for line in jobs]) if jobs else {}).items():
+        jobs, active = records.jobs(place_of(run)), {}
+        try:
+            active = slurm.waiting_or_running([line["job"] for line in jobs]) if jobs else {}
+        except slurm.Unreachable as error:
+            trouble = error  # what runs here can be told all the same
+        for id, job in active.items():
+            if id in told:
+                continue
+            told.add(id)
             if job.state == "RUNNING":
                 slurm.ask("scancel", "--batch", "--signal=TERM", id)  # the script first: what its tasks come to is meant
                 slurm.ask("scancel", "--signal=TERM", id)
@@ -290,5 +320,7 @@ def cancel(places: list[str]) -> None:
             os.kill(owner(run)[0], signal.SIGTERM)
             print(f"process {owner(run)[0]} of {run} is told to save and end")
             ended += 1
+    if trouble is not None:
+        raise UserError(f"jobs are not told: {trouble}")
     if not ended:
         print("nothing to cancel: no job and no process of this host works on it")

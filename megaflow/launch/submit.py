@@ -3,9 +3,12 @@
 What a config says is checked here, by the rules of the stages themselves, so that no job waits for hours to be refused.
 """
 
+import contextlib
+import os
 import re
 import shlex
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -18,11 +21,17 @@ from megaflow.train import outcome
 
 STAGES = ("prepare", "pretrain", "distill", "evaluate", "convert")
 TRAINING = ("pretrain", "distill")
+FLAGS = ("mauve", "frontier")
 OPTIONS = {
-    "evaluate": ("steps", "samples", "rows", "draws", "temperature", "clock", "seed", "data", "text", "json"),
-    "convert": ("as", "step", "weights", "precision", "shard-size", "processes"),
+    "evaluate": (
+        *("steps", "samples", "rows", "draws", "temperature", "clock", "seed", "data", "text", "json"),
+        *("judge", "temperatures", "gammas", "entropy", *FLAGS),
+    ),
+    "convert": ("to", "step", "weights", "precision", "shard-size", "processes"),
 }
 """Of the commands that know no config."""
+Check = Callable[[list[str]], None]
+"""Refuses the words of a command that it would refuse itself. Raises UserError."""
 LATEST = 60
 """Seconds by which Slurm may tell a job earlier than it was asked to."""
 
@@ -52,10 +61,12 @@ def submit(
     then: list[list[str]] | None = None,
     dry_run: bool = False,
     templates: str | None = None,
+    check: Check = lambda words: None,
 ) -> None:
     """Render, show and submit the job of `config`, and those of `then`, each a stage and its words, which follow one another.
 
-    after: directories whose jobs must have succeeded before. Prints scripts, ids, and how to follow them. Raises UserError.
+    after: directories whose jobs must have succeeded before; check: of commands that know no config. Prints scripts, ids, and how to follow
+    them. Raises UserError.
     """
     stages = [word.partition("=")[2] for word in overrides if word.startswith("stage=")]
     overrides = [word for word in overrides if not word.startswith("stage=")]
@@ -66,6 +77,9 @@ def submit(
         if paused := next((word for each in steps for word in each.words if re.fullmatch("train.pause_at=0*[1-9].*", word)), ""):
             raise UserError(f"{paused}: the run pauses there, and --then {stage} would begin; leave one of them out")
         steps.append(step(stage, words, resources, run, True))
+    for each in steps:
+        if each.stage in OPTIONS:
+            check(each.words)
     limits(resources)
     source = script.folder(templates)
     steps[0].waits = [f"afterok:{id}" for directory in after or [] for id in queued(directory, dry_run)]
@@ -102,10 +116,9 @@ def step(stage: str, words: list[str], resources: Resources, run: Path | None, w
         directory = run_of(plain[0])
         if not waits and not (directory / "config.yaml").exists():
             raise UserError(f"{directory}: no run is there to {stage}; give its directory or config, or --after what makes it")
-        given = [f"--{word.lstrip('-')}" for word in options]
-        for word in given:
-            if (name := word[2:].partition("=")[0]) not in OPTIONS[stage]:
-                raise UserError(f"{stage} has no option {name}; it has {', '.join(OPTIONS[stage])}")
+        given = [option(stage, word) for word in options]
+        if stage == "convert" and os.path.lexists(plain[1]):
+            raise UserError(f"{plain[1]}: this is there already, and nothing is written over; give a new folder, or remove it")
         return Step(stage, [stage, str(directory), *plain[1:], *given], directory, records.place_of(directory))
     if len(plain) != 1:
         raise UserError(f"{stage} takes a CONFIG and overrides a.b=c, not {shlex.join(words) or 'nothing'}")
@@ -131,6 +144,18 @@ def step(stage: str, words: list[str], resources: Resources, run: Path | None, w
     return Step(stage, [stage, path, *options], directory, directory / "slurm")
 
 
+def option(stage: str, word: str) -> str:
+    """An option name=value as its command takes it. Raises UserError."""
+    name, _, value = word.lstrip("-").partition("=")
+    if name not in OPTIONS[stage]:
+        raise UserError(f"{stage} has no option {name}; it has {', '.join(OPTIONS[stage])}")
+    if name in FLAGS:
+        if value != "true":
+            raise UserError(f"{name}={value}: write {name}=true, or leave it out")
+        return f"--{name}"
+    return f"--{name}={value}"
+
+
 def run_of(given: str) -> Path:
     """A run's directory, given as that or as the config that it is made by. Raises UserError."""
     return Path(known(given, [])[0].config.run.dir) if Path(given).is_file() else Path(given)
@@ -150,7 +175,7 @@ def single(first: Step, resources: Resources) -> None:
 
 def limits(resources: Resources) -> None:
     """Refuse a time limit that is over before anything begins. Raises UserError."""
-    if not resources.time:
+    if not resources.time or resources.time.upper() in ("UNLIMITED", "INFINITE"):
         return
     seconds = seconds_of(resources.time)
     if seconds <= resources.margin + LATEST:
@@ -202,7 +227,13 @@ def sent(each: Step, text: str) -> str:
         each.place.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{each.place}: cannot be made ({error.strerror}); choose another place for the run") from None
-    id = slurm.submit(text)
+    try:
+        id = slurm.submit(text)
+    except UserError:
+        with contextlib.suppress(OSError):  # empty folders that were made for it
+            each.place.rmdir()
+            each.directory.rmdir()
+        raise
     if each.stage in TRAINING:
         outcome.begin(each.directory)  # what is said there is of an attempt before
     print(f"\njob {id}: {each.stage} {each.directory}", flush=True)

@@ -169,7 +169,7 @@ def left(asked: Sweep, placed: list[Placed], how: Cluster, active: dict[Path, li
         if each.refused or each.point.teacher in lost:
             lost.add(each.point.name)
             if not how.dry_run:
-                points.note(each, REFUSED if each.refused else FAILED, each.refused or f"its teacher {each.point.teacher} has failed")
+                points.note(each, REFUSED if each.refused else FAILED, each.refused or points.why_orphaned(each))
         elif state == FAILED and not how.retry:
             if not (each.directory / "summary.json").exists():  # what fails after that is its evaluation
                 lost.add(each.point.name)

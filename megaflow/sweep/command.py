@@ -18,6 +18,7 @@ from typing import Any
 from megaflow.errors import UserError
 from megaflow.launch import records, slurm, status
 from megaflow.launch.script import Resources
+from megaflow.launch.submit import Check
 from megaflow.process import STOP_SIGNALS, STOPPED
 from megaflow.sweep import array, design, filed, gather, halving, points, pool, search, speed
 from megaflow.sweep.array import Cluster
@@ -35,12 +36,16 @@ def sweep(
     resources: Resources | None = None,
     templates: str | None = None,
     same: list[str] | None = None,
+    check: Check = lambda words: None,
 ) -> int:
     """Run what is left of a sweep, `at_once` points together, and write its report; as Slurm arrays if `resources` of a point are given.
 
-    same: the words after `megaflow` that ask for it again. Returns the exit code. Raises UserError.
+    same: the words after `megaflow` that ask for it again; check: of the words that evaluate a point. Returns the exit code. Raises
+    UserError.
     """
     asked = design.read(path, overrides)
+    for words in points.evaluation(asked, Path(asked.dir)):
+        check(words)
     all_points = design.points(asked)
     design.baseline_of(asked, all_points)
     if resources is not None:
@@ -68,6 +73,9 @@ def sweep(
         there = f"{len(ids)} of its jobs are in Slurm's queue ({', '.join(ids[:3])}{', …' if len(ids) > 3 else ''})"
         raise UserError(f"{asked.dir}: {there}, which train its points there; wait, or megaflow cancel {shlex.quote(asked.dir)}")
     Path(asked.dir).mkdir(parents=True, exist_ok=True)
+    for file in Path(asked.dir).glob(f"{status.POOL}*"):
+        if not status.holder(Path(asked.dir), file.name):  # killed
+            file.unlink(missing_ok=True)
     mine = Path(asked.dir) / f"{status.POOL}{os.getpid()}"
     mine.write_text(f"{os.getpid()} on {os.uname().nodename}", "utf-8")  # for megaflow cancel
     with on_signals(stop):
@@ -82,10 +90,12 @@ def sweep(
         f"{asked.dir}: {tally.count(DONE)} of {tally.total} points done" + told(tally) + f"; {page_of(asked)}",
         file=sys.stderr,
     )
+    if refused := next((each for each in placed if each.refused), None):
+        print(f"megaflow: refused, such as {refused.directory.name}: {refused.refused}", file=sys.stderr)
     if stop:
         print(f"megaflow: stopped by a signal, {unfinished} points are left; the same command goes on", file=sys.stderr)
         return STOPPED if stop[0] != signal.SIGINT else 130
-    return 1 if tally.count(FAILED) else 0
+    return 1 if tally.count(FAILED) or tally.count(REFUSED) == tally.total else 0
 
 
 def page_of(asked: Sweep) -> Path:

@@ -35,7 +35,6 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from megaflow.config.load import flatten
 from megaflow.config.schema import keys
@@ -182,17 +181,25 @@ def _override(content: dict[str, Any], word: str) -> None:
         raise UserError(f"command line: {word!r} is not an override; write key=value, such as seeds=5 or set.train.steps=100")
     try:
         parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]), resolve=True)["value"]  # type: ignore[index, call-overload]
-    except OmegaConfBaseException as error:
+    except Exception as error:  # a YAML parser's errors have no common base class that OmegaConf promises
         raise UserError(f"command line: the value of {name} cannot be read: {str(error).splitlines()[0]}") from None
     first, _, rest = name.partition(".")
     if first in ("set", "axes", "baseline") and rest:  # whose keys have dots of their own
-        content.setdefault(first, {})[rest] = parsed
+        _within(content, first, word)[rest] = parsed
     elif first == "teacher" and rest.startswith("set."):
-        content.setdefault(first, {}).setdefault("set", {})[rest.removeprefix("set.")] = parsed
+        _within(_within(content, first, word), "set", word)[rest.removeprefix("set.")] = parsed
     elif rest:
-        content.setdefault(first, {})[rest] = parsed
+        _within(content, first, word)[rest] = parsed
     else:
         content[name] = parsed
+
+
+def _within(content: dict[str, Any], name: str, word: str) -> dict[str, Any]:
+    """The mapping of this name. Raises UserError where it is none."""
+    found = content.setdefault(name, {})
+    if not isinstance(found, dict):
+        raise UserError(f"command line: {word} sets a part of {name}, which is {found!r} and has no parts")
+    return found
 
 
 def _read(word: str) -> Any:
@@ -401,7 +408,7 @@ def _seeds(path: str, value: Any) -> tuple[int, ...]:
 
 def _draw(path: str, value: dict[str, Any]) -> dict[str, Any]:
     kind = value.get("kind", "grid")
-    if kind not in DRAWS or set(value) - {"kind"} - set(DRAWS[kind]):
+    if not isinstance(kind, str) or kind not in DRAWS or set(value) - {"kind"} - set(DRAWS[kind]):
         forms = "{kind: grid}, {kind: random or optuna, count: 20, seed: 0} or {kind: halving, keep: 0.33, rungs: 3}"
         raise UserError(f"{path}: draw must be {forms}, not {value!r}")
     found = {"kind": kind} | DRAWS[kind] | value

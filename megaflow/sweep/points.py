@@ -205,6 +205,13 @@ def teacher_of(each: Placed) -> str:
     return next((word.partition("=")[2] for word in each.words if word.startswith("distill.teacher=") and each.point.teacher), "")
 
 
+def why_orphaned(each: Placed) -> str:
+    """What a map says whose flow was refused or has failed."""
+    teacher = teacher_of(each)
+    said = record(Path(teacher)).get("said") or stands(Path(teacher), {})[1]
+    return f"its teacher {teacher} has failed" + (f": {said}" if said else "")
+
+
 def orphaned(each: Placed) -> bool:
     """Whether a point is a map of a flow that has failed, or was refused."""
     teacher = Path(teacher_of(each))

@@ -146,7 +146,7 @@ def standing(asked: Sweep, each: Placed, tally: Tally, retry: bool, share: float
         teacher = points.teacher_of(each)
         its = tally.states.get(teacher)
         if its in (FAILED, REFUSED) and points.orphaned(each):
-            points.note(each, FAILED, f"its teacher {teacher} has failed")
+            points.note(each, FAILED, points.why_orphaned(each))
             return FAILED
         if its not in (DONE, FAILED):
             return "wait" if its is None else "busy"

@@ -123,6 +123,7 @@ class TestWhatIsAsked:
             "run": str(run),
             "step": 40,
             "tokens": found.state["tokens"],
+            "state": found.state,
             "manifest": tensor_file.sha256(found.path / "manifest.json"),
             "content": found.sha256,
         }

@@ -87,3 +87,16 @@ def test_the_one_rank_of_a_job_has_the_job_s_log(run, capsys):
     assert capsys.readouterr().out == "of one\n"
     with pytest.raises(UserError, match="a job of one rank"):
         logs.logs(str(run), rank=1)
+
+
+def test_a_point_that_is_trained_here_is_followed_while_it_trains(tmp_path, monkeypatch, capsys):
+    (tmp_path / "console.log").write_text("step 1\n")
+    moments = [lambda: "here", lambda: (tmp_path / "console.log").write_text("step 1\nstep 2\n") and ""]
+    monkeypatch.setattr(logs.status, "holder", lambda run: moments.pop(0)())
+    monkeypatch.setattr(logs, "PERIOD", 0.01)
+    monkeypatch.setattr(logs, "ASK", 0.0)
+    logs.logs(str(tmp_path), follow=True)
+    assert capsys.readouterr().out == "step 1\nstep 2\n" and not moments
+    for own in ({"rank": 7}, {"job": "99"}):
+        with pytest.raises(UserError, match="leave --rank and --job out"):
+            logs.logs(str(tmp_path), **own)

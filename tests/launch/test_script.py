@@ -1,5 +1,6 @@
 """The script of a job: everything of the command line is data in it, and a template that cannot work is refused."""
 
+import re
 import shlex
 import shutil
 import subprocess
@@ -46,6 +47,12 @@ def test_what_is_asked_for_is_in_the_script():
         assert line in found
     usual = directives(script.render(job(), script.folder(), Path("/here")))
     assert not [line for line in usual if line.startswith(("--gpus", "--time", "--partition", "--dependency", "--array"))]
+
+
+def test_the_step_has_what_a_host_is_to_give_it():
+    resources = Resources(nodes=2, gpus=4, cpus=16)
+    (line,) = re.findall(r"^srun (.*?) -m megaflow", script.render(job(resources=resources), script.folder(), Path("/here")), re.MULTILINE)
+    assert {"--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=4", "--cpus-per-task=16"} <= set(line.split())
 
 
 def test_a_shell_reads_names_as_they_are(tmp_path):

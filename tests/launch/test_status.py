@@ -11,7 +11,7 @@ import time
 import pytest
 
 from megaflow.files import last_line
-from megaflow.launch import status
+from megaflow.launch import records, slurm, status
 
 
 @pytest.fixture
@@ -137,3 +137,83 @@ def test_where_there_is_no_run_that_is_said(cli, tmp_path):
         assert told.code == 2 and words in told.err and told.err.count("\n") == 1
     told = cli("logs", tmp_path)
     assert told.code == 2 and "no job was submitted for it" in told.err
+
+
+def test_shards_have_the_jobs_that_are_noted_beside_them(cli, tmp_path, monkeypatch):
+    """Before their job has made the folder, and when it is done."""
+    monkeypatch.setattr(slurm, "ask", lambda *words, **more: "")
+    shards, place = tmp_path / "shards", tmp_path / "shards.slurm"
+    place.mkdir()
+    records.add_job(place, {"job": "7", "stage": "prepare"})
+    assert state(cli, shards)["state"] == "not begun"
+    shards.mkdir()
+    (shards / "prepared.json").write_text("{}")
+    records.add_attempt(place, {"job": "7", "end": "done", "decision": "done", "said": "done", "time": 0.0, "attempt": 1})
+    for given in (shards, place, tmp_path):
+        found = state(cli, given)
+        assert (found["run"], found["state"], found["said"]) == (str(place), "finished", None)
+    assert "nothing to cancel" in cli("cancel", shards).out
+
+
+def test_what_fails_after_training_is_said(copied, cli, monkeypatch):
+    monkeypatch.setattr(slurm, "ask", lambda *words, **more: "")
+    run = copied("coded")
+    (run / "slurm").mkdir()
+    records.add_job(run / "slurm", {"job": "8", "stage": "evaluate"})
+    failed = {"job": "8", "end": "failed", "decision": "over", "said": "--steps: 'a' is no number", "time": time.time(), "attempt": 3}
+    records.add_attempt(run / "slurm", failed)
+    found = state(cli, run)
+    assert (found["state"], found["said"]) == ("finished", "evaluate: --steps: 'a' is no number")
+    (run / "evaluation.json").write_text("{}")
+    os.utime(run / "evaluation.json", (time.time() + 9.0,) * 2)
+    assert state(cli, run)["said"] is None  # it was done since
+
+
+def test_a_sweep_says_why_its_points_failed(copied, cli, tmp_path):
+    sweep = tmp_path / "sweep"
+    shutil.move(copied("coded"), sweep / "one")  # trained, and its evaluation has failed
+    (sweep / "sweeps").mkdir()
+    members = [{"directory": name} for name in ("one", "two", "three")]
+    (sweep / "sweeps" / "a.json").write_text(json.dumps({"members": members}))
+    for name, said in (("one", "x"), ("two", "there is no folder data"), ("three", "there is no folder data")):
+        (sweep / name).mkdir(exist_ok=True)
+        (sweep / name / "point.json").write_text(json.dumps({"state": "failed", "said": said}))
+    (told,) = json.loads(cli("status", sweep, "--json").out)["sweeps"]
+    assert told["states"] == {"failed": 3} and told["said"] == "there is no folder data"
+
+
+def test_what_trains_here_is_told_also_where_slurm_cannot_be_asked(training, cli, tmp_path, monkeypatch):
+    def away(*words, **more):
+        raise slurm.Unreachable("squeue is away")
+
+    run = tmp_path / "runs" / "one"
+    (run / "slurm").mkdir()
+    records.add_job(run / "slurm", {"job": "9", "stage": "pretrain"})
+    monkeypatch.setattr(slurm, "ask", away)
+    told = cli("cancel", run)
+    assert told.code == 2 and "jobs are not told: squeue is away" in told.err and f"process {training.pid}" in told.out
+    assert training.wait(timeout=60) == 75
+
+
+def test_a_job_of_a_sweep_is_told_once(cli, tmp_path, monkeypatch):
+    asked = []
+    sweep = tmp_path / "sweep"
+    (sweep / "sweeps").mkdir(parents=True)
+    (sweep / "sweeps" / "a.json").write_text(json.dumps({"members": [{"directory": "one"}]}))
+    for place in (sweep / "slurm", sweep / "one" / "slurm"):
+        place.mkdir(parents=True)
+        records.add_job(place, {"job": "5_1", "stage": "pretrain"})
+    monkeypatch.setattr(
+        slurm, "waiting_or_running", lambda ids, *more: {"5_1": slurm.Queued("5_1", "RUNNING", "", "vm", "")} if ids else {}
+    )
+    monkeypatch.setattr(slurm, "ask", lambda *words, **more: asked.append(words) or "")
+    told = cli("cancel", sweep)
+    assert told.out.count("job 5_1") == 1
+    # the script first, and then what it has started
+    assert asked == [("scancel", "--batch", "--signal=TERM", "5_1"), ("scancel", "--signal=TERM", "5_1")]
+
+
+def test_the_time_that_is_left():
+    line = {"step": 40, "tokens": 4000, "tokens_per_second": 50.0}
+    assert status.left(line, 100) == pytest.approx(60 * 100 / 50.0) and status.left(line, 40) == 0.0
+    assert status.left(line, None) is None and status.left(line | {"tokens_per_second": None}, 100) is None

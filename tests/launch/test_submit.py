@@ -33,6 +33,15 @@ def test_times_as_slurm_writes_them(text, seconds):
         (("{config}", "--after", "nowhere"), "no job was submitted for it"),
         (("{config}", "--then", "convert"), "convert takes RUN OUT"),
         (("{config}", "--then", "evaluate", "stepps=4"), "evaluate has no option stepps"),
+        (("{config}", "--then", "evaluate", "steps=a"), "--steps: 'a' is not a positive whole number"),
+        (("{config}", "--then", "evaluate", "samples=x"), "argument --samples: invalid int value: 'x'"),
+        (("{config}", "--then", "evaluate", "temperature=-1"), "--temperature: -1.0 is not a finite number above 0"),
+        (("{config}", "--then", "evaluate", "clock=nope"), "--clock must be one of"),
+        (("{config}", "--then", "evaluate", "gammas=0.5"), "--gammas belongs to --frontier"),
+        (("{config}", "--then", "evaluate", "mauve=yes"), "write mauve=true, or leave it out"),
+        (("{config}", "--then", "convert", "out", "to=nope"), "argument --to: invalid choice: 'nope'"),
+        (("{config}", "--then", "convert", "out", "shard-size=much"), "--shard-size: 'much' is not a size"),
+        (("{config}", "--then", "convert", "{config}"), "this is there already, and nothing is written over"),
         (("{config}", "--gpus-per-node", "-1"), "is below 0"),
         (("{config}", "--gpus-per-node", "2", "--processes-per-node", "2"), "is of hosts without GPUs"),
         (("{config}", "--sbatch=--exclusive\ntouch x"), "line break"),
@@ -42,11 +51,29 @@ def test_times_as_slurm_writes_them(text, seconds):
 )
 def test_what_is_refused(cli, config, tmp_path, monkeypatch, words, said):
     monkeypatch.chdir(tmp_path)
-    told = cli("submit", *(word.format(config=config("coded")) for word in words), f"run.dir={tmp_path / 'run'}", "--dry-run")
+    first, *rest = (word.format(config=config("coded")) for word in words)
+    told = cli("submit", first, f"run.dir={tmp_path / 'run'}", *rest, "--dry-run")
     if "stage=evaluate" in words:
         told = cli("submit", *words, "--dry-run")
     assert told.code == 2 and said in told.err and told.err.count("\n") == 1 and told.out == ""
     assert list(tmp_path.iterdir()) == []
+
+
+def test_jobs_without_a_limit_and_flags_of_what_follows(cli, config, tmp_path):
+    then = ("--then", "evaluate", "frontier=true", "temperatures=0.7,1", "--then", "convert", tmp_path / "out", "to=hf")
+    told = cli("submit", config("coded"), f"run.dir={tmp_path / 'run'}", "--time", "UNLIMITED", *then, "--dry-run")
+    assert told.code == 0, told.err
+    assert "#SBATCH --time=UNLIMITED" in told.out and "--frontier --temperatures=0.7,1" in told.out and "--to=hf" in told.out
+
+
+def test_a_refused_submission_leaves_nothing(cli, config, tmp_path, monkeypatch):
+    def refuses(text):
+        raise slurm.Unreachable("sbatch refuses the job: no such partition")
+
+    monkeypatch.setattr(slurm, "submit", refuses)
+    monkeypatch.setattr(slurm, "waiting_or_running", lambda ids, *more: {})
+    told = cli("submit", config("coded"), f"run.dir={tmp_path / 'run'}")
+    assert told.code == 2 and "no such partition" in told.err and not (tmp_path / "run").exists()
 
 
 def test_without_slurm_a_script_is_shown_and_nothing_submitted(cli, config, tmp_path, monkeypatch):

@@ -125,6 +125,23 @@ def test_overrides_of_the_command_line(sweep):
     }
 
 
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["axes.model.layers=[1,"], "the value of axes.model.layers cannot be read"),
+        (["seeds.a=5"], "seeds.a=5 sets a part of seeds, which is [0, 1] and has no parts"),
+        (["dir.x=5"], "dir.x=5 sets a part of dir"),
+        (["axes=5", "axes.model.layers=[1]"], "sets a part of axes, which is 5"),
+        (["teacher=x", "teacher.set.train.steps=3"], "sets a part of teacher, which is 'x'"),
+        (["seeds"], "is not an override; write key=value"),
+    ],
+)
+def test_what_is_wrong_with_the_command_line_is_said_in_one_sentence(sweep, words, said):
+    with pytest.raises(UserError) as error:
+        sweep(GRID + "\nseeds: [0, 1]", *words)
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
 def test_a_variant_says_something_else(sweep, tmp_path):
     text = (
         GRID + "\nset: {train.steps: 7}\nvariants: {large: {base: big.yaml, axes: {model.layers: [12]}, set: {train.steps: 99}, seeds: 2}}"
@@ -164,6 +181,7 @@ def test_the_baseline_is_a_choice(sweep):
         ("seeds: [1, a]", "seeds must be how many"),
         ("draw: {kind: rnd}", "draw must be"),
         ("draw: {kind: random, count: 0}", "draw.count"),
+        ("draw: {kind: [a]}", "draw must be"),
         ("budget: {hours: 3}", "budget must be one of"),
         ("budget: {tokens: 100}\nset: {train.steps: 3}", "leave one out"),
         ("budget: {seconds: 9}\ndraw: {kind: optuna}", "use tokens or flops"),

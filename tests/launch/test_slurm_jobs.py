@@ -93,6 +93,21 @@ def test_a_job_that_is_told_to_stop_saves_and_goes_on_at_once_with_the_same_loss
     assert losses(run) == undisturbed(step(run))
 
 
+@pytest.mark.long
+def test_ranks_that_are_told_to_stop_have_the_time_to_save(cluster, submit):
+    """Slurm signals every process of the step here, torchrun too, and saving takes longer than a process takes to die."""
+    large = ("model.hidden=768", "model.heads=8", "model.layers=6", "train.global_batch=2")
+    run, job = submit("ranks", ENDLESS, "--processes-per-node=2", "--cpus-per-node=2", *large)
+    cluster.until(lambda: step(run) > 2, 200.0)
+    cluster.run("scancel", "--batch", "--signal=USR1", job)
+    cluster.until(lambda: len(json.loads((run / "run.json").read_text())["starts"]) == 2, 200.0)
+    (first,) = records.attempts(run / "slurm")
+    assert (first["end"], first["decision"]) == ("stopped", "again")
+    assert first["step"] == json.loads((run / "run.json").read_text())["starts"][1]["step"] > 2
+    cluster.run("scancel", job)
+    cluster.over(job)
+
+
 def test_a_name_is_data_whatever_it_holds(cluster, megaflow, config, tmp_path):
     ugly = """$(touch x); "a b" 'c' `d` é #"""
     done = megaflow("submit", config("coded"), f"run.dir={ugly}", "train.steps=2", *EVERY, "--time=0:30:00")

@@ -35,6 +35,7 @@ def test_an_array_of_points_with_evaluations_and_a_report(cluster, megaflow, swe
     assert here.code == 2 and "in Slurm's queue" in here.err and here.err.count("\n") == 1
     assert cluster.over(report) == "COMPLETED"
     out = tmp_path / "out"
+    assert f"#SBATCH --dependency=aftercorr:{train}\n" in (out / "slurm" / f"{evaluate}.sbatch").read_text()  # each as soon as it is done
     assert {content["state"] for content in points.recorded(out).values()} == {"queued"}
     assert [points.stands(path, EVALUATE)[0] for path in points.recorded(out)] == ["done"] * 4
     assert "%2" in (out / "slurm" / f"{train}.sbatch").read_text() and (out / "report.html").exists()

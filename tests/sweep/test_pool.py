@@ -67,6 +67,18 @@ def test_points_run_once_and_new_values_run_only_what_is_new(sweeping):
     assert len(starts(sweeping.out)) == 3 and "3 of 3 points done" in more.err
 
 
+def test_a_sweep_of_which_nothing_can_be_trained_says_why(sweeping):
+    refused = sweeping("axes: {model.layers: [1, 2]}", "base=nope.yaml")
+    assert refused.code == 1 and "0 of 2 points done, 2 refused" in refused.err
+    assert "megaflow: refused, such as model.layers=1-seed=0: nope.yaml: no such config file" in refused.err
+    for options, said in (
+        ("temperature: -1", "--temperature: -1.0 is not a finite number above 0"),
+        ("clock: nope", "--clock must be one of"),
+    ):
+        told = sweeping(f"axes: {{model.layers: [1, 2]}}\nevaluate: {{steps: 1, {options}}}", "--dry-run")
+        assert told.code == 2 and said in told.err and told.err.count("\n") == 1
+
+
 @pytest.mark.long
 def test_what_fails_is_kept_told_and_tried_again_on_request(sweeping):
     axes = "axes: {optim.learning_rate: [0.005, 1.0e+30], model.heads: [2, 3]}\nset: {optim.warmup_steps: 0, " + STEPS + "}"

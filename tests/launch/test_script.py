@@ -43,6 +43,7 @@ def test_what_is_asked_for_is_in_the_script():
         "--mem=0",
         "--output=/runs/a/slurm/%j.log",
         "--requeue",
+        "--open-mode=append",
     ):
         assert line in found
     usual = directives(script.render(job(), script.folder(), Path("/here")))

@@ -15,6 +15,7 @@ import pytest
 
 from megaflow.config.load import load
 from megaflow.files import last_line, lines
+from megaflow.launch.host import alive
 from megaflow.process import STOPPED
 from megaflow.sweep import design, filed, gather, points
 from megaflow.train.run import load_distill
@@ -65,6 +66,23 @@ def test_points_run_once_and_new_values_run_only_what_is_new(sweeping):
     # the same points under another name: model.layers=2 is what the base says
     assert {name: count for name, count in starts(sweeping.out).items() if name in first} == first
     assert len(starts(sweeping.out)) == 3 and "3 of 3 points done" in more.err
+
+
+def test_what_trains_ends_with_the_sweep_that_has_started_it(tmp_path):
+    """Killed, it cannot tell anybody."""
+    code = (
+        "import subprocess, sys, time; from megaflow.sweep.pool import end_with_parent\n"
+        "child = subprocess.Popen(['sleep', '60'], preexec_fn=end_with_parent); print(child.pid, flush=True); time.sleep(60)"
+    )
+    sweep = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    child = int(sweep.stdout.readline())
+    assert alive(child)
+    sweep.kill()
+    sweep.wait()
+    end = time.monotonic() + 20.0
+    while alive(child):
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def test_a_sweep_of_which_nothing_can_be_trained_says_why(sweeping):

@@ -36,6 +36,12 @@ def best_of(asked: design.Sweep, at_once: int = 2) -> float:
     return min(map(loss, search.search(asked, at_once, lambda new, chosen: list(map(loss, new)), [])))
 
 
+def test_a_metric_that_is_to_be_large_is_sought_large(sweep):
+    """What is found is the same as of its negative that is to be small."""
+    found = search.search(sweep(12, more="lower_is_better: false"), 2, lambda new, chosen: [-loss(each) for each in new], [])
+    assert found == search.search(sweep(12), 2, lambda new, chosen: list(map(loss, new)), [])
+
+
 def test_it_finds_better_choices_than_chance(sweep, tmp_path):
     """Thirty of four hundred choices, against thirty drawn at random, over eight seeds."""
     grid = design.choices(sweep(30))

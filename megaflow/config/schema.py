@@ -97,6 +97,7 @@ class ModelConfig:
     qk_norm: bool = key(True, "queries and keys are normalised before they meet")
     head: str = key("untied", "output weights; tied: they embed beliefs (or tokens) too", choices=("untied", "tied"))
     softcap: float = key(0.0, "attention scores are softcap tanh(score / softcap); 0: as they are", low=0.0)
+    start: str = key("", "folder of a GPT-2 or Llama of transformers, whose weights the trunk begins with; empty: drawn")
 
 
 @dataclass

@@ -4,7 +4,7 @@
     bytes        one token per UTF-8 byte
     bpe          byte-level BPE, trained by prepare on the training documents
     gpt2, bert   GPT-2's BPE and BERT's lower-casing WordPiece, from the vocabulary files their authors published
-    a path       any tokenizer.json of the Hugging Face tokenizers library
+    a path       any tokenizer.json of the Hugging Face tokenizers library, or the folder that holds it
 
 Encoding never adds tokens at the ends and never reads a special token out of text: a document that spells
 `<|end|>` is seven characters, not an end of document.
@@ -117,6 +117,7 @@ def _bert_tokenizer(folder: str) -> Tokenizer:
 
 
 def _foreign_tokenizer(path: str) -> Tokenizer:
+    path = os.path.join(path, TOKENIZER_FILE) if os.path.isdir(path) else path
     if not os.path.isfile(path):
         near = difflib.get_close_matches(path, TOKENIZERS, n=1)
         advice = f"did you mean {near[0]}?" if near else "give the path of a tokenizer.json."

@@ -34,7 +34,7 @@ from megaflow.parallel import watch as watches
 from megaflow.parallel.cut import put
 from megaflow.parallel.mesh import Mesh
 from megaflow.train import checkpoint as checkpoints
-from megaflow.train import code_start, ema, outcome
+from megaflow.train import code_start, ema, outcome, pretrained
 from megaflow.train.checkpoint import Checkpoint
 from megaflow.train.context import Contexts
 from megaflow.train.loop import NotFinite, finished, train
@@ -102,6 +102,8 @@ def _train(loaded: Loaded, kind: str, began: float) -> int:
         choose(model.attention, mesh.device, loaded.config.train.precision == "bf16", model.hidden // model.heads)
         if loaded.config.parallel.compile:
             compiles(mesh.device, directory)
+        if kind == "pretrain" and model.start and not checkpoints.steps(directory):
+            pretrained.check(Path(model.start), loaded.config, Path(loaded.config.data.path))
         fresh = first_parts(loaded) if kind == "pretrain" and mesh.first else None
         again = any(meshes.exchanged(mesh, meshes.restarted()))
         held = lock(directory, LOCK_PATIENCE if again else 0.0) if mesh.first else None
@@ -212,7 +214,7 @@ def pretrain_stage(config: Config, fresh: Parts | None, mesh: Mesh) -> Stage:
         law = parts.unigram(unigram_counts(config.data.path))
         network = build.baseline_network(config, law, mesh.device, mesh.tensor, HOME)
         if begins(config, mesh):
-            build.draw(network, config.run.seed)
+            draw(network, config)
         return DiscreteStage(config, network) if isinstance(network, Discrete) else AutoregressiveStage(config, network)
     file = Path(config.run.dir) / parts.FILE
     if mesh.first and not file.exists():
@@ -225,11 +227,18 @@ def pretrain_stage(config: Config, fresh: Parts | None, mesh: Mesh) -> Stage:
     flow = build.flow_network(config, ours, mesh.device, config.train.joint, mesh.tensor, HOME)
     profile = None
     if begins(config, mesh):
-        build.draw(flow, config.run.seed)
+        draw(flow, config)
         profile = parts.initial_profile(fixed, config.flow.clock, config.run.seed) if mesh.first else None
         profile = meshes.shared(mesh, profile)
     stage = FlowStage(config, flow, ours, profile)
     return MapStage(config, flow, ours, flow=stage) if config.train.joint else stage
+
+
+def draw(network: TextDiT | Baseline, config: Config) -> None:
+    """The weights that a run begins with."""
+    build.draw(network, config.run.seed)
+    if config.model.start:
+        pretrained.begin_with(network, Path(config.model.start), config, Path(config.data.path))
 
 
 def begins(config: Config, mesh: Mesh) -> bool:

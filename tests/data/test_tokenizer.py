@@ -146,3 +146,9 @@ class TestErrors:
         (tmp_path / "mine.json").write_text('{"not": "a tokenizer"}')
         with pytest.raises(UserError, match="is not a tokenizer.json"):
             tok.given_tokenizer(DataConfig(tokenizer=str(tmp_path / "mine.json")))
+
+
+def test_a_folder_that_holds_a_tokenizer_is_one(tmp_path):
+    tok.save_tokenizer(tok.train_bpe(["and it came to pass"] * 3, 260), tmp_path)
+    found = [tok.given_tokenizer(DataConfig(tokenizer=str(path))) for path in (tmp_path, tmp_path / "tokenizer.json")]
+    assert tok.tokenizer_hash(found[0]) == tok.tokenizer_hash(found[1])

@@ -79,7 +79,7 @@ def _code(kind: str) -> list[str]:
         "from transformers import AutoModel, AutoTokenizer",
         "",
         'model = AutoModel.from_pretrained("FOLDER", trust_remote_code=True)',
-        'tokenizer = AutoTokenizer.from_pretrained("FOLDER")',
+        'tokenizer = AutoTokenizer.from_pretrained("FOLDER", trust_remote_code=True)',
         f"tokens = model.generate({steps}num_texts=4, seed=0)",
         "print(tokenizer.batch_decode(tokens, skip_special_tokens=True))",
         "```",

@@ -78,12 +78,18 @@ def write_report(data: dict[str, Any], out: Path | str) -> None:
     unknown += [f"{part}.{key}" for part, names in known.items() for key in data.get(part) or {} if key not in names]
     if unknown:
         raise ValueError(f"the report has no place for {', '.join(unknown)}")
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    page = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    page.filters |= {"fixed": fixed, "error": error, "count": count, "gibibytes": gibibytes}
-    page.filters |= {"duration": duration, "visible": visible, "blank": blank}
+    page = environment()
     parts = {part: data.get(part) for part in PARTS}
     Path(out).write_text(page.get_template("report.html.j2").render(**parts, **_view(data)), encoding="utf-8")
+
+
+def environment() -> jinja2.Environment:
+    """Templates of this folder with the filters below; all that is not Markup is escaped."""
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    page = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    page.filters |= {"fixed": fixed, "error": error, "count": count, "gibibytes": gibibytes, "fine": fine, "fine_error": fine_error}
+    page.filters |= {"duration": duration, "visible": visible, "blank": blank, "folder": lambda path: Path(path).name or path}
+    return page
 
 
 def fixed(value: float | None, digits: int = 3) -> str:
@@ -98,6 +104,18 @@ def error(value: float | None) -> str:
     if value is None or value < 1e-9:  # rounding of what is the same in every text
         return ""
     return f" ± {value:.3f}" if not value < 0.0005 else f" ± {value:.0e}"
+
+
+def fine(value: float | None, digits: int = 2) -> str:
+    """'1,234.57', of more than six digits before the point '1.23e+07'; a dash for what there is not."""
+    if value is None:
+        return "–"
+    return f"{value:,.{digits}f}" if abs(value) < 1e7 else f"{value:.2e}"
+
+
+def fine_error(value: float | None) -> str:
+    """' ± 12.34' of a number as `fine` writes it; nothing for what is exact or has no error."""
+    return "" if value is None or value < 1e-9 else f" ± {fine(value)}"
 
 
 def blank(text: str) -> str:

@@ -269,7 +269,7 @@ class TestLabelsOfTheFrontier:
             boxes.update({(by_colour[text.get_color()], text.get_text()): text.get_window_extent() for text in axes.texts})
             return ""
 
-        monkeypatch.setattr(figures, "_svg", look)
+        monkeypatch.setattr(figures, "svg", look)
         samples = {
             model: {steps: {"entropy": entropy, "judge_bits_per_char": bits} for steps, (entropy, bits) in entries.items()}
             for model, entries in points.items()

@@ -35,10 +35,24 @@ def compare(runs: list[str], out: str | None = None, page: str | None = None) ->
         check_file(option, file)
     evaluations = {run: evaluated(run) for run in runs}
     alike(evaluations)
-    first = evaluations[runs[0]]
+    result = comparison(evaluations) | {"commands": commands(evaluations, out, page)}
+    if out:
+        write_atomically(Path(out), json.dumps(result, ensure_ascii=False, indent=1, allow_nan=False))
+    if page:
+        with tempfile.TemporaryDirectory() as scratch:
+            os.environ.setdefault("MPLCONFIGDIR", scratch)  # matplotlib would write to the home directory
+            from megaflow.evaluate.compare_page import html
+
+            write_atomically(Path(page), html(result, evaluations))
+    return result
+
+
+def comparison(evaluations: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Of runs and their evaluations, the first of which others are compared with. Raises UserError where shards differ."""
+    name, first = next(iter(evaluations.items()))
     for run, found in evaluations.items():
         if found["shards"] != first["shards"]:
-            raise UserError(f"{run} was evaluated on other shards than {runs[0]}; only the same rows compare")
+            raise UserError(f"{run} was evaluated on other shards than {name}; only the same rows compare")
     result = {
         "runs": {run: {key: found[key] for key in ("step", "weights", "kind", "settings")} for run, found in evaluations.items()},
         "shards": first["shards"],
@@ -49,18 +63,9 @@ def compare(runs: list[str], out: str | None = None, page: str | None = None) ->
         "samples": {run: samples_of(found) for run, found in evaluations.items()},
         "reference": first["reference"],
         "judges": judges_of(evaluations),
-        "commands": commands(evaluations, out, page),
     }
     for part in ("frontier", "mauve", "repetition"):
         result[part] = {run: found[part] for run, found in evaluations.items() if part in found}
-    if out:
-        write_atomically(Path(out), json.dumps(result, ensure_ascii=False, indent=1, allow_nan=False))
-    if page:
-        with tempfile.TemporaryDirectory() as scratch:
-            os.environ.setdefault("MPLCONFIGDIR", scratch)  # matplotlib would write to the home directory
-            from megaflow.evaluate.compare_page import html
-
-            write_atomically(Path(page), html(result, evaluations))
     return result
 
 

@@ -127,7 +127,8 @@ def against_entropy(
         axes.xaxis.set_major_locator(MaxNLocator(6))
         axes.set_xlabel("entropy within a text (nats)")
         axes.set_ylabel(label)
-        place(figure, axes, labels)
+        stars = [star for star in (real, drawn) if star is not None]
+        place(figure, axes, labels, [point for line in lines for point in line.points[1:]] + stars)
         return svg(figure, name, f"{label} against entropy")
 
 

@@ -14,11 +14,9 @@ from markupsafe import Markup
 
 from megaflow.evaluate import compare_figures as drawn
 from megaflow.evaluate import side_by_side
-from megaflow.evaluate.report import environment
-from megaflow.evaluate.side_by_side import Judge, Texts
+from megaflow.evaluate.report import environment, judge_figures
 from megaflow.train.run import versions
 
-NGRAM = "judge_bits_per_char"
 MOST_TEXTS = 3
 """Of a run at a number of steps on the page."""
 BAR = 120.0
@@ -150,29 +148,6 @@ def parts_figures(evaluations: dict[str, dict[str, Any]], style: dict[str, drawn
         }
         for place, (run, each) in enumerate(parts.items())
     }
-
-
-def judge_figures(evaluations: dict[str, dict[str, Any]], judges: list[Judge], style: dict[str, drawn.Style]) -> list[dict[str, Any]]:
-    """A panel for the n-gram and each causal judge: judge (None of the n-gram) and drawing; those whose texts have no value are left
-    out."""
-    reference = next(iter(evaluations.values()))["reference"]
-    panels = []
-    for place, judge in enumerate([None, *judges]):
-
-        def value(texts: Texts, judge: Judge | None = judge) -> float | None:
-            entry = texts.entry if judge is None else judge.of(texts) or {}
-            return entry.get(NGRAM if judge is None else "perplexity")
-
-        stars: list[tuple[float, float] | None] = []
-        for name in ("data", "unigram"):
-            seen = reference[name][NGRAM] if judge is None else judge.reference[name]["perplexity"]
-            stars.append(None if seen is None else (reference[name]["entropy"], seen))
-        lines = side_by_side.lines_of(evaluations, value)
-        if lines:
-            label = "bits per character" if judge is None else "perplexity"
-            svg = drawn.against_entropy(lines, style, stars[0], stars[1], label, f"judge-{place}", judge is not None)
-            panels.append({"judge": judge, "svg": Markup(svg)})
-    return panels
 
 
 def written(evaluations: dict[str, dict[str, Any]]) -> list[tuple[int | None, dict[str, dict[str, Any]]]]:

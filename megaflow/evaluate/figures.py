@@ -7,6 +7,7 @@ Every panel is an SVG of its own, so that a page can put panels side by side or,
 import io
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
@@ -182,12 +183,15 @@ def frontier(samples: dict, cooled: dict, constant: set[tuple[str, int]]) -> str
         return svg(figure, "frontier", "Judge against entropy at falling temperature")
 
 
-def place(figure: Figure, axes: Axes, labels: list[tuple[str, tuple[float, float], str, bool]]) -> None:
-    """Write each label (text, point, colour, rather above than below) beside its point, clear of all points and of the labels before it, or
-    not at all."""
+def place(
+    figure: Figure, axes: Axes, labels: list[tuple[str, tuple[float, float], str, bool]], others: Sequence[tuple[float, float]] = ()
+) -> None:
+    """Write each label (text, point, colour, rather above than below) beside its point, clear of all points, the others' too, and of the
+    labels before it, or not at all."""
     figure.draw_without_rendering()  # the layout is final, and what is written from here on leaves it so
     half = figure.dpi / 72 * 1.6  # of a marker
-    taken = [Bbox([at - half, at + half]) for at in axes.transData.transform([point for _, point, _, _ in labels])] if labels else []
+    points = [point for _, point, _, _ in labels] + list(others)
+    taken = [Bbox([at - half, at + half]) for at in axes.transData.transform(points)] if points else []
     for text, point, colour, up_first in labels:
         above, below = ((5, 3), (-5, 3)), ((5, -9), (-5, -9))
         for right, up in above + below if up_first else below + above:

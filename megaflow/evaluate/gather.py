@@ -241,6 +241,9 @@ def page(
         data["judge"] = {k: judge[k] for k in ("order", "symbols", "training_characters", "contexts_checked", "sum_error")}
     if "flow" in evaluations:
         data["profile"] = evaluations["flow"]["profile"]
+    judged = {name: evaluations[name] for name in RUNS if evaluations.get(name, {}).keys() & {"judges", "frontier", "mauve"}}
+    if judged:
+        data["judged"] = judged
     drawn = "flow_map" if "flow_map" in evaluations else "flow"
     if drawn in evaluations:
         data["trajectory"] = {"model": drawn, **evaluations[drawn]["trajectory"]}

@@ -156,7 +156,7 @@ def repetition_of(evaluations: dict[str, dict[str, Any]]) -> list[dict[str, Any]
     rows: list[dict[str, Any]] = []
     real: list[dict[str, Any]] = []
     for run, evaluation in evaluations.items():
-        for name, entry in evaluation["repetition"].items():
+        for name, entry in evaluation.get("repetition", {}).items():
             if name != "data":
                 rows.append({"run": run, "steps": _steps(name), **entry})
             elif not real:

@@ -6,6 +6,7 @@ Likelihoods are compared row by row: runs that were evaluated on the same shards
 makes a row easy or hard cancels. The draws of noise and time of each row are in its number; its spread over rows is theirs too.
 """
 
+import contextlib
 import json
 import os
 import shlex
@@ -94,13 +95,13 @@ def judges_of(evaluations: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any
 
 
 def commands(evaluations: dict[str, dict[str, Any]], out: str | None, page: str | None) -> list[str]:
-    """The commands that lead to this comparison, as far as the runs and their shards have recorded them."""
+    """The commands that lead to this comparison, as far as the runs and their shards have recorded them and their records are whole."""
     prepared: list[list[str]] = []
+    trained: list[list[str]] = []
     for run in evaluations:
-        if (Path(run) / "config.yaml").is_file():  # a converted model has none
-            file = Path(read_config(run).config.data.path) / SECONDS_FILE
-            prepared += [["megaflow", *read_json(file, "command")["command"]]] if file.is_file() else []
-    trained = [command for run in evaluations for command in starts(Path(run))]
+        with contextlib.suppress(UserError):  # a converted model, or shards that lie elsewhere now
+            trained += starts(Path(run))
+            prepared.append(["megaflow", *read_json(Path(read_config(run).config.data.path) / SECONDS_FILE, "command")["command"]])
     judged = [evaluation_command(run, found["settings"]) for run, found in evaluations.items()]
     written = [word for option, file in (("--json", out), ("--html", page)) if file for word in (option, file)]
     every = [*prepared, *trained, *judged, ["megaflow", "compare", *evaluations, *written]]
@@ -161,7 +162,10 @@ def table(result: dict[str, Any]) -> str:
     parts = {"likelihood": result["likelihood"], "continuation, of what follows what is given": result["continuation"]}
     for title, found in (parts | result["texts"]).items():
         if found:
-            lines += [f"{title}: nats per token, row by row against {next(iter(found))}", *_aligned(_likelihoods(found)), ""]
+            alone = len(result["runs"]) == 1
+            against = "" if alone else f", row by row against {next(iter(found))}"
+            rows = [row[:-4] if alone else row for row in _likelihoods(found)]  # without differences
+            lines += [f"{title}: nats per token{against}", *_aligned(rows), ""]
     lines += ["texts: judged values compare at equal entropy only"]
     rows = [["run", "steps", *(field.replace("_bits_per_char", " bits/char") for field in SHOWN)]]
     for run, samples in result["samples"].items():

@@ -19,6 +19,8 @@ MARKERS = {"o": "●", "s": "■", "^": "▲", "D": "◆", "v": "▼", "P": "✚
 GREY = "#8a8a8a"
 MOST_POINTS = 600
 """Of a sorted curve of rows: more are not seen."""
+HIGHEST = 1e30
+"""What is above is drawn there."""
 DECADE = 5.0
 """Below this ratio of its ends a logarithmic axis has ticks that are evenly spread."""
 
@@ -109,26 +111,27 @@ def against_entropy(
         figure, axes = panel(4.6, 3.4)
         if logarithmic:
             axes.set_yscale("log")
-        labels = []
+        labels, others = [], []
         for number, line in enumerate(lines):
-            own, x, y = style[line.run], [point[0] for point in line.points], [point[1] for point in line.points]
+            own, x, y = style[line.run], [point[0] for point in line.points], [min(point[1], HIGHEST) for point in line.points]
             fill: Any = "none" if line.way else "full"
             axes.plot(x, y, color=own.colour, marker=own.marker, markersize=4, linewidth=0.9, fillstyle=fill, alpha=0.9)
+            others += list(zip(x, y, strict=True))[1:]
             if line.steps is not None and not line.way:
-                labels.append((str(line.steps), line.points[0], own.colour, number % 2 == 0))
+                labels.append((str(line.steps), (x[0], y[0]), own.colour, number % 2 == 0))
         if real is not None:
             axes.axvline(real[0], color=INK, linewidth=0.6, linestyle="dotted")
-            axes.plot(*real, color=INK, marker="*", markersize=10, linestyle="none")
-        if drawn is not None:
-            axes.plot(*drawn, color=GREY, marker="*", markersize=9, linestyle="none")
+        for star, colour in ((drawn, GREY), (real, INK)):
+            if star is not None:
+                others.append((star[0], min(star[1], HIGHEST)))
+                axes.plot(*others[-1], color=colour, marker="*", markersize=10, linestyle="none")
+        axes.margins(0.08)
         if logarithmic:
             _plain_ticks(axes)
-        axes.margins(0.08)
         axes.xaxis.set_major_locator(MaxNLocator(6))
         axes.set_xlabel("entropy within a text (nats)")
         axes.set_ylabel(label)
-        stars = [star for star in (real, drawn) if star is not None]
-        place(figure, axes, labels, [point for line in lines for point in line.points[1:]] + stars)
+        place(figure, axes, labels, others)
         return svg(figure, name, f"{label} against entropy")
 
 
@@ -138,4 +141,4 @@ def _plain_ticks(axes: Axes) -> None:
     short = high / low < DECADE
     axes.yaxis.set_major_locator(MaxNLocator(5) if short else LogLocator(subs=(1.0, 2.0, 5.0) if high / low < 200 else (1.0,), numticks=8))
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.0f}" if 10 <= y < 1e6 else f"{y:.3g}"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.6g}" if y < 1e6 else f"{y:.3g}"))

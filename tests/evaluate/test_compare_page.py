@@ -10,7 +10,8 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from megaflow.evaluate import compare, compare_figures, compare_page
+from megaflow.evaluate import compare, compare_figures, compare_page, side_by_side
+from megaflow.evaluate.side_by_side import Line
 from tests.evaluate.made import JUDGE, evaluation
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -181,6 +182,16 @@ def test_what_is_missing_has_no_section():
     assert "no &lt;bound&gt; of it" in made({"b/ar": none})[1]
 
 
+def test_texts_that_are_all_the_same_have_numbers_and_no_drawing():
+    found = evaluation(1)
+    for part, kept in (("samples", "1"), ("cooled", ""), ("repetition", "1")):
+        found[part] = {name: entry for name, entry in found[part].items() if name == kept}
+    del found["frontier"], found["mauve"]
+    page = Page(made({"runs/flow": found})[1])
+    assert [row[:2] for row in page.rows["gpt2"]] == [["texts of", "steps"], ["flow", "1"], ["real text", "–"], ["unigram draws", "–"]]
+    assert page.tags.count("figure") == 1  # where the bound comes from
+
+
 def test_names_are_data(three):
     """Of runs, judges and texts."""
     evaluations = {f"a/{HOSTILE}": evaluation(3, judge=HOSTILE), HOSTILE: evaluation(4, judge=HOSTILE)}
@@ -226,8 +237,6 @@ class TestFigures:
 
     def test_points_are_those_of_texts(self, monkeypatch, three):
         """From the highest temperature to the lowest; one-step texts that are all the same are left out."""
-        from megaflow.evaluate import side_by_side
-
         lines = side_by_side.lines_of(three, lambda texts: texts.entry["judge_bits_per_char"])
         assert [(line.run, line.steps, len(line.points)) for line in lines] == [
             ("runs/ar", None, 2), ("runs/flow", 4, 2), ("runs/other", 4, 2)
@@ -238,6 +247,15 @@ class TestFigures:
         axes = self.drawn(monkeypatch, compare_figures.against_entropy, lines, style, (3.2, 1.5), None, "bits per character", "x")
         assert [line.get_color() for line in axes.lines[:3]] == [style[run].colour for run in three]
         assert axes.lines[-1].get_xydata().tolist() == [[3.2, 1.5]] and axes.get_xlabel() == "entropy within a text (nats)"
+
+    @pytest.mark.parametrize("values", [[1e300, 3.0], [90.0], [90.0, 90.0], [1000.5, 1300.0], [2.0, 30.0]])
+    def test_perplexities_have_ticks_within_their_range(self, monkeypatch, values):
+        lines = [Line("a", 4, "", [(3.0 + number / 10, value)]) for number, value in enumerate(values)]
+        style = compare_figures.styles(["a"])
+        axes = self.drawn(monkeypatch, compare_figures.against_entropy, lines, style, None, None, "perplexity", "x", True)
+        (low, high), ticks = axes.get_ylim(), axes.get_yticks()
+        assert low <= min(values) and high >= min(max(values), 1e30) and sum(low <= tick <= high for tick in ticks) >= 2
+        assert all(label.get_text() for label in axes.get_yticklabels())
 
     @pytest.mark.parametrize("many", [8, 30])
     def test_runs_have_colours_of_their_own(self, many):

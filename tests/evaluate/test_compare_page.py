@@ -180,6 +180,7 @@ def test_what_is_missing_has_no_section():
     _, text = made({"a/ar": found, "b/ar": none})
     assert Page(text).rows["Validation rows"][2] == ["b/ar", "none: no <bound> of it"]
     assert "no &lt;bound&gt; of it" in made({"b/ar": none})[1]
+    assert "adjusted p" not in made({"b/ar": none, "a/ar": found, "c/ar": found})[1]  # nothing to subtract
 
 
 def test_texts_that_are_all_the_same_have_numbers_and_no_drawing():

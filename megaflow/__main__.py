@@ -145,6 +145,7 @@ def parser() -> argparse.ArgumentParser:
     )
     versus.add_argument("runs", metavar="RUN", nargs="+", help="runs that were evaluated alike; the first is what others are compared with")
     versus.add_argument("--json", metavar="FILE", default=None, help="write the comparison to this file")
+    versus.add_argument("--html", metavar="FILE", default=None, help="draw the comparison, or the evaluation of one run, as a page")
 
     convert = commands.add_parser(
         "convert",
@@ -320,7 +321,7 @@ def run(arguments: argparse.Namespace, began: float) -> int:
     if arguments.command == "compare":
         from megaflow.evaluate import compare
 
-        print(compare.table(compare.compare(arguments.runs, arguments.json)))
+        print(compare.table(compare.compare(arguments.runs, arguments.json, arguments.html)))
         return 0
     if arguments.command == "convert":
         from megaflow.export.convert import convert

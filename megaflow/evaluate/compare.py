@@ -1,34 +1,59 @@
 """`megaflow compare RUN RUN …`: evaluations of the same text side by side, and which differences are more than chance.
 
+`--html FILE` draws them as a page, see compare_page.py; of one run it is the page of its evaluation.
+
 Likelihoods are compared row by row: runs that were evaluated on the same shards with the same settings scored the same rows, so that what
 makes a row easy or hard cancels. The draws of noise and time of each row are in its number; its spread over rows is theirs too.
 """
 
+import contextlib
 import json
+import os
+import shlex
+import tempfile
 from pathlib import Path
 from typing import Any
 
+from megaflow.data.shards import SECONDS_FILE
 from megaflow.errors import UserError
-from megaflow.evaluate.gather import alike, present_evaluation
-from megaflow.files import write_atomically
+from megaflow.evaluate import side_by_side
+from megaflow.evaluate.gather import alike, evaluation_command, present_evaluation, starts
+from megaflow.files import read_json, write_atomically
 from megaflow.paired import CONFIDENCE, holm, per_unit
+from megaflow.train.run import read_config
 
 KEPT = ("kind", "nats_per_token", "standard_error_nats", "bits_per_char", "bits_per_byte", "perplexity_per_token", "given", "tokens")
-SHOWN = ("judge_bits_per_char", "entropy", "reverse_bits_per_char")
+NGRAM = "judge_bits_per_char"
+SHOWN = (NGRAM, "entropy", "reverse_bits_per_char")
 
 
-def compare(runs: list[str], out: str | None = None) -> dict[str, Any]:
-    """The comparison of runs with the first of them, by their evaluations; written to `out` as JSON if given. Raises UserError."""
-    if len(set(map(_real, runs))) < len(runs) or len(runs) < 2:
-        raise UserError("compare takes two different runs or more, megaflow compare RUN RUN …")
-    if out and not Path(out).parent.is_dir():
-        raise UserError(f"--json {out}: there is no folder {Path(out).parent}; make it first")
+def compare(runs: list[str], out: str | None = None, page: str | None = None) -> dict[str, Any]:
+    """The comparison of runs with the first of them, by their evaluations; written to `out` as JSON and to `page` as HTML if these are
+    given. One run has a page alone. Raises UserError."""
+    if len(set(map(_real, runs))) < len(runs) or len(runs) < (1 if page else 2):
+        raise UserError("compare takes two different runs or more, megaflow compare RUN RUN …; of one, --html FILE makes a page")
+    for option, file in (("--json", out), ("--html", page)):
+        check_file(option, file)
     evaluations = {run: evaluated(run) for run in runs}
     alike(evaluations)
-    first = evaluations[runs[0]]
+    result = comparison(evaluations) | {"commands": commands(evaluations, out, page)}
+    if out:
+        write_atomically(Path(out), json.dumps(result, ensure_ascii=False, indent=1, allow_nan=False))
+    if page:
+        with tempfile.TemporaryDirectory() as scratch:
+            os.environ.setdefault("MPLCONFIGDIR", scratch)  # matplotlib would write to the home directory
+            from megaflow.evaluate.compare_page import html
+
+            write_atomically(Path(page), html(result, evaluations))
+    return result
+
+
+def comparison(evaluations: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Of runs and their evaluations, the first of which others are compared with. Raises UserError where shards differ."""
+    name, first = next(iter(evaluations.items()))
     for run, found in evaluations.items():
         if found["shards"] != first["shards"]:
-            raise UserError(f"{run} was evaluated on other shards than {runs[0]}; only the same rows compare")
+            raise UserError(f"{run} was evaluated on other shards than {name}; only the same rows compare")
     result = {
         "runs": {run: {key: found[key] for key in ("step", "weights", "kind", "settings")} for run, found in evaluations.items()},
         "shards": first["shards"],
@@ -38,10 +63,49 @@ def compare(runs: list[str], out: str | None = None) -> dict[str, Any]:
         "texts": of_texts(evaluations),
         "samples": {run: samples_of(found) for run, found in evaluations.items()},
         "reference": first["reference"],
+        "judges": judges_of(evaluations),
     }
-    if out:
-        write_atomically(Path(out), json.dumps(result, ensure_ascii=False, indent=1, allow_nan=False))
+    for part in ("frontier", "mauve", "repetition"):
+        result[part] = {run: found[part] for run, found in evaluations.items() if part in found}
     return result
+
+
+def check_file(option: str, file: str | None) -> None:
+    """Refuse a file that cannot be written. Raises UserError."""
+    if file and not Path(file).parent.is_dir():
+        raise UserError(f"{option} {file}: there is no folder {Path(file).parent}; make it first")
+    if file and Path(file).is_dir():
+        raise UserError(f"{option} {file}: this is a folder; give the path of a file")
+
+
+def judges_of(evaluations: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Causal judges by the hash of their files: what they are, the path of each run's, and their summaries of samples and real text."""
+    return {
+        judge.sha256: judge.about
+        | {
+            "paths": judge.paths,
+            "reference": judge.reference,
+            "samples": {
+                run: {steps: found["judges"][path] for steps, found in evaluations[run]["samples"].items()}
+                for run, path in judge.paths.items()
+            },
+        }
+        for judge in side_by_side.judges_of(evaluations)
+    }
+
+
+def commands(evaluations: dict[str, dict[str, Any]], out: str | None, page: str | None) -> list[str]:
+    """The commands that lead to this comparison, as far as the runs and their shards have recorded them and their records are whole."""
+    prepared: list[list[str]] = []
+    trained: list[list[str]] = []
+    for run in evaluations:
+        with contextlib.suppress(UserError):  # a converted model, or shards that lie elsewhere now
+            trained += starts(Path(run))
+            prepared.append(["megaflow", *read_json(Path(read_config(run).config.data.path) / SECONDS_FILE, "command")["command"]])
+    judged = [evaluation_command(run, found["settings"]) for run, found in evaluations.items()]
+    written = [word for option, file in (("--json", out), ("--html", page)) if file for word in (option, file)]
+    every = [*prepared, *trained, *judged, ["megaflow", "compare", *evaluations, *written]]
+    return list(dict.fromkeys(map(shlex.join, every)))
 
 
 def of_texts(evaluations: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -98,14 +162,71 @@ def table(result: dict[str, Any]) -> str:
     parts = {"likelihood": result["likelihood"], "continuation, of what follows what is given": result["continuation"]}
     for title, found in (parts | result["texts"]).items():
         if found:
-            lines += [f"{title}: nats per token, row by row against {next(iter(found))}", *_aligned(_likelihoods(found)), ""]
+            alone = len(result["runs"]) == 1
+            against = "" if alone else f", row by row against {next(iter(found))}"
+            rows = [row[:-4] if alone else row for row in _likelihoods(found)]  # without differences
+            lines += [f"{title}: nats per token{against}", *_aligned(rows), ""]
+    lines += ["texts: judged values compare at equal entropy only"]
     rows = [["run", "steps", *(field.replace("_bits_per_char", " bits/char") for field in SHOWN)]]
     for run, samples in result["samples"].items():
         for steps, entry in samples.items():
-            rows.append([run, steps, *("none" if entry[field] is None else f"{entry[field]:.3f}" for field in SHOWN)])
+            rows.append([run, steps, *(_number(entry[field]) for field in SHOWN)])
     for name, entry in result["reference"].items():
-        rows.append([name, "", *("none" if entry[field] is None else f"{entry[field]:.3f}" for field in SHOWN)])
-    return "\n".join([*lines, "texts: judged values compare at equal entropy only", *_aligned(rows)])
+        rows.append([name, "", *(_number(entry[field]) for field in SHOWN)])
+    lines += _aligned(rows)
+    for judge in result["judges"].values():
+        lines += ["", f"judge {next(iter(judge['paths'].values()))}: {judge['kind']}, {judge['parameters']:,} parameters", *_judged(judge)]
+    for title, rows in (("frontiers, read at one entropy", _frontiers(result)), ("MAUVE", _mauve(result))):
+        lines += ["", title, *_aligned(rows)] if len(rows) > 1 else []
+    return "\n".join([*lines, "", "tokens: what texts repeat", *_aligned(_repetition(result))])
+
+
+def _judged(judge: dict[str, Any]) -> list[str]:
+    rows = [["run", "steps", "perplexity", "+-", "nats/char", "entropy of its tokens", "tokens"]]
+    entries = [(run, steps, entry) for run, samples in judge["samples"].items() for steps, entry in samples.items()]
+    for run, steps, entry in [*entries, *((name, "", entry) for name, entry in judge["reference"].items())]:
+        numbers = [
+            _number(entry[key], digits) for key, digits in (("perplexity", 2), ("perplexity_standard_error", 2), ("nats_per_char", 4))
+        ]
+        rows.append([run, steps, *numbers, _number(entry["entropy"]), f"{entry['tokens']:,}"])
+    return _aligned(rows)
+
+
+def _frontiers(result: dict[str, Any]) -> list[list[str]]:
+    judges = {sha256: judge["paths"] for sha256, judge in result["judges"].items()}
+    names = [f"perplexity, {next(iter(paths.values()))}" for paths in judges.values()]
+    rows = [["run", "steps", "gamma", "at nats", "from", "to", "judge bits/char", *names]]
+    for run, found in result["frontier"].items():
+        for entry in found["matched"]:
+            gamma = "" if entry["gamma"] is None else f"{entry['gamma']:g}"
+            ends = [f"{entry[key]:.3f}" for key in ("lowest_entropy", "highest_entropy")]
+            values = [entry.get("judges", {}).get(paths.get(run), {}).get("perplexity") for paths in judges.values()]
+            numbers = ["outside"] * (1 + len(judges)) if entry["outside"] else [_number(entry[NGRAM]), *(_number(x, 2) for x in values)]
+            rows.append([run, "" if entry["steps"] is None else str(entry["steps"]), gamma, f"{found['entropy']:.3f}", *ends, *numbers])
+    return rows
+
+
+def _mauve(result: dict[str, Any]) -> list[list[str]]:
+    rows = [["run", "steps", "MAUVE", "texts", "real", "clusters", "states of"]]
+    for run, found in result["mauve"].items():
+        for steps, entry in (found["samples"] | {"real text": found["real"]}).items():
+            real, texts = entry["texts"]
+            clusters = "" if entry["clusters"] is None else str(entry["clusters"])
+            rows.append([run, steps, _number(entry["mauve"], 4), f"{texts:,}", f"{real:,}", clusters, found["judge"]])
+    return rows
+
+
+def _repetition(result: dict[str, Any]) -> list[list[str]]:
+    fields = ("distinct_2", "repetition_4", "divergence_1", "divergence_2")
+    rows = [["run", "steps", "distinct-2", "repeated-4", "JS-1 bits", "JS-2 bits", "copied of 8", "of 32"]]
+    for entry in side_by_side.repetition_of({run: {"repetition": found} for run, found in result["repetition"].items()}):
+        numbers = [*(entry[field] for field in fields), *(entry["copied"][length] for length in ("8", "32"))]
+        rows.append([entry["run"] or "real text", "" if entry["steps"] is None else str(entry["steps"]), *map(_number, numbers)])
+    return rows
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "none" if value is None else f"{value:,.{digits}f}"
 
 
 def _likelihoods(found: dict[str, dict[str, Any]]) -> list[list[str]]:

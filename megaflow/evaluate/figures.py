@@ -7,6 +7,7 @@ Every panel is an SVG of its own, so that a page can put panels side by side or,
 import io
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
@@ -64,7 +65,7 @@ def learning(name: str, curve: dict) -> str:
     curve: tokens and loss (N,), optionally validation_tokens and validation_loss (M,), and what they are: axis, loss_is, validation_is.
     """
     with matplotlib.rc_context(STYLE):
-        figure, axes = _panel(3.3, 2.6)
+        figure, axes = panel(3.3, 2.6)
         tokens, loss = np.asarray(curve["tokens"], float), np.asarray(curve["loss"], float)
         units = ((1e9, "billions"), (1e6, "millions"), (1e3, "thousands"))
         size, unit = next((pair for pair in units if tokens[-1] >= pair[0]), (1, ""))
@@ -82,13 +83,13 @@ def learning(name: str, curve: dict) -> str:
         low, high = axes.get_ylim()
         axes.set_ylim(low, high + 0.2 * (high - low))  # the legend has room of its own
         axes.legend(loc="upper right")
-        return _svg(figure, f"learning-{name}", f"Learning curve, {name}")
+        return svg(figure, f"learning-{name}", f"Learning curve, {name}")
 
 
 def cross_entropy(profile: dict, unigram: float | None) -> str:
     """A model's measured cross-entropy against real time. profile: t, cross_entropy (K,), nats per token; unigram: the law's entropy."""
     with matplotlib.rc_context(STYLE):
-        figure, axes = _panel(4.6, 3.1)
+        figure, axes = panel(4.6, 3.1)
         axes.plot(profile["t"], profile["cross_entropy"], color=COLOURS["flow"], marker=".", markersize=3, linewidth=1)
         if unigram is not None:
             axes.axhline(unigram, color=COLOURS["unigram"], linestyle="dotted")
@@ -96,13 +97,13 @@ def cross_entropy(profile: dict, unigram: float | None) -> str:
         axes.set_ylim(0, 1.15 * np.nanmax([*profile["cross_entropy"], unigram or 0.0]))
         axes.set_ylabel("cross-entropy (nats per token)")
         _time_axes(axes)
-        return _svg(figure, "cross-entropy", "Cross-entropy against time")
+        return svg(figure, "cross-entropy", "Cross-entropy against time")
 
 
 def clock(profile: dict) -> str:
     """The clock tau(t) and its density. profile: clock_t, clock_cdf (K,), linear in between."""
     with matplotlib.rc_context(STYLE):
-        figure, axes = _panel(4.6, 3.1)
+        figure, axes = panel(4.6, 3.1)
         t, tau = np.asarray(profile["clock_t"], float), np.asarray(profile["clock_cdf"], float)
         axes.plot(t, tau, color=COLOURS["flow"])
         axes.set_ylim(0, 1.02)
@@ -115,7 +116,7 @@ def clock(profile: dict) -> str:
         right.set_ylim(0, 1.1 * density.max())
         right.set_ylabel(r"density $d\tau/dt$", color=COLOURS["flow_map"])
         _time_axes(axes)
-        return _svg(figure, "clock", "Clock and its density")
+        return svg(figure, "clock", "Clock and its density")
 
 
 def quality(samples: dict, field: str, error: str, label: str, constant: set[tuple[str, int]]) -> str:
@@ -132,7 +133,7 @@ def quality(samples: dict, field: str, error: str, label: str, constant: set[tup
     }
     levels = {name: samples[name][field] for name in DASHES if drawable((samples.get(name) or {}).get(field))}
     with matplotlib.rc_context(STYLE):
-        figure, axes = _panel(4.6, 3.1)
+        figure, axes = panel(4.6, 3.1)
         for name, marker in MARKERS.items():
             curve = [(steps, value) for (family, steps), value in points.items() if family == name and (family, steps) not in constant]
             errors = [samples[name][str(steps)].get(error) or 0.0 for steps, _ in curve]
@@ -151,7 +152,7 @@ def quality(samples: dict, field: str, error: str, label: str, constant: set[tup
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.0f}"))
         axes.set_xlabel("steps (network evaluations per text)")
         axes.set_ylabel(label)
-        return _svg(figure, f"quality-{field}", f"{label} against steps")
+        return svg(figure, f"quality-{field}", f"{label} against steps")
 
 
 def frontier(samples: dict, cooled: dict, constant: set[tuple[str, int]]) -> str:
@@ -160,7 +161,7 @@ def frontier(samples: dict, cooled: dict, constant: set[tuple[str, int]]) -> str
     samples, cooled: see report.py; constant: (family, steps) that are left out.
     """
     with matplotlib.rc_context(STYLE):
-        figure, axes = _panel(4.6, 3.1)
+        figure, axes = panel(4.6, 3.1)
         labels = []
         for name in (*MARKERS, "autoregressive"):
             own = samples.get(name) or {}
@@ -172,25 +173,29 @@ def frontier(samples: dict, cooled: dict, constant: set[tuple[str, int]]) -> str
                 places, values = [point["entropy"] for point in line], [point["judge_bits_per_char"] for point in line]
                 axes.plot(places, values, color=COLOURS[name], marker=MARKERS.get(name, "^"), markersize=3.2, linewidth=0.9)
                 if kind.isdigit():
-                    labels.append((kind, (places[0], values[0]), name))
+                    labels.append((kind, (places[0], values[0]), COLOURS[name], name == "flow"))
         for name in ("data", "unigram"):
             if drawable((samples.get(name) or {}).get("judge_bits_per_char")):
                 axes.plot(samples[name]["entropy"], samples[name]["judge_bits_per_char"], color=COLOURS[name], marker="*", markersize=8)
         axes.set_xlabel("entropy within a text (nats)")
         axes.set_ylabel("judge (bits per character)")
-        _place(figure, axes, labels)
-        return _svg(figure, "frontier", "Judge against entropy at falling temperature")
+        place(figure, axes, labels)
+        return svg(figure, "frontier", "Judge against entropy at falling temperature")
 
 
-def _place(figure: Figure, axes: Axes, labels: list[tuple[str, tuple[float, float], str]]) -> None:
-    """Write each label (text, point, name) beside its point, clear of all points and of the labels before it, or not at all."""
+def place(
+    figure: Figure, axes: Axes, labels: list[tuple[str, tuple[float, float], str, bool]], others: Sequence[tuple[float, float]] = ()
+) -> None:
+    """Write each label (text, point, colour, rather above than below) beside its point, clear of all points, the others' too, and of the
+    labels before it, or not at all."""
     figure.draw_without_rendering()  # the layout is final, and what is written from here on leaves it so
     half = figure.dpi / 72 * 1.6  # of a marker
-    taken = [Bbox([at - half, at + half]) for at in axes.transData.transform([point for _, point, _ in labels])] if labels else []
-    for text, point, name in labels:
+    points = [point for _, point, _, _ in labels] + list(others)
+    taken = [Bbox([at - half, at + half]) for at in axes.transData.transform(points)] if points else []
+    for text, point, colour, up_first in labels:
         above, below = ((5, 3), (-5, 3)), ((5, -9), (-5, -9))
-        for right, up in above + below if name == "flow" else below + above:
-            label = axes.annotate(text, point, (right, up), textcoords="offset points", fontsize=9, color=COLOURS[name])
+        for right, up in above + below if up_first else below + above:
+            label = axes.annotate(text, point, (right, up), textcoords="offset points", fontsize=9, color=colour)
             label.set_horizontalalignment("left" if right > 0 else "right")
             label.set_in_layout(False)
             box = label.get_window_extent()
@@ -217,7 +222,7 @@ def _hollow(axes: Axes, steps: int, value: float, name: str) -> None:
         axes.annotate(label, (steps, inside), xytext=(7, 0), textcoords="offset points", va="center", fontsize=9, color=COLOURS[name])
 
 
-def _panel(width: float, height: float) -> tuple[Figure, Axes]:
+def panel(width: float, height: float) -> tuple[Figure, Axes]:
     """One panel, in inches, with quiet horizontal rules."""
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots()
@@ -247,7 +252,7 @@ def _running_mean(values: np.ndarray, width: int) -> np.ndarray:
     return np.divide(sums, counts, out=np.full(len(values), np.nan), where=counts > 0.5)
 
 
-def _svg(figure: Figure, name: str, title: str) -> str:
+def svg(figure: Figure, name: str, title: str) -> str:
     """The <svg> element alone: without prolog, date and fixed size, in the page's ink, with ids that no other panel has."""
     out = io.StringIO()
     figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})

@@ -241,6 +241,9 @@ def page(
         data["judge"] = {k: judge[k] for k in ("order", "symbols", "training_characters", "contexts_checked", "sum_error")}
     if "flow" in evaluations:
         data["profile"] = evaluations["flow"]["profile"]
+    judged = {name: evaluations[name] for name in RUNS if evaluations.get(name, {}).keys() & {"judges", "frontier", "mauve"}}
+    if judged:
+        data["judged"] = judged
     drawn = "flow_map" if "flow_map" in evaluations else "flow"
     if drawn in evaluations:
         data["trajectory"] = {"model": drawn, **evaluations[drawn]["trajectory"]}
@@ -331,18 +334,27 @@ def commands(directory: Path) -> list[str]:
     """The commands that lead from the sources of the text to this page, as the runs recorded them."""
     found = [["megaflow", *read_json(directory / "data" / SECONDS_FILE, "command")["command"]]]
     for name in RUNS:
-        file = directory / name / "run.json"
-        starts = read_json(file, "starts")["starts"] if file.is_file() else []
-        for start in starts:  # a run that was continued with other settings took more than one
-            if (command := ["megaflow", *start["command"][1:]]) not in found:
-                found.append(command)
+        found += [command for command in starts(directory / name) if command not in found]
     for name in RUNS:
         if settings := kept.read(directory / name).get("settings"):
-            steps = ",".join(map(str, settings["steps"]))
-            others = [text for key in ("samples", "rows", "draws", "seed", "temperature") for text in (f"--{key}", str(settings[key]))]
-            others += ["--clock", settings["clock"]] if "clock" in settings else []
-            others += [word for option in ("text", "judge") for path in settings.get(f"{option}s", {}) for word in (f"--{option}", path)]
-            others += ["--mauve"] if settings.get("mauve") else []
-            others += frontier.words(settings["frontier"]) if "frontier" in settings else []
-            found.append(["megaflow", "evaluate", str(directory / name), "--steps", steps, *others])
+            found.append(evaluation_command(str(directory / name), settings))
     return [shlex.join(command) for command in [*found, ["megaflow", "report", str(directory)]]]
+
+
+def starts(run: Path) -> list[list[str]]:
+    """The commands that have started a run, each once: one that was continued with other settings took more than one."""
+    file, found = run / "run.json", []
+    for start in read_json(file, "starts")["starts"] if file.is_file() else []:
+        if (command := ["megaflow", *start["command"][1:]]) not in found:
+            found.append(command)
+    return found
+
+
+def evaluation_command(run: str, settings: dict[str, Any]) -> list[str]:
+    """The command of an evaluation with these settings."""
+    found = ["megaflow", "evaluate", run, "--steps", ",".join(map(str, settings["steps"]))]
+    found += [text for key in ("samples", "rows", "draws", "seed", "temperature") for text in (f"--{key}", str(settings[key]))]
+    found += ["--clock", settings["clock"]] if "clock" in settings else []
+    found += [word for option in ("text", "judge") for path in settings.get(f"{option}s", {}) for word in (f"--{option}", path)]
+    found += ["--mauve"] if settings.get("mauve") else []
+    return found + (frontier.words(settings["frontier"]) if "frontier" in settings else [])

@@ -22,6 +22,7 @@ A part or a model that has no place here raises ValueError, since it would be dr
                  "reverse_bits_per_char": float, "count": int (texts judged), "texts": [str, …] (from the first drawn on)}
     temperature  float, that `samples` were written at
     cooled       {model: {"<steps>" | "autoregressive": [SAMPLES and "temperature": float, …]}}: lower temperatures, without texts
+    judged       {"flow" | "flow_map" | "autoregressive": an evaluation as evaluation.json has it, with causal judges, a frontier or MAUVE}
     trajectory   {"model": str, "times": [S], "tokens": [S][L] of str, "confidence": [S][L] in [0, 1]}, one text, the argmax at every
                  solver step; a time is that of the state the step reads
     judge        {"order", "symbols", "training_characters", "contexts_checked": int, "sum_error": float (see judge.sum_error)}
@@ -37,7 +38,9 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
-from megaflow.evaluate import figures
+from megaflow.evaluate import figures, side_by_side
+from megaflow.evaluate.compare_figures import Style, against_entropy
+from megaflow.evaluate.side_by_side import Judge, Texts
 from megaflow.progress import duration
 
 PARTS = (
@@ -50,6 +53,7 @@ PARTS = (
     "samples",
     "temperature",
     "cooled",
+    "judged",
     "trajectory",
     "judge",
     "commands",
@@ -64,6 +68,12 @@ NAMES = {
     "data": "real text",
     "unigram": "unigram draws",
 }
+STYLE = {
+    "flow": Style(figures.COLOURS["flow"], "o"),
+    "flow_map": Style(figures.COLOURS["flow_map"], "s"),
+    "autoregressive": Style(figures.COLOURS["autoregressive"], "^"),
+}
+NGRAM = "judge_bits_per_char"
 FAMILIES = ("flow", "flow_map", "flow_map_even", "flow_map_unbalanced")  # that have a number of steps
 MEANING = {"unigram": "exact", "flow": "upper bound", "flow_map": "upper bound", "autoregressive": "exact"}
 MOST_TEXTS = 3  # of a kind on the page
@@ -73,17 +83,23 @@ MOST_ROWS = 12  # of a trajectory on the page
 def write_report(data: dict[str, Any], out: Path | str) -> None:
     """Render the page to `out`. The same data gives the same bytes. Raises ValueError if the data break the contract above."""
     models = ("flow", "flow_map", "autoregressive")
-    known = {"samples": NAMES, "cooled": models, "curves": models, "likelihood": (*MEANING, "note")}
+    known = {"samples": NAMES, "cooled": models, "judged": models, "curves": models, "likelihood": (*MEANING, "note")}
     unknown = [key for key in data if key not in PARTS]
     unknown += [f"{part}.{key}" for part, names in known.items() for key in data.get(part) or {} if key not in names]
     if unknown:
         raise ValueError(f"the report has no place for {', '.join(unknown)}")
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    page = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    page.filters |= {"fixed": fixed, "error": error, "count": count, "gibibytes": gibibytes}
-    page.filters |= {"duration": duration, "visible": visible, "blank": blank}
+    page = environment()
     parts = {part: data.get(part) for part in PARTS}
     Path(out).write_text(page.get_template("report.html.j2").render(**parts, **_view(data)), encoding="utf-8")
+
+
+def environment() -> jinja2.Environment:
+    """Templates of this folder with the filters below; all that is not Markup is escaped."""
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    page = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    page.filters |= {"fixed": fixed, "error": error, "count": count, "gibibytes": gibibytes, "fine": fine, "fine_error": fine_error}
+    page.filters |= {"duration": duration, "visible": visible, "blank": blank, "folder": lambda path: Path(path).name or path}
+    return page
 
 
 def fixed(value: float | None, digits: int = 3) -> str:
@@ -98,6 +114,18 @@ def error(value: float | None) -> str:
     if value is None or value < 1e-9:  # rounding of what is the same in every text
         return ""
     return f" ± {value:.3f}" if not value < 0.0005 else f" ± {value:.0e}"
+
+
+def fine(value: float | None, digits: int = 2) -> str:
+    """'1,234.57', of more than six digits before the point '1.23e+07'; a dash for what there is not."""
+    if value is None:
+        return "–"
+    return f"{value:,.{digits}f}" if abs(value) < 1e7 else f"{value:.2e}"
+
+
+def fine_error(value: float | None) -> str:
+    """' ± 12.34' of a number as `fine` writes it; nothing for what is exact or has no error."""
+    return "" if value is None or value < 1e-9 else f" ± {fine(value)}"
 
 
 def blank(text: str) -> str:
@@ -153,7 +181,16 @@ def _view(data: dict[str, Any]) -> dict[str, Any]:
         measured = any(figures.drawable(entry.get(field)) for _, _, entry in _entries(samples))
         panels[field] = _safe(figures.quality(samples, field, error, label, constant)) if measured else None
     panels["frontier"] = _safe(figures.frontier(samples, data["cooled"], constant)) if data.get("cooled") else None
+    judged = data.get("judged") or {}
+    judges = side_by_side.judges_of(judged)
     return {
+        "judges": judges,
+        "judge_panels": [panel for panel in judge_figures(judged, judges, STYLE) if panel["judge"] is not None],
+        "style": STYLE,
+        "judge_samples": [texts for name, found in judged.items() for texts in side_by_side.samples_of(name, found)],
+        "judge_others": [texts for name, found in judged.items() for texts in side_by_side.others_of(name, found)],
+        "matched": side_by_side.matched_of(judged, judges),
+        "mauve": side_by_side.mauve_of(judged),
         "names": NAMES,
         "meaning": MEANING,
         "most_texts": MOST_TEXTS,
@@ -169,6 +206,31 @@ def _view(data: dict[str, Any]) -> dict[str, Any]:
         "path": _trajectory(data["trajectory"]) if data.get("trajectory") else None,
         "seconds": sum(stage.get("seconds") or 0.0 for stage in data.get("stages") or []),
     }
+
+
+def judge_figures(evaluations: dict[str, dict[str, Any]], judges: list[Judge], style: dict[str, Style]) -> list[dict[str, Any]]:
+    """A panel for the n-gram and each causal judge: judge (None of the n-gram) and drawing; those whose texts have no value are left
+    out."""
+    if not evaluations:
+        return []
+    reference = next(iter(evaluations.values()))["reference"]
+    panels = []
+    for place, judge in enumerate([None, *judges]):
+
+        def value(texts: Texts, judge: Judge | None = judge) -> float | None:
+            entry = texts.entry if judge is None else judge.of(texts) or {}
+            return entry.get(NGRAM if judge is None else "perplexity")
+
+        stars: list[tuple[float, float] | None] = []
+        for name in ("data", "unigram"):
+            seen = reference[name][NGRAM] if judge is None else judge.reference[name]["perplexity"]
+            stars.append(None if seen is None else (reference[name]["entropy"], seen))
+        lines = side_by_side.lines_of(evaluations, value)
+        if lines:
+            label = "bits per character" if judge is None else "perplexity"
+            svg = against_entropy(lines, style, stars[0], stars[1], label, f"judge-{place}", judge is not None)
+            panels.append({"judge": judge, "svg": Markup(svg)})
+    return panels
 
 
 def _entries(samples: dict[str, Any]) -> list[tuple[str, int | None, dict[str, Any]]]:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 
 import numpy as np
 import pytest
@@ -10,16 +11,17 @@ from scipy import stats
 from megaflow.errors import UserError
 from megaflow.evaluate import compare
 from megaflow.evaluate.evaluation import evaluate
+from megaflow.evaluate.frontier import Asked
 
 QUICK = {"steps": [1], "samples": 4, "rows": 12, "draws": 2, "seed": 0}
 
 
 @pytest.fixture(scope="module")
 def runs(trained):
-    """A baseline, a flow and its map on the same shards, evaluated alike."""
+    """A baseline, a flow and its map on the same shards, evaluated alike; the baseline judges, and has a frontier."""
     found = [str(trained("coded", family)) for family in ("autoregressive", "flow", "flow_map")]
     for run in found:
-        evaluate(run, **QUICK)
+        evaluate(run, **QUICK, causal=found[:1], along=Asked([0.7, 1.0]) if run == found[0] else None)
     return found
 
 
@@ -41,6 +43,44 @@ def test_differences_are_of_rows(runs, tmp_path):
     told = compare.table(found).splitlines()
     assert told[0].endswith(runs[0]) and told[1].split()[0] == "run" and [line.split()[0] for line in told[2:5]] == runs
     assert told[3].split()[1] == "bound" and told[2].split()[1] == "exact"
+
+
+def test_judges_frontiers_and_repetition_are_in_json_and_tables(runs):
+    found = compare.compare(runs)
+    evaluations = [json.loads(open(f"{run}/evaluation.json").read()) for run in runs]
+    (judge,) = found["judges"].values()
+    assert (
+        judge["paths"] == dict.fromkeys(runs, runs[0])
+        and judge["samples"][runs[1]]["1"] == evaluations[1]["samples"]["1"]["judges"][runs[0]]
+    )
+    told = compare.table(found)
+    (line,) = re.findall(rf"^judge {runs[0]}: .*\n.*\n.*\n{runs[1]} +1 +(.*)$", told, re.MULTILINE)
+    entry = judge["samples"][runs[1]]["1"]
+    assert line.split() == [
+        f"{entry['perplexity']:,.2f}", f"{entry['perplexity_standard_error']:,.2f}", f"{entry['nats_per_char']:.4f}",
+        f"{entry['entropy']:.3f}", f"{entry['tokens']:,}",
+    ]  # fmt: skip
+    assert found["frontier"] == {runs[0]: evaluations[0]["frontier"]} and "frontiers, read at one entropy" in told
+    assert found["repetition"][runs[2]] == evaluations[2]["repetition"] and "MAUVE" not in told
+    assert told.count("real text") == 1
+
+
+def test_a_page_and_what_repeats_it(runs, cli, tmp_path):
+    """Of several runs, and of one, which has no other comparison."""
+    page = tmp_path / "page.html"
+    assert cli("compare", *runs, "--html", page).code == 0
+    text = page.read_text("utf-8")
+    for run in runs:
+        evaluated = f"megaflow evaluate {run} --steps 1 --samples 4 --rows 12 --draws 2 --seed 0 --temperature 1.0 --judge {runs[0]}"
+        assert evaluated in text and json.loads(open(f"{run}/evaluation.json").read())["weights"] in text
+    assert f"--judge {runs[0]} --frontier --temperatures 0.7,1.0" in text and f"megaflow compare {' '.join(runs)} --html {page}" in text
+    assert text.count("<svg") >= 5 and f"It has itself written the texts of {runs[0].rsplit('/')[-1]}." in text
+    alone = cli("compare", runs[1], "--html", page)
+    assert alone.code == 0 and "difference" not in alone.out and alone.out.splitlines()[0] == "likelihood: nats per token"
+    assert "<h1>Evaluation of" in page.read_text("utf-8") and "adjusted p" not in page.read_text("utf-8")
+    assert "two different runs" in cli("compare", runs[1]).err
+    assert "make it first" in cli("compare", *runs, "--html", tmp_path / "nowhere" / "page.html").err
+    assert "this is a folder" in cli("compare", *runs, "--html", tmp_path).err
 
 
 def test_other_texts_are_compared_where_all_have_scored_them(copied, tmp_path):

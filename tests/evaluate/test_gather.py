@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from megaflow.evaluate.evaluation import evaluate
+from megaflow.evaluate.frontier import Asked
 from megaflow.evaluate.gather import commands, curve, likelihoods
 from tests.train.writers import write_anew
 
@@ -254,6 +255,15 @@ class TestMissing:
         assert json.loads((path / "metrics.json").read_text())["temperature"] == 0.5
         assert "--temperature 0.5 --clock uniform" in (path / "report.html").read_text()
         assert "The numbers of Figure 3 at temperature 0.5" in (path / "report.html").read_text()
+
+    def test_causal_judges_and_frontiers_are_shown(self, part_of, cli):
+        path = part_of("data", "flow", "autoregressive")
+        asked = {"causal": [str(path / "autoregressive")], "along": Asked([0.7, 1.0])}
+        found = evaluate(path / "flow", [2], samples=3, rows=8, draws=2, seed=0, **asked)
+        assert cli("report", path).code == 0
+        page, entry = (path / "report.html").read_text(), found["samples"]["2"]["judges"][str(path / "autoregressive")]
+        assert "<h2>Causal judges</h2>" in page and "<h2>Frontiers at one entropy</h2>" in page and "MAUVE" not in page
+        assert f"{entry['perplexity']:,.2f} ± {entry['perplexity_standard_error']:,.2f}" in page
 
     def test_no_run_or_no_data(self, part_of, cli, tmp_path):
         (tmp_path / "empty").mkdir()

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from megaflow.evaluate import figures, report
+from tests.evaluate.made import evaluation
 
 COMMON = "the and of that he she it was said lord king house".split()
 
@@ -219,6 +220,24 @@ def test_white_space_in_tokens_is_visible():
     assert [report.visible(token) for token in (" the", "\n", " ", "", "a\tb")] == [" the", "↵", "␣", "∅", "a⇥b"]
 
 
+def test_causal_judges_frontiers_and_mauve_are_shown(page, data, tmp_path):
+    """Of those that an evaluation has; a page without them does not speak of them."""
+    assert "Causal judges" not in page and "MAUVE" not in page and "Frontiers" not in page
+    flow, baseline = evaluation(1, judge="<gpt2>"), evaluation(0, "autoregressive", judge="<gpt2>", mauve=False)
+    shown = render(data | {"judged": {"flow": flow, "autoregressive": baseline}}, tmp_path)
+    words = words_of(shown)
+    for name, entry in (("flow 4", flow["samples"]["4"]), ("autoregressive –", baseline["samples"]["autoregressive"])):
+        found = entry["judges"]["<gpt2>"]
+        assert f"{name} {found['perplexity']:,.2f} ± {found['perplexity_standard_error']:.2f} {found['whole']['perplexity']:,.2f}" in words
+    assert "<gpt2>" not in shown and "&lt;gpt2&gt;: gpt2, 124,439,808 parameters, 50,257 tokens, texts of 1,024 of its tokens" in words
+    entry = flow["frontier"]["matched"][0]
+    assert f"flow 4 3.100 {entry['lowest_entropy']:.3f}, {entry['highest_entropy']:.3f} 2.345 90.02" in words
+    assert f"flow 4 {flow['mauve']['samples']['4']['mauve']:.4f} 23 24 2 &lt;gpt2&gt;" in words
+    assert len(re.findall("<svg", shown)) == len(re.findall("<svg", page)) + 1
+    with pytest.raises(ValueError, match="judged.masked"):
+        report.write_report({"judged": {"masked": flow}}, tmp_path / "report.html")
+
+
 def test_a_text_of_white_space_is_described():
     assert [report.blank(text) for text in (" " * 128, "\n \n", "\t", "", " a ")] == [
         "(128 spaces)", "(1 space and 2 line breaks)", "(1 other white space)", "(no characters)", "",
@@ -269,7 +288,7 @@ class TestLabelsOfTheFrontier:
             boxes.update({(by_colour[text.get_color()], text.get_text()): text.get_window_extent() for text in axes.texts})
             return ""
 
-        monkeypatch.setattr(figures, "_svg", look)
+        monkeypatch.setattr(figures, "svg", look)
         samples = {
             model: {steps: {"entropy": entropy, "judge_bits_per_char": bits} for steps, (entropy, bits) in entries.items()}
             for model, entries in points.items()

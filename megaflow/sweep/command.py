@@ -63,7 +63,7 @@ def sweep(
     if dry_run:
         if searching:
             print(f"{min(asked.draw['count'], len(design.choices(asked)))} of these choices will be tried, each with all seeds:")
-        print("\n".join(listed(placed, asked.evaluate)))
+        print("\n".join(listed(placed, asked.evaluate, gone(placed))))
         return 0
     if not searching:
         filed.keep(asked, placed, overrides)
@@ -107,12 +107,24 @@ def told(tally: Tally) -> str:
     return "".join(found) + (" (--retry tries failed ones again)" if tally.count(FAILED) else "")
 
 
-def listed(placed: list[Placed], evaluate: dict[str, Any]) -> list[str]:
-    """A line a point: how it stands, its directory, what it overrides."""
+def gone(placed: list[Placed]) -> set[Path]:
+    """Of points that wait in a queue those whose jobs have left it; none where Slurm cannot be asked."""
+    waiting = [each for each in placed if points.stands(each.directory, {})[0] == "queued"]
+    try:
+        active = array.queued(waiting) if waiting else {}
+    except slurm.Unreachable:
+        return set()
+    return {directory for directory, ids in active.items() if not ids}
+
+
+def listed(placed: list[Placed], evaluate: dict[str, Any], gone: set[Path]) -> list[str]:
+    """A line a point: how it stands, its directory, what it overrides. gone: points whose jobs have left the queue."""
     lines = []
     for each in placed:
         state = REFUSED if each.refused else points.stands(each.directory, evaluate)[0]
-        state = "to do" if state == "pending" or each.refused == points.UNMEASURED else state
+        state = (
+            "to do" if state == "pending" or state == "queued" and each.directory in gone or each.refused == points.UNMEASURED else state
+        )
         lines.append(f"{state:<8}  {each.directory}  {' '.join(each.words)}" + (f"  {each.refused}" if each.refused else ""))
     return lines
 

@@ -15,9 +15,10 @@ import pytest
 
 from megaflow.config.load import load
 from megaflow.files import last_line, lines
+from megaflow.launch import records, slurm
 from megaflow.launch.host import alive
 from megaflow.process import STOPPED
-from megaflow.sweep import design, filed, gather, points
+from megaflow.sweep import command, design, filed, gather, points
 from megaflow.train.run import load_distill
 
 STEPS = "train.steps: 6, train.validate_every: 6, train.validation_rows: 8"
@@ -66,6 +67,19 @@ def test_points_run_once_and_new_values_run_only_what_is_new(sweeping):
     # the same points under another name: model.layers=2 is what the base says
     assert {name: count for name, count in starts(sweeping.out).items() if name in first} == first
     assert len(starts(sweeping.out)) == 3 and "3 of 3 points done" in more.err
+
+
+def test_points_whose_jobs_were_cancelled_are_to_do_again(tmp_path, config, monkeypatch, capsys):
+    path = tmp_path / "sweep.yaml"
+    path.write_text(f"dir: {tmp_path / 'out'}\nbase: {config('coded')}\nset: {{{STEPS}}}\naxes: {{model.layers: [1, 2]}}\n")
+    for name, job in (("model.layers=1-seed=0", "7"), ("model.layers=2-seed=0", "8")):
+        place = tmp_path / "out" / name / "slurm"
+        place.mkdir(parents=True)
+        records.add_job(place, {"job": job, "stage": "pretrain"})
+        (place.parent / "point.json").write_text(json.dumps({"state": "queued", "time": 0.0}))
+    monkeypatch.setattr(slurm, "waiting_or_running", lambda ids, *more: {id: None for id in ids if id == "8"})
+    assert command.sweep(str(path), [], dry_run=True) == 0
+    assert [line.split("  ")[0].strip() for line in capsys.readouterr().out.splitlines()] == ["to do", "queued"]
 
 
 def test_what_trains_ends_with_the_sweep_that_has_started_it(tmp_path):

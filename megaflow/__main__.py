@@ -131,6 +131,9 @@ def parser() -> argparse.ArgumentParser:
         help="a causal language model (Hugging Face folder, or an autoregressive run) that judges texts too; as often as wanted",
     )
     evaluate.add_argument("--mauve", action="store_true", help="MAUVE of the samples, by the states of the first --judge folder")
+    evaluate.add_argument(
+        "--verify", metavar="TASK", default=None, help="problems to solve: sums, brackets or sudoku, with options as in sums:digits=3"
+    )
     evaluate.add_argument("--frontier", action="store_true", help="judge texts over temperatures and gammas, and read them at one entropy")
     evaluate.add_argument("--temperatures", default=None, metavar="T,T,…", help="of --frontier (default 0.7,0.8,0.9,1)")
     evaluate.add_argument("--gammas", default=None, metavar="G,G,…", help="of --frontier: shares of fresh noise (default: none is added)")
@@ -311,7 +314,7 @@ def run(arguments: argparse.Namespace, began: float) -> int:
         sizes = arguments.samples, arguments.rows, arguments.draws
         asked = arguments.seed, arguments.temperature, arguments.json
         more = {"data": arguments.data, "clock": arguments.clock, "texts": arguments.text}
-        more |= {"causal": arguments.judge, "along": frontier_of(arguments), "mauve": arguments.mauve}
+        more |= {"causal": arguments.judge, "along": frontier_of(arguments), "mauve": arguments.mauve, "verify": arguments.verify}
         print(table(evaluate(arguments.run, steps, *sizes, *asked, began=began, **more)))
         return 0
     if arguments.command == "compare":

@@ -23,7 +23,7 @@ from megaflow.data import shards
 from megaflow.data.stream import TokenStream
 from megaflow.data.tokenizer import decode
 from megaflow.errors import UserError
-from megaflow.evaluate import causal_judge, frontier, kept, mauve_score, repetition
+from megaflow.evaluate import answers, causal_judge, frontier, kept, mauve_score, repetition, verifiable
 from megaflow.evaluate import judge as judges
 from megaflow.evaluate.causal_judge import CausalJudge
 from megaflow.evaluate.flow_text import BALANCE_TOKENS, grid_clock, one_step_offsets
@@ -77,13 +77,14 @@ def evaluate(
     causal: list[str] | None = None,
     along: frontier.Asked | None = None,
     mauve: bool = False,
+    verify: str | None = None,
 ) -> dict[str, Any]:
     """Evaluate a run, write RUN/evaluation.json, and copy it to `out`; its seconds count from `began`, a time.monotonic(), now if None.
 
     `clock` is the law that texts' grids are even on, see generate.sample; `data` is where the run's shards are, if not where they were in
     training; `texts` are files whose likelihood is measured besides; `causal` are folders of causal language models that judge texts too,
-    `along` a frontier to write texts on, and `mauve` asks for that of the first such folder. A run that cannot be written to is evaluated
-    into `out` alone. Raises UserError.
+    `along` a frontier to write texts on, `mauve` asks for that of the first such folder, and `verify` names a task whose problems are to be
+    solved. A run that cannot be written to is evaluated into `out` alone. Raises UserError.
     """
     began = time.monotonic() if began is None else began
     check(Path(directory), steps, samples, rows, draws, out)
@@ -109,6 +110,8 @@ def evaluate(
         settings |= {"frontier": along._asdict()}
     if mauve:
         settings |= {"mauve": next(iter(identities))}
+    if verify is not None:
+        settings |= {"verify": answers.asked_task(run, verify).name}
     identity = {
         "measures": MEASURES,
         "step": run.step,
@@ -189,6 +192,8 @@ def measure(run: Run, identity: dict[str, Any], began: float) -> dict[str, Any]:
     settings = identity["settings"]
     samples, rows, draws, seed = (settings[key] for key in ("samples", "rows", "draws", "seed"))
     held_out = of_split(run, "validation", rows)
+    if "verify" in settings:
+        answers.check_rows(run, verifiable.task(settings["verify"]), held_out)
     causal = {path: causal_judge.open_judge(path) for path in settings.get("judges", {})}
     judge, training = fitted_judge(run), Training(*zip(*training_rows(run, "training text"), strict=True))
     result: dict[str, Any] = {
@@ -299,8 +304,8 @@ def written(
     those it writes on a grid without a longer last step, `even`, and its one-step text as the plain argmax, `unbalanced`. A run that writes
     nothing without being given some is given what its law gives of held-out rows, which is part of its texts.
 
-    `nearest` has the most copied of the samples beside the training text, `mauve` that of the samples, and `frontier` what is asked for,
-    read at the `entropy` of real text unless at another."""
+    `nearest` has the most copied of the samples beside the training text, `mauve` that of the samples, `frontier` what is asked for, read
+    at the `entropy` of real text unless at another, and `verify` the solved problems of a task."""
     method = METHODS.get(run.kind, "ancestral")
     counts, temperature = [None] if run.kind == "autoregressive" else settings["steps"], settings["temperature"]
     plan = [("samples", count, temperature) for count in counts]
@@ -317,7 +322,9 @@ def written(
     run = run if "clock" not in settings else replace(run, clock=grid_clock(run, settings["clock"]))
     along = frontier.Asked(**settings["frontier"]) if "frontier" in settings else None
     ways = [] if along is None else frontier.ways(run, along, counts, settings["seed"])
-    total = sum(count or 1 for _, count, _ in plan) + sum(way.steps or 1 for way in ways)
+    asked = counts if "verify" in settings else []
+    problems = [Settings(n, method, temperature, None, settings["seed"], last_step(method, n)) for n in asked]
+    total = sum(count or 1 for _, count, _ in plan) + sum(way.steps or 1 for way in [*ways, *problems])
     progress, done = Progress(f"samples {run.directory.name}", total, "steps"), 0
     entries: dict[Settings, dict[str, Any]] = {}
     found["nearest"], near = {}, None
@@ -348,6 +355,13 @@ def written(
             entry = judged(run, generate(run, settings["samples"], way, template), judge, held_out.texts, causal)
             entries[way] = {key: value for key, value in entry.items() if key != "texts"}
         progress.update(done := done + (way.steps or 1))
+    if problems:
+
+        def tick(way: Settings) -> None:
+            nonlocal done
+            progress.update(done := done + (way.steps or 1))
+
+        found["verify"] = answers.measured(run, settings["verify"], settings["samples"], settings["seed"], problems, tick)
     if along is not None:
         found["frontier"] = frontier.read([(way, entries[way]) for way in ways], entropy if along.entropy is None else along.entropy)
     return found
@@ -475,6 +489,8 @@ def table(result: dict[str, Any]) -> str:
         cells = ("none" if x is None else f"{x:.3f}" for x in numbers)
         label = f"{name} steps" if name.isdigit() else name
         lines.append(f"{label:<34}" + "".join(cell.rjust(width) for cell, width in zip(cells, (12, 12, 11, 11, 13, 8), strict=True)))
+    if "verify" in result:
+        lines += ["", *answers.table(result["verify"])]
     if "mauve" in result:
         lines += ["", *mauve_score.table(result["mauve"])]
     if "frontier" in result:

@@ -29,7 +29,7 @@ from megaflow.evaluate.causal_judge import CausalJudge
 from megaflow.evaluate.flow_text import BALANCE_TOKENS, grid_clock, one_step_offsets
 from megaflow.evaluate.generate import generate
 from megaflow.evaluate.judge import Judge
-from megaflow.evaluate.likelihood import likelihood
+from megaflow.evaluate.likelihood import Ode, by_equation, check_ode, likelihood
 from megaflow.evaluate.loaded import Run, documents, load_run, text_of
 from megaflow.evaluate.real_text import RealText, of_file, of_split
 from megaflow.evaluate.repetition import Training
@@ -78,13 +78,15 @@ def evaluate(
     along: frontier.Asked | None = None,
     mauve: bool = False,
     verify: str | None = None,
+    ode: Ode | None = None,
 ) -> dict[str, Any]:
     """Evaluate a run, write RUN/evaluation.json, and copy it to `out`; its seconds count from `began`, a time.monotonic(), now if None.
 
     `clock` is the law that texts' grids are even on, see generate.sample; `data` is where the run's shards are, if not where they were in
     training; `texts` are files whose likelihood is measured besides; `causal` are folders of causal language models that judge texts too,
-    `along` a frontier to write texts on, `mauve` asks for that of the first such folder, and `verify` names a task whose problems are to be
-    solved. A run that cannot be written to is evaluated into `out` alone. Raises UserError.
+    `along` a frontier to write texts on, `mauve` asks for that of the first such folder, `verify` names a task whose problems are to be
+    solved, and `ode` asks for the likelihood of the flow's equation. A run that cannot be written to is evaluated into `out`
+    alone. Raises UserError.
     """
     began = time.monotonic() if began is None else began
     check(Path(directory), steps, samples, rows, draws, out)
@@ -112,6 +114,9 @@ def evaluate(
         settings |= {"mauve": next(iter(identities))}
     if verify is not None:
         settings |= {"verify": answers.asked_task(run, verify).name}
+    if ode is not None:
+        check_ode(run, ode)
+        settings |= {"ode": ode._asdict()}
     identity = {
         "measures": MEASURES,
         "step": run.step,
@@ -212,6 +217,8 @@ def measure(run: Run, identity: dict[str, Any], began: float) -> dict[str, Any]:
         },
         "reference": reference(run, held_out, judge, samples, seed, causal),
     }
+    if "ode" in settings:
+        result["likelihood"]["ode"] = by_equation(run, held_out, Ode(**settings["ode"]), seed)
     if causal:
         result["judges"] = {path: {"sha256": settings["judges"][path]} | each.about for path, each in causal.items()}
     result |= written(run, settings, judge, held_out, training, causal, result["reference"]["data"]["entropy"])
@@ -431,6 +438,21 @@ def trajectory(run: Run, seed: int, steps: int = 16) -> dict[str, Any]:
     return {"times": times, "tokens": tokens, "confidence": confidence}
 
 
+def of_equation(found: dict[str, Any]) -> list[str]:
+    """Lines of the table for the likelihood of a flow's equation."""
+    if found["kind"] == "none":
+        return [f"equation          none: {found['reason']}"]
+    divergence = "exact divergence" if found["probes"] == "exact" else f"{found['probes']} probe{'s' if found['probes'] > 1 else ''}"
+    units = (
+        f"{found['bits_per_char']:.4f} bits/char (bound; {found['nats_per_token']:.4f} nats/token; {found['steps']} steps, {divergence})"
+    )
+    return [
+        f"equation          {units}",
+        f"  standard error  {found['standard_error_bits_per_char']:.4f} bits/char of {found['draws']} noises a row",
+        f"  half the steps  {found['half_steps_difference_nats']:+.4f} +- {found['half_steps_error_nats']:.4f} nats/token from them",
+    ]
+
+
 def table(result: dict[str, Any]) -> str:
     """The evaluation as a person reads it."""
     found = result["likelihood"]
@@ -448,6 +470,8 @@ def table(result: dict[str, Any]) -> str:
             lines.append(f"  over rows       {found['row_error_bits_per_char']:.4f} bits/char of bound minus unigram entropy")
         lines.append(f"  in other units  {found['bits_per_byte']:.4f} bits/byte, perplexity {found['perplexity_per_token']:,.2f} per token")
         lines.append(f"unigram entropy   {found['unigram_bits_per_char']:.4f} bits/char")
+    if ode := found.get("ode"):
+        lines += of_equation(ode)
     if "given" in found:
         lines.append(f"given             of held-out rows by flow.context.law={found['given']}; likelihood is of the rest, texts hold both")
     if rest := found.get("continuation"):

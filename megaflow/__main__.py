@@ -134,6 +134,13 @@ def parser() -> argparse.ArgumentParser:
         help="a causal language model (Hugging Face folder, or an autoregressive run) that judges texts too; as often as wanted",
     )
     evaluate.add_argument("--mauve", action="store_true", help="MAUVE of the samples, by the states of the first --judge folder")
+    evaluate.add_argument(
+        "--ode-likelihood", type=int, metavar="STEPS", default=None, help="of a flow: the likelihood by so many steps of its equation too"
+    )
+    evaluate.add_argument("--probes", default=None, metavar="N", help="of --ode-likelihood: of the divergence, or exact (default 1)")
+    evaluate.add_argument(
+        "--verify", metavar="TASK", default=None, help="problems to solve: sums, brackets or sudoku, with options as in sums:digits=3"
+    )
     evaluate.add_argument("--frontier", action="store_true", help="judge texts over temperatures and gammas, and read them at one entropy")
     evaluate.add_argument("--temperatures", default=None, metavar="T,T,…", help="of --frontier (default 0.7,0.8,0.9,1)")
     evaluate.add_argument("--gammas", default=None, metavar="G,G,…", help="of --frontier: shares of fresh noise (default: none is added)")
@@ -315,7 +322,13 @@ def run(arguments: argparse.Namespace, began: float) -> int:
         sizes = arguments.samples, arguments.rows, arguments.draws
         asked = arguments.seed, arguments.temperature, arguments.json
         more = {"data": arguments.data, "clock": arguments.clock, "texts": arguments.text}
-        more |= {"causal": arguments.judge, "along": frontier_of(arguments), "mauve": arguments.mauve}
+        more |= {
+            "causal": arguments.judge,
+            "along": frontier_of(arguments),
+            "mauve": arguments.mauve,
+            "verify": arguments.verify,
+            "ode": ode_of(arguments),
+        }
         print(table(evaluate(arguments.run, steps, *sizes, *asked, began=began, **more)))
         return 0
     if arguments.command == "compare":
@@ -420,6 +433,18 @@ def frontier_of(arguments: argparse.Namespace) -> Any:
         return None
     heats = list(frontier.TEMPERATURES) if arguments.temperatures is None else decimals(arguments.temperatures, "--temperatures")
     return frontier.Asked(heats, decimals(arguments.gammas, "--gammas") if arguments.gammas is not None else [], arguments.entropy)
+
+
+def ode_of(arguments: argparse.Namespace) -> Any:
+    """What `evaluate --ode-likelihood` is to take. Raises UserError."""
+    from megaflow.evaluate.likelihood import Ode
+
+    if arguments.ode_likelihood is None:
+        if arguments.probes is not None:
+            raise UserError("--probes belongs to --ode-likelihood; give both, or leave it out")
+        return None
+    probes = 1 if arguments.probes is None else None if arguments.probes == "exact" else whole(arguments.probes, "--probes")
+    return Ode(arguments.ode_likelihood, probes)
 
 
 def resources_of(arguments: argparse.Namespace) -> Any:

@@ -6,5 +6,6 @@ template     prompts and blanks                     judge      the character n-g
 evaluation   likelihood and judged samples          kept       which weights an evaluation.json is of
 causal_judge generative perplexity under a causal language model, of a folder that hugging_face opens, or a run of ours
 frontier     judged texts at equal entropy           mauve_score   MAUVE of them
+verifiable   tasks whose answers code can check      answers       how many of them a run solves
 gather       metrics.json and report.html of a folder of runs; figures and report, the page
 """

@@ -61,6 +61,7 @@ def comparison(evaluations: dict[str, dict[str, Any]]) -> dict[str, Any]:
         "likelihood": against_first({run: found["likelihood"] for run, found in evaluations.items()}),
         "continuation": against_first({run: found["likelihood"].get("continuation", {}) for run, found in evaluations.items()}),
         "texts": of_texts(evaluations),
+        "verify": of_tasks(evaluations),
         "samples": {run: samples_of(found) for run, found in evaluations.items()},
         "reference": first["reference"],
         "judges": judges_of(evaluations),
@@ -118,6 +119,27 @@ def of_texts(evaluations: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]
     }
 
 
+def of_tasks(evaluations: dict[str, dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Solved problems, run by run and by number of steps, of runs that were asked the same ones as the first; differences from what it
+    solves in as many steps, or in its only way of writing, problem by problem."""
+    asked = {run: (found["settings"].get("verify"), found["settings"]["seed"]) for run, found in evaluations.items()}
+    first = next(iter(evaluations))
+    table: dict[str, dict[str, dict[str, Any]]] = {}
+    for run, found in evaluations.items():
+        if asked[first][0] is None or asked[run] != asked[first]:
+            continue
+        table[run], base = {}, evaluations[first]["verify"]["samples"]
+        for steps, entry in found["verify"]["samples"].items():
+            table[run][steps] = {key: value for key, value in entry.items() if key not in ("right", "answers")}
+            other = next(iter(base.values())) if len(base) == 1 else base.get(steps)
+            if run != first and other is not None:
+                table[run][steps]["difference"] = per_unit(entry["right"], other["right"], [1.0] * entry["count"])._asdict()
+    tested = [entry["difference"] for entries in table.values() for entry in entries.values() if "difference" in entry]
+    for difference, p in zip(tested, holm([each["p"] for each in tested]), strict=True):
+        difference["adjusted_p"] = p
+    return table
+
+
 def _real(run: str) -> Path:
     return Path(run).resolve()
 
@@ -166,6 +188,9 @@ def table(result: dict[str, Any]) -> str:
             against = "" if alone else f", row by row against {next(iter(found))}"
             rows = [row[:-4] if alone else row for row in _likelihoods(found)]  # without differences
             lines += [f"{title}: nats per token{against}", *_aligned(rows), ""]
+    if result["verify"]:
+        task = next(iter(result["runs"].values()))["settings"]["verify"]
+        lines += [f"solved problems of {task}, against {next(iter(result['verify']))}", *_aligned(_solved(result["verify"])), ""]
     lines += ["texts: judged values compare at equal entropy only"]
     rows = [["run", "steps", *(field.replace("_bits_per_char", " bits/char") for field in SHOWN)]]
     for run, samples in result["samples"].items():
@@ -242,6 +267,26 @@ def _likelihoods(found: dict[str, dict[str, Any]]) -> list[list[str]]:
         else:
             line += [f"{apart['difference']:+.4f}", f"{apart['low']:+.4f} to {apart['high']:+.4f}", _p(apart["p"]), _p(apart["adjusted_p"])]
         rows.append(line)
+    return rows
+
+
+def _solved(found: dict[str, dict[str, dict[str, Any]]]) -> list[list[str]]:
+    rows = [["run", "steps", "solved", f"{CONFIDENCE:.0%}", "difference", f"{CONFIDENCE:.0%}", "p", "adjusted p"]]
+    for run, entries in found.items():
+        for steps, entry in entries.items():
+            line, apart = [run, steps, f"{entry['share']:.3f}", f"{entry['low']:.3f} to {entry['high']:.3f}"], entry.get("difference")
+            if apart is None:
+                line += ["", "", "", ""]
+            elif apart["p"] is None:
+                line += [f"{apart['difference']:+.3f}", "one problem", "", ""]
+            else:
+                line += [
+                    f"{apart['difference']:+.3f}",
+                    f"{apart['low']:+.3f} to {apart['high']:+.3f}",
+                    _p(apart["p"]),
+                    _p(apart["adjusted_p"]),
+                ]
+            rows.append(line)
     return rows
 
 

@@ -23,13 +23,13 @@ from megaflow.data import shards
 from megaflow.data.stream import TokenStream
 from megaflow.data.tokenizer import decode
 from megaflow.errors import UserError
-from megaflow.evaluate import causal_judge, frontier, kept, mauve_score, repetition
+from megaflow.evaluate import answers, causal_judge, frontier, kept, mauve_score, repetition, verifiable
 from megaflow.evaluate import judge as judges
 from megaflow.evaluate.causal_judge import CausalJudge
 from megaflow.evaluate.flow_text import BALANCE_TOKENS, grid_clock, one_step_offsets
 from megaflow.evaluate.generate import generate
 from megaflow.evaluate.judge import Judge
-from megaflow.evaluate.likelihood import likelihood
+from megaflow.evaluate.likelihood import Ode, by_equation, check_ode, likelihood
 from megaflow.evaluate.loaded import Run, documents, load_run, text_of
 from megaflow.evaluate.real_text import RealText, of_file, of_split
 from megaflow.evaluate.repetition import Training
@@ -78,13 +78,16 @@ def evaluate(
     causal: list[str] | None = None,
     along: frontier.Asked | None = None,
     mauve: bool = False,
+    verify: str | None = None,
+    ode: Ode | None = None,
 ) -> dict[str, Any]:
     """Evaluate a run, write RUN/evaluation.json, and copy it to `out`; its seconds count from `began`, a time.monotonic(), now if None.
 
     `clock` is the law that texts' grids are even on, see generate.sample; `data` is where the run's shards are, if not where they were in
     training; `texts` are files whose likelihood is measured besides; `causal` are folders of causal language models that judge texts too,
-    `along` a frontier to write texts on, and `mauve` asks for that of the first such folder. A run that cannot be written to is evaluated
-    into `out` alone. Raises UserError.
+    `along` a frontier to write texts on, `mauve` asks for that of the first such folder, `verify` names a task whose problems are to be
+    solved, and `ode` asks for the likelihood of the flow's equation. A run that cannot be written to is evaluated into `out`
+    alone. Raises UserError.
     """
     began = time.monotonic() if began is None else began
     check(Path(directory), steps, samples, rows, draws, out)
@@ -110,6 +113,11 @@ def evaluate(
         settings |= {"frontier": along._asdict()}
     if mauve:
         settings |= {"mauve": next(iter(identities))}
+    if verify is not None:
+        settings |= {"verify": answers.asked_task(run, verify).name}
+    if ode is not None:
+        check_ode(run, ode)
+        settings |= {"ode": ode._asdict()}
     identity = {
         "measures": MEASURES,
         "step": run.step,
@@ -201,6 +209,8 @@ def measure(run: Run, identity: dict[str, Any], began: float) -> dict[str, Any]:
     settings = identity["settings"]
     samples, rows, draws, seed = (settings[key] for key in ("samples", "rows", "draws", "seed"))
     held_out = of_split(run, "validation", rows)
+    if "verify" in settings:
+        answers.check_rows(run, verifiable.task(settings["verify"]), held_out)
     causal = {path: causal_judge.open_judge(path) for path in settings.get("judges", {})}
     judge, training = fitted_judge(run), Training(*zip(*training_rows(run, "training text"), strict=True))
     result: dict[str, Any] = {
@@ -219,6 +229,8 @@ def measure(run: Run, identity: dict[str, Any], began: float) -> dict[str, Any]:
         },
         "reference": reference(run, held_out, judge, samples, seed, causal),
     }
+    if "ode" in settings:
+        result["likelihood"]["ode"] = by_equation(run, held_out, Ode(**settings["ode"]), seed)
     if causal:
         result["judges"] = {path: {"sha256": settings["judges"][path]} | each.about for path, each in causal.items()}
     result |= written(run, settings, judge, held_out, training, causal, result["reference"]["data"]["entropy"])
@@ -311,8 +323,8 @@ def written(
     those it writes on a grid without a longer last step, `even`, and its one-step text as the plain argmax, `unbalanced`. A run that writes
     nothing without being given some is given what its law gives of held-out rows, which is part of its texts.
 
-    `nearest` has the most copied of the samples beside the training text, `mauve` that of the samples, and `frontier` what is asked for,
-    read at the `entropy` of real text unless at another."""
+    `nearest` has the most copied of the samples beside the training text, `mauve` that of the samples, `frontier` what is asked for, read
+    at the `entropy` of real text unless at another, and `verify` the solved problems of a task."""
     method = METHODS.get(run.kind, "ancestral")
     counts, temperature = [None] if run.kind == "autoregressive" else settings["steps"], settings["temperature"]
     plan = [("samples", count, temperature) for count in counts]
@@ -329,7 +341,9 @@ def written(
     run = run if "clock" not in settings else replace(run, clock=grid_clock(run, settings["clock"]))
     along = frontier.Asked(**settings["frontier"]) if "frontier" in settings else None
     ways = [] if along is None else frontier.ways(run, along, counts, settings["seed"])
-    total = sum(count or 1 for _, count, _ in plan) + sum(way.steps or 1 for way in ways)
+    asked = counts if "verify" in settings else []
+    problems = [Settings(n, method, temperature, None, settings["seed"], last_step(method, n)) for n in asked]
+    total = sum(count or 1 for _, count, _ in plan) + sum(way.steps or 1 for way in [*ways, *problems])
     progress, done = Progress(f"samples {run.directory.name}", total, "steps"), 0
     entries: dict[Settings, dict[str, Any]] = {}
     found["nearest"], near = {}, None
@@ -360,6 +374,13 @@ def written(
             entry = judged(run, generate(run, settings["samples"], way, template), judge, held_out.texts, causal)
             entries[way] = {key: value for key, value in entry.items() if key != "texts"}
         progress.update(done := done + (way.steps or 1))
+    if problems:
+
+        def tick(way: Settings) -> None:
+            nonlocal done
+            progress.update(done := done + (way.steps or 1))
+
+        found["verify"] = answers.measured(run, settings["verify"], settings["samples"], settings["seed"], problems, tick)
     if along is not None:
         found["frontier"] = frontier.read([(way, entries[way]) for way in ways], entropy if along.entropy is None else along.entropy)
     return found
@@ -429,6 +450,21 @@ def trajectory(run: Run, seed: int, steps: int = 16) -> dict[str, Any]:
     return {"times": times, "tokens": tokens, "confidence": confidence}
 
 
+def of_equation(found: dict[str, Any]) -> list[str]:
+    """Lines of the table for the likelihood of a flow's equation."""
+    if found["kind"] == "none":
+        return [f"equation          none: {found['reason']}"]
+    divergence = "exact divergence" if found["probes"] == "exact" else f"{found['probes']} probe{'s' if found['probes'] > 1 else ''}"
+    units = (
+        f"{found['bits_per_char']:.4f} bits/char (bound; {found['nats_per_token']:.4f} nats/token; {found['steps']} steps, {divergence})"
+    )
+    return [
+        f"equation          {units}",
+        f"  standard error  {found['standard_error_bits_per_char']:.4f} bits/char of {found['draws']} noises a row",
+        f"  half the steps  {found['half_steps_difference_nats']:+.4f} +- {found['half_steps_error_nats']:.4f} nats/token from them",
+    ]
+
+
 def table(result: dict[str, Any]) -> str:
     """The evaluation as a person reads it."""
     found = result["likelihood"]
@@ -446,6 +482,8 @@ def table(result: dict[str, Any]) -> str:
             lines.append(f"  over rows       {found['row_error_bits_per_char']:.4f} bits/char of bound minus unigram entropy")
         lines.append(f"  in other units  {found['bits_per_byte']:.4f} bits/byte, perplexity {found['perplexity_per_token']:,.2f} per token")
         lines.append(f"unigram entropy   {found['unigram_bits_per_char']:.4f} bits/char")
+    if ode := found.get("ode"):
+        lines += of_equation(ode)
     if "given" in found:
         lines.append(f"given             of held-out rows by flow.context.law={found['given']}; likelihood is of the rest, texts hold both")
     if rest := found.get("continuation"):
@@ -487,6 +525,8 @@ def table(result: dict[str, Any]) -> str:
         cells = ("none" if x is None else f"{x:.3f}" for x in numbers)
         label = f"{name} steps" if name.isdigit() else name
         lines.append(f"{label:<34}" + "".join(cell.rjust(width) for cell, width in zip(cells, (12, 12, 11, 11, 13, 8), strict=True)))
+    if "verify" in result:
+        lines += ["", *answers.table(result["verify"])]
     if "mauve" in result:
         lines += ["", *mauve_score.table(result["mauve"])]
     if "frontier" in result:

@@ -84,25 +84,31 @@ def given_text(run: Run, prompt: str | None, infill: str | None, blank: int | No
     option = "--prompt" if infill is None else "--infill"
     if not (prompt or infill or "").strip():
         raise UserError(f"{option} holds nothing but spaces; leave it out, or give some text")
+    check_given(run, option, option)
+    if infill is not None:
+        return templates.of_blanks(run.manifest, run.tokenizer, infill, BLANK if blank is None else blank)
+    assert prompt is not None
+    return templates.of_prompt(run.manifest, run.tokenizer, prompt)
+
+
+def check_given(run: Run, form: str, option: str) -> None:
+    """Refuse to give a run what it has not been trained for, in the form of --prompt or --infill, by any option. Raises UserError."""
     if run.kind == "uniform":
         raise UserError(f"{option}: {run.directory} replaces tokens by random ones and is given none; use a flow, or model.family=masked")
-    if infill is not None and run.kind == "autoregressive":
-        raise UserError(f"--infill: {run.directory} is autoregressive and knows nothing of what comes later; use --prompt, or a flow")
+    if form == "--infill" and run.kind == "autoregressive":
+        raise UserError(f"{option}: {run.directory} is autoregressive and knows nothing of what comes later; use --prompt, or a flow")
     if run.parts is not None and run.config.flow.context.share == 0.0:
         raise UserError(
             f"{option}: {run.directory} has been trained without given tokens (flow.context.share=0) and does not heed them; train a flow "
             "with flow.context.share above 0"
         )
-    if run.parts is not None and laws <= set(UNTRAINED[option]):
-        law, knows = run.config.flow.context.law, UNTRAINED[option][min(laws)]
+    laws = context.laws(run.config.flow.context.law)
+    if run.parts is not None and laws <= set(UNTRAINED[form]):
+        law, knows = run.config.flow.context.law, UNTRAINED[form][min(laws)]
         raise UserError(
             f"{option}: {run.directory} has been trained with flow.context.law={law} and knows {knows}, or a flow "
             "with flow.context.law=mixture"
         )
-    if infill is not None:
-        return templates.of_blanks(run.manifest, run.tokenizer, infill, BLANK if blank is None else blank)
-    assert prompt is not None
-    return templates.of_prompt(run.manifest, run.tokenizer, prompt)
 
 
 @torch.no_grad()

@@ -2,17 +2,18 @@
 
 import math
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from megaflow.data import shards
+from megaflow.errors import UserError
 from megaflow.evaluate.loaded import Run
 from megaflow.evaluate.real_text import RealText
 from megaflow.flow import context
 from megaflow.flow import head as heads
 from megaflow.flow.likelihood import Estimate, NoBound
-from megaflow.model import discrete_bound
+from megaflow.model import discrete_bound, ode_bound
 from megaflow.model.autoregressive import Autoregressive
 from megaflow.model.bound import bound_of_rows
 from megaflow.model.discrete import Discrete
@@ -24,6 +25,63 @@ from megaflow.train.stages import SHARDS
 STRETCHES = 16
 """Into which a bound is parted, evenly over its range of log-SNR or over time."""
 BATCH = 64
+BIAS = (
+    "an upper bound of -log p of the flow whose equation is solved exactly and whose last posterior draws the tokens; "
+    "the probes are unbiased; the steps err to either side, by about a third of the difference from half as many"
+)
+
+
+class Ode(NamedTuple):
+    """Steps of Heun's method along the flow's equation, and probes of its divergence; None for all of its dimensions."""
+
+    steps: int
+    probes: int | None
+
+
+def check_ode(run: Run, asked: Ode) -> None:
+    """Refuse what ode_bound.py does not take. Raises UserError."""
+    if run.parts is None:
+        raise UserError(f"--ode-likelihood: {run.directory} is a baseline (model.family={run.kind}) and has no equation; give a flow")
+    if asked.steps < 4 or asked.steps % 2:
+        raise UserError(f"--ode-likelihood: {asked.steps} is no even number of steps of 4 or more, of which half are taken for comparison")
+    dims = run.parts.code.dim * run.manifest["length"]
+    if asked.probes is None and dims > ode_bound.EXACT:
+        raise UserError(f"--probes exact: a row has {dims:,} dimensions, and the limit is {ode_bound.EXACT}; give a number of probes")
+    if asked.probes is not None and asked.probes < 1:
+        raise UserError(f"--probes: {asked.probes} is no positive number of probes, nor exact")
+
+
+def by_equation(run: Run, held_out: RealText, asked: Ode, seed: int) -> dict[str, Any]:
+    """The bound of the flow as a differential equation on the rows of `likelihood`, of the tokens that are written, in its units."""
+    device, lengths = run.network.weight.device, torch.tensor([len(row) for row in held_out.rows])
+    given = Contexts(run.config, run.manifest).validation(held_out.ids, lengths, torch.arange(len(lengths)))
+    ids, end = held_out.ids.to(device), end_of_documents(run.config, run.manifest)
+    progress = Progress(f"equation {run.directory.name}", len(ids) * ode_bound.DRAWS, "draws")
+    facts: dict[str, Any] = {"progress": progress, "log_length": shards.log_length_law(run.directory / SHARDS)}
+    facts |= {"documents": None if end is None else documents_of(ids, end), "given": None if given is None else given.to(device)}
+    ragged = None if held_out.lengths is None else held_out.lengths.to(device)
+    try:
+        bound = ode_bound.ode_bound_of_rows(*run.flow, ids, ragged, asked.steps, asked.probes, seed, **facts)
+    except NoBound as error:
+        return {"kind": "none", "reason": str(error)}
+    per_character = 1.0 / held_out.characters_of(run, given) / math.log(2.0)
+    found = {
+        "kind": "ode",
+        "nats_per_token": bound.mean,
+        "standard_error_nats": bound.standard_error,
+        "half_steps_difference_nats": bound.integration,
+        "half_steps_error_nats": bound.integration_error,
+        "unigram_nats_per_token": bound.unigram,
+        "last_cross_entropy": bound.last_cross_entropy,
+        "bits_per_char": bound.mean * per_character,
+        "standard_error_bits_per_char": bound.standard_error * per_character,
+        "tokens": bound.tokens,
+        "steps": asked.steps,
+        "probes": "exact" if asked.probes is None else asked.probes,
+        "draws": ode_bound.DRAWS,
+        "bias": BIAS,
+    }
+    return found | {"rows": {"nats": bound.rows.tolist(), "errors": bound.errors.tolist(), "tokens": bound.row_tokens.long().tolist()}}
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,12 +44,20 @@ def of_prompt(manifest: dict[str, Any], tokenizer: Any, prompt: str) -> Template
     """The text begins with the prompt; where the run's rows are pairs, the prompt is what is given of one. Raises UserError."""
     if BLANK.search(prompt):
         print("--prompt takes its ___ as they stand; --infill fills them in", file=sys.stderr)
-    tokens = encoded(manifest, tokenizer, prompt, "--prompt")
-    if manifest["settings"].get("target_field"):
-        tokens.append(manifest["tokenizer"]["end_id"])
-    if not tokens:
-        raise UserError("--prompt: it has no token; leave it out to write a text from nothing")
-    return _template(manifest, tokens, [True] * len(tokens), "--prompt", None)
+    return of_prompts(manifest, tokenizer, [prompt], "--prompt")
+
+
+def of_prompts(manifest: dict[str, Any], tokenizer: Any, prompts: Sequence[str], option: str) -> Template:
+    """The same of many: text number i begins with prompt i. Raises UserError, which names the option that gave them."""
+    found = []
+    for prompt in prompts:
+        tokens = encoded(manifest, tokenizer, prompt, option)
+        if manifest["settings"].get("target_field"):
+            tokens.append(manifest["tokenizer"]["end_id"])
+        if not tokens:
+            raise UserError(f"{option}: it has no token; leave it out to write a text from nothing")
+        found.append(_template(manifest, tokens, [True] * len(tokens), option, None))
+    return Template(torch.cat([each.ids for each in found]), torch.cat([each.given for each in found]))
 
 
 def of_blanks(manifest: dict[str, Any], tokenizer: Any, text: str, size: int) -> Template:

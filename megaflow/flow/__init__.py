@@ -20,6 +20,7 @@
     balance       one-step tokens as often as the unigram law says
     sampler       noise to text: ODE, stochastic, ancestral, flow map
     likelihood    the variational bound with its Monte-Carlo error
+    ode_likelihood  that of the flow as a differential equation
 
 Equation numbers refer to the papers named in each docstring: VFM (Eijkelboom et al. 2024), VDM (Kingma et al. 2021),
 FMM (Boffi et al. 2025), FMLM (arXiv 2602.16813), DFM (arXiv 2604.09784).

@@ -26,6 +26,7 @@ OPTIONS = {
     "evaluate": (
         *("steps", "samples", "rows", "draws", "temperature", "clock", "seed", "data", "text", "json"),
         *("judge", "temperatures", "gammas", "entropy", *FLAGS),
+        *("verify", "ode-likelihood", "probes"),
     ),
     "convert": ("to", "step", "weights", "precision", "shard-size", "processes"),
 }

@@ -6,6 +6,6 @@ text_dit       the flow network (and flow map): state in, hidden out, with its h
 autoregressive the baseline: the same trunk, causal, tokens in
 discrete       baselines of discrete diffusion; discrete_bound their bounds
 parts          the fixed parts of a flow (code, prior, range) and the profile its clock is fitted to
-bound          the likelihood bound of a network on rows of tokens
+bound          the likelihood bound of a network on rows of tokens; ode_bound that of its differential equation
 build          networks from configs
 """

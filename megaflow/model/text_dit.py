@@ -9,6 +9,8 @@ teacher and for every end t.
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -349,3 +351,13 @@ def of_tokens(level: Tensor, y: Tensor) -> Tensor:
     """(B L, 2) of tokens from (B, 2) of rows or (B, L, 2)."""
     level = level if level.ndim == 3 else level[:, None].expand(*y.shape[:2], 2)
     return level.flatten(0, 1)
+
+
+@contextmanager
+def differentiable(network: TextDiT) -> Iterator[None]:
+    """While the block runs the network's attention has forward-mode derivatives, which fused kernels have none of."""
+    kernel, network.trunk.kernel = network.trunk.kernel, "plain"
+    try:
+        yield
+    finally:
+        network.trunk.kernel = kernel

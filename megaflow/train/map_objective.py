@@ -13,8 +13,7 @@ One is either a target, which has no gradient, or a loss of its own. A target's 
 returns a function of a chunk's place among their tokens to the target there (n, V), to be asked for once a chunk.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -32,7 +31,7 @@ from megaflow.flow.interpolant import Interpolant, along, noisy_state, transport
 from megaflow.flow.losses import Reweight
 from megaflow.flow.tangent import Moved
 from megaflow.flow.vocabulary import softmax_
-from megaflow.model.text_dit import Seen, TextDiT, of_tokens
+from megaflow.model.text_dit import Seen, TextDiT, differentiable, of_tokens
 
 Target = Callable[[slice], Tensor]
 """A chunk's place among tokens -> the target there (n, V)."""
@@ -109,16 +108,6 @@ class MapObjective:
     def apart(self) -> bool:
         """Whether inner rows are trained otherwise than by the semigroup's target."""
         return (self.target is not None or self.loss is not None) and not self.one_step
-
-
-@contextmanager
-def differentiable(network: TextDiT) -> Iterator[None]:
-    """While the block runs the network's attention has forward-mode derivatives, which fused kernels have none of."""
-    kernel, network.trunk.kernel = network.trunk.kernel, "plain"
-    try:
-        yield
-    finally:
-        network.trunk.kernel = kernel
 
 
 def share(path: Interpolant, rows: Rows) -> Tensor:

@@ -8,6 +8,7 @@ States are (n, L, d_c); a time is a number, or one for each row, or of the denoi
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -139,6 +140,7 @@ class Exact(nn.Module):
     def __init__(self, toy: Toy, code: Code) -> None:
         super().__init__()
         self.toy, self.code, self.skip = toy, code, False
+        self.recall, self.trunk = None, SimpleNamespace(kernel="plain")  # what forward-mode derivatives ask a network for
         self.weight, self.bias = nn.Parameter(torch.eye(toy.vocab)), nn.Parameter(torch.zeros(toy.vocab))
 
     def forward(

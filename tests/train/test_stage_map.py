@@ -16,6 +16,7 @@ from megaflow.flow import head as heads
 from megaflow.flow import tangent
 from megaflow.flow.interpolant import LINEAR, transport, velocity_terms
 from megaflow.flow.likelihood import Range, information_range
+from megaflow.model import text_dit
 from megaflow.model.parts import Parts, initial_profile
 from megaflow.model.text_dit import Shape, TextDiT
 from megaflow.train import map_objective
@@ -155,7 +156,7 @@ def test_losses_with_a_gradient_through_the_derivative(objective, weighting):
     (s, _, t), weight = rows.told, rows.weight.flatten()
 
     def psi_of(t: Tensor) -> Tensor:
-        with map_objective.differentiable(network):
+        with text_dit.differentiable(network):
             z = heads.logits(network.head(), network.read(network(rows.y, s, t), rows.y, s))
         return torch.softmax(z, -1)
 
@@ -519,7 +520,7 @@ def test_the_derivative_of_a_sum_over_the_vocabulary_is_blind():
         z = heads.logits(network.head(), network.read(network(y, s, t), y, s))
         return transport(LINEAR, y, s, t, torch.softmax(z, -1).view(y.shape))
 
-    with map_objective.differentiable(network):
+    with text_dit.differentiable(network):
         (blind,) = torch.autograd.grad(x_of(t).sum(), t, create_graph=True)
         _, moving = torch.func.jvp(x_of, (t.detach(),), (torch.ones(8, dtype=torch.float64),))
     assert blind.shape == (8,) and moving.shape == y.shape

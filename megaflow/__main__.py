@@ -415,6 +415,7 @@ def check_words(words: list[str]) -> None:
         steps = [whole(step, "--steps") for step in arguments.steps.split(",")]
         evaluation.check_numbers(steps, arguments.samples, arguments.rows, arguments.draws, arguments.temperature, arguments.clock)
         frontier_of(arguments)
+        ode_of(arguments)
     elif arguments.command == "convert":
         from megaflow.export.convert import checked
 

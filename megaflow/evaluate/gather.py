@@ -357,4 +357,7 @@ def evaluation_command(run: str, settings: dict[str, Any]) -> list[str]:
     found += ["--clock", settings["clock"]] if "clock" in settings else []
     found += [word for option in ("text", "judge") for path in settings.get(f"{option}s", {}) for word in (f"--{option}", path)]
     found += ["--mauve"] if settings.get("mauve") else []
+    found += ["--verify", settings["verify"]] if "verify" in settings else []
+    if ode := settings.get("ode"):
+        found += ["--ode-likelihood", str(ode["steps"]), "--probes", "exact" if ode["probes"] is None else str(ode["probes"])]
     return found + (frontier.words(settings["frontier"]) if "frontier" in settings else [])

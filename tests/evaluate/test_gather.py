@@ -133,11 +133,12 @@ class TestWhole:
         found = json.loads(before)
         asked = {"temperatures": [0.7, 1.0], "gammas": [0.0, 0.5], "entropy": 3.25}
         found["settings"] |= {"texts": {"a b.txt": ""}, "judges": {"gpt2": "", "ar": ""}, "mauve": True, "frontier": asked}
+        found["settings"] |= {"verify": "sums:digits=2", "ode": {"steps": 16, "probes": None}}
         path.write_text(json.dumps(found))
         (told,) = [line for line in commands(folder) if "evaluate" in line and "/flow " in line]
         path.write_text(before)
-        options = "--text 'a b.txt' --judge gpt2 --judge ar --mauve --frontier --temperatures 0.7,1.0 --gammas 0.0,0.5 --entropy 3.25"
-        assert told.endswith(options)
+        options = "--text 'a b.txt' --judge gpt2 --judge ar --mauve --verify sums:digits=2 --ode-likelihood 16 --probes exact"
+        assert told.endswith(f"{options} --frontier --temperatures 0.7,1.0 --gammas 0.0,0.5 --entropy 3.25")
 
     def test_the_commands_are_those_that_were_run(self, folder):
         """With every option of the evaluations."""

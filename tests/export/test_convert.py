@@ -22,6 +22,7 @@ from megaflow.evaluate.loaded import load_run
 from megaflow.export import convert as converting
 from megaflow.export import load, source, verify
 from megaflow.export.convert import convert, size_of, split
+from megaflow.export.hf.modeling_megaflow import FlowModel
 from megaflow.train import checkpoint as checkpoints
 from megaflow.train import checkpoint_writer, tensor_file
 from tests.train.writers import write_anew
@@ -80,7 +81,10 @@ class TestEveryFamily:
         assert len(checkpoints.newest(mesh_run).files) > 8
         told = convert(mesh_run, out)
         assert same(weights(out), checkpoints.newest(mesh_run).tensors("averaged")) and told[2].endswith("equal")
-        assert sample(out, count=1, steps=2)["tokens"] == sample(mesh_run, count=1, steps=2)["tokens"]
+        wanted = sample(mesh_run, count=1, steps=2)["tokens"]
+        assert sample(out, count=1, steps=2)["tokens"] == wanted
+        convert(mesh_run, out.with_name("hf"), to="hf")
+        assert FlowModel.from_pretrained(out.with_name("hf")).eval().generate(2).tolist() == wanted
 
 
 class TestWhatIsAsked:

@@ -191,10 +191,6 @@ class TestTheFolder:
         assert torch.equal(model.fixed.code, parts.code.matrix) and torch.equal(model.fixed.log_prior, parts.log_prior)
         assert model.generate(2).shape == (1, 16)
 
-    def test_from_four_processes(self, mesh_run, tmp_path):
-        convert(mesh_run, tmp_path / "out", to="hf")
-        same_texts(mesh_run, tmp_path / "out", {"num_steps": 2}, {"steps": 2})
-
     def test_losses_of_a_causal_model_are_the_run_s(self, trained, converted):
         out, run = converted("documents", "autoregressive"), load_run(trained("documents", "autoregressive"))
         ids = torch.randint(300, (2, 48), generator=torch.Generator().manual_seed(0))

@@ -33,7 +33,7 @@ def until(met, patience: float = 120.0) -> None:
         time.sleep(0.1)
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGUSR1, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
 def test_a_signal_to_every_process_of_a_step_is_heard_by_its_ranks_alone(config, tmp_path, number):
     run = tmp_path / "run"
     command = [sys.executable, "-m", "megaflow.launch.host", "--place", tmp_path / "slurm", "--processes", "2", "--"]

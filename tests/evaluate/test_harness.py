@@ -153,12 +153,12 @@ def test_a_continuation_of_a_flow_is_its_conditional_bound(given_run):
 
 def test_draws_are_added_until_the_error_is_small_enough(given_run):
     requests = [request("And God", " said"), request("", "In the")]
-    once = MegaFlow(path=str(given_run), draws=2)
+    once = MegaFlow(path=str(given_run), draws=8)
     once.loglikelihood(requests)
-    tolerance = 0.6 * min(error for error, _, _ in once.took)
-    more = MegaFlow(path=str(given_run), draws=2, tolerance=tolerance)
+    tolerance = 0.9 * max(error for error, _, _ in once.took)
+    more = MegaFlow(path=str(given_run), draws=8, tolerance=tolerance)
     more.loglikelihood(requests)
-    assert all(error <= tolerance or draws == 4096 for error, _, draws in more.took) and max(draws for *_, draws in more.took) > 2
+    assert all(error <= tolerance or draws == 4096 for error, _, draws in more.took) and max(draws for *_, draws in more.took) > 8
 
 
 def test_text_is_what_sample_writes(trained, given_run):

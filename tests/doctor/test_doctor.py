@@ -267,6 +267,7 @@ class TestSlurm:
         monkeypatch.setenv("SLURM_JOB_ID", "12")
         assert state(doctor_host.slurm_answers(), "Slurm") == "warn"
 
+    @pytest.mark.long
     def test_one_that_works_or_does_not(self, cluster, monkeypatch):
         monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
         assert state(doctor_host.slurm_answers(), "Slurm") == "ok"

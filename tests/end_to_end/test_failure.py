@@ -177,7 +177,7 @@ def test_a_signal_to_one_process_before_its_steps(fails, rank):
 @pytest.mark.parametrize(
     "what, tensor, data, zero",
     [
-        ("gradient", 2, 2, 1),
+        pytest.param("gradient", 2, 2, 1, marks=pytest.mark.long),
         ("loss", 1, 2, 3),
         pytest.param("gradient", 1, 2, 0, marks=pytest.mark.long),
         pytest.param("loss", 2, 1, 0, marks=pytest.mark.long),

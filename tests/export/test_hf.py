@@ -215,6 +215,7 @@ class TestTheFolder:
         card = (out / "README.md").read_text()
         assert "AutoModel.from_pretrained" in card and "have not been evaluated" in card
 
+    @pytest.mark.long
     def test_a_causal_model_without_megaflow(self, converted, elsewhere):
         out = converted("documents", "autoregressive")
         told = elsewhere(

@@ -236,6 +236,7 @@ def test_a_log_without_room_costs_the_log_alone(cluster, submit, full, tmp_path)
     assert step(run) == 20
 
 
+@pytest.mark.long
 def test_a_controller_that_does_not_answer_is_said_not_to(cluster, megaflow, submit):
     import os
     import signal

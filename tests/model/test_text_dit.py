@@ -322,7 +322,7 @@ def test_targets_of_all_rows_at_once_are_those_of_each(map_reads, monkeypatch):
 @pytest.mark.parametrize(
     "kind, map_reads",
     [
-        ("identity", "linear"),
+        pytest.param("identity", "linear", marks=pytest.mark.long),
         pytest.param("identity", "hot_belief", marks=pytest.mark.long),
         pytest.param("frame", "linear", marks=pytest.mark.long),
         ("frame", "hot_belief"),

@@ -27,6 +27,7 @@ def sweep(tmp_path, config):
     return path
 
 
+@pytest.mark.long
 def test_an_array_of_points_with_evaluations_and_a_report(cluster, megaflow, sweep, tmp_path):
     done = megaflow("sweep", sweep, "--slurm", "--limit", 2, "--time", "0:20:00")
     assert done.code == 0, done.err

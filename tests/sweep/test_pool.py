@@ -103,12 +103,16 @@ def test_a_sweep_of_which_nothing_can_be_trained_says_why(sweeping):
     refused = sweeping("axes: {model.layers: [1, 2]}", "base=nope.yaml")
     assert refused.code == 1 and "0 of 2 points done, 2 refused" in refused.err
     assert "megaflow: refused, such as model.layers=1-seed=0: nope.yaml: no such config file" in refused.err
-    for options, said in (
-        ("temperature: -1", "--temperature: -1.0 is not a finite number above 0"),
-        ("clock: nope", "--clock must be one of"),
-    ):
-        told = sweeping(f"axes: {{model.layers: [1, 2]}}\nevaluate: {{steps: 1, {options}}}", "--dry-run")
-        assert told.code == 2 and said in told.err and told.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "options, said", [("temperature: -1", "--temperature: -1.0 is not a finite number above 0"), ("clock: nope", "--clock must be one of")]
+)
+def test_options_of_evaluations_are_checked_before_anything_is_trained(cli, config, tmp_path, options, said):
+    path = tmp_path / "sweep.yaml"
+    path.write_text(f"dir: {tmp_path}/out\nbase: {config('coded')}\naxes: {{model.layers: [1, 2]}}\nevaluate: {{steps: 1, {options}}}\n")
+    told = cli("sweep", path, "--dry-run")
+    assert told.code == 2 and said in told.err and told.err.count("\n") == 1
 
 
 @pytest.mark.long

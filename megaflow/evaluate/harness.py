@@ -23,7 +23,7 @@ from megaflow.evaluate import real_text
 from megaflow.evaluate.generate import generate
 from megaflow.evaluate.likelihood import nats
 from megaflow.evaluate.loaded import load_run
-from megaflow.evaluate.settings import Settings, resolved
+from megaflow.evaluate.settings import Settings, check_temperature, resolved
 from megaflow.evaluate.template import Template, encoded
 from megaflow.flow import discrete
 from megaflow.flow import head as heads
@@ -59,6 +59,8 @@ class MegaFlow(LM):
             raise UserError("--model_args: path=RUN_OR_FOLDER is missing")
         if draws < 2:
             raise UserError(f"--model_args: draws={draws} has no error; give 2 or more")
+        if temperature is not None:
+            check_temperature(temperature, "--model_args: temperature")
         self.run = load_run(path)
         self.draws, self.tolerance, self.seed, self.steps, self.temperature = draws, tolerance, seed, steps, temperature
         self.length = self.run.manifest["length"]

@@ -1,9 +1,7 @@
 """A local folder of a Hugging Face causal language model, opened without trust: no code of its own, no pickle, nothing outside of it."""
 
-import contextlib
 import hashlib
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ import torch
 from tokenizers import Tokenizer
 
 from megaflow.errors import UserError
+from megaflow.export.hf import quiet
 
 INDEX = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -94,22 +93,6 @@ def open_folder(path: Path, device: torch.device) -> Folder:
     _causal(path, model, entries, device)
     texts = [None if not ids else "".join(str(backend.id_to_token(i)) for i in ids) for ids in (prefix, [] if end is None else [end])]
     return Folder(path, model, plain, prefix, texts[0], end, texts[1], min(limits, default=None))
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without what transformers says while it loads: what matters of it is raised here."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _tokenizer(path: Path) -> Any:

@@ -98,11 +98,8 @@ class OneStep(nn.Module):
         self.model, self.offsets = model, nn.Buffer(model.balance())
 
     def forward(self, noise: Tensor, lengths: Tensor | None = None) -> Tensor:
-        model, y = self.model, self.model.path.scale * noise
         zero = torch.zeros(noise.shape[0], dtype=torch.float64)
-        (logits,) = model.all_logits(y, zero, zero + 1.0, lengths)
-        top = logits.topk(min(32, logits.shape[-1]))
-        return top.indices.gather(1, (top.values + self.offsets[top.indices]).argmax(-1, keepdim=True)).view(noise.shape[:2])
+        return self.model.posterior(self.model.path.scale * noise, zero, zero + 1.0, lengths, None, 1.0, offsets=self.offsets)[1]
 
 
 def run(file: Path, inputs: dict[str, Tensor]) -> Tensor:

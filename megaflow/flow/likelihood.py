@@ -108,10 +108,20 @@ class Parts:
     rest: float = 0.0
 
 
-def by_stretch(levels: Tensor, network: Tensor, channel: Tensor, tokens: Tensor, edges: Tensor) -> Parts:
-    """The draws of a bound's integral sorted by where they are taken.
+def by_stretch(
+    levels: Tensor,
+    network: Tensor,
+    channel: Tensor,
+    tokens: Tensor,
+    edges: Tensor,
+    before: Tensor | None = None,
+    after: Tensor | None = None,
+    rest: Tensor | None = None,
+) -> Parts:
+    """The draws of a bound's integral sorted by where they are taken, and the terms outside of it.
 
-    levels, network, channel: (draws, R), of each draw of a row its place and its two one-draw estimates; tokens (R,); edges (N + 1,).
+    levels, network, channel: (draws, R), of each draw of a row its place and its two one-draw estimates; tokens (R,); edges (N + 1,);
+    before, after, rest: (R,) nats, None where a bound has no such term.
     """
     network, channel, edges = network.double(), channel.double(), edges.double()
     draws, total = len(levels), tokens.double().sum()
@@ -122,7 +132,8 @@ def by_stretch(levels: Tensor, network: Tensor, channel: Tensor, tokens: Tensor,
         nats.append((here.sum() / draws / total).item())
         errors.append(((here.var(0).sum() / draws).sqrt() / total).item() if draws > 1 else math.inf)
         unigram.append((torch.where(place == number, channel, 0.0).sum() / draws / total).item())
-    return Parts(edges.tolist(), nats, errors, unigram)
+    outside = [0.0 if term is None else (term.double().sum() / total).item() for term in (before, after, rest)]
+    return Parts(edges.tolist(), nats, errors, unigram, *outside)
 
 
 def estimate(network: Tensor, channel: Tensor, unigram: Tensor, tokens: Tensor, last_cross_entropy: float) -> Estimate:

@@ -67,9 +67,7 @@ def bound_of_rows(
     own, width = ids.shape
     rows = own if all_rows is None else all_rows
     places = torch.arange(own) if places is None else places
-    counted = torch.ones_like(ids) if lengths is None else (torch.arange(width, device=ids.device) < lengths[:, None]).long()
-    whole = counted.sum(1).cpu()
-    counted = counted if given is None else counted * ~given
+    whole, counted = counting(ids, lengths, given)
     ours, channel, levels = torch.zeros(3, draws, own, dtype=torch.float64)
     last, last_channel = torch.zeros(2, own, dtype=torch.float64)
     order, offset = random.permutation(rows * draws, seed, "bound cells"), random.uniform(seed, "bound offset")
@@ -96,22 +94,35 @@ def bound_of_rows(
     first = (likelihood.prior_term(parts.code, ids, parts.bounded) * counted).sum(1).cpu().double()
     unigram = -(look_up(parts.code.part, parts.log_prior, ids).double() * counted).sum(1).cpu()
     tokens = counted.sum(1).cpu()
-    shape = torch.zeros(own, dtype=torch.float64) if log_length is None else -torch.from_numpy(log_length)[whole]
-    if documents is not None:
-        shape = shape + boundary_cost(ids, documents, parts.code.part, parts.log_prior, counted)
+    shape = structure(ids, whole, counted, log_length, documents, parts.code.part, parts.log_prior)
     told_apart = None
     if stretches:
         edges = torch.linspace(parts.bounded.low, parts.bounded.high, stretches + 1, dtype=torch.float64)
-        told_apart = replace(
-            likelihood.by_stretch(levels, ours, channel, tokens, edges),
-            before=(first.sum() / tokens.sum()).item(),
-            after=(last.sum() / tokens.sum()).item(),
-            rest=(shape.sum() / tokens.sum()).item(),
-        )
+        told_apart = likelihood.by_stretch(levels, ours, channel, tokens, edges, first, last, shape)
     everyones = torch.zeros(2 * draws + 3, rows, dtype=torch.float64)
     everyones[:, places] = torch.cat([ours + first + last + shape, channel + first + last_channel, unigram[None], tokens[None], last[None]])
     ours, channel, (unigram, tokens, last) = total(everyones).split([draws, draws, 3])
     return replace(likelihood.estimate(ours, channel, unigram, tokens, (last.sum() / tokens.sum()).item()), parts=told_apart)
+
+
+def counting(ids: Tensor, lengths: Tensor | None, given: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Tokens of each row (R,), on the CPU, and which of them count (R, L) as 0 and 1: those that are there and not given."""
+    there = torch.ones_like(ids) if lengths is None else (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long()
+    return there.sum(1).cpu(), there if given is None else there * ~given
+
+
+def structure(
+    ids: Tensor,
+    whole: Tensor,
+    counted: Tensor,
+    log_length: np.ndarray | None,
+    documents: Tensor | None,
+    part: Vocabulary,
+    log_prior: Tensor,
+) -> Tensor:
+    """What a bound charges besides its tokens, in nats (R,): lengths of rows, and where documents end, as far as a network is told them."""
+    cost = torch.zeros(len(ids), dtype=torch.float64) if log_length is None else -torch.from_numpy(log_length)[whole]
+    return cost if documents is None else cost + boundary_cost(ids, documents, part, log_prior, counted)
 
 
 def boundary_cost(ids: Tensor, documents: Tensor, part: Vocabulary, log_prior: Tensor, counted: Tensor) -> Tensor:

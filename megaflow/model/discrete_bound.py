@@ -13,7 +13,7 @@ from megaflow.flow import discrete, likelihood, losses
 from megaflow.flow import head as heads
 from megaflow.flow.likelihood import Estimate
 from megaflow.flow.vocabulary import look_up
-from megaflow.model.bound import boundary_cost
+from megaflow.model.bound import counting, structure
 from megaflow.model.discrete import Discrete
 from megaflow.parallel import random
 from megaflow.progress import Progress
@@ -73,11 +73,10 @@ def bound_of_rows(
     Of a masked network the same draws under the unigram law, whose mean is its entropy, are the control variate; given tokens are never
     hidden, and count for nothing. stretches: into how many of time the bound is parted besides (one process only).
     """
-    own, width = ids.shape
+    own = len(ids)
     rows = own if all_rows is None else all_rows
     places = torch.arange(own) if places is None else places
-    there = torch.ones_like(ids) if lengths is None else (torch.arange(width, device=ids.device) < lengths[:, None]).long()
-    counted = there if given is None else there * ~given
+    whole, counted = counting(ids, lengths, given)
     nll = -look_up(network.part, network.log_prior, ids).double()
     ours, channel, levels = torch.zeros(3, draws, own, dtype=torch.float64)
     order, offset = random.permutation(rows * draws, seed, "bound cells"), random.uniform(seed, "bound offset")
@@ -99,14 +98,12 @@ def bound_of_rows(
         if progress is not None:
             progress.update(part.stop)
     tokens = counted.sum(1).cpu()
-    structure = torch.zeros(own, dtype=torch.float64) if log_length is None else -torch.from_numpy(log_length)[there.sum(1).cpu()]
-    if documents is not None:
-        structure = structure + boundary_cost(ids, documents, network.part, network.log_prior, counted)
+    shape = structure(ids, whole, counted, log_length, documents, network.part, network.log_prior)
     told_apart = None
     if stretches:
-        parted = likelihood.by_stretch(levels, ours, channel, tokens, torch.linspace(0.0, 1.0, stretches + 1, dtype=torch.float64))
-        told_apart = replace(parted, rest=(structure.sum() / tokens.sum()).item())
+        edges = torch.linspace(0.0, 1.0, stretches + 1, dtype=torch.float64)
+        told_apart = likelihood.by_stretch(levels, ours, channel, tokens, edges, rest=shape)
     everyones = torch.zeros(2 * draws + 2, rows, dtype=torch.float64)
-    everyones[:, places] = torch.cat([ours + structure, channel, (nll * counted).sum(1).cpu()[None], tokens[None]])
+    everyones[:, places] = torch.cat([ours + shape, channel, (nll * counted).sum(1).cpu()[None], tokens[None]])
     ours, channel, (unigram, tokens) = total(everyones).split([draws, draws, 2])
     return replace(likelihood.estimate(ours, channel, unigram, tokens, 0.0), parts=told_apart)

@@ -25,7 +25,7 @@ from megaflow.flow.likelihood import NoBound
 from megaflow.flow.ode_likelihood import Field
 from megaflow.flow.tangent import Moved
 from megaflow.flow.vocabulary import look_up, softmax_
-from megaflow.model.bound import boundary_cost
+from megaflow.model.bound import counting, structure
 from megaflow.model.parts import Parts
 from megaflow.model.text_dit import TextDiT, differentiable, of_tokens
 from megaflow.parallel import random
@@ -88,9 +88,7 @@ def ode_bound_of_rows(
         raise ValueError(f"{steps} steps and {draws} draws: the steps are even and 4 or more, the draws 2 or more")
     if (probes is None and parts.code.dim * width > EXACT) or (probes is not None and probes < 1):
         raise ValueError(f"{probes} probes of {parts.code.dim * width} dimensions")
-    counted = torch.ones_like(ids) if lengths is None else (torch.arange(width, device=ids.device) < lengths[:, None]).long()
-    whole = counted.sum(1).cpu()
-    counted = counted if given is None else counted * ~given
+    whole, counted = counting(ids, lengths, given)
     law = clocks.mixture([clock, clocks.uniform_log_snr(parts.path, parts.bounded.low, parts.bounded.high)], [0.5, 0.5])
     times = ode_likelihood.nodes(parts.path, law, parts.bounded, steps)
     fine, coarse, last = torch.zeros(3, draws, own, dtype=torch.float64)
@@ -120,9 +118,7 @@ def ode_bound_of_rows(
                 progress.update(start * draws + (draw + 1) * len(at))
     tokens = counted.sum(1).cpu()
     total = int(tokens.sum())
-    shape = torch.zeros(own, dtype=torch.float64) if log_length is None else -torch.from_numpy(log_length)[whole]
-    if documents is not None:
-        shape = shape + boundary_cost(ids, documents, parts.code.part, parts.log_prior, counted)
+    shape = structure(ids, whole, counted, log_length, documents, parts.code.part, parts.log_prior)
     unigram = -(look_up(parts.code.part, parts.log_prior, ids).double() * counted).sum().item()
     rows, apart = fine.mean(0) + shape, fine - coarse
     errors, steps_errors = ((x.var(0) / draws).sqrt() for x in (fine, apart))

@@ -185,7 +185,14 @@ class TestRefused:
             MegaFlow(path=str(trained("coded"))).loglikelihood([request("And God", " said")])
         assert MegaFlow(path=str(trained("coded")), draws=2).loglikelihood([request("", "And God")])[0][0] < 0.0
 
-    @pytest.mark.parametrize("words, said", [({}, "path=RUN_OR_FOLDER is missing"), ({"path": "x", "draws": 1}, "draws=1 has no error")])
+    @pytest.mark.parametrize(
+        "words, said",
+        [
+            ({}, "path=RUN_OR_FOLDER is missing"),
+            ({"path": "x", "draws": 1}, "draws=1 has no error"),
+            ({"path": "x", "temperature": 0}, "temperature: 0 is not a finite number above 0"),
+        ],
+    )
     def test_arguments(self, words, said):
         with pytest.raises(UserError, match=said):
             MegaFlow(**words)

@@ -6,6 +6,6 @@ card                  the model card
 modeling_megaflow     the network as transformers has it, copied into the folder as it is
 """
 
-from megaflow.export.hf.write import compare, fixed, opened, write
+from megaflow.export.hf.write import compare, fixed, opened, quiet, write
 
-__all__ = ["compare", "fixed", "opened", "write"]
+__all__ = ["compare", "fixed", "opened", "quiet", "write"]

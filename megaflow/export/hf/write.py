@@ -1,7 +1,9 @@
 """The files of a converted model that transformers opens it by, and the comparison of what it then computes with the run's network."""
 
+import contextlib
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,15 +60,26 @@ def compare(source: Source, out: Path, partial: Path, group: str, precision: str
 
 def opened(folder: Path, kind: str) -> Any:
     """The network as transformers opens it, in fp32, by this megaflow's own modelling file. Imports transformers."""
-    from transformers.utils import logging
-
     from megaflow.export.hf import modeling_megaflow as modeling
 
-    logging.disable_progress_bar()  # it shows files
-    try:
+    with quiet():
         return getattr(modeling, fields.CLASSES[kind]).from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without what transformers says while it loads: what matters of it is raised here."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
     finally:
-        logging.enable_progress_bar()
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 @torch.no_grad()

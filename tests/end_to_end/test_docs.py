@@ -24,7 +24,7 @@ NAMES = (
     "distillation",
     "sampling",
     "given",
-    "evaluation",
+    "evaluate",
     "export",
 )
 PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in NAMES)]

@@ -172,7 +172,7 @@ def test_problems_that_were_trained_on_are_not_asked(runs, tmp_path):
 
 @pytest.mark.long
 def test_a_flow_learns_to_add(tmp_path):
-    """The example of docs/evaluation.md, from text to held-out sums: one step says most of them right."""
+    """The example of docs/evaluate.md, from text to held-out sums: one step says most of them right."""
     place, threads = tmp_path / "runs" / "sums", torch.get_num_threads()
     place.mkdir(parents=True)
     source = verifiable.drawn(task("sums"), 0, held_out=False)

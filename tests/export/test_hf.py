@@ -13,6 +13,7 @@ import torch
 from transformers import AutoTokenizer
 
 from megaflow.data.tokenizer import decode, encode, load_tokenizer
+from megaflow.evaluate.evaluation import evaluate
 from megaflow.evaluate.generate import sample
 from megaflow.evaluate.loaded import load_run
 from megaflow.export import load
@@ -212,8 +213,6 @@ class TestTheFolder:
             "print(tokenizer.batch_decode(model.generate(num_steps=1, num_texts=1, seed=7))[0])",
         )
         assert told.rstrip("\n") == tokens_of(out)
-        card = (out / "README.md").read_text()
-        assert "AutoModel.from_pretrained" in card and "have not been evaluated" in card
 
     @pytest.mark.long
     def test_a_causal_model_without_megaflow(self, converted, elsewhere):
@@ -224,6 +223,22 @@ class TestTheFolder:
             "print(model(torch.tensor([[1, 2, 3]])).logits.shape)",
         )
         assert told.strip() == "torch.Size([1, 3, 300])"
+
+
+def test_the_card_has_the_figures_of_the_run(copied, tmp_path):
+    """And says so where there are none of these weights."""
+    run = copied("char", "flow_map")
+    (run / "evaluation.json").unlink(missing_ok=True)
+    convert(run, tmp_path / "before", to="hf")
+    card = (tmp_path / "before/README.md").read_text()
+    assert "AutoModel.from_pretrained" in card and "have not been evaluated" in card
+
+    found = evaluate(run, [2], samples=3, rows=8, draws=2, seed=0)
+    convert(run, tmp_path / "after", to="hf")
+    card = (tmp_path / "after/README.md").read_text()
+    texts = found["samples"]["2"]
+    assert f"at most {found['likelihood']['bits_per_char']:.3f} bits per character" in card
+    assert f"| 2 | {texts['judge_bits_per_char']:.2f} | {texts['entropy']:.2f} |" in card and "have not been evaluated" not in card
 
 
 def tokens_of(out: Path) -> str:

@@ -23,6 +23,8 @@ from megaflow.paired import CONFIDENCE, holm, per_unit
 from megaflow.train.run import read_config
 
 KEPT = ("kind", "nats_per_token", "standard_error_nats", "bits_per_char", "bits_per_byte", "perplexity_per_token", "given", "tokens")
+EQUATION = ("steps", "probes", "half_steps_difference_nats", "half_steps_error_nats")
+"""Kept besides, of the bound of a flow's equation."""
 NGRAM = "judge_bits_per_char"
 SHOWN = (NGRAM, "entropy", "reverse_bits_per_char")
 
@@ -60,6 +62,7 @@ def comparison(evaluations: dict[str, dict[str, Any]]) -> dict[str, Any]:
         "confidence": CONFIDENCE,
         "likelihood": against_first({run: found["likelihood"] for run, found in evaluations.items()}),
         "continuation": against_first({run: found["likelihood"].get("continuation", {}) for run, found in evaluations.items()}),
+        "equation": against_first({run: found["likelihood"].get("ode", {}) for run, found in evaluations.items()}),
         "texts": of_texts(evaluations),
         "verify": of_tasks(evaluations),
         "samples": {run: samples_of(found) for run, found in evaluations.items()},
@@ -162,7 +165,7 @@ def against_first(found: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]
     table: dict[str, dict[str, Any]] = {}
     for run in runs:
         entry = found[run]
-        table[run] = {key: entry[key] for key in KEPT if key in entry}
+        table[run] = {key: entry[key] for key in KEPT + EQUATION if key in entry}
         same = run != first and first in runs and entry["rows"]["tokens"] == found[first]["rows"]["tokens"]
         if same and entry.get("given") == found[first].get("given"):
             apart = per_unit(entry["rows"]["nats"], found[first]["rows"]["nats"], entry["rows"]["tokens"])
@@ -181,7 +184,11 @@ def samples_of(evaluation: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def table(result: dict[str, Any]) -> str:
     """The comparison as a person reads it."""
     lines = []
-    parts = {"likelihood": result["likelihood"], "continuation, of what follows what is given": result["continuation"]}
+    parts = {
+        "likelihood": result["likelihood"],
+        "continuation, of what follows what is given": result["continuation"],
+        "of the flow's equation": result["equation"],
+    }
     for title, found in (parts | result["texts"]).items():
         if found:
             alone = len(result["runs"]) == 1

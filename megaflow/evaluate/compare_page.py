@@ -45,6 +45,9 @@ def html(result: dict[str, Any], evaluations: dict[str, dict[str, Any]]) -> str:
         matched=side_by_side.matched_of(evaluations, judges),
         mauve=side_by_side.mauve_of(evaluations),
         repetition=side_by_side.repetition_of(evaluations),
+        nearest=side_by_side.nearest_of(evaluations),
+        solved=side_by_side.solved_of(result["verify"]),
+        answers=side_by_side.answers_of(evaluations, result["verify"]),
         written=written(evaluations),
         most_texts=MOST_TEXTS,
         told={run: told(found["settings"]) for run, found in evaluations.items()},
@@ -80,6 +83,8 @@ def levels(result: dict[str, Any], evaluations: dict[str, dict[str, Any]]) -> li
     found: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [("validation", "", result["likelihood"], measured)]
     rest = {run: entry["continuation"] for run, entry in measured.items() if "continuation" in entry}
     found.append(("continuation", "", result["continuation"], rest))
+    equations = {run: entry["ode"] for run, entry in measured.items() if "ode" in entry}
+    found.append(("equation", "", result["equation"], equations))
     for path, entries in result["texts"].items():
         first = next(iter(evaluations))
         sha256 = evaluations[first]["settings"]["texts"][path]

@@ -45,7 +45,7 @@ from megaflow.train.context import Contexts
 from megaflow.train.run import read_config
 from megaflow.train.stages import check_same_shards
 
-MEASURES = 4
+MEASURES = 5
 """What an evaluation holds; one of another number is measured anew."""
 JUDGE_CHARACTERS = 8_000_000
 """The judge is fitted to at most this many characters of the training split, from its beginning."""

@@ -64,8 +64,7 @@ def by_equation(run: Run, held_out: RealText, asked: Ode, seed: int) -> dict[str
         bound = ode_bound.ode_bound_of_rows(*run.flow, ids, ragged, asked.steps, asked.probes, seed, **facts)
     except NoBound as error:
         return {"kind": "none", "reason": str(error)}
-    per_character = 1.0 / held_out.characters_of(run, given) / math.log(2.0)
-    found = {
+    found: dict[str, Any] = {
         "kind": "ode",
         "nats_per_token": bound.mean,
         "standard_error_nats": bound.standard_error,
@@ -73,14 +72,13 @@ def by_equation(run: Run, held_out: RealText, asked: Ode, seed: int) -> dict[str
         "half_steps_error_nats": bound.integration_error,
         "unigram_nats_per_token": bound.unigram,
         "last_cross_entropy": bound.last_cross_entropy,
-        "bits_per_char": bound.mean * per_character,
-        "standard_error_bits_per_char": bound.standard_error * per_character,
         "tokens": bound.tokens,
         "steps": asked.steps,
         "probes": "exact" if asked.probes is None else asked.probes,
         "draws": ode_bound.DRAWS,
         "bias": BIAS,
     }
+    found |= in_other_units(found, run, held_out, given)
     return found | {"rows": {"nats": bound.rows.tolist(), "errors": bound.errors.tolist(), "tokens": bound.row_tokens.long().tolist()}}
 
 
@@ -152,17 +150,25 @@ def nats(run: Run, held_out: RealText, draws: int, seed: int, given: torch.Tenso
         }
         assert bound.parts is not None
         found["parts"] = {"axis": "t" if isinstance(run.network, Discrete) else "log-SNR"} | asdict(bound.parts)
-    per_character = 1.0 / held_out.characters_of(run, given) / math.log(2.0)
     found["unigram_nats_per_token"] = entropy
-    for name in ("nats_per_token", "standard_error_nats", "row_error_nats", "unigram_nats_per_token"):
-        if name in found:
-            per_token = name.removesuffix("_nats_per_token").removesuffix("_nats")
-            word = "bits_per_char" if name == "nats_per_token" else f"{per_token}_bits_per_char"
-            found[word] = found[name] * per_character
-    found["bits_per_byte"] = found["bits_per_char"] / held_out.bytes_per_character
-    found["perplexity_per_token"] = math.exp(min(found["nats_per_token"], 700.0))
+    found |= in_other_units(found, run, held_out, given)
     found["rows"] = {"nats": rows.tolist(), "errors": errors.tolist(), "tokens": tokens.long().tolist()}
     return found
+
+
+def in_other_units(found: dict[str, Any], run: Run, held_out: RealText, given: torch.Tensor | None) -> dict[str, float]:
+    """What is in nats per token as bits per character; the likelihood in bits per byte of UTF-8 and as perplexity besides."""
+    per_character = 1.0 / held_out.characters_of(run, given) / math.log(2.0)
+    words = {
+        "nats_per_token": "bits_per_char",
+        "standard_error_nats": "standard_error_bits_per_char",
+        "row_error_nats": "row_error_bits_per_char",
+        "unigram_nats_per_token": "unigram_bits_per_char",
+    }
+    others = {word: found[name] * per_character for name, word in words.items() if name in found}
+    others["bits_per_byte"] = others["bits_per_char"] / held_out.bytes_per_character
+    others["perplexity_per_token"] = math.exp(min(found["nats_per_token"], 700.0))
+    return others
 
 
 def exact(

@@ -85,6 +85,32 @@ def others_of(run: str, found: dict[str, Any]) -> list[Texts]:
     return [each for same, each in new.items() if same not in there]
 
 
+def nearest_of(evaluations: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row a number of steps that has copied anything: run, steps, and of the text with the longest run of the training text what
+    evaluation.nearest returns."""
+    return [
+        {"run": run, "steps": _steps(name), **found[0]}
+        for run, evaluation in evaluations.items()
+        for name, found in evaluation.get("nearest", {}).items()
+        if found
+    ]
+
+
+def solved_of(tasks: dict[str, dict[str, dict[str, Any]]]) -> list[dict[str, Any]]:
+    """A row a run and number of steps of compare.of_tasks: run, steps, and what it has of them."""
+    return [{"run": run, "steps": _steps(name), **entry} for run, entries in tasks.items() for name, entry in entries.items()]
+
+
+def answers_of(evaluations: dict[str, dict[str, Any]], tasks: dict[str, Any]) -> list[dict[str, Any]]:
+    """The first problems, answers and whether these are right, of every run and number of steps of compare.of_tasks."""
+    rows = []
+    for run in tasks:
+        for name, entry in evaluations[run]["verify"]["samples"].items():
+            answers = [(*problem, right) for problem, right in zip(entry["answers"], entry["right"], strict=False)]
+            rows.append({"run": run, "steps": _steps(name), "answers": answers})
+    return rows
+
+
 def _steps(name: str) -> int | None:
     return int(name) if name.isdigit() else None
 

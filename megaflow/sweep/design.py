@@ -17,6 +17,7 @@
     lower_is_better: true
     baseline: {flow.clock.name: uniform}  # what others are compared with; the first choice if empty
     evaluate: {steps: "32", samples: 64, rows: 256, draws: 8}   # options of megaflow evaluate; empty: points are only trained
+                                          # judge: FOLDER and verify: TASK have more measured
     teacher: {base: ../quickstart/flow.yaml, set: {train.steps: 300}}   # of stage distill: a flow for every seed, trained first
     variants: {large: {base: ../owt_145m.yaml}}   # what variant=large on the command line says otherwise
 
@@ -39,6 +40,8 @@ from omegaconf import OmegaConf
 from megaflow.config.load import flatten
 from megaflow.config.schema import keys
 from megaflow.errors import UserError
+from megaflow.evaluate import verifiable
+from megaflow.flow.choice import ChoiceError
 
 STAGES = ("pretrain", "distill")
 EVALUATION: dict[str, Any] = {
@@ -51,6 +54,8 @@ EVALUATION: dict[str, Any] = {
     "seed": 0,
 }
 """Options of megaflow evaluate that a sweep may give, with their defaults."""
+BESIDES = ("judge", "verify")
+"""What it may have measured besides: texts under causal language models, solved problems."""
 BY = "validation_loss"
 BYS = (BY, "loss")
 """What the rungs of a halving may decide by: a number of metrics.jsonl, the less the better."""
@@ -78,6 +83,7 @@ MACHINE = (
 )
 """Keys of the machine, which points of one identity may differ in: as axes they would give the same run several names."""
 SAMPLED = ("judge_bits_per_char", "entropy", "reverse_bits_per_char")
+JUDGED = ("perplexity", "nats_per_char", "entropy")
 GIVEN = "first_half", "prefix", "suffix", "infilling", "random", "source", "mixture"
 """What a likelihood may be given, of those of the rest: evaluation.py."""
 PLAIN = "as it is"
@@ -257,6 +263,11 @@ def _sweep(path: str, content: dict[str, Any]) -> Sweep:
         raise UserError(f"{path}: metric is the name of a number, and lower_is_better true or false")
     if "metric" not in found and not found.get("evaluate"):
         found["metric"] = "validation_loss"
+    if isinstance(task := found.get("evaluate", {}).get("verify"), str):
+        try:
+            found["evaluate"] = found["evaluate"] | {"verify": verifiable.task(task).name}  # with all its options, as evaluations have it
+        except ChoiceError as error:
+            raise UserError(f"{path}: evaluate.verify must be {error}") from None
     sweep = Sweep(**found, file=path)
     _check_evaluation(path, sweep)
     for condition in sweep.exclude:
@@ -267,22 +278,39 @@ def _sweep(path: str, content: dict[str, Any]) -> Sweep:
 def _check_evaluation(path: str, sweep: Sweep) -> None:
     """Refuse options that megaflow evaluate would refuse after hours, and a metric that no point can have. Raises UserError."""
     for name, value in sweep.evaluate.items():
-        if name not in EVALUATION:
-            raise UserError(f"{path}: evaluate has no {name}; it has {', '.join(EVALUATION)}")
+        if name not in (*EVALUATION, *BESIDES):
+            raise UserError(f"{path}: evaluate has no {name}; it has {', '.join((*EVALUATION, *BESIDES))}")
         if name in ("samples", "rows", "draws") and not (isinstance(value, int) and value >= (2 if name == "draws" else 1)):
             raise UserError(f"{path}: evaluate.{name} must be a whole number of {2 if name == 'draws' else 1} or more, not {value!r}")
     steps = [part.strip() for part in str(sweep.evaluate.get("steps", EVALUATION["steps"])).split(",")]
     if not all(part.isdecimal() and int(part) > 0 for part in steps):
         raise UserError(f"{path}: evaluate.steps must be numbers of steps, '1,4,32', not {sweep.evaluate['steps']!r}")
+    judges = judges_of(sweep.evaluate)
+    if not all(isinstance(judge, str) for judge in judges) or not isinstance(sweep.evaluate.get("verify", ""), str):
+        raise UserError(f"{path}: evaluate.judge is a folder or a list of folders, and evaluate.verify the name of a task")
+    names = [Path(judge).name for judge in judges]
+    if len(set(names)) < len(names):
+        raise UserError(
+            f"{path}: evaluate.judge has two folders of one name, {', '.join(map(str, judges))}; metrics are called by these names"
+        )
     there = ["validation_loss", "tokens_per_second"]
     if sweep.evaluate:
         there += ["likelihood.nats_per_token", "likelihood.bits_per_char"]
         there += [f"given.{law}.{unit}" for law in GIVEN for unit in ("nats_per_token", "bits_per_char")]
-        there += [f"samples.{n}.{name}" for n in (*steps, "autoregressive") for name in SAMPLED]
+        ways = (*steps, "autoregressive")
+        there += [f"samples.{n}.{name}" for n in ways for name in SAMPLED]
+        there += [f"judges.{judge}.{n}.{name}" for judge in names for n in ways for name in JUDGED]
+        there += [f"verify.{n}.solved" for n in ways] if "verify" in sweep.evaluate else []
     if re.sub(r"(?<=^given\.mixture):.+(?=\.nats_per_token$|\.bits_per_char$)", "", sweep.metric) not in there:
         near = difflib.get_close_matches(sweep.metric, there, n=1)
         hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(there)}"
         raise UserError(f"{path}: metric={sweep.metric} is nothing that a point of this sweep has{hint}")
+
+
+def judges_of(evaluate: dict[str, Any]) -> list[str]:
+    """The folders of causal judges among the options of an evaluation."""
+    judges = evaluate.get("judge", [])
+    return judges if isinstance(judges, list) else [judges]
 
 
 def _check_condition(path: str, sweep: Sweep, condition: Values) -> None:

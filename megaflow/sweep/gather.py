@@ -9,7 +9,7 @@ from typing import Any
 from megaflow.errors import UserError
 from megaflow.files import lines, read_if_whole
 from megaflow.sweep import points
-from megaflow.sweep.design import SAMPLED, TEACHER, Sweep, written
+from megaflow.sweep.design import JUDGED, SAMPLED, TEACHER, Sweep, written
 from megaflow.sweep.points import Placed
 
 ORDER = ("data.", "train.global_batch")
@@ -56,6 +56,7 @@ def gathered(folder: Path, file: Path) -> dict[str, Any]:
         raise UserError(f"{file}: cannot be read ({error}); run the sweep again, which writes it anew") from None
     chosen = [member for member in members if TEACHER not in member["labels"]]
     overrides = {axis: {label: stringed(values) for label, values in labels.items()} for axis, labels in content["overrides"].items()}
+    same_judges({each["directory"]: points.evaluation_of(folder / each["directory"], content["evaluate"]) for each in chosen}, folder)
     return {
         "title": file.stem,
         "dir": str(folder),
@@ -72,6 +73,19 @@ def gathered(folder: Path, file: Path) -> dict[str, Any]:
         "note": note_of(content),
         "points": [point_of(folder / member["directory"], member, content["evaluate"]) for member in chosen],
     }
+
+
+def same_judges(evaluations: dict[str, dict[str, Any]], folder: Path) -> None:
+    """Refuse points whose texts were judged by folders of one path and different files: they do not compare. Raises UserError."""
+    seen: dict[str, tuple[str, str]] = {}
+    for name, found in evaluations.items():
+        for path, sha256 in found.get("settings", {}).get("judges", {}).items():
+            first, files = seen.setdefault(path, (name, sha256))
+            if files != sha256:
+                raise UserError(
+                    f"{folder}: the judge {path} had other files when {name} was evaluated than for {first}; remove the evaluation-….json "
+                    "of the older one, and the sweep evaluates it again"
+                )
 
 
 def stringed(values: dict[str, Any]) -> dict[str, str]:
@@ -150,6 +164,12 @@ def measured(evaluation: dict[str, Any]) -> dict[str, float]:
         for name in SAMPLED:
             if isinstance(entry.get(name), (int, float)):
                 found[f"samples.{steps}.{name}"] = entry[name]
+        for path, judged in entry.get("judges", {}).items():
+            for name in JUDGED:
+                if isinstance(judged.get(name), (int, float)):
+                    found[f"judges.{Path(path).name}.{steps}.{name}"] = judged[name]
+    for steps, entry in evaluation.get("verify", {}).get("samples", {}).items():
+        found[f"verify.{steps}.solved"] = entry["share"]
     return found
 
 

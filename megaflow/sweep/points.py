@@ -24,7 +24,7 @@ from megaflow.files import read_if_whole, write_atomically
 from megaflow.launch import records
 from megaflow.model import flops
 from megaflow.show import foreseen, known
-from megaflow.sweep.design import EVALUATION, Point, Sweep, slug, written
+from megaflow.sweep.design import BESIDES, EVALUATION, Point, Sweep, judges_of, slug, written
 from megaflow.train.run import MAY_CHANGE
 
 UNMEASURED = "how fast it trains is not measured yet, or could not be"
@@ -175,11 +175,14 @@ def evaluated(directory: Path, evaluate: dict[str, Any]) -> bool:
 def evaluation_of(directory: Path, evaluate: dict[str, Any]) -> dict[str, Any]:
     """The evaluation of a run by these options: the sweep's own, which no other sweep of the folder takes the place of, or what somebody
     has made by hand; empty where there is none."""
-    wanted = EVALUATION | evaluate | {"steps": [int(part) for part in str(evaluate.get("steps", EVALUATION["steps"])).split(",")]}
+    wanted = EVALUATION | {name: value for name, value in evaluate.items() if name not in BESIDES}
+    wanted["steps"] = [int(part) for part in str(wanted["steps"]).split(",")]
+    judges, task = judges_of(evaluate), evaluate.get("verify")
     for file in (kept_evaluation(directory, evaluate), directory / "evaluation.json"):
         found = read_if_whole(file)
         settings = found.get("settings", {})
-        if settings and all(settings.get(name, "auto") == value for name, value in wanted.items()):
+        same = settings and all(settings.get(name, "auto") == value for name, value in wanted.items())
+        if same and set(judges) <= set(settings.get("judges", {})) and task in (None, settings.get("verify")):
             return found
     return {}
 
@@ -196,7 +199,9 @@ def training(asked: Sweep, each: Placed) -> list[str]:
 
 def evaluation(asked: Sweep, directory: Path) -> list[list[str]]:
     """The words after `megaflow` that evaluate a point; none where points are only trained."""
-    options = [word for name, value in asked.evaluate.items() for word in (f"--{name}", written(value))]
+    plain = [(name, value) for name, value in asked.evaluate.items() if name != "judge"]
+    judges = [("judge", path) for path in judges_of(asked.evaluate)]
+    options = [word for name, value in [*plain, *judges] for word in (f"--{name}", written(value))]
     return [["evaluate", str(directory), *options, "--json", str(kept_evaluation(directory, asked.evaluate))]] if asked.evaluate else []
 
 

@@ -46,7 +46,32 @@ def likelihood(rng: np.random.Generator, exact: bool) -> dict[str, Any]:
             "axis": "log-SNR", "edges": np.linspace(-4.0, 6.0, 17).tolist(), "nats": network.tolist(), "errors": [0.03] * 16,
             "unigram": (network + 0.05).tolist(), "before": 0.001, "after": 0.002, "rest": 0.0,
         }  # fmt: skip
+        along = nats + rng.normal(0.1, 0.05, ROWS)
+        mean = float(along.sum()) / ROWS / TOKENS
+        found["ode"] = {
+            "kind": "ode", "nats_per_token": mean, "standard_error_nats": 0.017, "half_steps_difference_nats": -0.0123,
+            "half_steps_error_nats": 0.004, "tokens": ROWS * TOKENS, "unigram_nats_per_token": 5.2, "bits_per_char": mean / 2,
+            "bits_per_byte": mean / 2.1, "perplexity_per_token": math.exp(mean), "steps": 64, "probes": 2,
+            "rows": {"nats": along.tolist(), "errors": [0.0] * ROWS, "tokens": [TOKENS] * ROWS},
+        }  # fmt: skip
     return found
+
+
+def solved(rng: np.random.Generator) -> dict[str, Any]:
+    right = (rng.uniform(size=20) < 0.6).tolist()
+    share = sum(right) / 20
+    answers = [[f"{number}+1=", f"<{number}>"] for number in range(8)]
+    return {
+        "solved": sum(right), "count": 20, "share": share, "low": share - 0.11, "high": share + 0.12, "distinct": 19,
+        "held_out": sum(right) - 1, "right": right, "answers": answers,
+    }  # fmt: skip
+
+
+def copied(name: str) -> dict[str, Any]:
+    return {
+        "text": 0, "tokens": 11, "copied": "<u>heart</u>", "generated": f"{name} by <u>heart</u>", "training_row": 1234,
+        "training": "learned by <u>heart</u>, row",
+    }  # fmt: skip
 
 
 def evaluation(seed: int, kind: str = "flow", judge: str = "gpt2", mauve: bool = True) -> dict[str, Any]:
@@ -75,7 +100,7 @@ def evaluation(seed: int, kind: str = "flow", judge: str = "gpt2", mauve: bool =
         "likelihood": likelihood(rng, exact), "texts": {},
         "settings": {
             "steps": [1, 4], "samples": 24, "rows": ROWS, "draws": 2, "seed": 0, "temperature": 1.0, "judges": {judge: JUDGE},
-            "frontier": {"temperatures": [0.7, 1.0], "gammas": [], "entropy": None},
+            "frontier": {"temperatures": [0.7, 1.0], "gammas": [], "entropy": None}, "verify": "sums:digits=2",
         },
         "judge": {"order": 6}, "reference": real, "samples": samples, "even": {}, "unbalanced": {},
         "cooled": {names[-1]: [{"temperature": 0.7, **{key: value for key, value in cold.items() if key != "texts"}}]},
@@ -87,6 +112,8 @@ def evaluation(seed: int, kind: str = "flow", judge: str = "gpt2", mauve: bool =
         },
         "frontier": {"entropy": 3.1, "points": points, "matched": [matched] if exact else [matched, nowhere]},
         "repetition": {"data": repeated(fixed)} | {name: repeated(rng) for name in names},
+        "verify": {"task": "sums:digits=2", "samples": {name: solved(rng) for name in names}},
+        "nearest": {name: [copied(f"{kind} {seed} {name}")] for name in names[-1:]},
     }  # fmt: skip
     if mauve:
         found["settings"]["mauve"] = judge

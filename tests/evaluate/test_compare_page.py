@@ -120,6 +120,45 @@ def test_judges_frontiers_mauve_and_repetition_are_those_of_the_evaluations(whol
     assert page.rows["Repetition"][-1][8:] == [f"{value:.3f}" for value in three["runs/ar"]["repetition"]["data"]["copied"].values()]
 
 
+def test_the_equation_has_its_bound_and_its_steps(whole, three):
+    """Of flows; where the first run has none, there is no difference."""
+    result, _, page = whole
+    bounds, steps = page.rows["Of the flow's equation"][:3], page.rows["Of the flow's equation"][3:]
+    for name, bound, by in zip(("flow", "other"), bounds[1:], steps[1:], strict=True):
+        found = three[f"runs/{name}"]["likelihood"]
+        assert bound[:3] == [name, "upper bound, if the steps are many", f"{found['ode']['nats_per_token']:.4f} ± 0.017"]
+        over = found["ode"]["nats_per_token"] - found["nats_per_token"]
+        assert by == [name, "64", "2", "−0.0123 ± 0.004", f"{over:+.4f}"]
+    flows = {run: each for run, each in three.items() if run != "runs/ar"}
+    result, text = made(flows)
+    apart = result["equation"]["runs/other"]["difference"]
+    row = Page(text).rows["Of the flow's equation"][4]
+    assert row[:2] == ["other", compare_page.signed(apart["difference"])] and row[-1] == "40"
+    nats = [np.array(each["likelihood"]["ode"]["rows"]["nats"]).sum() / 640 for each in flows.values()]
+    assert apart["difference"] == pytest.approx(nats[1] - nats[0])
+
+
+def test_solved_problems_are_those_of_the_evaluations(whole, three):
+    result, _, page = whole
+    rows = page.rows["Solved problems of sums:digits=2"]
+    assert [row[:2] for row in rows[1:]] == [["ar", "–"], ["flow", "1"], ["flow", "4"], ["other", "1"], ["other", "4"]]
+    entry, apart = three["runs/other"]["verify"]["samples"]["4"], result["verify"]["runs/other"]["4"]["difference"]
+    assert rows[-1][2:7] == [
+        f"{entry['share']:.3f}", f"{entry['low']:.3f} to {entry['high']:.3f}", f"{entry['solved']} of 20", "19", str(entry["solved"] - 1)
+    ]  # fmt: skip
+    assert rows[-1][7:] == [
+        compare_page.signed(apart["difference"], 3), f"{compare_page.signed(apart['low'], 3)} to {compare_page.signed(apart['high'], 3)}",
+        compare_page.significance(apart["adjusted_p"]),
+    ]  # fmt: skip
+    assert rows[1][7:] == ["–", "–", "–"]
+
+
+def test_what_is_nearest_stands_beside_its_training_row(whole, three):
+    _, text, page = whole
+    assert "Nearest training text" in page.headings and text.count("Training row 1,234") == len(three)
+    assert "flow 1 4 by &lt;u&gt;heart&lt;/u&gt;" in text and "learned by &lt;u&gt;heart&lt;/u&gt;, row" in text
+
+
 def test_parts_add_up_and_stand_there_one_by_one(whole, three):
     _, _, page = whole
     rows = page.rows["other"]  # the last panel's heading is the last before the tables
@@ -170,12 +209,21 @@ def test_one_run_has_no_differences():
 def test_what_is_missing_has_no_section():
     """Of a baseline without causal judges, and of a run that has no bound."""
     found = evaluation(0, "autoregressive", mauve=False)
-    for part in ("judges", "frontier"):
+    for part in ("judges", "frontier", "verify", "nearest"):
         del found[part]
+    del found["settings"]["verify"]
     for entry in (*found["samples"].values(), *found["reference"].values(), *found["cooled"]["autoregressive"]):
         del entry["judges"]
     page = Page(made({"runs/ar": found})[1])
-    assert not {"gpt2", "Frontiers at one entropy", "MAUVE", "Where the bounds come from", "Row by row"} & set(page.headings)
+    assert not {
+        "gpt2",
+        "Frontiers at one entropy",
+        "MAUVE",
+        "Where the bounds come from",
+        "Row by row",
+        "Of the flow's equation",
+        "Nearest training text",
+    } & set(page.headings)
     none = copy.deepcopy(found) | {"likelihood": {"kind": "none", "reason": "no <bound> of it"}}
     _, text = made({"a/ar": found, "b/ar": none})
     assert Page(text).rows["Validation rows"][2] == ["b/ar", "none: no <bound> of it"]

@@ -1,5 +1,8 @@
 """What the runs of a sweep have come to, as plain data."""
 
+import pytest
+
+from megaflow.errors import UserError
 from megaflow.sweep import gather
 
 
@@ -14,6 +17,27 @@ def test_likelihoods_of_other_tokens_have_other_names():
     assert gather.measured(whole) == {"likelihood.nats_per_token": 1.3, "given.source.nats_per_token": 0.8}
     assert gather.measured(half) == {"likelihood.nats_per_token": 1.3, "given.first_half.nats_per_token": 0.8}
     assert gather.measured({"likelihood": {"nats_per_token": None, "kind": "none"}}) == {} == gather.measured({})
+
+
+def test_causal_judges_and_solved_problems_are_metrics_by_the_judge_s_name():
+    judged = {"perplexity": 31.0, "nats_per_char": 0.9, "entropy": 4.0, "tokens": 12}
+    samples = {"4": {"entropy": 3.0, "judges": {"models/gpt2": judged, "runs/ar": judged | {"perplexity": None}}}}
+    found = gather.measured({"samples": samples, "verify": {"samples": {"4": {"share": 0.25, "count": 8}}}})
+    assert found == {
+        "samples.4.entropy": 3.0,
+        "judges.gpt2.4.perplexity": 31.0, "judges.gpt2.4.nats_per_char": 0.9, "judges.gpt2.4.entropy": 4.0,
+        "judges.ar.4.nats_per_char": 0.9, "judges.ar.4.entropy": 4.0,
+        "verify.4.solved": 0.25,
+    }  # fmt: skip
+
+
+def test_points_that_other_judges_have_read_do_not_compare(tmp_path):
+    def of(sha256):
+        return {"settings": {"judges": {"models/gpt2": sha256}}}
+
+    gather.same_judges({"a": of("1"), "b": {}, "c": of("1")}, tmp_path)
+    with pytest.raises(UserError, match="the judge models/gpt2 had other files when c was evaluated than for a"):
+        gather.same_judges({"a": of("1"), "b": {}, "c": of("2")}, tmp_path)
 
 
 def test_what_a_seed_shares_is_said_as_far_as_it_does():

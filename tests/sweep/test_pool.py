@@ -1,5 +1,6 @@
 """A sweep on this machine: points are trained once, in a pool, whatever happens to the process, and gathered."""
 
+import csv
 import json
 import os
 import re
@@ -292,6 +293,26 @@ def test_two_files_of_one_name_in_one_folder_are_two_sweeps(sweeping, tmp_path, 
     (tmp_path / "deep" / "moved.yaml").rename(tmp_path / "sweep.yml")
     other.rename(tmp_path / "deep" / "sweep.yml")
     assert filed.name(design.read(str(tmp_path / "deep" / "sweep.yml"))) == "sweep"
+
+
+def test_points_are_judged_by_causal_models_too(sweeping, trained):
+    """And are not evaluated again while the judges are those that were asked for, or some of them."""
+    judge = trained("coded", "autoregressive")
+    quick = "steps: '2', samples: 4, rows: 4, draws: 2"
+    done = sweeping(f"axes: {{model.layers: [1, 2]}}\nmetric: judges.{judge.name}.2.nats_per_char\nevaluate: {{{quick}, judge: {judge}}}")
+    assert done.code == 0, done.err
+    name = f"judges.{judge.name}.2.nats_per_char"
+    with open(sweeping.out / "points.csv") as file:
+        read = {row["name"]: float(row[name]) for row in csv.DictReader(file)}
+    for point, value in read.items():
+        found = json.loads((sweeping.out / point / "evaluation.json").read_text())
+        assert value == found["samples"]["2"]["judges"][str(judge)]["nats_per_char"]
+    assert len(set(read.values())) == 2
+    options = {"steps": "2", "samples": 4, "rows": 4, "draws": 2}
+    for asked in (options, options | {"judge": [str(judge)]}):
+        assert points.evaluated(sweeping.out / point, asked)
+    for asked in (options | {"judge": [str(judge), "another"]}, options | {"verify": "sums:digits=2"}):
+        assert not points.evaluated(sweeping.out / point, asked)
 
 
 def test_a_sweep_keeps_its_numbers_beside_another_of_other_options(sweeping, copied):

@@ -22,7 +22,7 @@ from megaflow.evaluate.loaded import load_run
 from megaflow.export import convert as converting
 from megaflow.export import load, source, verify
 from megaflow.export.convert import convert, size_of, split
-from megaflow.export.hf.modeling_megaflow import FlowModel
+from megaflow.export.hf.modeling_megaflow_flow import FlowModel
 from megaflow.train import checkpoint as checkpoints
 from megaflow.train import checkpoint_writer, tensor_file
 from tests.train.writers import write_anew

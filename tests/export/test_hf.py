@@ -16,11 +16,10 @@ from megaflow.data.tokenizer import decode, encode, load_tokenizer
 from megaflow.evaluate.evaluation import evaluate
 from megaflow.evaluate.generate import sample
 from megaflow.evaluate.loaded import load_run
-from megaflow.export import load
+from megaflow.export import hf, load
 from megaflow.export.convert import convert
-from megaflow.export.hf import modeling_megaflow as modeling
-from megaflow.export.hf.fields import CLASSES
-from megaflow.export.hf.modeling_megaflow import FlowModel
+from megaflow.export.hf.modeling_megaflow import MegaFlowConfig, MegaFlowModel
+from megaflow.export.hf.modeling_megaflow_flow import FlowModel
 from megaflow.flow import head as heads
 from megaflow.train import stages
 
@@ -63,9 +62,8 @@ def variant(config, workspace) -> Callable[[str], Path]:
     return run
 
 
-def opened(out: Path) -> modeling.MegaFlowModel:
-    found = modeling.MegaFlowConfig.from_pretrained(out)
-    return getattr(modeling, CLASSES[found.kind]).from_pretrained(out).eval()
+def opened(out: Path) -> MegaFlowModel:
+    return hf.opened(out, MegaFlowConfig.from_pretrained(out).kind)
 
 
 @pytest.fixture(scope="module")

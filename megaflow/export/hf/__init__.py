@@ -3,7 +3,7 @@
 write                 what lies in the folder besides, and whether transformers computes the same
 fields                what config.json says, and the fixed tensors beside the weights
 card                  the model card
-modeling_megaflow     the network as transformers has it, copied into the folder as it is
+modeling_megaflow*    the network as transformers has it, copied into the folder as it is: what all kinds share, and a file of its kind
 """
 
 from megaflow.export.hf.write import compare, fixed, opened, quiet, write

@@ -1,4 +1,4 @@
-"""What a network's config.json says, and the fixed tensors that lie beside its weights, in the words of modeling_megaflow.py."""
+"""What a network's config.json says, and the fixed tensors that lie beside its weights, in the words of modeling_megaflow*.py."""
 
 import json
 import math
@@ -18,14 +18,19 @@ from megaflow.flow.vocabulary import whole
 from megaflow.model import build
 from megaflow.model.parts import Parts
 
-MODELING = Path(__file__).with_name("modeling_megaflow.py")
+SHARED = "modeling_megaflow"
 CLASSES = {
-    "flow": "FlowModel",
-    "flow_map": "FlowModel",
-    "autoregressive": "CausalModel",
-    "masked": "DiscreteModel",
-    "uniform": "DiscreteModel",
+    "flow": "modeling_megaflow_flow.FlowModel",
+    "flow_map": "modeling_megaflow_flow.FlowModel",
+    "autoregressive": "modeling_megaflow_tokens.CausalModel",
+    "masked": "modeling_megaflow_tokens.DiscreteModel",
+    "uniform": "modeling_megaflow_tokens.DiscreteModel",
 }
+
+
+def modeling(kind: str) -> list[Path]:
+    """The files of Python that transformers opens a network by: what all share, and what is its kind's."""
+    return [Path(__file__).with_name(f"{module}.py") for module in (SHARED, CLASSES[kind].partition(".")[0])]
 
 
 def fixed_tensors(config: Config, folder: Path, parts: Parts | None, code_weight: Tensor | None) -> tuple[dict[str, Tensor], Parts | None]:
@@ -58,11 +63,12 @@ def described(
     manifest, tokenizer = shards.read_description(folder), load_tokenizer(folder)
     vocab, end = manifest["tokenizer"]["vocab_size"], end_id(tokenizer)
     shape, name = build.shape_of(config, vocab), CLASSES[kind]
-    auto = {"AutoConfig": "MegaFlowConfig", "AutoModel": name} | ({"AutoModelForCausalLM": name} if kind == "autoregressive" else {})
+    auto = {"AutoConfig": f"{SHARED}.MegaFlowConfig", "AutoModel": name}
+    auto |= {"AutoModelForCausalLM": name} if kind == "autoregressive" else {}
     found: dict[str, Any] = {
         "model_type": "megaflow",
-        "architectures": [name],
-        "auto_map": {key: f"{MODELING.stem}.{value}" for key, value in auto.items()},
+        "architectures": [name.rpartition(".")[2]],
+        "auto_map": auto,
         "torch_dtype": str(precision).removeprefix("torch."),
         "kind": kind,
         "vocab_size": vocab,

@@ -1,6 +1,7 @@
 """The files of a converted model that transformers opens it by, and the comparison of what it then computes with the run's network."""
 
 import contextlib
+import importlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -47,8 +48,10 @@ def write(source: Source, partial: Path, name: str, group: str, precision: torch
     } | fields.tokenizer_files(folder)
     for file, text in texts.items():
         (partial / file).write_text(text, "utf-8")
-    shutil.copyfile(fields.MODELING, partial / fields.MODELING.name)
-    for file in (*texts, fields.MODELING.name):
+    code = fields.modeling(source.kind)
+    for module in code:
+        shutil.copyfile(module, partial / module.name)
+    for file in (*texts, *(module.name for module in code)):
         shards.describe_file(partial / file)  # on disk
 
 
@@ -59,11 +62,11 @@ def compare(source: Source, out: Path, partial: Path, group: str, precision: str
 
 
 def opened(folder: Path, kind: str) -> Any:
-    """The network as transformers opens it, in fp32, by this megaflow's own modelling file. Imports transformers."""
-    from megaflow.export.hf import modeling_megaflow as modeling
-
+    """The network as transformers opens it, in fp32, by this megaflow's own modelling files. Imports transformers."""
+    module, _, name = fields.CLASSES[kind].partition(".")
     with quiet():
-        return getattr(modeling, fields.CLASSES[kind]).from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+        network = getattr(importlib.import_module(f"megaflow.export.hf.{module}"), name)
+        return network.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
 
 
 @contextlib.contextmanager

@@ -165,7 +165,7 @@ def _file_layers(path: Path, above: tuple[Path, ...]) -> list[tuple[str, dict[st
         where += f"; this is a folder, its config is {resolved}" if resolved.is_file() else ""
         raise ConfigError(f"{path}: no such config file{where}")
     try:
-        content: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+        content: Any = OmegaConf.to_container(OmegaConf.load(path.resolve()), resolve=True)  # load would take ".." of a link by its name
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from None
     except Exception as error:  # a YAML parser's errors have no common base class that OmegaConf promises

@@ -162,7 +162,7 @@ def again(job: str, dead: list[str]) -> int:
     except slurm.Unreachable as error:
         print(f"megaflow: the job cannot queue again ({error}); submit it again, it goes on where it is saved", flush=True)
         return STOPPED
-    wishes = [f"StartTime=now+{SOON}"] + ([f"ExcNodeList={','.join(dead)}"] if dead else [])
+    wishes = [f"StartTime=now+{SOON}"] + ([f"ExcNodeList={','.join([*avoided(job), *dead])}"] if dead else [])
     for wish in wishes:
         try:
             slurm.ask("scontrol", "update", f"JobId={job}", wish)
@@ -171,6 +171,15 @@ def again(job: str, dead: list[str]) -> int:
     if dead:
         print(f"megaflow: without {', '.join(dead)}", flush=True)
     return STOPPED
+
+
+def avoided(job: str) -> list[str]:
+    """The hosts that a job is kept from already, by its user or after an earlier attempt, as Slurm writes them: a new list replaces it."""
+    try:
+        found = re.search(r"\bExcNodeList=(\S+)", slurm.ask("scontrol", "show", "job", "-o", job))
+    except slurm.Unreachable:
+        return []
+    return [] if found is None or found[1] == "(null)" else [found[1]]
 
 
 if __name__ == "__main__":

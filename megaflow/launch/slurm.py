@@ -87,8 +87,11 @@ def queue(ids: list[str], patience: float = PATIENCE) -> dict[str, Queued]:
     """
     if not ids:
         return {}
-    # all of the user's, since squeue refuses a list in which a single one is unknown
-    text = ask("squeue", "--noheader", "--array", "--me", "--states=all", "--format=%i|%T|%N|%S|%r", patience=patience)
+    # whoever submitted them; of one that it does not know squeue makes an error, of two it does not
+    text = ask(
+        *("squeue", "--noheader", "--array", f"--jobs={','.join([*ids, ids[-1]])}", "--states=all", "--format=%i|%T|%N|%S|%r"),
+        patience=patience,
+    )
     rows = [line.strip().split("|", 4) for line in text.splitlines() if line.count("|") >= 4]
     wanted = set(ids)
     found = {}
@@ -100,7 +103,7 @@ def queue(ids: list[str], patience: float = PATIENCE) -> dict[str, Queued]:
 
 def logging_to(place: Path, patience: float = 60.0) -> set[str]:
     """The jobs in the queue, arrays as a whole, whose logs lie in a folder. Raises Unreachable."""
-    text = ask("squeue", "--noheader", "--me", "--Format=ArrayJobID:|,STDOUT:", patience=patience)
+    text = ask("squeue", "--noheader", "--Format=ArrayJobID:|,STDOUT:", patience=patience)
     rows = [line.strip().partition("|") for line in text.splitlines()]
     return {id for id, _, log in rows if Path(log).parent == place}
 

@@ -75,8 +75,9 @@ def submit(
     single(steps[0], resources)
     for stage, *words in then or []:
         run = next((earlier.directory for earlier in reversed(steps) if earlier.stage in (*TRAINING, "evaluate")), None)
-        if paused := next((word for each in steps for word in each.words if re.fullmatch("train.pause_at=0*[1-9].*", word)), ""):
-            raise UserError(f"{paused}: the run pauses there, and --then {stage} would begin; leave one of them out")
+        for each in (each for each in steps if each.stage in TRAINING):
+            if at := known(each.words[1], each.words[2:])[0].config.train.pause_at:
+                raise UserError(f"train.pause_at={at}: the run pauses there, and --then {stage} would begin; leave one of them out")
         steps.append(step(stage, words, resources, run, True))
     for each in steps:
         if each.stage in OPTIONS:

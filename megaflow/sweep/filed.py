@@ -5,6 +5,7 @@ It is called after its file. A file of that name in another place is another swe
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 from megaflow.errors import UserError
@@ -36,7 +37,8 @@ def keep(asked: Sweep, placed: list[Placed], words: list[str]) -> None:
         "file": asked.file,
         "from": str(Path(asked.file).resolve()),
         "words": words,
-        "base": asked.base,
+        # from here: a report may be asked for in another folder, and folders of runs may be links
+        "base": os.path.relpath(os.path.realpath(asked.base), os.path.realpath(asked.dir)) if not os.path.isabs(asked.base) else asked.base,
         "stage": asked.stage,
         "axes": {axis: [label for label, _ in values] for axis, values in asked.axes.items()},
         "set": asked.set,

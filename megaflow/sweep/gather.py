@@ -1,6 +1,7 @@
 """`megaflow report SWEEP`: what the runs of a sweep have come to, as plain data, and the page that is made of it."""
 
 import json
+import os
 import shlex
 import statistics
 from pathlib import Path
@@ -56,11 +57,12 @@ def gathered(folder: Path, file: Path) -> dict[str, Any]:
         raise UserError(f"{file}: cannot be read ({error}); run the sweep again, which writes it anew") from None
     chosen = [member for member in members if TEACHER not in member["labels"]]
     overrides = {axis: {label: stringed(values) for label, values in labels.items()} for axis, labels in content["overrides"].items()}
+    base = content["base"] if os.path.isabs(content["base"]) else os.path.relpath(os.path.realpath(folder / content["base"]))
     same_judges({each["directory"]: points.evaluation_of(folder / each["directory"], content["evaluate"]) for each in chosen}, folder)
     return {
         "title": file.stem,
         "dir": str(folder),
-        "base": content["base"],
+        "base": base,
         "stage": content["stage"],
         "set": content["set"],
         "overrides": overrides,

@@ -134,7 +134,8 @@ def pair(mean: float | None, error: float | None, digits: int, sign: str) -> str
 def best_yaml(data: dict[str, Any], folder: Path | str | None = None) -> str:
     """The choice that won as a config: `base:` and the keys that differ, typed as the command line would; '' where no point is done.
 
-    folder: where the file is to lie; `base` is then written relative to it, as a config's `base` is read.
+    Its seed is the first that the choice was trained with. folder: where the file is to lie; `base` is then written relative to it, as a
+    config's `base` is read.
     """
     won = statistics.winner(data)
     if won is None:
@@ -142,14 +143,15 @@ def best_yaml(data: dict[str, Any], folder: Path | str | None = None) -> str:
     row = next(row for row in statistics.rows(data, data["metric"]) if row.choice == won.choice)
     base = data["base"]
     if folder is not None and not os.path.isabs(base):
-        base = os.path.relpath(base, folder)
+        base = os.path.relpath(os.path.realpath(base), os.path.realpath(folder))
     tree: dict[str, Any] = {"base": base}
     told, values = data.get("overrides") or {}, dict(zip(data["axes"], won.choice, strict=True))
     found = dict(data.get("set") or {})
     for axis, value in values.items():
         found |= told[axis][value] if value in told.get(axis, {}) else overrides({axis: value})
     mine = [point for point in data["points"] if tuple(point["values"][axis] for axis in data["axes"]) == won.choice]
-    found |= next((point["besides"] for point in mine if point.get("besides")), {})
+    first = next(point for point in mine if point["state"] == "done")  # its seed, and the teacher of that
+    found |= first.get("besides", {}) | {"run.seed": first["seed"]}
     for key, value in found.items():
         node = tree
         *sections, last = key.split(".")

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from megaflow.launch import after
+from megaflow.launch import after, slurm
 from megaflow.process import STOPPED
 from megaflow.train import outcome
 
@@ -82,6 +82,36 @@ def test_how_an_attempt_ended(tmp_path, monkeypatch, noted, code, asked, end, sa
 def test_what_slurm_calls_a_job():
     assert after.job_of({"SLURM_JOB_ID": "15"}) == "15"
     assert after.job_of({"SLURM_JOB_ID": "15", "SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "3"}) == "12_3"
+
+
+def test_hosts_that_a_job_is_kept_from_stay_so(cluster, monkeypatch):
+    """Those of --exclude, and of attempts before: Slurm would put a new list in place of the old."""
+    monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
+    job = cluster.run("sbatch", "--parsable", "--hold", "--exclude=n3", "--output=/dev/null", "--wrap", "true").strip()
+    try:
+        assert after.avoided(job) == ["n3"] and after.avoided("99999") == []
+        cluster.run("scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join([*after.avoided(job), 'n1'])}")
+        assert after.avoided(job) == ["n3,n1"]
+        asked = []
+        monkeypatch.setattr(after.slurm, "ask", lambda *words, **_: asked.append(words) or "JobId=7 ExcNodeList=n[1,3] Nice=0")
+        assert after.again("7", ["n2"]) == STOPPED
+        assert ("scontrol", "update", "JobId=7", "ExcNodeList=n[1,3],n2") in asked
+    finally:
+        cluster.run("scancel", job)
+
+
+def test_jobs_are_told_of_whoever_submitted_them(cluster, monkeypatch):
+    """And of those that Slurm has forgotten the others."""
+    monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
+    words = ("sbatch", "--parsable", "--hold", "--output=/dev/null", "--chdir=/")
+    own = cluster.run(*words, "--wrap", "true").strip()
+    other = cluster.run(*words, "--uid=nobody", "--array=0-1", "--wrap", "true").strip()
+    try:
+        found = slurm.queue([own, "99999", other])
+        assert {id: job.state for id, job in found.items()} == dict.fromkeys([own, f"{other}_0", f"{other}_1"], "PENDING")
+        assert list(slurm.queue([other])) == [f"{other}_0", f"{other}_1"] and slurm.queue(["99999"]) == {}
+    finally:
+        cluster.run("scancel", own, other)
 
 
 def test_hosts_that_are_dead(cluster, monkeypatch):

@@ -59,6 +59,16 @@ def test_what_is_refused(cli, config, tmp_path, monkeypatch, words, said):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_pauses_has_nothing_behind_it(cli, config, tmp_path):
+    """Whether the command line or the config says that it pauses."""
+    file = tmp_path / "pauses.yaml"
+    file.write_text(f"base: {config('coded')}\nrun: {{dir: {tmp_path / 'run'}}}\ntrain: {{pause_at: 3}}\n")
+    for words in ((file,), (config("coded"), "train.pause_at=3", f"run.dir={tmp_path / 'run'}")):
+        told = cli("submit", *words, "--then", "evaluate", "--dry-run")
+        assert told.code == 2 and "train.pause_at=3: the run pauses there, and --then evaluate would begin" in told.err
+        assert cli("submit", *words, "--dry-run").code == 0
+
+
 def test_jobs_without_a_limit_and_flags_of_what_follows(cli, config, tmp_path):
     then = ("--then", "evaluate", "frontier=true", "temperatures=0.7,1", "--then", "convert", tmp_path / "out", "to=hf")
     told = cli("submit", config("coded"), f"run.dir={tmp_path / 'run'}", "--time", "UNLIMITED", *then, "--dry-run")

@@ -2,8 +2,9 @@
 
 import pytest
 
+from megaflow.config.load import load
 from megaflow.errors import UserError
-from megaflow.sweep import gather
+from megaflow.sweep import design, filed, gather, page, points
 
 
 def test_likelihoods_of_other_tokens_have_other_names():
@@ -38,6 +39,28 @@ def test_points_that_other_judges_have_read_do_not_compare(tmp_path):
     gather.same_judges({"a": of("1"), "b": {}, "c": of("1")}, tmp_path)
     with pytest.raises(UserError, match="the judge models/gpt2 had other files when c was evaluated than for a"):
         gather.same_judges({"a": of("1"), "b": {}, "c": of("2")}, tmp_path)
+
+
+def test_a_report_finds_the_base_from_everywhere(tmp_path, monkeypatch):
+    """Also where the folder of runs is a link to another disk."""
+    there, here = tmp_path / "scratch", tmp_path / "project"
+    for folder in (there, here / "configs", tmp_path / "elsewhere"):
+        folder.mkdir(parents=True)
+    (here / "runs").symlink_to(there)
+    (here / "configs" / "flow.yaml").write_text("run: {dir: runs/flow}\nmodel: {hidden: 64, layers: 3}\n")
+    (here / "configs" / "sweep.yaml").write_text("dir: runs/sweeps/s\nbase: flow.yaml\naxes: {model.layers: [1, 2]}\n")
+    monkeypatch.chdir(here)
+    asked = design.read("configs/sweep.yaml", [])
+    every = [points.Placed(each, here / asked.dir / f"layers={number}", "", "") for number, each in enumerate(design.points(asked), 1)]
+    filed.keep(asked, every, [])
+    for place in (here, tmp_path / "elsewhere"):
+        monkeypatch.chdir(place)
+        data = gather.gathered(here / asked.dir, here / asked.dir / "sweeps" / "sweep.json")
+        assert data["base"] == ("configs/flow.yaml" if place == here else "../project/configs/flow.yaml")
+        for point, nats in zip(data["points"], (2.0, 1.0), strict=True):
+            point |= {"state": "done", "metrics": {"validation_loss": nats}}
+        (here / asked.dir / "best.yaml").write_text(page.best_yaml(data, here / asked.dir))
+        assert (found := load(str(here / asked.dir / "best.yaml")).config.model).layers == 2 and found.hidden == 64
 
 
 def test_what_a_seed_shares_is_said_as_far_as_it_does():

@@ -269,7 +269,7 @@ class TestTheFiles:
             "data.text_field": ["1", "on"],
             "flow.skip": ["auto", "on"],
         }
-        data = sweep(axes, [0], base="configs/base.yaml")
+        data = sweep(axes, [3, 5], base="configs/base.yaml")
         sweep_page.write(data, "runs/sweep/report")
         text = Path("runs/sweep/report/best.yaml").read_text("utf-8")
         assert "base: ../../../configs/base.yaml" in text
@@ -282,7 +282,7 @@ class TestTheFiles:
             "data.text_field=on",
             "flow.skip=on",
         ]
-        assert found.config == load("configs/base.yaml", wanted).config
+        assert found.config == load("configs/base.yaml", [*wanted, "run.seed=3"]).config
         assert (
             "megaflow pretrain runs/sweep/report/best.yaml run.dir=runs/sweep/best"
             in Page(sweep_page.page(data, "runs/sweep/report")).words
@@ -295,6 +295,7 @@ class TestTheFiles:
         text = sweep_page.best_yaml(data)
         assert OmegaConf.create(text) == {
             "base": "configs/quickstart/flow.yaml",
+            "run": {"seed": 0},
             "train": {"steps": 50},
             "flow": {"skip": "on", "clock": {"name": "gumbel"}},
             "model": {"layers": 4, "hidden": 96},

@@ -203,6 +203,19 @@ def decode(tokenizer: Tokenizer, ids: Sequence[int] | np.ndarray) -> str:
     return "\n".join(tokenizer.decode(run, skip_special_tokens=False) for run in runs)
 
 
+def bytes_of_tokens(tokenizer: Tokenizer) -> list[bytes] | None:
+    """The UTF-8 that each token stands for, of a byte-level tokenizer, whose tokens may end within a character; None of another."""
+    if not isinstance(tokenizer.decoder, decoders.ByteLevel):
+        return None
+    byte = {symbol: value for value, symbol in enumerate(_byte_symbols())}
+    added = {place: token.content for place, token in tokenizer.get_added_tokens_decoder().items()}
+    found = [b""] * vocabulary_size(tokenizer)
+    for token, place in tokenizer.get_vocab().items():
+        whole = place not in added and all(symbol in byte for symbol in token)
+        found[place] = bytes(byte[symbol] for symbol in token) if whole else token.encode()
+    return found
+
+
 def character_count(tokenizer: Tokenizer, ids: Sequence[int] | np.ndarray, first: bool) -> int:
     """Characters that `ids`, all of one document, add to its decoding; `first`: the document begins with them."""
     ids = [int(token) for token in ids]

@@ -10,7 +10,7 @@ from torch import Tensor
 from megaflow.config.schema import DataConfig
 from megaflow.data import encode, sources
 from megaflow.data.stream import TokenStream
-from megaflow.data.tokenizer import decode, end_id, tokenizer_kind
+from megaflow.data.tokenizer import bytes_of_tokens, decode, end_id, tokenizer_kind
 from megaflow.errors import UserError
 from megaflow.evaluate.loaded import Run, text_of
 from megaflow.train.stages import SHARDS
@@ -25,18 +25,14 @@ class RealText:
     texts: list[str]
     characters_per_token: float
     """Of the whole split or file, an end token being one character."""
+    bytes_per_character: float
+    """Of the UTF-8 of these rows."""
 
     @property
     def lengths(self) -> Tensor | None:
         """(R,), or None where every row is full."""
         counts = torch.tensor([len(row) for row in self.rows])
         return counts if bool((counts < self.ids.shape[1]).any()) else None
-
-    @property
-    def bytes_per_character(self) -> float:
-        """Of the UTF-8 of these rows."""
-        text = "".join(self.texts)
-        return len(text.encode()) / max(1, len(text))
 
     def characters_of(self, run: Run, given: Tensor | None) -> float:
         """Characters per token of those that are not `given` (R, L), an end token being one; of the whole split where that is None."""
@@ -46,16 +42,22 @@ class RealText:
             [token for token, is_known in zip(row, known, strict=False) if not is_known]
             for row, known in zip(self.rows, given.tolist(), strict=True)
         ]
-        return characters(run, kept) / sum(map(len, kept))
+        return size(run, kept)[0] / sum(map(len, kept))
 
 
-def characters(run: Run, rows: list[list[int]]) -> int:
-    """What rows decode to, each end token one character."""
-    end, total = end_id(run.tokenizer), 0
-    for row in rows:
-        plain = [token for token in row if token != end]
-        total += len(decode(run.tokenizer, plain)) + len(row) - len(plain)
-    return total
+def size(run: Run, rows: list[list[int]]) -> tuple[int, int]:
+    """(characters, bytes of UTF-8) that rows stand for, each end token one of both. A character is counted where it begins, in bytes that
+    a row may end within."""
+    end, said = end_id(run.tokenizer), bytes_of_tokens(run.tokenizer)
+    if said is None:
+        plain = [[token for token in row if token != end] for row in rows]
+        texts, ends = [decode(run.tokenizer, row) for row in plain], sum(map(len, rows)) - sum(map(len, plain))
+        return sum(map(len, texts)) + ends, sum(len(text.encode()) for text in texts) + ends
+    if end is not None:
+        said[end] = b"\n"
+    counts = np.array([[sum(byte & 0xC0 != 0x80 for byte in token), len(token)] for token in said])  # 10xxxxxx goes on with a character
+    characters, many = (sum(int(column[row].sum()) for row in rows) for column in counts.T)
+    return characters, many
 
 
 def of_split(run: Run, split: str, rows: int) -> RealText:
@@ -84,7 +86,7 @@ def of_file(run: Run, path: str, rows: int) -> tuple[RealText, dict[str, int]]:
     chosen = [packed[place] for place in spread(len(packed), rows).tolist()]
     ids = torch.tensor(np.stack([np.pad(row, (0, config.length - len(row))) for row in chosen])).long()
     all_rows = [row.tolist() for row in packed]
-    found = made(run, ids, [len(row) for row in chosen], characters(run, all_rows) / sum(map(len, all_rows)))
+    found = made(run, ids, [len(row) for row in chosen], size(run, all_rows)[0] / sum(map(len, all_rows)))
     return found, {"scored_tokens": sum(map(len, chosen)), "tokens": sum(map(len, packed)), "left_out_tokens": rest}
 
 
@@ -124,4 +126,5 @@ def spread(there: int, wanted: int) -> Tensor:
 
 def made(run: Run, ids: Tensor, lengths: list[int], characters_per_token: float) -> RealText:
     rows = [row[:length] for row, length in zip(ids.tolist(), lengths, strict=True)]
-    return RealText(ids, rows, [text_of(run, row) for row in rows], characters_per_token)
+    characters, many = size(run, rows)
+    return RealText(ids, rows, [text_of(run, row) for row in rows], characters_per_token, many / max(1, characters))

@@ -28,6 +28,10 @@ STUCK = 10
 SOON = 8
 """Seconds after which a job starts again. Slurm itself has it wait until credentials of the old start are void, two minutes (cred_expire);
 a start that is later than the job's own end is kept as it is asked for."""
+PATIENCE, PAUSE = 300.0, 10.0
+"""Seconds for which Slurm is asked again to queue a job, and from one time to the next: a controller that is restarted is away for some."""
+NEVER = ("disabled", "denied", "invalid")
+"""Words of an answer that is no other a minute later."""
 DEAD = ("down", "drain", "drng", "fail", "unknown", "not_responding")
 """Beginnings of the states of hosts that a job should not come to again."""
 
@@ -52,7 +56,10 @@ def main() -> int:
         outcome.begin(Path(directory))  # the next attempt may fail before it comes to a note of its own
     if attempt["decision"] != "again":
         return 0 if attempt["decision"] == "done" else arguments.code or 1
-    return again(job, dead_hosts(os.environ.get("SLURM_JOB_NODELIST", ""), attempt["said"]))
+    if refused := again(job, dead_hosts(os.environ.get("SLURM_JOB_NODELIST", ""), attempt["said"])):
+        print(f"megaflow: {refused}", flush=True)
+        records.add_attempt(place, attempt | {"decision": "left", "end": "failed", "said": refused})
+    return STOPPED
 
 
 def job_of(environment: "os._Environ[str] | dict[str, str]") -> str:
@@ -155,13 +162,18 @@ def dead_hosts(hosts: str, said: str) -> list[str]:
     return sorted(name for name, dead in found.items() if dead)
 
 
-def again(job: str, dead: list[str]) -> int:
-    """Queue the job again, to start at once and not on hosts that are dead, where Slurm allows it. Returns the exit code."""
-    try:
-        slurm.ask("scontrol", "requeue", job, patience=60.0)
-    except slurm.Unreachable as error:
-        print(f"megaflow: the job cannot queue again ({error}); submit it again, it goes on where it is saved", flush=True)
-        return STOPPED
+def again(job: str, dead: list[str]) -> str:
+    """Queue the job again, to start at once and not on hosts that are dead, where Slurm allows it. Returns why it cannot, or ''."""
+    end = time.monotonic() + PATIENCE
+    while True:
+        try:
+            slurm.ask("scontrol", "requeue", job, patience=60.0)
+            break
+        except slurm.Unreachable as error:
+            if time.monotonic() > end or any(word in str(error).lower() for word in NEVER):
+                return f"the job cannot queue again ({error}); submit it again, it goes on where it is saved"
+            print(f"megaflow: Slurm does not queue the job again yet ({error}); it is asked once more in {PAUSE:.0f} s", flush=True)
+            time.sleep(PAUSE)
     wishes = [f"StartTime=now+{SOON}"] + ([f"ExcNodeList={','.join([*avoided(job), *dead])}"] if dead else [])
     for wish in wishes:
         try:
@@ -170,7 +182,7 @@ def again(job: str, dead: list[str]) -> int:
             print(f"megaflow: {wish} is not granted here ({error})", flush=True)
     if dead:
         print(f"megaflow: without {', '.join(dead)}", flush=True)
-    return STOPPED
+    return ""
 
 
 def avoided(job: str) -> list[str]:

@@ -184,7 +184,7 @@ def state_of(run: Path, jobs: list[dict[str, Any]], queue: dict[str, slurm.Queue
         "said": said(state, ended, attempts, process)
         or later(run, state, jobs, attempts)
         or (point.get("said") or None if state in (EARLY, "failed", "refused") else None),
-        "attempts": len(attempts) or None,
+        "attempts": len({(line["job"], line.get("attempt")) for line in attempts}) or None,
         "jobs": [{"job": id, "stage": stages[id], "state": job.state, "queue": str(job)} for id, job in mine.items()],
     }
 

@@ -108,8 +108,10 @@ def step(stage: str, words: list[str], resources: Resources, run: Path | None, w
     """A stage with its words, checked. `run` is that of the stage before it; waits: whether anything comes before it. Raises UserError."""
     if stage not in STAGES:
         raise UserError(f"stage={stage}: there is no such stage; there are {', '.join(STAGES)}")
-    plain, options = [word for word in words if "=" not in word], [word for word in words if "=" in word]
-    if stage in ("evaluate", "convert"):
+    if stage in OPTIONS:
+        # names of runs may have a =, those of the points of a sweep always have
+        options = [word for word in words if re.match(r"-{0,2}[a-z][a-z-]*=", word) and not Path(word).exists()]
+        plain = [word for word in words if word not in options]
         outs = 1 if stage == "convert" else 0
         if len(plain) == outs and run is not None:
             plain = [str(run), *plain]
@@ -121,7 +123,8 @@ def step(stage: str, words: list[str], resources: Resources, run: Path | None, w
         given = [option(stage, word) for word in options]
         if stage == "convert" and os.path.lexists(plain[1]):
             raise UserError(f"{plain[1]}: this is there already, and nothing is written over; give a new folder, or remove it")
-        return Step(stage, [stage, str(directory), *plain[1:], *given], directory, records.place_of(directory))
+        return Step(stage, [stage, as_argument(directory), *plain[1:], *given], directory, records.place_of(directory))
+    plain, options = [word for word in words if "=" not in word], [word for word in words if "=" in word]
     if len(plain) != 1:
         raise UserError(f"{stage} takes a CONFIG and overrides a.b=c, not {shlex.join(words) or 'nothing'}")
     path = plain[0]
@@ -156,6 +159,11 @@ def option(stage: str, word: str) -> str:
             raise UserError(f"{name}={value}: write {name}=true, or leave it out")
         return f"--{name}"
     return f"--{name}={value}"
+
+
+def as_argument(path: Path) -> str:
+    """A path as a command takes it: one that begins with a dash would be an option."""
+    return f"./{path}" if str(path).startswith("-") else str(path)
 
 
 def run_of(given: str) -> Path:

@@ -84,7 +84,8 @@ def sweep(
         else:
             tally = trained(asked, placed, slots, retry, stop)
     mine.unlink(missing_ok=True)
-    gather.report(asked.dir, quiet=True)
+    if not tally.full:
+        gather.report(asked.dir, quiet=True)
     unfinished = tally.total - sum(tally.count(state) for state in (DONE, FAILED, REFUSED, EARLY))
     print(
         f"{asked.dir}: {tally.count(DONE)} of {tally.total} points done" + told(tally) + f"; {page_of(asked)}",
@@ -92,6 +93,9 @@ def sweep(
     )
     if refused := next((each for each in placed if each.refused), None):
         print(f"megaflow: refused, such as {refused.directory.name}: {refused.refused}", file=sys.stderr)
+    if tally.full:
+        print(f"megaflow: {tally.full}; {unfinished} points are left, the same command goes on when there is room", file=sys.stderr)
+        return 1
     if stop:
         print(f"megaflow: stopped by a signal, {unfinished} points are left; the same command goes on", file=sys.stderr)
         return STOPPED if stop[0] != signal.SIGINT else 130

@@ -227,7 +227,7 @@ def _sweep(path: str, content: dict[str, Any]) -> Sweep:
             raise UserError(f"{path}: {name} is missing; name the {'folder of the sweep' if name == 'dir' else 'config of its points'}")
     if _read(f"x={content['dir']}") != content["dir"]:
         raise UserError(f"{path}: dir: {content['dir']} would be read as something else on a command line; choose another name")
-    found = dict(content)
+    found = dict(content) | {"dir": f"./{content['dir']}" if content["dir"].startswith("-") else content["dir"]}  # no option of a command
     forms = {"exclude": list} | dict.fromkeys(("set", "axes", "draw", "budget", "evaluate", "baseline"), dict)
     for name, kind in forms.items():
         if name in found and not isinstance(found[name], kind):
@@ -323,7 +323,20 @@ def _check_condition(path: str, sweep: Sweep, condition: Values) -> None:
             raise UserError(f"{path}: exclude names {key}, which no axis sets; there are {', '.join(sweep.axes) or 'none'}")
         for value in values if isinstance(values, list) else [values]:
             if not any(_alike(value, label) for label in known):
-                raise UserError(f"{path}: exclude has {key}={labelled(value)}, which it never is; it is {', '.join(sorted(known))}")
+                raise UserError(
+                    f"{path}: exclude has {key}={labelled(value)}, which no axis sets it to; they set {', '.join(sorted(known))}"
+                    + _unset(sweep, key)
+                )
+
+
+def _unset(sweep: Sweep, key: str) -> str:
+    """How to name a value of an axis that leaves a key as its base has it, where there is one."""
+    for axis, choices in sweep.axes.items():
+        if axis != key and any(key in each for _, each in choices):
+            for label, each in choices:
+                if key not in each:
+                    return f"; what leaves it as it is in the base is {axis}: {label!r}"
+    return ""
 
 
 def labelled(value: Any) -> str:

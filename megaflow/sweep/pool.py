@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import TextIO
 
 from megaflow.errors import UserError
-from megaflow.process import STOPPED
+from megaflow.launch.status import holder
+from megaflow.process import FULL, STOPPED
 from megaflow.progress import duration
 from megaflow.sweep import halving, points
 from megaflow.sweep.design import Sweep
@@ -28,6 +29,8 @@ PERIOD = 0.2
 SAY = 10.0
 """Seconds between lines of progress in a log file."""
 PAUSED = "paused"
+NO_SIGNAL = 0
+"""Beside numbers of signals: a sweep that stops by itself."""
 AGAIN = 5.0
 """Seconds between repetitions of a signal: a process that is just starting does not hear it yet."""
 PR_SET_PDEATHSIG = 1
@@ -54,6 +57,8 @@ class Tally:
     total: int
     states: dict[str, str] = field(default_factory=dict)
     seconds: list[float] = field(default_factory=list)
+    full: str = ""
+    """What a point has said that found no room on a disk: the others would find none either."""
 
     def count(self, state: str) -> int:
         return sum(each == state for each in self.states.values())
@@ -62,6 +67,7 @@ class Tally:
         """What came of more points, or later of the same."""
         self.states |= other.states
         self.seconds += other.seconds
+        self.full = self.full or other.full
 
 
 def shares(jobs: int | None) -> list[dict[str, str]]:
@@ -110,9 +116,9 @@ def run(asked: Sweep, placed: list[Placed], slots: list[dict[str, str]], retry: 
             if state:
                 tally.states[str(each.directory)] = state
                 continue
-            claim = points.claim(each.directory)
+            claim = None if holder(each.directory) == "here" else points.claim(each.directory)
             if claim is None:
-                waiting.append(each)  # of another sweep that runs here: it will be done
+                waiting.append(each)  # of another sweep that runs here, or still saving after one that was killed
                 continue
             points.note(each, "running")
             busy.append(Running(each, claim, free.pop(), time.monotonic(), commands(asked, each, share), halving.pauses(each, share)))
@@ -123,6 +129,8 @@ def run(asked: Sweep, placed: list[Placed], slots: list[dict[str, str]], retry: 
                 busy.remove(one)
                 free.append(one.slot)
                 one.claim.close()
+        if tally.full and not stop:
+            stop.append(NO_SIGNAL)
         if time.monotonic() > shown + (SAY if not sys.stderr.isatty() else 1.0) and busy:
             shown = time.monotonic()
             say(tally, len(busy), len(waiting), len(slots))
@@ -201,11 +209,16 @@ def advance(one: Running, environment: dict[str, str], tally: Tally, stopping: b
 
 def left(one: Running, code: int, tally: Tally, stopping: bool) -> bool:
     """A point that has not come to its end: stopped, or failed with its last sentence."""
-    if stopping or code == STOPPED:
-        points.note(one.placed, "stopped")
+    said = "" if code == STOPPED else last_sentence(one.placed.directory / points.LOG)
+    full = any(os.strerror(number) in said for number in FULL)
+    if full:
+        tally.full = said
+    if stopping or code == STOPPED or full:
+        with contextlib.suppress(OSError):  # without room for a note it stays one that nobody works on any more
+            points.note(one.placed, "stopped", said if full else "")
         tally.states[str(one.placed.directory)] = "stopped"
     else:
-        points.note(one.placed, FAILED, last_sentence(one.placed.directory / points.LOG) or f"exit code {code} without a word")
+        points.note(one.placed, FAILED, said or f"exit code {code} without a word")
         tally.states[str(one.placed.directory)] = FAILED
     return True
 

@@ -36,15 +36,20 @@ NAMES = ("E", "A", "alpha", "B", "beta", "frontier", "size")
 
 
 def triples(data: dict[str, Any]) -> list[tuple[float, float, float]]:
-    """(parameters, tokens, metric) of all points that are done and have them; empty where they do not vary both, each at three values or
-    more and not together, where a metric is not above zero, or where it is better when higher."""
-    found = []
+    """(parameters, tokens, metric) of the points that a law is fitted to: of each size and length those of the choice with the best mean,
+    of those with as many seeds as any. Empty where they do not vary both, each at three values or more and not together, where a metric is
+    not above zero, or where it is better when higher."""
+    cells: dict[tuple[float, float], list[tuple[int, float, list[float]]]] = {}
     for points in choices(data).values():
         values = measured(points, data["metric"])
+        there: dict[tuple[float, float], list[float]] = {}
         for point in points:
             cost = point["cost"]
             if point["state"] == "done" and point["seed"] in values and cost.get("parameters") and cost.get("tokens"):
-                found.append((float(cost["parameters"]), float(cost["tokens"]), values[point["seed"]]))
+                there.setdefault((float(cost["parameters"]), float(cost["tokens"])), []).append(values[point["seed"]])
+        for cell, own in there.items():
+            cells.setdefault(cell, []).append((-len(own), float(np.mean(own)), own))
+    found = [(n, d, value) for (n, d), group in cells.items() for value in min(group)[2]]
     sizes, lengths = {n for n, _, _ in found}, {d for _, d, _ in found}
     crossed = len({(n, d) for n, d, _ in found}) >= len(sizes) + len(lengths)
     enough = min(len(sizes), len(lengths)) >= LEVELS and crossed and len(found) > 5

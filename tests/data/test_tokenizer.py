@@ -21,6 +21,14 @@ class TestRoundTrip:
         assert tok.decode(tokenizers[kind], ids) == text
         assert tok.end_id(tokenizers[kind]) not in ids
 
+    @pytest.mark.parametrize("kind", ["bytes", "bpe", "gpt2"])
+    @given(text=TEXT)
+    def test_every_token_stands_for_bytes(self, tokenizers, kind, text):
+        said = tok.bytes_of_tokens(tokenizers[kind])
+        assert b"".join(said[token] for token in tok.encode(tokenizers[kind], text)) == text.encode()
+        assert len(said) == tok.vocabulary_size(tokenizers[kind]) and all(said)
+        assert tok.bytes_of_tokens(tokenizers["bert"]) is None is tok.bytes_of_tokens(tok.characters_tokenizer("abc"))
+
     @given(text=TEXT)
     def test_characters_take_the_text_they_were_made_from(self, text):
         tokenizer = tok.characters_tokenizer(sorted(set(text)))

@@ -40,6 +40,24 @@ def test_a_file_that_is_packed_end_to_end_decodes_to_its_documents(trained, text
     assert fewer["scored_tokens"] == 64 and fewer["tokens"] == counts["tokens"] and few.characters_per_token == found.characters_per_token
 
 
+def test_characters_and_bytes_are_those_of_the_text_wherever_rows_are_cut(trained, tmp_path):
+    """A row that ends within a character decodes to a mark that nobody wrote; its bytes are counted, and the character once."""
+    run = load_run(trained("coded", "flow"))
+    text, path = "Привет, мир! 你好 🙂 ça va? " * 30, tmp_path / "other.txt"
+    path.write_text(text)
+    found, counts = real_text.of_file(run, str(path), 10**6)
+    assert any("\ufffd" in part for part in found.texts)
+    tokens = [token for row in found.rows for token in row]
+    scored = run.tokenizer.decode(tokens, skip_special_tokens=False)
+    assert text.startswith(scored.rstrip("\ufffd")) and len(text) - len(scored) < 16
+    assert found.characters_per_token * len(tokens) == pytest.approx(len(scored), abs=0.01)
+    assert found.bytes_per_character == pytest.approx(len(scored.encode()) / len(scored), rel=2e-3)  # its last row may end within one
+    given = torch.zeros(found.ids.shape, dtype=torch.bool)
+    given[:, ::2] = True
+    both = found.characters_of(run, given), found.characters_of(run, ~given)
+    assert sum(both) / 2 == pytest.approx(found.characters_per_token)
+
+
 def test_rows_of_single_documents_are_those_that_prepare_makes(trained, texts):
     """Of the file that the shards were made from: the rows of both splits, in some order."""
     run = load_run(trained("documents", "flow"))

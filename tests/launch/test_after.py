@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from megaflow.launch import after, slurm
+from megaflow.launch import after, records, slurm, status
 from megaflow.process import STOPPED
 from megaflow.train import outcome
 
@@ -94,10 +94,42 @@ def test_hosts_that_a_job_is_kept_from_stay_so(cluster, monkeypatch):
         assert after.avoided(job) == ["n3,n1"]
         asked = []
         monkeypatch.setattr(after.slurm, "ask", lambda *words, **_: asked.append(words) or "JobId=7 ExcNodeList=n[1,3] Nice=0")
-        assert after.again("7", ["n2"]) == STOPPED
+        assert after.again("7", ["n2"]) == ""
         assert ("scontrol", "update", "JobId=7", "ExcNodeList=n[1,3],n2") in asked
     finally:
         cluster.run("scancel", job)
+
+
+@pytest.mark.parametrize(
+    "answers, refused",
+    [
+        (["Unable to contact slurm controller", "Unexpected message received", ""], False),
+        (["Requested operation is presently disabled"], True),
+    ],
+)
+def test_a_controller_that_is_restarted_is_asked_again(monkeypatch, tmp_path, answers, refused):
+    """And not one that will never queue it: what it says is noted, and the run is not lost without a word."""
+    asked = iter(answers)
+
+    def ask(*words, **_):
+        if words[:2] == ("scontrol", "requeue") and (said := next(asked)):
+            raise after.slurm.Unreachable(f"scontrol: {said}")
+        return ""
+
+    monkeypatch.setattr(after.slurm, "ask", ask)
+    monkeypatch.setattr(after, "PAUSE", 0.0)
+    run = tmp_path / "run"
+    (run / "slurm").mkdir(parents=True)
+    for name, value in {"SLURM_JOB_ID": "12", "SLURM_JOB_NODELIST": "n1", "SLURM_RESTART_COUNT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    words = ["after", "--place", str(run / "slurm"), "--directory", str(run), "--code", "75", "--asked", "USR1"]
+    monkeypatch.setattr("sys.argv", words)
+    assert after.main() == STOPPED
+    noted = records.attempts(run / "slurm")
+    assert noted[0]["decision"] == "again" and [line["decision"] for line in noted[1:]] == ["left"] * refused
+    if refused:
+        told = status.state_of(run, records.jobs(run / "slurm"), {})
+        assert told["state"] == "failed" and "cannot queue again" in told["said"] and told["attempts"] == 1
 
 
 def test_jobs_are_told_of_whoever_submitted_them(cluster, monkeypatch):

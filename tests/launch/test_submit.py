@@ -59,6 +59,21 @@ def test_what_is_refused(cli, config, tmp_path, monkeypatch, words, said):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_run_may_be_called_anything(cli, copied, tmp_path, monkeypatch):
+    """A point of a sweep has a = in its name; a name may begin as an option does."""
+    monkeypatch.chdir(tmp_path)
+    copied("coded").rename(tmp_path / "flow.clock.name=uniform-seed=3")
+    told = cli("submit", "flow.clock.name=uniform-seed=3", "stage=evaluate", "steps=1", "--dry-run")
+    assert told.code == 0 and "evaluate flow.clock.name=uniform-seed=3 --steps=1" in told.out, told.err
+    told = cli("submit", tmp_path / "flow.clock.name=uniform-seed=3", "stage=convert", "out=1", "to=hf", "--dry-run")
+    assert told.code == 2 and "convert takes RUN OUT" in told.err
+    told = cli("submit", tmp_path / "flow.clock.name=uniform-seed=3", "stage=convert", "./out=1", "to=hf", "--dry-run")
+    assert told.code == 0 and "./out=1 --to=hf" in told.out, told.err
+    (tmp_path / "flow.clock.name=uniform-seed=3").rename(tmp_path / "-dash")
+    told = cli("submit", "./-dash/config.yaml", "run.dir=-dash", "--then", "evaluate", "steps=1", "--dry-run")
+    assert told.code == 0 and "evaluate ./-dash --steps=1" in told.out, told.err
+
+
 def test_what_pauses_has_nothing_behind_it(cli, config, tmp_path):
     """Whether the command line or the config says that it pauses."""
     file = tmp_path / "pauses.yaml"

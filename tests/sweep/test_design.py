@@ -188,7 +188,8 @@ def test_the_baseline_is_a_choice(sweep):
         ("axes: {train.micro_batch: [4, 8]}", "changes how a run is made and nothing that it comes to"),
         ("axes: {train.steps: [4, 8]}\nbudget: {tokens: 99}", "budget and an axis both say"),
         ("axes: {model.layers: [1]}\nexclude: [{model.lyers: 1}]", "exclude names model.lyers, which no axis sets"),
-        ("axes: {model.layers: [1]}\nexclude: [{model.layers: 3}]", "model.layers=3, which it never is; it is 1"),
+        ("axes: {model.layers: [1]}\nexclude: [{model.layers: 3}]", "model.layers=3, which no axis sets it to; they set 1"),
+        ("axes: {way: [{}, {model.layers: 1}]}\nexclude: [{model.layers: 2}]", "what leaves it as it is in the base is way: 'as it is'"),
         ("evaluate: {stepps: 4}", "evaluate has no stepps"),
         ("evaluate: {draws: 1}", "evaluate.draws must be a whole number of 2 or more"),
         ("evaluate: {steps: 1;2}", "evaluate.steps must be"),
@@ -212,6 +213,12 @@ def test_what_is_wrong_with_a_file_is_said_in_one_sentence(sweep, text, words):
     with pytest.raises(UserError) as error:
         sweep(text)
     assert words in str(error.value) and "sweep.yaml" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_folder_that_begins_as_an_option_does_is_none(tmp_path):
+    path = tmp_path / "s.yaml"
+    path.write_text("dir: -x\nbase: b.yaml\naxes: {model.layers: [1]}\n")
+    assert design.read(str(path), []).dir == "./-x"
 
 
 def test_what_is_wrong_with_points(sweep):

@@ -100,6 +100,39 @@ def test_what_trains_ends_with_the_sweep_that_has_started_it(tmp_path):
         time.sleep(0.05)
 
 
+def test_a_point_that_is_still_saving_is_waited_for(sweeping, environment, tmp_path):
+    """As after a sweep that was killed, asked for again at once: it has not failed, and goes on where it has saved."""
+    point = sweeping.out / "model.layers=1-seed=0"
+    sweeping("axes: {model.layers: [1, 2]}", "--dry-run")
+    asked = design.read(str(tmp_path / "sweep.yaml"), [])
+    words = points.place(asked, design.points(asked))[0].words
+    train = [sys.executable, "-m", "megaflow", "pretrain", asked.base, *words, f"run.dir={point}", "train.steps=100000"]
+    with subprocess.Popen(train, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as other:
+        end = time.monotonic() + 60.0
+        while not last_line(point / "metrics.jsonl", "loss"):
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        sweep = sweeping.start("axes: {model.layers: [1, 2]}")
+        while states(sweeping.out).get("model.layers=2-seed=0") != "done":
+            assert sweep.poll() is None and time.monotonic() < end + 60.0
+            time.sleep(0.05)
+        assert states(sweeping.out) == {"model.layers=2-seed=0": "done"}
+        other.kill()
+    out, err = sweep.communicate(timeout=100)
+    assert "already working" not in err and states(sweeping.out)["model.layers=1-seed=0"] != "pending"
+
+
+def test_a_full_disk_ends_a_sweep_with_one_sentence(sweeping, disk):
+    """Not every point of it: none would find room. What is left goes on when there is."""
+    sweeping.out.symlink_to(disk)
+    with (disk / "most").open("wb") as file:
+        file.write(bytes(2**20 - 2**17))
+    done = sweeping("axes: {model.layers: [1, 2], optim.learning_rate: [0.01, 0.02, 0.03]}", "--jobs", "1")
+    assert done.code == 1 and "No space left on device" in done.err and "goes on when there is room" in done.err
+    assert len(states(sweeping.out)) == 1 and "failed" not in states(sweeping.out).values()
+    assert "Traceback" not in done.err
+
+
 def test_a_sweep_of_which_nothing_can_be_trained_says_why(sweeping):
     refused = sweeping("axes: {model.layers: [1, 2]}", "base=nope.yaml")
     assert refused.code == 1 and "0 of 2 points done, 2 refused" in refused.err
@@ -295,6 +328,7 @@ def test_two_files_of_one_name_in_one_folder_are_two_sweeps(sweeping, tmp_path, 
     assert filed.name(design.read(str(tmp_path / "deep" / "sweep.yml"))) == "sweep"
 
 
+@pytest.mark.long
 def test_points_are_judged_by_causal_models_too(sweeping, trained):
     """And are not evaluated again while the judges are those that were asked for, or some of them."""
     judge = trained("coded", "autoregressive")

@@ -92,6 +92,16 @@ def sweep(cells: list[tuple[float, float, float]], **more: object) -> dict:
     } | more
 
 
+def test_other_axes_do_not_enter_the_law():
+    """Of each size and length the law has the best choice alone, as that of one variable has: a bad learning rate is no spread."""
+    good = points(0.003, seeds=1)
+    bad = [(n, d, 1.2 * loss) for n, d, loss in good]
+    data = sweep([cell for pair in zip(good, bad, strict=True) for cell in pair])
+    assert scaling.triples(data) == good
+    data["points"].append(data["points"][1] | {"seed": 1})  # a second seed: it is the one that all are told by
+    assert scaling.triples(data) == [(*bad[0][:2], bad[0][2])] * 2 + good[1:]
+
+
 def test_which_points_have_such_a_law():
     cells = points(seeds=1)
     assert scaling.triples(sweep(cells)) == cells

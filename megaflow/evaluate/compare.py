@@ -167,7 +167,7 @@ def against_first(found: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]
         entry = found[run]
         table[run] = {key: entry[key] for key in KEPT + EQUATION if key in entry}
         same = run != first and first in runs and entry["rows"]["tokens"] == found[first]["rows"]["tokens"]
-        if same and entry.get("given") == found[first].get("given"):
+        if same and all(entry.get(key) == found[first].get(key) for key in ("given", "steps", "probes")):  # of an equation both
             apart = per_unit(entry["rows"]["nats"], found[first]["rows"]["nats"], entry["rows"]["tokens"])
             table[run]["difference"] = apart._asdict()
     tested = [run for run in table if "difference" in table[run]]
@@ -268,7 +268,7 @@ def _likelihoods(found: dict[str, dict[str, Any]]) -> list[list[str]]:
         line += [f"{entry['bits_per_char']:.4f}", f"{entry['bits_per_byte']:.4f}", f"{entry['perplexity_per_token']:,.2f}"]
         apart = entry.get("difference")
         if apart is None:
-            line += ["" if run == next(iter(found)) else "other tokens", "", "", ""]
+            line += ["" if run == next(iter(found)) else "other steps" if "steps" in entry else "other tokens", "", "", ""]
         elif apart["p"] is None:
             line += [f"{apart['difference']:+.4f}", "one row", "", ""]
         else:

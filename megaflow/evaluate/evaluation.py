@@ -10,6 +10,8 @@ import json
 import math
 import os
 import resource
+import shlex
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -27,6 +29,7 @@ from megaflow.evaluate import answers, causal_judge, frontier, kept, mauve_score
 from megaflow.evaluate import judge as judges
 from megaflow.evaluate.causal_judge import CausalJudge
 from megaflow.evaluate.flow_text import BALANCE_TOKENS, grid_clock, one_step_offsets
+from megaflow.evaluate.gather import evaluation_command, machine
 from megaflow.evaluate.generate import generate
 from megaflow.evaluate.judge import Judge
 from megaflow.evaluate.likelihood import Ode, by_equation, check_ode, likelihood
@@ -42,7 +45,7 @@ from megaflow.flow.interpolant import time_of
 from megaflow.parallel import random
 from megaflow.progress import Progress
 from megaflow.train.context import Contexts
-from megaflow.train.run import read_config
+from megaflow.train.run import read_config, source_digest, versions
 from megaflow.train.stages import check_same_shards
 
 MEASURES = 5
@@ -95,6 +98,8 @@ def evaluate(
     if mauve:
         mauve_score.check(causal or [])  # the first is the one
     identities = {path: causal_judge.identity(path) for path in causal or []}
+    if len(set(identities.values())) < len(identities):
+        raise UserError(f"--judge: two of {', '.join(identities)} are the same model; give each once")
     run = load_run(directory)
     run.config.data.path = data or run.config.data.path
     check_shards(run)
@@ -125,15 +130,34 @@ def evaluate(
         "shards": shards.identity(run.manifest),
         "settings": settings,
     }
-    result = kept.read(run.directory)
+    result = before = kept.read(run.directory)
     if not kept.is_of(result, identity):
-        result = measure(run, identity, began)
+        result = measure(run, identity, began) | {"made_by": made_by(run, settings)}
         if writable(run.directory):
+            if before and before.get("weights") == run.weights:  # by other settings: hours, maybe
+                write_atomically(run.directory / kept.BEFORE, as_json(before))
+                print(f"{run.directory / kept.FILE} was of other settings; it is {kept.BEFORE} now", file=sys.stderr)
             write_atomically(run.directory / kept.FILE, as_json(result))
     result["run"] = str(directory)  # the same run may be called by another path
     if out:
         write_atomically(Path(out), as_json(result))
     return result
+
+
+def made_by(run: Run, settings: dict[str, Any]) -> dict[str, Any]:
+    """What an evaluation was made with, to repeat it: the command, in which folder, the shards, versions, device and threads."""
+    device = run.network.weight.device
+    return {
+        "command": shlex.join(evaluation_command(str(run.directory), settings)),
+        "folder": str(Path.cwd()),
+        "data": run.config.data.path,
+        "versions": versions(),
+        "source": source_digest(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "machine": machine(),
+        "threads": torch.get_num_threads(),
+        "time": time.time(),
+    }
 
 
 def hashed(path: str) -> str:
@@ -169,6 +193,8 @@ def check_numbers(steps: list[int], samples: int, rows: int, draws: int, tempera
             raise UserError(f"{option}: {value} is not a positive whole number")
     if not steps:
         raise UserError("--steps: no number of steps is given")
+    if len(set(steps)) < len(steps):
+        raise UserError(f"--steps: {','.join(map(str, steps))} has a number twice")
     check_temperature(temperature)
     if clock != "auto":
         try:
@@ -456,7 +482,8 @@ def of_equation(found: dict[str, Any]) -> list[str]:
         return [f"equation          none: {found['reason']}"]
     divergence = "exact divergence" if found["probes"] == "exact" else f"{found['probes']} probe{'s' if found['probes'] > 1 else ''}"
     units = (
-        f"{found['bits_per_char']:.4f} bits/char (bound; {found['nats_per_token']:.4f} nats/token; {found['steps']} steps, {divergence})"
+        f"{found['bits_per_char']:.4f} bits/char ({found['nats_per_token']:.4f} nats/token; {found['steps']} steps, {divergence}); "
+        "a bound if the steps are many"
     )
     return [
         f"equation          {units}",
@@ -497,7 +524,7 @@ def table(result: dict[str, Any]) -> str:
                 f"{entry['bits_per_char']:.4f} bits/char, {entry['bits_per_byte']:.4f} bits/byte, {entry['nats_per_token']:.4f} nats/token"
             )
             measured = f"{units}, unigram entropy {entry['unigram_nats_per_token']:.4f}"
-        lines.append(f"{path}: {measured}; {entry['scored_tokens']:,} of {entry['tokens']:,} tokens")
+        lines.append(f"{path}: {measured}; {entry['scored_tokens']:,} of {entry['file_tokens']:,} tokens")
     lines.append(f"judge             {result['judge']['name']}; sums to one within {result['judge']['sum_error']:.0e}")
     lines.append("reverse           real text under an n-gram of the texts, bits/char: what they leave out")
     lines.append(f"{'text':<34}{'judge bits/char':>16}{'+-':>8}{'entropy nats':>14}{'+-':>8}{'reverse':>9}{'distinct':>10}")

@@ -226,7 +226,7 @@ def page(
             "length": manifest["length"],
             "tokenizer": TOKENIZERS.get(manifest["tokenizer"]["kind"]),
             "characters_per_token": validation["characters"] / validation["tokens"],
-            "machine": f"{platform.system()} {platform.machine()}, {len(os.sched_getaffinity(0))} CPU cores",
+            "machine": machine(),
         },
         "stages": [stage_row(name, seconds, prepared, summaries, evaluations) for name, seconds in stages.items()],
         "likelihood": likelihoods(evaluations),
@@ -348,6 +348,10 @@ def starts(run: Path) -> list[list[str]]:
         if (command := ["megaflow", *start["command"][1:]]) not in found:
             found.append(command)
     return found
+
+
+def machine() -> str:
+    return f"{platform.system()} {platform.machine()}, {len(os.sched_getaffinity(0))} CPU cores"
 
 
 def evaluation_command(run: str, settings: dict[str, Any]) -> list[str]:

@@ -77,7 +77,9 @@ class MegaFlow(LM):
             spaces = len(context) - len(context.rstrip())
             context, continuation = context[: len(context) - spaces], context[len(context) - spaces :] + continuation
             before, whole = self.tokens(context), self.tokens(context + continuation)
-            rest = whole[len(before) :]
+            both = min(len(before), len(whole))
+            same = next((at for at in range(both) if before[at] != whole[at]), both)
+            rest = whole[same:]  # where a token reaches over the boundary, from that token on
             if not rest:
                 raise UserError(f"lm_eval: the continuation {continuation!r} has no token")
             if len(rest) > self.length:
@@ -174,14 +176,15 @@ class MegaFlow(LM):
 
     def generate_until(self, requests: list) -> list[str]:
         texts = []
-        for context, how in (request.args for request in requests):
+        for number, (context, how) in enumerate(request.args for request in requests):
             until = how.get("until") or []
             until = [until] if isinstance(until, str) else until
             room = min(int(how.get("max_gen_toks") or self.length // 2), self.length - 1)
             before = self.tokens(context)[-(self.length - room) :]
             ids, given = self.padded([before], [len(before)])
             self.check_given(bool(before))
-            settings = resolved(self.run, Settings(self.steps, temperature=self.warmth(how), seed=self.seed))
+            asked = Settings(self.steps, temperature=self.warmth(how), seed=self.seed + number)  # `repeats` asks for the same several times
+            settings = resolved(self.run, asked)
             (row,) = generate(self.run, 1, settings, Template(ids, given) if before else None)
             texts.append(self.cut(row[len(before) :][:room], until))
         return texts

@@ -10,7 +10,7 @@ from megaflow.files import read_if_whole
 from megaflow.train import checkpoint as checkpoints
 from megaflow.train.checkpoint import Checkpoint
 
-FILE = "evaluation.json"
+FILE, BEFORE = "evaluation.json", "evaluation.before.json"
 
 
 def weights_of(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -166,7 +166,7 @@ def in_other_units(found: dict[str, Any], run: Run, held_out: RealText, given: t
         "unigram_nats_per_token": "unigram_bits_per_char",
     }
     others = {word: found[name] * per_character for name, word in words.items() if name in found}
-    others["bits_per_byte"] = others["bits_per_char"] / held_out.bytes_per_character
+    others["bits_per_byte"] = found["nats_per_token"] / held_out.bytes_of(run, given) / math.log(2.0)
     others["perplexity_per_token"] = math.exp(min(found["nats_per_token"], 700.0))
     return others
 

@@ -25,8 +25,6 @@ class RealText:
     texts: list[str]
     characters_per_token: float
     """Of the whole split or file, an end token being one character."""
-    bytes_per_character: float
-    """Of the UTF-8 of these rows."""
 
     @property
     def lengths(self) -> Tensor | None:
@@ -38,11 +36,20 @@ class RealText:
         """Characters per token of those that are not `given` (R, L), an end token being one; of the whole split where that is None."""
         if given is None:
             return self.characters_per_token
-        kept = [
+        kept = self.written(given)
+        return size(run, kept)[0] / sum(map(len, kept))
+
+    def bytes_of(self, run: Run, given: Tensor | None) -> float:
+        """Bytes of UTF-8 per token of these rows, of those that are not `given`; an end token has one."""
+        kept = self.rows if given is None else self.written(given)
+        return size(run, kept)[1] / max(1, sum(map(len, kept)))
+
+    def written(self, given: Tensor) -> list[list[int]]:
+        """Of each row the tokens that are not given."""
+        return [
             [token for token, is_known in zip(row, known, strict=False) if not is_known]
             for row, known in zip(self.rows, given.tolist(), strict=True)
         ]
-        return size(run, kept)[0] / sum(map(len, kept))
 
 
 def size(run: Run, rows: list[list[int]]) -> tuple[int, int]:
@@ -87,7 +94,7 @@ def of_file(run: Run, path: str, rows: int) -> tuple[RealText, dict[str, int]]:
     ids = torch.tensor(np.stack([np.pad(row, (0, config.length - len(row))) for row in chosen])).long()
     all_rows = [row.tolist() for row in packed]
     found = made(run, ids, [len(row) for row in chosen], size(run, all_rows)[0] / sum(map(len, all_rows)))
-    return found, {"scored_tokens": sum(map(len, chosen)), "tokens": sum(map(len, packed)), "left_out_tokens": rest}
+    return found, {"scored_tokens": sum(map(len, chosen)), "file_tokens": sum(map(len, packed)), "left_out_tokens": rest}
 
 
 def documents(run: Run, files: list[sources.Source], config: DataConfig) -> list[np.ndarray]:
@@ -126,5 +133,4 @@ def spread(there: int, wanted: int) -> Tensor:
 
 def made(run: Run, ids: Tensor, lengths: list[int], characters_per_token: float) -> RealText:
     rows = [row[:length] for row, length in zip(ids.tolist(), lengths, strict=True)]
-    characters, many = size(run, rows)
-    return RealText(ids, rows, [text_of(run, row) for row in rows], characters_per_token, many / max(1, characters))
+    return RealText(ids, rows, [text_of(run, row) for row in rows], characters_per_token)

@@ -46,6 +46,7 @@ MODEL = "model.safetensors"
 STAGE = "stage.safetensors"
 FIXED = "fixed."
 """Names of tensors that lie beside the weights for transformers: of code, unigram law and lengths, which megaflow reads elsewhere."""
+CARD = "README.md"
 VERSION = 1
 KINDS = ("flow", "flow_map", "autoregressive", "masked", "uniform")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -103,9 +104,9 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 
 
 def compare(directory: Path, manifest: dict[str, Any]) -> None:
-    """Compare the files that the network is made of with those that were written. Raises UserError."""
-    for name in made_of(manifest["files"]):
-        if (directory / name).parent != directory:
+    """Compare all files but the model card, which is its owner's, with those that were written. Raises UserError."""
+    for name in sorted(manifest["files"].keys() - {CARD}):
+        if (directory / name).parent not in (directory, directory / SHARDS):
             raise UserError(f"{directory / FILE}: it names {name}, which is no file of this folder; {DAMAGED}")
         written = manifest["files"][name]
         try:

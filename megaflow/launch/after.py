@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megaflow.launch import records, slurm
-from megaflow.launch.host import element
+from megaflow.launch.host import UNFINISHED, element
 from megaflow.process import STOPPED
 from megaflow.train import outcome
 
@@ -44,12 +44,14 @@ def main() -> int:
     parser.add_argument("--asked", choices=("none", "USR1", "TERM"), required=True)
     arguments = parser.parse_args()
     job, place, directory = job_of(os.environ), arguments.place, arguments.directory
+    saves = bool(directory)  # of training alone the run is told
     if directory.startswith("@"):  # of an array, whose elements have runs of their own
-        directory = element(directory, os.environ)["directory"]
+        mine = element(directory, os.environ)
+        directory, saves = mine["directory"], mine["words"][0] in records.TRAINING
         place = records.place_of(directory)
     attempt = ended(log_of(arguments.place, job), directory, arguments.code, arguments.asked, job)
     earlier = [line for line in records.attempts(place) if line["job"] == job]
-    attempt["decision"], why = decide(attempt, earlier, fate(job))
+    attempt["decision"], why = decide(attempt, earlier, fate(job), saves)
     records.add_attempt(place, attempt)
     print(f"megaflow: {why}", flush=True)
     if attempt["decision"] == "again" and directory:
@@ -92,13 +94,17 @@ def ended(log: Path, directory: str, code: int, asked: str, job: str) -> dict[st
     }
 
 
-def decide(attempt: dict[str, Any], earlier: list[dict[str, Any]], fate: str) -> tuple[str, str]:
-    """('done' | 'left' | 'over' | 'again', the sentence for the log)."""
+def decide(attempt: dict[str, Any], earlier: list[dict[str, Any]], fate: str, saves: bool = True) -> tuple[str, str]:
+    """('done' | 'left' | 'over' | 'again', the sentence for the log). saves: whether the stage goes on from where it was."""
     what = attempt["said"]
     if attempt["end"] == "done":
         return "done", "done"
     if fate == "cancelled" or attempt["asked"] == "TERM" and fate != "preempted":
         return "left", f"ended from outside ({what}); if Slurm queues the job again it goes on where it is saved"
+    if UNFINISHED in what:
+        return "left", f"{what}; submit it again, and this goes on behind it"
+    if attempt["asked"] == "USR1" and not saves:
+        return "over", f"{what} by its time limit, and it would begin anew: what it does is not saved on the way; give it more --time"
     same = 1
     for line in reversed(earlier):
         if shape(line) != shape(attempt):

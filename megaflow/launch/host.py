@@ -18,11 +18,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+from megaflow.launch import records
+
 AGAIN = 5.0
 """Seconds between repetitions of a signal: a process that is just starting does not hear it yet."""
 PERIOD = 0.2
 KNOWS_SIGNALS = 13
 """Minor version of torch 2 whose torchrun is known to take the signals that it handles; an earlier one still ends its ranks at TERM."""
+UNFINISHED = "was stopped before its end"
+"""What is said of a run that did not fail, and may go on: what waits for it has not failed either."""
 STOPS = (signal.SIGUSR1, signal.SIGTERM)
 
 
@@ -37,7 +41,9 @@ def main() -> int:
         mine = element(words[0], os.environ)
         words, place = mine["words"], Path(mine["directory"]).absolute() / "slurm"
         if (needs := mine.get("needs")) and not (Path(needs) / "summary.json").exists():
-            print(f"megaflow: {needs}, which comes before, has not been trained to its end", file=sys.stderr)
+            tried = records.attempts(records.place_of(needs))
+            why = "has not been trained to its end" if tried and tried[-1]["decision"] == "over" else UNFINISHED
+            print(f"megaflow: {needs}, which comes before, {why}", file=sys.stderr)
             return 2
     asked: list[int] = []
     for number in STOPS:

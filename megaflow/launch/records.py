@@ -14,6 +14,8 @@ from typing import Any
 from megaflow.errors import naming
 from megaflow.files import lines
 
+TRAINING = ("pretrain", "distill")
+"""Stages that save as they go, and go on from there."""
 JOBS, ATTEMPTS = "jobs.jsonl", "attempts.jsonl"
 
 

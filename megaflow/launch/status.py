@@ -16,13 +16,13 @@ from omegaconf import OmegaConf
 from megaflow.errors import UserError
 from megaflow.files import last_line, read_if_whole
 from megaflow.launch import records, slurm
+from megaflow.launch.records import TRAINING
 from megaflow.process import STOPPED
 from megaflow.progress import duration
 from megaflow.train import outcome
 
 DEPTH = 4
 """Folders below one another in which runs are looked for."""
-TRAINING = ("pretrain", "distill")
 BEGUN, EARLY = "not begun", "stopped early"
 POOL = ".pool-"
 """In the folder of a sweep, with its number, a process that trains points of it."""

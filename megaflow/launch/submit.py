@@ -15,12 +15,12 @@ from pathlib import Path
 from megaflow.config.check import batch_split, resolve
 from megaflow.errors import UserError
 from megaflow.launch import records, script, slurm
+from megaflow.launch.records import TRAINING
 from megaflow.launch.script import Job, Resources
 from megaflow.show import known
 from megaflow.train import outcome
 
 STAGES = ("prepare", "pretrain", "distill", "evaluate", "convert")
-TRAINING = ("pretrain", "distill")
 FLAGS = ("mauve", "frontier")
 OPTIONS = {
     "evaluate": (

@@ -19,8 +19,9 @@ from typing import Any
 from megaflow.errors import UserError
 from megaflow.files import write_atomically
 from megaflow.launch import records, script, slurm
+from megaflow.launch.records import TRAINING
 from megaflow.launch.script import Job, Resources
-from megaflow.launch.submit import TRAINING, limits, needed
+from megaflow.launch.submit import limits, needed
 from megaflow.sweep import filed, gather, halving, points
 from megaflow.sweep.design import Sweep
 from megaflow.sweep.points import DONE, FAILED, REFUSED, Placed

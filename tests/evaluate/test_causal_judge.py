@@ -265,6 +265,12 @@ class TestHostileFolders:
         tokenizer(size=300).save_pretrained(made)
         refused(made, "its tokenizer has ids up to 29")
 
+    def test_a_smaller_tokenizer_of_another_model(self, tmp_path):
+        """Of which every id has a row: it is as wrong."""
+        made = save_judge(tmp_path / "judge", size=330)
+        tokenizer(size=270).save_pretrained(made)
+        refused(made, "its tokenizer has ids up to 269 and its model 324 of them")
+
     def test_a_model_that_sees_what_comes_later(self, tmp_path):
         words = tokenizer()
         torch.manual_seed(0)

@@ -136,6 +136,10 @@ def test_the_equation_has_its_bound_and_its_steps(whole, three):
     assert row[:2] == ["other", compare_page.signed(apart["difference"])] and row[-1] == "40"
     nats = [np.array(each["likelihood"]["ode"]["rows"]["nats"]).sum() / 640 for each in flows.values()]
     assert apart["difference"] == pytest.approx(nats[1] - nats[0])
+    flows = copy.deepcopy(flows)
+    flows["runs/other"]["likelihood"]["ode"]["steps"] = 32
+    result, text = made(flows)
+    assert "difference" not in result["equation"]["runs/other"] and "not of the same steps and probes" in text
 
 
 def test_solved_problems_are_those_of_the_evaluations(whole, three):

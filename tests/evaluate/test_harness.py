@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megaflow.data.tokenizer import decode
 from megaflow.errors import UserError
 from megaflow.evaluate.evaluation import evaluate
 from megaflow.evaluate.generate import sample
@@ -171,6 +172,31 @@ def test_text_is_what_sample_writes(trained, given_run):
     baseline = MegaFlow(path=str(trained("documents", "autoregressive")))
     once, again = (baseline.generate_until([request("And God", {"until": ["zzz"], "max_gen_toks": 5})])[0] for _ in range(2))
     assert once == again  # greedy
+
+
+def test_several_texts_of_one_request_differ(trained):
+    """As `repeats` of a task asks for them; the first is the one that it would be alone."""
+    model, how = MegaFlow(path=str(trained("documents", "autoregressive"))), {"do_sample": True, "temperature": 1.0, "max_gen_toks": 8}
+    texts = model.generate_until([request("And God", how)] * 3)
+    assert len(set(texts)) == 3 and model.generate_until([request("And God", how)]) == texts[:1]
+
+
+def test_of_a_context_that_is_too_long_its_end_is_kept(trained):
+    model = MegaFlow(path=str(trained("documents", "autoregressive")))
+    long = "In the beginning God created the heaven and the earth. And the earth was without form, and void; and darkness was " * 3
+    assert len(model.tokens(long)) > model.length
+    kept = decode(model.run.tokenizer, model.tokens(long)[-(model.length - 5) :])
+    how = {"max_gen_toks": 5}
+    assert model.generate_until([request(long, how)]) == model.generate_until([request(kept, how)])
+
+
+def test_a_token_may_reach_over_where_the_continuation_begins(trained):
+    """It is scored, with what it takes of the context; blanks at a context's end belong to the continuation."""
+    model = MegaFlow(path=str(trained("documents", "autoregressive")))
+    (one,), (other,) = (model.loglikelihood([request(*each)]) for each in (("And th", "e God"), ("And", " God said")))
+    before, after = model.tokens("And th"), model.tokens("And the God")
+    assert after[: len(before)] != before and one[0] < 0.0
+    assert other == model.loglikelihood([request("And ", "God said")])[0]
 
 
 def test_a_converted_model_is_the_run(given_run, tmp_path):

@@ -1,6 +1,7 @@
 """Rows of real text: those of a split, and those of another file as prepare would have made them."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -21,7 +22,8 @@ def test_rows_of_a_split_are_spread_over_it(trained):
     found = real_text.of_split(run, "validation", 3)
     assert torch.equal(found.ids, stream.rows(torch.tensor([0, round((len(stream) - 1) / 2), len(stream) - 1]))[0])
     assert found.lengths is None and found.characters_of(run, None) == found.characters_per_token
-    assert found.bytes_per_character == 1.0  # the King James Bible is ASCII
+    tokens = [token for row in found.rows for token in row]
+    assert found.bytes_of(run, None) == pytest.approx(len(decode(run.tokenizer, tokens)) / len(tokens))  # the King James Bible is ASCII
 
 
 def test_a_file_that_is_packed_end_to_end_decodes_to_its_documents(trained, texts):
@@ -34,10 +36,14 @@ def test_a_file_that_is_packed_end_to_end_decodes_to_its_documents(trained, text
     whole = "\n".join(documents) + "\n"
     tokens = [token for row in found.rows for token in row]
     assert whole.startswith(decode(run.tokenizer, tokens)) and counts["left_out_tokens"] < 16
-    assert counts["tokens"] == counts["scored_tokens"] == len(tokens) == len(found.rows) * 16
+    assert counts["file_tokens"] == counts["scored_tokens"] == len(tokens) == len(found.rows) * 16
     assert found.characters_per_token == pytest.approx(len(decode(run.tokenizer, tokens)) / len(tokens))
     few, fewer = real_text.of_file(run, str(path), 4)
-    assert fewer["scored_tokens"] == 64 and fewer["tokens"] == counts["tokens"] and few.characters_per_token == found.characters_per_token
+    assert (
+        fewer["scored_tokens"] == 64
+        and fewer["file_tokens"] == counts["file_tokens"]
+        and few.characters_per_token == found.characters_per_token
+    )
 
 
 def test_characters_and_bytes_are_those_of_the_text_wherever_rows_are_cut(trained, tmp_path):
@@ -51,7 +57,7 @@ def test_characters_and_bytes_are_those_of_the_text_wherever_rows_are_cut(traine
     scored = run.tokenizer.decode(tokens, skip_special_tokens=False)
     assert text.startswith(scored.rstrip("\ufffd")) and len(text) - len(scored) < 16
     assert found.characters_per_token * len(tokens) == pytest.approx(len(scored), abs=0.01)
-    assert found.bytes_per_character == pytest.approx(len(scored.encode()) / len(scored), rel=2e-3)  # its last row may end within one
+    assert found.bytes_of(run, None) == pytest.approx(len(scored.encode()) / len(tokens), rel=2e-3)  # its last row may end within one
     given = torch.zeros(found.ids.shape, dtype=torch.bool)
     given[:, ::2] = True
     both = found.characters_of(run, given), found.characters_of(run, ~given)
@@ -76,7 +82,7 @@ def test_the_27_letters_of_any_text(trained, tmp_path):
     path = tmp_path / "other.txt"
     path.write_text("Äpfel & 12 Birnen, " * 40)
     found, counts = real_text.of_file(run, str(path), 3)
-    assert found.texts[0].startswith("pfel birnen pfel birnen") and found.bytes_per_character == 1.0
+    assert found.texts[0].startswith("pfel birnen pfel birnen") and found.bytes_of(run, None) == 1.0
     assert counts["scored_tokens"] == 96 and found.characters_per_token == 1.0
 
 
@@ -89,12 +95,21 @@ def test_the_likelihood_of_other_texts_is_evaluated_besides(copied, trained, tmp
     found = evaluate(run, **QUICK, texts=[str(path)])
     other = found["texts"][str(path)]
     text, _ = real_text.of_file(load_run(run), str(path), 6)
-    assert other["bits_per_byte"] == pytest.approx(other["bits_per_char"] / text.bytes_per_character) and text.bytes_per_character > 1.0
+    size = len("".join(text.texts).encode())
+    assert other["bits_per_byte"] == pytest.approx(sum(other["rows"]["nats"]) / size / math.log(2.0), rel=0.02)  # the end of a row within ß
+    few, counts = real_text.of_file(load_run(run), str(path), 2)
+    less = evaluate(run, **QUICK | {"rows": 2}, texts=[str(path)])["texts"][str(path)]
+    assert (less["scored_tokens"], less["tokens"], less["file_tokens"]) == (32, 32, counts["file_tokens"]) and counts["file_tokens"] > 96
+    assert json.loads((run / "evaluation.before.json").read_text()) == found
+    evaluate(run, **QUICK, texts=[str(path)])
     assert other["nats_per_token"] > found["likelihood"]["nats_per_token"] and len(other["rows"]["nats"]) == 6
     assert found["likelihood"] == evaluate(trained("coded", family), **QUICK)["likelihood"]
     (run / "evaluation.json").touch()
     before = (run / "evaluation.json").stat().st_mtime_ns
-    assert evaluate(run, **QUICK, texts=[str(path)]) == found and (run / "evaluation.json").stat().st_mtime_ns == before
+    assert (
+        evaluate(run, **QUICK, texts=[str(path)])["likelihood"] == found["likelihood"]
+        and (run / "evaluation.json").stat().st_mtime_ns == before
+    )
     path.write_text("Another text. " * 40)  # is measured anew
     assert evaluate(run, **QUICK, texts=[str(path)])["texts"] != found["texts"]
 

@@ -151,13 +151,21 @@ class TestGivenTokens:
             ({"prompt": [300]}, r"outside of 0 … 299"),
             ({"prompt": [[1], [2]], "num_texts": 3}, "num_texts is 3, and there are 2 prompts"),
             ({"prompt": [1, 2], "mask": [False, True]}, "knows nothing of what comes later"),
-            ({"num_steps": 2}, "writes one token after another: no num_steps"),
+            ({"num_steps": 2}, "writes one token after another and takes no num_steps"),
+            ({"max_new_tokens": 2}, "takes no max_new_tokens"),
+            ({"num_texts": 0}, "num_texts must be 1 or more, not 0"),
+            ({"prompt": [1, 2], "mask": [True]}, r"the mask has the shape \(1,\), and the prompt \(1, 2\)"),
             ({"temperature": 0.0}, "temperature must be a finite number above 0"),
         ],
     )
     def test_what_makes_no_sense_is_refused(self, converted, options, said):
         with pytest.raises(ValueError, match=said):
             opened(converted("documents", "autoregressive")).generate(**options)
+
+    @pytest.mark.parametrize("kind, family", [("coded", "flow"), ("char", "flow_map")])
+    def test_an_option_that_there_is_not(self, converted, kind, family):
+        with pytest.raises(ValueError, match="generate takes num_steps, method, gamma and last, and no gama"):
+            opened(converted(kind, family)).generate(gama=0.5)
 
     def test_a_flow_that_heeds_none_says_so(self, converted):
         with pytest.raises(ValueError, match=r"trained without given tokens \(flow.context.share=0\)"):
@@ -235,7 +243,8 @@ def test_the_card_has_the_figures_of_the_run(copied, tmp_path):
     convert(run, tmp_path / "after", to="hf")
     card = (tmp_path / "after/README.md").read_text()
     texts = found["samples"]["2"]
-    assert f"at most {found['likelihood']['bits_per_char']:.3f} bits per character" in card
+    error = found["likelihood"]["standard_error_bits_per_char"]
+    assert f"at most {found['likelihood']['bits_per_char']:.3f} bits per character ± {error:.3f} of draws" in card
     assert f"| 2 | {texts['judge_bits_per_char']:.2f} | {texts['entropy']:.2f} |" in card and "have not been evaluated" not in card
 
 

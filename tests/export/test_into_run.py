@@ -1,5 +1,6 @@
 """`megaflow convert FOLDER OUT --from hf`: a converted model is a run again, and training goes on from it."""
 
+import hashlib
 import json
 import shutil
 
@@ -54,7 +55,14 @@ class TestRefused:
         convert(trained("coded"), tmp_path / "folder", to="hf")
         return tmp_path / "folder"
 
-    def refused(self, folder, said):
+    def refused(self, folder, said, changed=None):
+        """changed: a file that somebody has changed, and its hash in export.json with it."""
+        if changed:
+            with pytest.raises(UserError, match=f"{changed}: not the file that was written"):
+                convert(folder, folder.parent / "out", origin="hf")
+            about, content = json.loads((folder / "export.json").read_text()), (folder / changed).read_bytes()
+            about["files"][changed] |= {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+            (folder / "export.json").write_text(json.dumps(about))
         with pytest.raises(UserError, match=said):
             convert(folder, folder.parent / "out", origin="hf")
         assert not list(folder.parent.glob("out*"))
@@ -70,12 +78,20 @@ class TestRefused:
             spec["model"]["vocab"].get("and", 2),
         )
         (folder / "tokenizer.json").write_text(json.dumps(spec))
-        self.refused(folder, r"tokenizer.json: this tokenizer \(\w+\) is not the network's")
+        self.refused(folder, r"tokenizer.json: this tokenizer \(\w+\) is not the network's", "tokenizer.json")
 
     def test_another_network(self, folder):
         text = (folder / "config.yaml").read_text()
         (folder / "config.yaml").write_text(text.replace("hidden: 32", "hidden: 64"))
-        self.refused(folder, "these are not the weights of its config.yaml")
+        self.refused(folder, "these are not the weights of its config.yaml", "config.yaml")
+
+    @pytest.mark.parametrize("name", ["config.yaml", "config.json", "tokenizer.json", "shards/tokenizer.json", "modeling_megaflow.py"])
+    def test_any_file_but_the_card_that_was_changed(self, folder, name):
+        (folder / "README.md").write_text("mine")
+        (folder / name).write_text((folder / name).read_text() + "\n")
+        self.refused(folder, f"{name}: not the file that was written")
+        with pytest.raises(UserError, match=f"{name}: not the file that was written"):
+            sample(folder, count=1, steps=1, seed=0)
 
     def test_weights_that_are_cut_off(self, folder):
         file = sorted(folder.glob("model-*.safetensors"))[0]

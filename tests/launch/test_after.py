@@ -29,6 +29,18 @@ def test_the_last_sentence_is_one_of_the_last_attempt(tmp_path):
     assert after.last_sentence(log) == "" and after.last_sentence(tmp_path / "none.log") == ""
 
 
+def test_what_does_not_save_is_given_up_at_its_time_limit():
+    """An evaluation would begin anew, as often as it may; preempted it does."""
+    found, why = after.decide(attempt("stopped", "told to stop", 0, "USR1"), [], "", saves=False)
+    assert found == "over" and "told to stop by its time limit" in why and "give it more --time" in why
+    assert after.decide(attempt("stopped", "told to stop", 0, "TERM"), [], "preempted", saves=False)[0] == "again"
+
+
+def test_what_waits_for_a_run_that_was_stopped_has_not_failed():
+    found, why = after.decide(attempt("failed", "runs/flow, which comes before, was stopped before its end", 0), [], "")
+    assert found == "left" and why.endswith("submit it again, and this goes on behind it")
+
+
 @pytest.mark.parametrize(
     "last, earlier, fate, decision",
     [

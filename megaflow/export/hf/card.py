@@ -93,9 +93,10 @@ def _measured(source: Source, group: str) -> list[str]:
     likelihood, reference = found["likelihood"], found["reference"]
     lines = []
     if likelihood.get("bits_per_char") is not None:
-        error = likelihood.get("row_error_bits_per_char")
+        draws, rows = (likelihood.get(f"{name}_bits_per_char") for name in ("standard_error", "row_error"))
         kind = "exact" if likelihood["kind"] == "exact" else "at most"
-        beside = f" ± {error:.3f} over rows" if error else ""
+        beside = f" ± {draws:.3f} of draws" if draws else ""
+        beside += f"; other rows of the split would change it by {rows:.3f} beyond what their unigram entropy does" if rows else ""
         unigram = likelihood["unigram_bits_per_char"]
         lines += [
             f"Validation text: {kind} {likelihood['bits_per_char']:.3f} bits per character{beside} (unigram entropy {unigram:.3f}).",
@@ -120,7 +121,9 @@ def _limits(source: Source, about: dict[str, Any]) -> list[str]:
     if source.kind == "autoregressive":
         lines.append("- `forward` takes padding behind a text only.")
     elif source.kind in ("flow", "flow_map"):
-        lines.append("- Its likelihood is a bound, and that of the flow: a flow map's texts have no likelihood.")
+        lines.append(
+            "- Its likelihood is a bound" + (", and that of the flow: a flow map's texts have none." if source.kind == "flow_map" else ".")
+        )
     return lines
 
 

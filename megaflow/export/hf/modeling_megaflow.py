@@ -312,6 +312,8 @@ class MegaFlowModel(PreTrainedModel):
             raise ValueError(f"temperature must be a finite number above 0, not {temperature}")
         if num_steps is not None and num_steps < 1:
             raise ValueError(f"num_steps must be 1 or more, not {num_steps}")
+        if num_texts is not None and num_texts < 1:
+            raise ValueError(f"num_texts must be 1 or more, not {num_texts}")
         known, given = self.template(prompt, mask, num_texts)
         count = num_texts if num_texts is not None else 1 if known is None else len(known)
         settings = self.settings(num_steps, given is not None, **options)
@@ -340,7 +342,12 @@ class MegaFlowModel(PreTrainedModel):
         length = self.config.max_position_embeddings
         ids = torch.as_tensor(prompt, device=self.device).long()
         ids = ids[None] if ids.ndim == 1 else ids
-        given = torch.ones_like(ids, dtype=torch.bool) if mask is None else torch.as_tensor(mask, device=self.device).bool().expand_as(ids)
+        given = torch.ones_like(ids, dtype=torch.bool)
+        if mask is not None:
+            mask = torch.as_tensor(mask, device=self.device).bool()
+            if mask.shape not in (ids.shape, ids.shape[1:]):
+                raise ValueError(f"the mask has the shape {tuple(mask.shape)}, and the prompt {tuple(ids.shape)}")
+            given = mask.expand_as(ids)
         if ids.shape[1] > length or ids.shape[1] == length and bool(given.all()):
             raise ValueError(f"the prompt has {ids.shape[1]} tokens, and a text {length}; give less of it")
         if bool(((ids < 0) | (ids >= self.config.vocab_size)).any()):

@@ -152,8 +152,16 @@ class FlowModel(MegaFlowModel):
     # -- generation
 
     def settings(
-        self, num_steps: int | None, given: bool, method: str | None = None, gamma: float | None = None, last: float | None = None
+        self,
+        num_steps: int | None,
+        given: bool,
+        method: str | None = None,
+        gamma: float | None = None,
+        last: float | None = None,
+        **others: Any,
     ) -> dict[str, Any]:
+        if others:
+            raise ValueError(f"generate takes num_steps, method, gamma and last, and no {', '.join(others)}")
         steps = num_steps or (1 if self.is_map else 64)
         method = method or ("stochastic" if gamma is not None else "flow_map" if self.is_map else "ode")
         if method not in ("ode", "flow_map", "stochastic", "ancestral"):

@@ -58,7 +58,7 @@ class CausalModel(TokenModel):
 
     def settings(self, num_steps: int | None, given: bool, **options: Any) -> dict[str, Any]:
         if num_steps is not None or options:
-            raise ValueError("an autoregressive network writes one token after another: no num_steps, method, gamma or last")
+            raise ValueError(f"an autoregressive network writes one token after another and takes no {', '.join(options) or 'num_steps'}")
         return {}
 
     def write(
@@ -101,7 +101,7 @@ class DiscreteModel(TokenModel):
 
     def settings(self, num_steps: int | None, given: bool, **options: Any) -> dict[str, Any]:
         if options:
-            raise ValueError("discrete diffusion takes num_steps, and no method, gamma or last")
+            raise ValueError(f"discrete diffusion takes num_steps, and no {', '.join(options)}")
         return {"steps": num_steps or 64}
 
     def write(

@@ -410,9 +410,11 @@ def check_words(words: list[str]) -> None:
     except SystemExit:
         raise UserError(f"{shlex.join(words)}: {said.getvalue().strip().rpartition('error: ')[2]}") from None
     if arguments.command == "evaluate":
-        from megaflow.evaluate import evaluation
+        from megaflow.evaluate import answers, evaluation
 
         steps = [whole(step, "--steps") for step in arguments.steps.split(",")]
+        if arguments.verify is not None:
+            answers.named(arguments.verify)
         evaluation.check_numbers(steps, arguments.samples, arguments.rows, arguments.draws, arguments.temperature, arguments.clock)
         frontier_of(arguments)
         ode_of(arguments)

@@ -28,7 +28,8 @@ def imported(file: Path) -> set[str]:
     found: set[str] = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{file}: a relative import"
+            handed_on = file.name.startswith("modeling_megaflow")  # copied into folders for transformers, and beside each other there
+            assert node.level == 0 or handed_on, f"{file}: a relative import"
             module = node.module or ""
             names = [f"{module}.{alias.name}" for alias in node.names] if module == "megaflow" else [module]
         else:

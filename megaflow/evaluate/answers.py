@@ -23,12 +23,17 @@ OPTION = "--verify"
 SHOWN = 8
 
 
-def asked_task(run: Run, name: str) -> Task:
-    """The task of a name, of a run that can be asked it. Raises UserError."""
+def named(name: str) -> Task:
+    """The task of a name. Raises UserError."""
     try:
-        task = verifiable.task(name)
+        return verifiable.task(name)
     except ChoiceError as error:
         raise UserError(f"{OPTION} must be {error}") from None
+
+
+def asked_task(run: Run, name: str) -> Task:
+    """The task of a name, of a run that can be asked it. Raises UserError."""
+    task = named(name)
     option, pairs = f"{OPTION} {task.name}", bool(run.manifest["settings"].get("target_field"))
     if run.manifest["packing"] != "document" or end_id(run.tokenizer) is None:
         raise UserError(

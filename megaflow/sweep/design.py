@@ -40,8 +40,6 @@ from omegaconf import OmegaConf
 from megaflow.config.load import flatten
 from megaflow.config.schema import keys
 from megaflow.errors import UserError
-from megaflow.evaluate import verifiable
-from megaflow.flow.choice import ChoiceError
 
 STAGES = ("pretrain", "distill")
 EVALUATION: dict[str, Any] = {
@@ -263,11 +261,6 @@ def _sweep(path: str, content: dict[str, Any]) -> Sweep:
         raise UserError(f"{path}: metric is the name of a number, and lower_is_better true or false")
     if "metric" not in found and not found.get("evaluate"):
         found["metric"] = "validation_loss"
-    if isinstance(task := found.get("evaluate", {}).get("verify"), str):
-        try:
-            found["evaluate"] = found["evaluate"] | {"verify": verifiable.task(task).name}  # with all its options, as evaluations have it
-        except ChoiceError as error:
-            raise UserError(f"{path}: evaluate.verify must be {error}") from None
     sweep = Sweep(**found, file=path)
     _check_evaluation(path, sweep)
     for condition in sweep.exclude:

@@ -178,11 +178,12 @@ def evaluation_of(directory: Path, evaluate: dict[str, Any]) -> dict[str, Any]:
     wanted = EVALUATION | {name: value for name, value in evaluate.items() if name not in BESIDES}
     wanted["steps"] = [int(part) for part in str(wanted["steps"]).split(",")]
     judges, task = judges_of(evaluate), evaluate.get("verify")
-    for file in (kept_evaluation(directory, evaluate), directory / "evaluation.json"):
+    own = kept_evaluation(directory, evaluate)  # whose name has the options in it
+    for file in (own, directory / "evaluation.json"):
         found = read_if_whole(file)
         settings = found.get("settings", {})
         same = settings and all(settings.get(name, "auto") == value for name, value in wanted.items())
-        if same and set(judges) <= set(settings.get("judges", {})) and task in (None, settings.get("verify")):
+        if same and set(judges) <= set(settings.get("judges", {})) and (file == own or task in (None, settings.get("verify"))):
             return found
     return {}
 

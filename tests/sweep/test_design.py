@@ -198,7 +198,6 @@ def test_the_baseline_is_a_choice(sweep):
         ("evaluate: {judge: [a/gpt2, b/gpt2]}", "evaluate.judge has two folders of one name, a/gpt2, b/gpt2"),
         ("evaluate: {judge: 3}", "evaluate.judge is a folder or a list of folders"),
         ("evaluate: {verify: 3}", "evaluate.verify the name of a task"),
-        ("evaluate: {verify: sum}", "evaluate.verify must be one of sums, brackets, sudoku"),
         ("evaluate: {steps: 4, judge: a/gpt2}\nmetric: judges.gpt2.8.perplexity", "did you mean judges.gpt2.4.perplexity?"),
         ("evaluate: {steps: 4}\nmetric: verify.4.solved", "is nothing that a point of this sweep has"),
         ("metric: likelihood.nats_per_token", "is nothing that a point of this sweep has"),

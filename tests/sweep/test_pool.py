@@ -140,7 +140,12 @@ def test_a_sweep_of_which_nothing_can_be_trained_says_why(sweeping):
 
 
 @pytest.mark.parametrize(
-    "options, said", [("temperature: -1", "--temperature: -1.0 is not a finite number above 0"), ("clock: nope", "--clock must be one of")]
+    "options, said",
+    [
+        ("temperature: -1", "--temperature: -1.0 is not a finite number above 0"),
+        ("clock: nope", "--clock must be one of"),
+        ("verify: sum", "--verify must be one of sums, brackets, sudoku, not 'sum'"),
+    ],
 )
 def test_options_of_evaluations_are_checked_before_anything_is_trained(cli, config, tmp_path, options, said):
     path = tmp_path / "sweep.yaml"

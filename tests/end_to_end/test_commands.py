@@ -61,6 +61,7 @@ for words in sys.argv[1:]:
     assert list((place / "runs" / "flow" / "wandb").glob("offline-run-*"))
 
 
+@pytest.mark.long
 def test_a_reader_that_leaves_ends_nothing(place, environment):
     """Of a command's progress, that is: `megaflow … 2>&1 | head -1` does its work to the end."""
     for command, name in (("prepare", "data"), ("pretrain", "flow")):
@@ -70,6 +71,7 @@ def test_a_reader_that_leaves_ends_nothing(place, environment):
     assert json.loads((place / "runs" / "flow" / "summary.json").read_text())["steps"] == 12
 
 
+@pytest.mark.long
 def test_a_run_outlives_its_wandb(place, environment):
     """The service is a process of its own, which a job manager's signal may end before the run's."""
     command = [sys.executable, "-m", "megaflow", "pretrain", "flow.yaml", "train.steps=80", "train.checkpoint_every=1000"]

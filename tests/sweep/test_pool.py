@@ -122,6 +122,7 @@ def test_a_point_that_is_still_saving_is_waited_for(sweeping, environment, tmp_p
     assert "already working" not in err and states(sweeping.out)["model.layers=1-seed=0"] != "pending"
 
 
+@pytest.mark.long
 def test_a_full_disk_ends_a_sweep_with_one_sentence(sweeping, disk):
     """Not every point of it: none would find room. What is left goes on when there is."""
     sweeping.out.symlink_to(disk)

@@ -44,6 +44,11 @@ def load(path: str | Path, overrides: list[str] | None = None, inherited: dict[s
     return assemble(layers)
 
 
+def load_recorded(path: str | Path) -> Loaded:
+    """Read the config that a run has recorded, which is whole: a file that it names is not read. Raises ConfigError."""
+    return assemble(_file_layers(Path(path), (), whole=True))
+
+
 def assemble(layers: list[tuple[str, dict[str, Any]]]) -> Loaded:
     """Put flat layers of (origin, {key: value}) over the defaults, checking each value where it enters. Raises ConfigError."""
     schema = keys()
@@ -155,8 +160,8 @@ def _build(kind: type, values: dict[str, Any], prefix: str) -> Any:
     return kind(**made)
 
 
-def _file_layers(path: Path, above: tuple[Path, ...]) -> list[tuple[str, dict[str, Any]]]:
-    """Layers of one file: those of its bases, then its own. `above` are the files that lead here, to find circles."""
+def _file_layers(path: Path, above: tuple[Path, ...], whole: bool = False) -> list[tuple[str, dict[str, Any]]]:
+    """Layers of one file: those of its bases, then its own. above: the files that lead here, to find circles; whole: it has none."""
     if path.resolve() in above:
         raise ConfigError(f"{path}: base files lead back to this file ({' -> '.join(p.name for p in above)})")
     if not path.is_file():
@@ -176,6 +181,8 @@ def _file_layers(path: Path, above: tuple[Path, ...]) -> list[tuple[str, dict[st
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
         raise ConfigError(f"{path}: base must be a path or a list of paths, relative to this file")
+    if bases and whole:
+        raise ConfigError(f"{path}: the config of a run has no base, which somebody has written into it; take it out, or copy the run anew")
     layers: list[tuple[str, dict[str, Any]]] = []
     for base in bases:
         layers += _file_layers(path.parent / base, (*above, path.resolve()))

@@ -264,7 +264,8 @@ def _number(value: float | None, digits: int = 3) -> str:
 def _likelihoods(found: dict[str, dict[str, Any]]) -> list[list[str]]:
     rows = [["run", "", "nats/token", "+-", "bits/char", "bits/byte", "perplexity", "difference", f"{CONFIDENCE:.0%}", "p", "adjusted p"]]
     for run, entry in found.items():
-        line = [run, entry["kind"], f"{entry['nats_per_token']:.4f}", f"{entry['standard_error_nats']:.4f}"]
+        kind = entry["kind"] + (f", {entry['steps']} steps, probes {entry['probes']}" if "steps" in entry else "")
+        line = [run, kind, f"{entry['nats_per_token']:.4f}", f"{entry['standard_error_nats']:.4f}"]
         line += [f"{entry['bits_per_char']:.4f}", f"{entry['bits_per_byte']:.4f}", f"{entry['perplexity_per_token']:,.2f}"]
         apart = entry.get("difference")
         if apart is None:

@@ -72,10 +72,11 @@ def write(source: Source, partial: Path, out: Path, model: Any) -> str:
         wanted = one_step(*inputs.values())
     same = (run(partial / FILE, inputs) == wanted).double().mean().item()
     if same < SAME:
-        raise UserError(verify.failed(out, f"ONNX Runtime writes {same:.1%} of the tokens that the run writes"))
+        raise UserError(verify.failed(out, f"ONNX Runtime writes {same:.1%} of the tokens that transformers writes"))
     size = (partial / FILE).stat().st_size / 1e6
     shapes = ", ".join(f"{name} (texts, {', '.join(map(str, value.shape[1:]))})".replace(", )", ",)") for name, value in inputs.items())
-    return f"{out / FILE}: {size:.1f} MB, {shapes} -> tokens (texts, {y.shape[1]}); {same:.1%} of {wanted.numel()} tokens are the run's"
+    compared = f"{same:.1%} of {wanted.numel()} tokens are those of transformers"
+    return f"{out / FILE}: {size:.1f} MB, {shapes} -> tokens (texts, {y.shape[1]}); {compared}"
 
 
 @contextlib.contextmanager

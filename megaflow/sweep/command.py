@@ -150,7 +150,9 @@ def measured(asked: Sweep, all_points: list[design.Point], slots: list[dict[str,
     if new:
         print(f"{asked.dir}: measuring the speed of {len(new)} choices, {speed.STEPS} steps each", file=sys.stderr)
         with on_signals(stop):
-            pool.run(replace(asked, evaluate={}), new, slots, True, stop)
+            tally = pool.run(replace(asked, evaluate={}), new, slots, True, stop)
+        if tally.full:
+            raise UserError(f"{tally.full}; the same command goes on when there is room")
         speed.keep(asked, new)
     return STOPPED if stop else 0
 

@@ -10,7 +10,7 @@ from typing import Any
 from megaflow.errors import UserError
 from megaflow.files import lines, read_if_whole
 from megaflow.sweep import points
-from megaflow.sweep.design import JUDGED, SAMPLED, TEACHER, Sweep, written
+from megaflow.sweep.design import JUDGED, SAMPLED, TEACHER, Sweep, judges_of, written
 from megaflow.sweep.points import Placed
 
 ORDER = ("data.", "train.global_batch")
@@ -58,7 +58,9 @@ def gathered(folder: Path, file: Path) -> dict[str, Any]:
     chosen = [member for member in members if TEACHER not in member["labels"]]
     overrides = {axis: {label: stringed(values) for label, values in labels.items()} for axis, labels in content["overrides"].items()}
     base = content["base"] if os.path.isabs(content["base"]) else os.path.relpath(os.path.realpath(folder / content["base"]))
-    same_judges({each["directory"]: points.evaluation_of(folder / each["directory"], content["evaluate"]) for each in chosen}, folder)
+    if asked := judges_of(content["evaluate"]):
+        read = {each["directory"]: points.evaluation_of(folder / each["directory"], content["evaluate"]) for each in chosen}
+        same_judges(read, asked, folder)
     return {
         "title": file.stem,
         "dir": str(folder),
@@ -77,13 +79,14 @@ def gathered(folder: Path, file: Path) -> dict[str, Any]:
     }
 
 
-def same_judges(evaluations: dict[str, dict[str, Any]], folder: Path) -> None:
+def same_judges(evaluations: dict[str, dict[str, Any]], asked: list[str], folder: Path) -> None:
     """Refuse points whose texts were judged by folders of one path and different files: they do not compare. Raises UserError."""
     seen: dict[str, tuple[str, str]] = {}
     for name, found in evaluations.items():
-        for path, sha256 in found.get("settings", {}).get("judges", {}).items():
-            first, files = seen.setdefault(path, (name, sha256))
-            if files != sha256:
+        judges = found.get("settings", {}).get("judges", {})
+        for path in (each for each in asked if each in judges):
+            first, files = seen.setdefault(path, (name, judges[path]))
+            if files != judges[path]:
                 raise UserError(
                     f"{folder}: the judge {path} had other files when {name} was evaluated than for {first}; remove the evaluation-….json "
                     "of the older one, and the sweep evaluates it again"

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from megaflow.config.check import is_map
-from megaflow.config.load import ConfigError, Loaded, assemble, flatten, load, to_yaml
+from megaflow.config.load import ConfigError, Loaded, assemble, flatten, load, load_recorded, to_yaml
 from megaflow.config.schema import Config, keys
 from megaflow.errors import UserError, naming
 from megaflow.files import lines, read_json, write_atomically
@@ -142,7 +142,7 @@ def read_config(directory: str | Path) -> Loaded:
         what = "no such directory" if not directory.is_dir() else "not a run directory (it has no config.yaml)"
         raise UserError(f"{directory}: {what}; give the run.dir of a pretrain or distill config")
     file = str(directory / "config.yaml")
-    loaded = load(file)
+    loaded = load_recorded(file)
     if loaded.origin["run.dir"] == "default":  # whichever version has recorded a config, this is in it
         raise UserError(f"{file}: not the config of a run; the run directory is damaged, start it afresh elsewhere")
     loaded.origin.update({k: str(v) for k, v in read_json(directory / "origin.json").items() if k in keys()})

@@ -27,7 +27,7 @@ def test_one_step_text_of_any_number_of_texts(trained, tmp_path):
     run = trained("char", "flow_map")
     (told,) = convert(run, tmp_path / "out", to="onnx")
     assert told.startswith(f"{tmp_path / 'out' / 'map.onnx'}: ") and told.endswith(
-        "noise (texts, 32, 27) -> tokens (texts, 32); 100.0% of 128 tokens are the run's"
+        "noise (texts, 32, 27) -> tokens (texts, 32); 100.0% of 128 tokens are those of transformers"
     )
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["map.onnx", "tokenizer.json"]
     for count in (1, 5):

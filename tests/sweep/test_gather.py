@@ -36,9 +36,11 @@ def test_points_that_other_judges_have_read_do_not_compare(tmp_path):
     def of(sha256):
         return {"settings": {"judges": {"models/gpt2": sha256}}}
 
-    gather.same_judges({"a": of("1"), "b": {}, "c": of("1")}, tmp_path)
+    asked = ["models/gpt2"]
+    gather.same_judges({"a": of("1"), "b": {}, "c": of("1")}, asked, tmp_path)
+    gather.same_judges({"a": of("1"), "c": of("2")}, ["another"], tmp_path)  # which the sweep does not ask
     with pytest.raises(UserError, match="the judge models/gpt2 had other files when c was evaluated than for a"):
-        gather.same_judges({"a": of("1"), "b": {}, "c": of("2")}, tmp_path)
+        gather.same_judges({"a": of("1"), "b": {}, "c": of("2")}, asked, tmp_path)
 
 
 def test_a_report_finds_the_base_from_everywhere(tmp_path, monkeypatch):

@@ -5,7 +5,7 @@
                                 masked, uniform   tokens, some hidden or replaced, and their time -> logits
 
 Here is what these share: the config, the draws, the path, the trunk, and `generate`, which writes the texts that `megaflow sample` writes
-from the same seed. Times go from 0, noise, to 1, text.
+from the same seed (one step of a map but for its balance, which is found anew). Times go from 0, noise, to 1, text.
 """
 
 import hashlib

@@ -129,12 +129,12 @@ class TestPickles:
 def test_a_config_that_names_a_file_outside(cli, copied, tmp_path):
     """It is not read: nothing of it is in what is said."""
     run, secret = copied("coded"), tmp_path / "secret"
-    secret.write_text("root: do not tell\n")
+    secret.write_text("passphrase: do not tell\n")
     (run / "config.yaml").write_text(f"base: {secret}\n" + (run / "config.yaml").read_text())
     for words in (("sample", run, "--count", 1), ("evaluate", run), ("convert", run, tmp_path / "out")):
         told = cli(*words)
         assert told.code == 2 and "has no base" in told.err and told.err.count("\n") == 1
-        assert "root" not in told.err and "do not tell" not in told.err
+        assert "passphrase" not in told.err and "do not tell" not in told.err
 
 
 class TestManifests:

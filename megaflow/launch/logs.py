@@ -63,7 +63,8 @@ def latest(ids: list[str], kept: dict[str, dict[str, Any]], place: Path) -> str:
 
 
 def log_of(job: dict[str, Any], place: Path) -> Path:
-    return Path(job.get("log", place / f"{job['job']}.log"))
+    """Of an element of an array it is beside those of the others, not in its own run."""
+    return place / job.get("log", f"{job['job']}.log")
 
 
 def of_rank(place: Path, id: str, rank: int) -> Path:

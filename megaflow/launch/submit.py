@@ -216,6 +216,8 @@ def queued(directory: str, dry_run: bool) -> list[str]:
     if dry_run and not slurm.here():
         return ids[-1:]
     active = list(slurm.waiting_or_running(ids))
+    if not active and (Path(directory) / "sweeps").is_dir():
+        raise UserError(f"--after {directory}: no job of this sweep is in the queue; if it is done, leave --after out")
     if not active and not any((Path(directory) / name).exists() for name in ("summary.json", "prepared.json")):
         raise UserError(f"--after {directory}: its job {ids[-1]} is over and it is not finished; submit that again, or leave --after out")
     return active

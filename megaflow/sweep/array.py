@@ -207,7 +207,8 @@ def one(
         own = (each.directory / "slurm").absolute()
         own.mkdir(parents=True, exist_ok=True)
         content = {"job": f"{id}_{index}", "stage": stage, "time": time.time(), "words": entries[index]["words"]}
-        records.add_job(own, content | {"directory": str(each.directory), "log": str(how.place / f"{id}_{index}.log")})
+        log = os.path.relpath(how.place.resolve() / f"{id}_{index}.log", own.resolve())  # so that a folder may be moved
+        records.add_job(own, content | {"directory": str(each.directory), "log": log})
         if stage in TRAINING:
             outcome.begin(each.directory)  # what is said there is of an attempt before
             points.note(each, "queued")

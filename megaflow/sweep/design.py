@@ -40,6 +40,7 @@ from omegaconf import OmegaConf
 from megaflow.config.load import flatten
 from megaflow.config.schema import keys
 from megaflow.errors import UserError
+from megaflow.train.run import MAY_CHANGE
 
 STAGES = ("pretrain", "distill")
 EVALUATION: dict[str, Any] = {
@@ -64,21 +65,7 @@ DRAWS: dict[str, dict[str, Any]] = {
     "optuna": {"count": 20, "seed": 0},
 }
 BUDGETS = ("tokens", "flops", "seconds")
-MACHINE = (
-    "parallel.",
-    "log.",
-    "train.checkpoint_every",
-    "train.keep_checkpoints",
-    "train.micro_batch",
-    "train.hang_timeout",
-    "train.pause_at",
-    "train.skip_nonfinite",
-    "data.path",
-    "data.format",
-    "data.source",
-    "data.workers",
-    "model.attention",
-)
+MACHINE = tuple(name for name in MAY_CHANGE if name != "run.dir")
 """Keys of the machine, which points of one identity may differ in: as axes they would give the same run several names."""
 SAMPLED = ("judge_bits_per_char", "entropy", "reverse_bits_per_char")
 JUDGED = ("perplexity", "nats_per_char", "entropy")

@@ -144,6 +144,24 @@ def test_a_controller_that_is_restarted_is_asked_again(monkeypatch, tmp_path, an
         assert told["state"] == "failed" and "cannot queue again" in told["said"] and told["attempts"] == 1
 
 
+@pytest.mark.parametrize("stage, decision", [("pretrain", "again"), ("evaluate", "over")])
+def test_an_element_of_an_array_is_noted_at_its_own_run(monkeypatch, tmp_path, stage, decision):
+    """And is asked again or given up by what it does: training goes on where it was stopped, an evaluation would begin anew."""
+    monkeypatch.setattr(after.slurm, "ask", lambda *words, **_: "")
+    runs = [tmp_path / "a=1", tmp_path / "a=2"]
+    for run in runs:
+        (run / "slurm").mkdir(parents=True)
+    tasks = tmp_path / "tasks.json"
+    tasks.write_text(json.dumps([{"words": [stage, str(run)], "directory": str(run)} for run in runs]))
+    named = {"SLURM_JOB_ID": "15", "SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "1", "SLURM_JOB_NODELIST": "n1"}
+    for name, value in named.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("sys.argv", ["after", "--place", str(tmp_path), "--directory", f"@{tasks}", "--code", "138", "--asked", "USR1"])
+    assert after.main() == (STOPPED if decision == "again" else 138)
+    assert [(line["job"], line["decision"]) for line in records.attempts(runs[1] / "slurm")] == [("12_1", decision)]
+    assert records.attempts(runs[0] / "slurm") == records.attempts(tmp_path) == []
+
+
 def test_jobs_are_told_of_whoever_submitted_them(cluster, monkeypatch):
     """And of those that Slurm has forgotten the others."""
     monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
@@ -163,6 +181,10 @@ def test_hosts_that_are_dead(cluster, monkeypatch):
     monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
     assert after.dead_hosts("n[1-3]", "rank 3 on n2 ended without a word (killed, or a crash of compiled code) in step 118") == []
     assert after.dead_hosts("n[1-3]", "ranks 2, 3 on n2 gave no sign of life for 20 s in step 118: killed or frozen") == ["n2"]
+    monkeypatch.setattr(after.slurm, "ask", lambda *_, **__: "n1 idle\nn2 idle*\nn3 allocated\n")  # a star: it does not answer
+    assert after.dead_hosts("n[1-3]", "") == ["n2"]
+    monkeypatch.undo()
+    monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
     cluster.run("scontrol", "update", "NodeName=n3", "State=DRAIN", "Reason=test")
     try:
         assert after.dead_hosts("n[1-3]", "") == ["n3"]

@@ -35,6 +35,18 @@ def test_the_whole_and_one_rank(run, capsys):
         logs.logs(str(run), job="13")
 
 
+def test_the_log_of_an_element_is_found_where_its_sweep_was_moved_to(tmp_path, capsys):
+    """It lies beside those of the others, and is named by the way there from the point's own run."""
+    point = tmp_path / "sweep" / "a=1" / "slurm"
+    point.mkdir(parents=True)
+    (tmp_path / "sweep" / "slurm").mkdir()
+    (tmp_path / "sweep" / "slurm" / "12_0.log").write_text("of a=1\n")
+    records.add_job(point, {"job": "12_0", "stage": "pretrain", "log": "../../slurm/12_0.log"})
+    (tmp_path / "sweep").rename(tmp_path / "moved")
+    logs.logs(str(tmp_path / "moved" / "a=1"))
+    assert capsys.readouterr().out == "of a=1\n"
+
+
 def test_of_a_job_that_is_over_nothing_is_waited_for(run, monkeypatch, capsys):
     monkeypatch.setattr(logs, "gone", lambda id: True)
     monkeypatch.setattr(logs, "PERIOD", 1000.0)

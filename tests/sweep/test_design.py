@@ -63,6 +63,7 @@ def test_ranges_of_whole_numbers(sweep, spec, values):
         ("{log: [1e-4, 1e-2], count: 3}", [1e-4, 1e-3, 1e-2]),
         ("{range: [0.1, 0.4], step: 0.1}", [0.1, 0.2, 0.3, 0.4]),
         ("{log: [0.001, 0.003], count: 2}", [0.001, 0.003]),
+        ("{range: [0.1, 0.7], step: 0.1}", [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]),  # of which six steps are 0.6 - 1e-16
     ],
 )
 def test_ranges_of_numbers_have_both_ends(sweep, spec, values):
@@ -186,6 +187,7 @@ def test_the_baseline_is_a_choice(sweep):
         ("budget: {tokens: 100}\nset: {train.steps: 3}", "leave one out"),
         ("budget: {seconds: 9}\ndraw: {kind: optuna}", "use tokens or flops"),
         ("axes: {train.micro_batch: [4, 8]}", "changes how a run is made and nothing that it comes to"),
+        ("axes: {train.skip_nonfinite: [0, 8]}", "changes how a run is made and nothing that it comes to"),
         ("axes: {train.steps: [4, 8]}\nbudget: {tokens: 99}", "budget and an axis both say"),
         ("axes: {model.layers: [1]}\nexclude: [{model.lyers: 1}]", "exclude names model.lyers, which no axis sets"),
         ("axes: {model.layers: [1]}\nexclude: [{model.layers: 3}]", "model.layers=3, which no axis sets it to; they set 1"),

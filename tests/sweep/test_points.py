@@ -1,10 +1,11 @@
-"""Points of a sweep: how long a budget lets one train."""
+"""Points of a sweep: where they are, and how long a budget lets one train."""
 
 import json
 
 import pytest
 
 from megaflow.config.load import load
+from megaflow.sweep import design, points
 from megaflow.sweep.points import steps_of
 
 
@@ -18,3 +19,22 @@ def test_a_budget_of_flops_is_what_a_run_says_that_it_took(trained, config, fami
     assert steps_of({"tokens": summary["tokens"]}, loaded, vocab) == 40
     assert steps_of({"seconds": 2.0}, loaded, vocab, speed=summary["tokens"] / 4.0) == 20
     assert steps_of({"tokens": 1}, loaded, vocab) == 1
+
+
+def test_points_whose_names_are_one_have_folders_of_their_own(tmp_path, config):
+    """What a sweep sets of all its points is in no name; another sweep of the folder that sets something else finds its points apart."""
+
+    def placed(layers: int) -> list[points.Placed]:
+        path = tmp_path / "sweep.yaml"
+        path.write_text(f"dir: out\nbase: {config('coded')}\nset: {{model.layers: {layers}}}\naxes: {{train.steps: [4, 8]}}\n")
+        sweep = design.read(str(path), [f"dir={tmp_path / 'out'}"])
+        return points.place(sweep, design.points(sweep))
+
+    first = placed(1)
+    for each in first:
+        points.note(each, "queued")
+    second = placed(2)
+    names = [each.point.name for each in first]
+    assert [each.directory.name for each in first] == names == [each.point.name for each in second]
+    assert [each.directory.name for each in second] == [f"{name}-{each.identity[:6]}" for name, each in zip(names, second, strict=True)]
+    assert [each.directory for each in placed(1)] == [each.directory for each in first]

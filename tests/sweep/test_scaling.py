@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from megaflow.sweep import scaling
 
@@ -63,6 +64,25 @@ def test_what_the_data_do_not_determine_is_said():
     assert not flat.told["beta"] and not flat.told["E"] and not flat.told["frontier"]
     short = scaling.surface_law(points(0.02, sizes=[1e6, 1.2e6, 1.4e6], lengths=[2e7, 2.4e7, 2.8e7]), replicates=30)
     assert not short.told["E"]
+    floorless = scaling.surface_law(points(0.003, E=0.0), replicates=30)
+    assert floorless.told["frontier"] and not floorless.told["E"]
+
+
+def test_small_errors_have_the_intervals_of_student():
+    """Where the law is linear in its numbers over them: half the interval is t_0.95(n - 5) sqrt(rest / (n - 5) (J'J)^-1)."""
+    cells = points(1e-4, seeds=1, sizes=N[:3], lengths=D[:3])
+    found = scaling.surface_law(cells, replicates=400)
+    n, d, y = (np.log(column) for column in np.array(cells).T)
+    E, A, alpha, B, beta = (found.values[name] for name in TRUE)
+    of_size, of_length = A * np.exp(-alpha * n), B * np.exp(-beta * d)
+    fitted = E + of_size + of_length
+    slopes = np.stack([np.ones_like(n), of_size, -of_size * n, of_length, -of_length * d], axis=1) / fitted[:, None]
+    rest, freedom = float(((y - np.log(fitted)) ** 2).sum()), len(y) - 5
+    covariance = np.linalg.inv(slopes.T @ slopes)
+    for place, name in {0: "E", 2: "alpha", 4: "beta"}.items():
+        low, high = found.intervals[name]
+        half = stats.t.ppf(0.95, freedom) * np.sqrt(rest / freedom * covariance[place, place])
+        assert (high - low) / 2 == pytest.approx(half, rel=0.25)
 
 
 def test_the_same_points_give_the_same_law():

@@ -321,5 +321,8 @@ class TestScalingLaw:
         assert statistics.by_size(data, "seconds") == [] and statistics.by_size(data | {"lower_is_better": False}, "flops") == []
         same = [point | {"cost": point["cost"] | {"flops": 1e9 * (1 + point["cost"]["parameters"] / 1e7)}} for point in data["points"]]
         assert statistics.by_size(data | {"points": same}, "flops") == []  # a budget of FLOPs, kept to a step
+        turned = [point | {"cost": point["cost"] | {"flops": 1e20 / point["cost"]["flops"]}} for point in data["points"]]
+        found = statistics.by_size(data | {"points": turned}, "flops")  # of which more parameters take less
+        assert [y for _, y in found] == [y for _, y in expected]
         few = [point for point in data["points"] if point["values"]["size"] != "4"]
         assert statistics.by_size(data | {"points": few}, "flops") == []

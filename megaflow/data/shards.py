@@ -300,6 +300,18 @@ def length_counts(folder: str | Path) -> np.ndarray | None:
     return _read_counts(path) if path.exists() else None
 
 
+def drawn_lengths(folder: str | Path, chances: list[float], least: int = 0) -> list[int] | None:
+    """Lengths of rows of single documents by the law of the training rows that are longer than `least`, or the whole width where there is
+    none; None where every row is full. chances: a draw of [0, 1) for each."""
+    counts = length_counts(folder)
+    if counts is None:
+        return None
+    counts = np.where(np.arange(len(counts)) > least, counts, 0)
+    counts[-1] += not counts.any()
+    cumulative = np.cumsum(counts / counts.sum())
+    return [min(int(np.searchsorted(cumulative, chance, side="right")), len(counts) - 1) for chance in chances]
+
+
 def log_length_law(folder: str | Path) -> np.ndarray | None:
     """log p of a row's length, (LENGTH + 1,) fp64, from length_counts, each given half a row more so that none is impossible."""
     rows = length_counts(folder)

@@ -28,7 +28,7 @@ from megaflow.errors import UserError
 from megaflow.evaluate import answers, causal_judge, frontier, kept, mauve_score, repetition, verifiable
 from megaflow.evaluate import judge as judges
 from megaflow.evaluate.causal_judge import CausalJudge
-from megaflow.evaluate.flow_text import BALANCE_TOKENS, grid_clock, one_step_offsets
+from megaflow.evaluate.flow_text import grid_clock
 from megaflow.evaluate.gather import evaluation_command, machine
 from megaflow.evaluate.generate import generate
 from megaflow.evaluate.judge import Judge
@@ -38,6 +38,7 @@ from megaflow.evaluate.real_text import RealText, of_file, of_split
 from megaflow.evaluate.repetition import Training
 from megaflow.evaluate.settings import LAST_STEP, Settings, check_temperature, last_step
 from megaflow.evaluate.template import Template
+from megaflow.export import one_step
 from megaflow.files import write_atomically
 from megaflow.flow import choice, laws
 from megaflow.flow import profile as profiles
@@ -105,7 +106,7 @@ def evaluate(
     check_shards(run)
     settings = {"steps": steps, "samples": samples, "rows": rows, "draws": draws, "seed": seed, "temperature": temperature}
     settings |= {"cooled": list(COOLED) if temperature == 1.0 else [], "order": judges.ORDER}
-    settings |= {"last": LAST_STEP, "balance": BALANCE_TOKENS} if run.is_map else {"last": None, "balance": None}
+    settings |= {"last": LAST_STEP, "balance": one_step.TOKENS} if run.is_map else {"last": None, "balance": None}
     if clock != "auto":
         settings |= {"clock": clock}
         grid_clock(run, clock)  # is there
@@ -363,7 +364,7 @@ def written(
     found["repetition"] = {"data": repetition.measured(held_out.rows[:half], held_out.rows[half:], training)}
     template = given_of(run, held_out)
     if run.is_map and 1 in counts:
-        one_step_offsets(run)  # has a progress of its own
+        run.balance()  # has a progress of its own
     run = run if "clock" not in settings else replace(run, clock=grid_clock(run, settings["clock"]))
     along = frontier.Asked(**settings["frontier"]) if "frontier" in settings else None
     ways = [] if along is None else frontier.ways(run, along, counts, settings["seed"])

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from megaflow.errors import UserError
-from megaflow.evaluate.loaded import Run, row_lengths
+from megaflow.evaluate.loaded import Run
 from megaflow.evaluate.settings import Settings
 from megaflow.evaluate.template import Template
-from megaflow.flow import balance, choice, laws, sampler
+from megaflow.flow import choice, laws, sampler
 from megaflow.flow import clock as clocks
 from megaflow.flow import head as heads
 from megaflow.flow import profile as profiles
@@ -19,12 +19,9 @@ from megaflow.flow.context import told
 from megaflow.flow.sampler import Callback, Posterior
 from megaflow.model.parts import draw_noise
 from megaflow.parallel import random
-from megaflow.progress import Progress
 
 BATCH = 64
 """Rows that are written at a time."""
-BALANCE_TOKENS = 2**14
-"""Positions that the balance of one-step text is found on, or four for every entry of the vocabulary where that is more."""
 
 
 def grid_clock(run: Run, name: str) -> Clock:
@@ -119,28 +116,3 @@ def denoiser(
         return Posterior(torch.where(given[..., None], clean, found.mean), torch.where(given, known, found.tokens), certain)
 
     return denoise
-
-
-@torch.no_grad()
-def one_step_offsets(run: Run) -> Tensor:
-    """Offsets (V,) of the balance of a map's one-step text: a function of its weights alone, found once for as long as it is loaded."""
-    if run.offsets is not None:
-        return run.offsets
-    network, parts, _ = run.flow
-    width, law = run.manifest["length"], parts.log_prior.exp()
-    total = -(-max(BALANCE_TOKENS, 4 * len(law)) // width)
-    progress, found = Progress(f"balance {run.directory.name}", total, "rows"), []
-    for start in range(0, total, BATCH):
-        places = list(range(start, min(start + BATCH, total)))
-        lengths = row_lengths(run, places, 0)
-        counted = None if lengths is None else torch.tensor(lengths, device=law.device)
-        y = parts.path.scale * draw_noise(parts, places, width, 0, "balance noise")
-        zero = torch.zeros(len(y), dtype=torch.float64, device=law.device)
-        read = network.read(network(y, zero, zero + 1.0, counted), y, zero)
-        logits, ids = heads.likeliest(network.head(), read)
-        here = slice(None) if counted is None else (torch.arange(width, device=law.device) < counted[:, None]).flatten()
-        found.append((logits[here], ids[here]))
-        progress.update(places[-1] + 1)
-    logits, ids = (torch.cat(column) for column in zip(*found, strict=True))
-    run.offsets = balance.offsets(logits, ids, law.to(logits))
-    return run.offsets

@@ -128,7 +128,7 @@ def generate(
     those that are given something by a template.
     """
     balanced = run.is_map and settings.steps == 1 and settings.method in ("flow_map", "stochastic") and not unbalanced and template is None
-    offset = flow_text.one_step_offsets(run) if balanced else None
+    offset = run.balance() if balanced else None
     rows: list[list[int]] = []
     for start in range(0, count, flow_text.BATCH):
         places = list(range(start, min(start + flow_text.BATCH, count)))

@@ -4,15 +4,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from megaflow.config import check
 from megaflow.config.schema import Config
-from megaflow.data.shards import length_counts, read_description
+from megaflow.data.shards import drawn_lengths, read_description
 from megaflow.data.tokenizer import decode, end_id, load_tokenizer
-from megaflow.export import folder
+from megaflow.export import folder, one_step
 from megaflow.flow.clock import Clock
 from megaflow.model.build import Baseline
 from megaflow.model.parts import Parts
@@ -41,7 +40,8 @@ class Run:
     step: int
     weights: str
     kept: dict[str, Tensor]
-    offsets: Tensor | None = None  # see one_step_offsets
+    offsets: Tensor | None = None
+    """Of a map's one-step text, once they are found."""
 
     @property
     def kind(self) -> str:
@@ -54,16 +54,23 @@ class Run:
         assert isinstance(self.network, TextDiT) and self.parts is not None and self.clock is not None
         return self.network, self.parts, self.clock
 
+    def balance(self) -> Tensor:
+        """Offsets (V,) of a map's one-step text: found once for as long as it is loaded, or those that a converted model has kept."""
+        if self.offsets is None:
+            network, parts, _ = self.flow
+            self.offsets = one_step.offsets(network, parts, self.directory / SHARDS, self.directory.name)
+        return self.offsets
+
 
 def load_run(directory: str | Path) -> Run:
     """Any run, baseline included, with its averaged weights; or a converted model, with those it has. Raises UserError."""
     directory = Path(directory)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device, offsets = torch.device("cuda" if torch.cuda.is_available() else "cpu"), None
     if folder.is_model(directory):
         about = folder.read_manifest(directory)
         step, weights, kept = about["source"]["step"], folder.identity(about), folder.stage(directory)
         network, parts, clock, config = folder.load(directory, device)
-        is_map = about["kind"] == "flow_map"
+        is_map, offsets = about["kind"] == "flow_map", folder.balance(directory, device)
     else:
         config = read_run(directory).config
         is_map = check.is_map(config)
@@ -73,7 +80,7 @@ def load_run(directory: str | Path) -> Run:
             network, parts, clock, found = trained_flow(directory, config, is_map, device)
         step, weights, kept = found.state["step"], found.sha256, found.tensors("stage")
     manifest, tokenizer = read_description(directory / SHARDS), load_tokenizer(directory / SHARDS)
-    return Run(directory, config, is_map, network, parts, clock, manifest, tokenizer, step, weights, kept)
+    return Run(directory, config, is_map, network, parts, clock, manifest, tokenizer, step, weights, kept, offsets)
 
 
 def ends(run: Run) -> int:
@@ -82,15 +89,8 @@ def ends(run: Run) -> int:
 
 
 def row_lengths(run: Run, places: list[int], seed: int, least: int = 0) -> list[int] | None:
-    """Lengths of rows of single documents, drawn from those of the training rows that are longer than `least`, or the whole width where
-    there is none; None where every row is full."""
-    counts = length_counts(run.directory / SHARDS)
-    if counts is None:
-        return None
-    counts = np.where(np.arange(len(counts)) > least, counts, 0)
-    counts[-1] += not counts.any()
-    cumulative = np.cumsum(counts / counts.sum())
-    return [min(int(np.searchsorted(cumulative, random.uniform(seed, "length", place), side="right")), len(counts) - 1) for place in places]
+    """Lengths of rows, drawn by their places as shards.drawn_lengths has it; None where every row is full."""
+    return drawn_lengths(run.directory / SHARDS, [random.uniform(seed, "length", place) for place in places], least)
 
 
 def text_of(run: Run, row: list[int]) -> str:

@@ -20,8 +20,8 @@ import megaflow
 from megaflow.config.load import to_yaml
 from megaflow.data import shards
 from megaflow.errors import UserError
-from megaflow.export import hf, onnx, verify
-from megaflow.export.folder import FILE, INDEX, MODEL, PRECISIONS, STAGE, VERSION, load
+from megaflow.export import hf, one_step, onnx, verify
+from megaflow.export.folder import BALANCE, FILE, INDEX, MODEL, PRECISIONS, STAGE, VERSION, load
 from megaflow.export.into_run import into_run
 from megaflow.export.recut import check_processes, recut
 from megaflow.export.source import MEGABYTE, Source, made, open_source, room, sized
@@ -113,11 +113,12 @@ def _write_network(source: Source, partial: Path, out: Path, group: str, precisi
     partial.mkdir(exist_ok=True)
     kinds = {name: (PRECISIONS[precision], shape) for name, shape in source.shapes.items()}
     room(partial, out, sum(map(_bytes, kinds.values())))
-    beside = hf.fixed(source, group) if to == "hf" else {}
+    offsets = one_step.of_source(source, group, out.name)
+    beside = hf.fixed(source, group, offsets) if to == "hf" else {}
     files = _write_weights(source, partial, group, kinds, limit, beside)
-    _write_rest(source, partial)
+    _write_rest(source, partial, offsets)
     if to == "hf":
-        hf.write(source, partial, out.name, group, PRECISIONS[precision])
+        hf.write(source, partial, out.name, group, offsets, PRECISIONS[precision])
     manifest = _manifest(source, partial, group, precision, files)
     _write_json(partial / FILE, manifest)
     compared = _verify(source, out, partial, group, precision, kinds, files)
@@ -193,7 +194,7 @@ def _write_weights(
     return files
 
 
-def _write_rest(source: Source, partial: Path) -> None:
+def _write_rest(source: Source, partial: Path, offsets: Tensor | None) -> None:
     """Everything but weights that rebuilds the network."""
     (partial / "config.yaml").write_text(to_yaml(source.loaded.config), "utf-8")
     _write_json(partial / "origin.json", source.loaded.origin)
@@ -203,6 +204,8 @@ def _write_rest(source: Source, partial: Path) -> None:
     if source.is_flow:
         (partial / parts.FILE).write_bytes((source.run / parts.FILE).read_bytes())
         tensor_file.write(partial / STAGE, *tensor_file.given(source.found.tensors("stage")), {"format": "pt"})
+    if offsets is not None:
+        tensor_file.write(partial / BALANCE, *tensor_file.given({"offsets": offsets}), {"format": "pt"})
 
 
 def _manifest(source: Source, partial: Path, group: str, precision: str, files: dict[str, list[str]]) -> dict[str, Any]:

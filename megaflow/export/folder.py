@@ -6,6 +6,7 @@
     config.yaml, origin.json    the run's resolved config, and where each of its values came from
     flow.safetensors            the fixed parts of a flow: code, prior and range of log-SNR; not of a baseline
     stage.safetensors           what the stage has measured: the clock of a flow and its profile; not of a baseline
+    balance.safetensors         of a flow map, the offsets of its one-step text (one_step.py); not of one that was larger than memory
     teacher.json                of a flow map, the checkpoint that it was distilled from
     shards/                     what the shards say of themselves: tokenizer, counts, length of rows
     config.json, …              of --to hf, what transformers opens it by (export/hf)
@@ -44,6 +45,7 @@ FILE = "export.json"
 INDEX = "model.safetensors.index.json"
 MODEL = "model.safetensors"
 STAGE = "stage.safetensors"
+BALANCE = "balance.safetensors"
 FIXED = "fixed."
 """Names of tensors that lie beside the weights for transformers: of code, unigram law and lengths, which megaflow reads elsewhere."""
 CARD = "README.md"
@@ -64,19 +66,13 @@ def load(directory: str | Path, device: torch.device | str) -> tuple[TextDiT | B
     manifest = read_manifest(directory)
     compare(directory, manifest)
     config = read_config(directory).config
-    network, fixed = build_network(directory, config, manifest["kind"] == "flow_map", device)
-    names, read = tensors(directory)
-    fill(network, names, read, directory)
+    network, fixed = filled(directory, config, manifest["kind"] == "flow_map", device, *tensors(directory), directory)
     if fixed is None:
-        return network.eval(), None, None, config
-    assert isinstance(network, TextDiT)
-    if network.code_weight is not None:
-        fixed = parts.with_trained_code(fixed, config.flow.code, network.code_weight.detach(), config.run.seed)
-        network.code = fixed.code
+        return network, None, None, config
     kept = stage(directory)
     if missing := {"clock_times", "clock_tau"} - kept.keys():
         raise UserError(f"{directory / STAGE}: it has no {' and no '.join(sorted(missing))}; {DAMAGED}")
-    return network.eval(), fixed, Clock(kept["clock_times"], kept["clock_tau"]), config
+    return network, fixed, Clock(kept["clock_times"], kept["clock_tau"]), config
 
 
 def is_model(directory: str | Path) -> bool:
@@ -129,7 +125,17 @@ def identity(manifest: dict[str, Any]) -> str:
 
 def stage(directory: Path) -> dict[str, Tensor]:
     """What the stage has kept, by name; nothing of a baseline. Raises UserError."""
-    file = directory / STAGE
+    return _all(directory / STAGE)
+
+
+def balance(directory: Path, device: torch.device) -> Tensor | None:
+    """The offsets (V,) of a map's one-step text; None of what has none. Raises UserError."""
+    found = _all(directory / BALANCE).get("offsets")
+    return None if found is None else found.to(device)
+
+
+def _all(file: Path) -> dict[str, Tensor]:
+    """All tensors of a file, by name; none of one that is not there. Raises UserError."""
     if not file.exists():
         return {}
     try:
@@ -179,6 +185,25 @@ def build_network(directory: Path, config: Config, is_map: bool, device: torch.d
     fixed = parts.read(directory / parts.FILE)
     with torch.device(device):
         return build.flow_network(config, fixed, device, is_map), parts.to(fixed, device)
+
+
+def filled(
+    directory: Path,
+    config: Config,
+    is_map: bool,
+    device: torch.device,
+    names: dict[str, tuple[int, ...]],
+    read: Callable[[str], Tensor],
+    source: Path,
+) -> tuple[TextDiT | Baseline, Parts | None]:
+    """A network ready to be evaluated, and a flow's parts with the code that its weights have. Raises UserError where the weights of these
+    names and shapes, of `source`, are not the network's."""
+    network, fixed = build_network(directory, config, is_map, device)
+    fill(network, names, read, source)
+    if fixed is not None and isinstance(network, TextDiT) and network.code_weight is not None:
+        fixed = parts.with_trained_code(fixed, config.flow.code, network.code_weight.detach(), config.run.seed)
+        network.code = fixed.code
+    return network.eval(), fixed
 
 
 @torch.no_grad()

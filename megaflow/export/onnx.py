@@ -46,6 +46,8 @@ def refuse(source: Source) -> None:
 
 def write(source: Source, partial: Path, out: Path, model: Any) -> str:
     """Write the file and its tokenizer. model: the network as transformers opens it. Returns what was done, a line. Raises UserError."""
+    if "balance" not in model.config.fixed:
+        raise UserError(f"--to onnx: {source.run} takes more memory than is free; convert it on a machine with more")
     model.whole = True  # one product over all tokens, or the number of texts would be a number of the graph
     one_step = OneStep(model).eval()
     y, lengths = model.noise(list(range(CHECKED)), 0, "initial noise") / model.path.scale, model.drawn_lengths(list(range(CHECKED)), 0, 0)
@@ -96,7 +98,7 @@ class OneStep(nn.Module):
 
     def __init__(self, model: Any) -> None:
         super().__init__()
-        self.model, self.offsets = model, nn.Buffer(model.balance())
+        self.model, self.offsets = model, nn.Buffer(model.fixed.balance.detach())
 
     def forward(self, noise: Tensor, lengths: Tensor | None = None) -> Tensor:
         zero = torch.zeros(noise.shape[0], dtype=torch.float64)

@@ -17,9 +17,11 @@ from megaflow.config.load import Loaded
 from megaflow.data.shards import read_description
 from megaflow.errors import UserError
 from megaflow.export import verify
-from megaflow.export.folder import build_network, check_same, fill, is_model, shapes_of
+from megaflow.export.folder import build_network, check_same, filled, is_model, shapes_of
 from megaflow.export.verify import Network
-from megaflow.model.text_dit import AUXILIARY
+from megaflow.model.build import Baseline
+from megaflow.model.parts import Parts
+from megaflow.model.text_dit import AUXILIARY, TextDiT
 from megaflow.progress import Progress
 from megaflow.train import checkpoint as checkpoints
 from megaflow.train.checkpoint import HASHERS, Checkpoint, Damaged
@@ -50,6 +52,10 @@ class Source:
     def network(self, group: str) -> Network:
         """The network with the weights of a group, 'weights' or 'averaged', of the checkpoint."""
         return network_of(self.run, self, self.found, group)
+
+    def opened(self, group: str, device: torch.device) -> tuple[TextDiT | Baseline, Parts | None]:
+        """That network itself, ready to be evaluated, and a flow's parts."""
+        return _opened(self.run, self, self.found, group, device)
 
     def size(self, name: str) -> int:
         """Bytes of a tensor of the checkpoint."""
@@ -100,12 +106,14 @@ def _compare(found: Checkpoint, groups: list[str]) -> None:
 def network_of(directory: Path, source: Source, found: Checkpoint, group: str) -> Network:
     """A network of the source's kind with the weights of a checkpoint; `directory` has its fixed parts."""
 
-    def logits() -> Tensor:
-        network, fixed = build_network(directory, source.loaded.config, source.kind == "flow_map", torch.device("cpu"))
-        fill(network, source.shapes, lambda name: found.read(f"{group}/{name}"), found.path)
-        return verify.logits(network.eval(), fixed)
+    return sized(source, lambda: verify.logits(*_opened(directory, source, found, group, torch.device("cpu"))))
 
-    return sized(source, logits)
+
+def _opened(
+    directory: Path, source: Source, found: Checkpoint, group: str, device: torch.device
+) -> tuple[TextDiT | Baseline, Parts | None]:
+    config, is_map = source.loaded.config, source.kind == "flow_map"
+    return filled(directory, config, is_map, device, source.shapes, lambda name: found.read(f"{group}/{name}"), found.path)
 
 
 def sized(source: Source, logits: Callable[[], Tensor]) -> Network:

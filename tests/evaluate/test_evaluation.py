@@ -14,12 +14,13 @@ from megaflow.data.shards import log_length_law
 from megaflow.data.stream import TokenStream
 from megaflow.evaluate import judge as judges
 from megaflow.evaluate.evaluation import COOLED, evaluate, fitted_judge, judged, table
-from megaflow.evaluate.flow_text import BALANCE_TOKENS, grid_clock
+from megaflow.evaluate.flow_text import grid_clock
 from megaflow.evaluate.generate import generate
 from megaflow.evaluate.likelihood import likelihood
 from megaflow.evaluate.loaded import load_run
 from megaflow.evaluate.real_text import of_split
 from megaflow.evaluate.settings import LAST_STEP, Settings, last_step
+from megaflow.export import one_step
 from megaflow.train import run as runs
 from tests.train.writers import write_anew
 
@@ -49,7 +50,7 @@ class TestEveryRun:
         written = json.loads((trained(kind, family) / "evaluation.json").read_text())
         assert written == json.loads(json.dumps(result))
         assert result["kind"] == family and result["step"] == 40
-        of_a_map = {"last": LAST_STEP, "balance": BALANCE_TOKENS} if family == "flow_map" else {"last": None, "balance": None}
+        of_a_map = {"last": LAST_STEP, "balance": one_step.TOKENS} if family == "flow_map" else {"last": None, "balance": None}
         assert result["settings"] == QUICK | of_a_map | {"cooled": list(COOLED), "order": judges.ORDER}
         assert len(numbers(written)) > 30 and all(map(math.isfinite, numbers(written)))
         assert result["judge"]["sum_error"] < 1e-9

@@ -9,7 +9,7 @@ import torch
 
 from megaflow.data.tokenizer import decode, load_tokenizer
 from megaflow.errors import UserError
-from megaflow.evaluate.flow_text import grid_clock, one_step_offsets
+from megaflow.evaluate.flow_text import grid_clock
 from megaflow.evaluate.generate import generate, sample
 from megaflow.evaluate.loaded import load_run, row_lengths, text_of
 from megaflow.evaluate.settings import Settings
@@ -226,7 +226,7 @@ class TestBalance:
         """The same whatever was sampled before, at every temperature and seed."""
         first, second = load_run(trained("char", "flow_map")), load_run(trained("char", "flow_map"))
         generate(first, 2, Settings(1, "flow_map", 0.5, seed=9))
-        assert one_step_offsets(first).equal(one_step_offsets(second)) and one_step_offsets(first) is one_step_offsets(first)
+        assert first.balance().equal(second.balance()) and first.balance() is first.balance()
         texts = [generate(run, 2, Settings(1, "flow_map", heat, seed=1)) for run, heat in ((first, 1.0), (second, 0.3))]
         assert texts[0] == texts[1]
 
@@ -235,8 +235,8 @@ class TestBalance:
         run = load_run(trained("documents"))
         monkeypatch.setattr(run, "is_map", True)
         seen = []
-        monkeypatch.setattr("megaflow.evaluate.flow_text.balance.offsets", lambda logits, ids, law: seen.append(len(ids)) or 0.0 * law)
-        one_step_offsets(run)
+        monkeypatch.setattr("megaflow.export.one_step.balance.offsets", lambda logits, ids, law: seen.append(len(ids)) or 0.0 * law)
+        run.balance()
         width = run.manifest["length"]
         assert seen == [sum(row_lengths(run, list(range(-(-(2**14) // width))), 0))] and seen[0] < 2**14
 

@@ -302,11 +302,11 @@ class TestNothingIsLeftHalfDone:
     def test_a_bit_that_the_disk_has_lost(self, cli, trained, out, monkeypatch):
         write_rest = converting._write_rest
 
-        def lose(given, partial: Path) -> None:
+        def lose(given, partial: Path, offsets) -> None:
             content = bytearray((partial / "model.safetensors").read_bytes())
             content[-1] ^= 1
             (partial / "model.safetensors").write_bytes(content)
-            write_rest(given, partial)
+            write_rest(given, partial, offsets)
 
         monkeypatch.setattr(converting, "_write_rest", lose)
         told = cli("convert", trained("coded"), out)

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoTokenizer
 
 from megaflow.data.tokenizer import decode, encode, load_tokenizer
+from megaflow.errors import UserError
 from megaflow.evaluate.evaluation import evaluate
 from megaflow.evaluate.generate import sample
 from megaflow.evaluate.loaded import load_run
@@ -113,6 +114,26 @@ class TestGeneration:
     def test_flow_map(self, trained, converted, steps, way):
         same_texts(trained("char", "flow_map"), converted("char", "flow_map"), {"num_steps": steps, **way}, {"steps": steps, **way})
 
+    def test_one_step_of_logits_that_are_nearly_flat(self, trained, converted):
+        """The offsets of its balance, found anew, would be others for the last digit of a logit: the folder has the run's."""
+        run, out = load_run(trained("coded", "flow_map")), converted("coded", "flow_map")
+        model, again = opened(out), load_run(out)
+        assert again.offsets is not None and torch.equal(again.offsets, run.balance()) and torch.equal(model.fixed.balance, run.balance())
+        wanted = torch.tensor(sample(trained("coded", "flow_map"), count=64, steps=1, seed=3)["tokens"])
+        assert (model.generate(1, num_texts=64, seed=3) == wanted).double().mean() > 0.999
+
+    def test_one_step_without_a_balance(self, trained, tmp_path, monkeypatch):
+        """Of a map that did not fit in memory where it was converted; megaflow itself finds the offsets when it is asked."""
+        run = trained("char", "flow_map")
+        monkeypatch.setattr("megaflow.export.one_step.ACTIVATIONS", 2**40)
+        convert(run, tmp_path / "out", to="hf")
+        with pytest.raises(ValueError, match="no balance for one-step text, it was larger than memory when it was converted"):
+            opened(tmp_path / "out").generate(1)
+        assert torch.equal(load_run(tmp_path / "out").balance(), load_run(run).balance())
+        same_texts(run, tmp_path / "out", {"num_steps": 2}, {"steps": 2})
+        with pytest.raises(UserError, match="--to onnx: .* takes more memory than is free"):
+            convert(run, tmp_path / "one", to="onnx")
+
     @pytest.mark.parametrize("way", [{}, {"gamma": 0.0}, {"method": "stochastic"}, {"method": "ancestral"}, {"temperature": 0.7}])
     def test_flow(self, trained, converted, way):
         same_texts(trained("coded", "flow"), converted("coded", "flow"), {"num_steps": 4, **way}, {"steps": 4, **way})
@@ -197,6 +218,7 @@ class TestTheFolder:
         _, parts, _, _ = load(tmp_path / "out", "cpu")
         assert torch.equal(model.fixed.code, parts.code.matrix) and torch.equal(model.fixed.log_prior, parts.log_prior)
         assert model.generate(2).shape == (1, 16)
+        assert not any(value.requires_grad for value in model.fixed.parameters()) and model.weight.requires_grad
 
     def test_losses_of_a_causal_model_are_the_run_s(self, trained, converted):
         out, run = converted("documents", "autoregressive"), load_run(trained("documents", "autoregressive"))

@@ -23,15 +23,16 @@ assert "torch" not in sys.modules and "megaflow" not in sys.modules
 """
 
 
-def test_one_step_text_of_any_number_of_texts(trained, tmp_path):
-    run = trained("char", "flow_map")
+@pytest.mark.parametrize("kind, length, dim", [("char", 32, 27), ("coded", 16, 64)])
+def test_one_step_text_of_any_number_of_texts(trained, tmp_path, kind, length, dim):
+    run = trained(kind, "flow_map")
     (told,) = convert(run, tmp_path / "out", to="onnx")
     assert told.startswith(f"{tmp_path / 'out' / 'map.onnx'}: ") and told.endswith(
-        "noise (texts, 32, 27) -> tokens (texts, 32); 100.0% of 128 tokens are those of transformers"
+        f"noise (texts, {length}, {dim}) -> tokens (texts, {length}); 100.0% of {4 * length} tokens are those of transformers"
     )
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["map.onnx", "tokenizer.json"]
     for count in (1, 5):
-        noise = torch.stack([torch.randn(32, 27, generator=random.generator(7, "initial noise", place)) for place in range(count)])
+        noise = torch.stack([torch.randn(length, dim, generator=random.generator(7, "initial noise", place)) for place in range(count)])
         np.save(tmp_path / "noise.npy", noise.numpy())
         words = [sys.executable, "-I", "-c", RUN, tmp_path / "out" / "map.onnx", tmp_path / "noise.npy"]
         done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)

@@ -42,8 +42,7 @@ def card(source: Source, name: str, about: dict[str, Any], group: str) -> str:
         "",
     ]
     lines += [KINDS[source.kind], "", "## Use", "", *_code(source.kind), ""]
-    but = ", but for the balance of one-step text, which is found anew" if source.kind == "flow_map" else ""
-    lines += [f"Texts have {manifest['length']} tokens. The same seed gives the same texts, those of `megaflow sample`{but}.", ""]
+    lines += [f"Texts have {manifest['length']} tokens. The same seed gives the same texts, those of `megaflow sample`.", ""]
     lines += ["## Made of", "", "| | |", "|---|---|"]
     rows = {
         "network": f"{count:,} weights: {layers} layers of {about['hidden_size']}, {heads} heads",

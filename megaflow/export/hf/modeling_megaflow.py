@@ -270,6 +270,12 @@ class MegaFlowModel(PreTrainedModel):
             self._keep_in_fp32_modules = self._keep_in_fp32_modules_strict = ["fixed"]
         self.table_scale = math.sqrt(hidden) / 0.1 if config.tied else 1.0
 
+    @classmethod
+    def from_pretrained(cls, *words: Any, **named: Any) -> Any:
+        found = super().from_pretrained(*words, **named)
+        (found[0] if isinstance(found, tuple) else found).fixed.requires_grad_(False)  # as they were, before they were loaded
+        return found
+
     def _init_weights(self, module: nn.Module) -> None:
         """All weights come from the files."""
 

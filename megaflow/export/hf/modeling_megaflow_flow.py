@@ -10,7 +10,6 @@ from torch.nn import functional as F
 from transformers.modeling_outputs import CausalLMOutput
 
 from .modeling_megaflow import (
-    BATCH,
     CONDITION,
     MegaFlowConfig,
     MegaFlowModel,
@@ -25,7 +24,7 @@ from .modeling_megaflow import (
 )
 
 CHUNK = 2**21  # logits that are held at once
-CANDIDATES, ROUNDS, BALANCE_TOKENS = 32, 100, 2**14
+CANDIDATES = 32
 
 
 class FlowModel(MegaFlowModel):
@@ -52,7 +51,6 @@ class FlowModel(MegaFlowModel):
         self.registers = nn.Parameter(torch.empty(config.registers, d)) if config.registers else None
         self.map_time = TimeEmbedding(self.path, config.span) if config.map_reads else None
         self.trunk = Trunk(config, timed)
-        self.offsets: Tensor | None = None
         self.whole = False
         self.post_init()
 
@@ -179,6 +177,8 @@ class FlowModel(MegaFlowModel):
         if method == "flow_map" and steps > 1 and last is None:
             last = 0.5  # more steps refine the way to the middle of the clock
         balanced = self.is_map and steps == 1 and method in ("flow_map", "stochastic") and not given
+        if balanced and "balance" not in self.config.fixed:
+            raise ValueError("this map has no balance for one-step text, it was larger than memory when it was converted: use num_steps=2")
         return {"steps": steps, "method": method, "gamma": gamma, "last": last, "balanced": balanced}
 
     def grid(self, steps: int, last: float | None) -> Tensor:
@@ -231,7 +231,7 @@ class FlowModel(MegaFlowModel):
         balanced: bool,
     ) -> tuple[Tensor, Tensor | None]:
         known, given = template or (None, None)
-        offsets = self.balance() if balanced else None
+        offsets = self.fixed.balance if balanced else None
         times, path, said = self.grid(steps, last), self.path, None
         clean = None if known is None else self.codes(known)
         y = self.noise(places, seed, "initial noise")
@@ -307,30 +307,6 @@ class FlowModel(MegaFlowModel):
         hidden, level = self.hidden(y, start, end, lengths, said).flatten(0, 1), self.of_tokens(self.path.level(start), y)
         for some in zip(*self.parts(hidden, y.flatten(0, 1), level), strict=True):
             yield self.logits(*some)
-
-    def balance(self) -> Tensor:
-        """Offsets (V,) by which one-step text has each token as often as training text has: the dual of an assignment, found once on
-        noise of its own."""
-        if self.offsets is not None:
-            return self.offsets
-        length, vocab, law = self.config.max_position_embeddings, self.config.vocab_size, self.fixed.log_prior.exp()
-        total, found = -(-max(BALANCE_TOKENS, 4 * vocab) // length), []
-        for first in range(0, total, BATCH):
-            places = list(range(first, min(first + BATCH, total)))
-            lengths, y = self.drawn_lengths(places, 0, 0), self.noise(places, 0, "balance noise")
-            zero = torch.zeros(len(y), dtype=torch.float64, device=y.device)
-            tops = [z.topk(min(CANDIDATES, vocab)) for z in self.all_logits(y, zero, zero + 1.0, lengths)]
-            here = torch.ones(y.shape[:2], dtype=torch.bool, device=y.device)
-            here = here if lengths is None else torch.arange(length, device=y.device) < lengths[:, None]
-            found.append([torch.cat(column)[here.flatten()] for column in zip(*tops, strict=True)])
-        logits, ids = (torch.cat(column) for column in zip(*found, strict=True))
-        due, candidate = law * len(ids), torch.zeros_like(law).index_fill_(0, ids.flatten(), 1.0)
-        offsets = torch.zeros_like(law)
-        for step in range(ROUNDS):
-            written = torch.bincount(choose(logits, ids, offsets), minlength=vocab).to(law)
-            offsets += candidate * ((due + 0.5) / (written + 0.5)).log() / (2.0 + step / 10.0)
-        self.offsets = candidate * (offsets - (candidate * law * offsets).sum() / (candidate * law).sum())
-        return self.offsets
 
 
 def choose(logits: Tensor, ids: Tensor, offsets: Tensor) -> Tensor:

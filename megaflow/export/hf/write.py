@@ -24,21 +24,22 @@ ALLOWED = 1e-5
 """Root mean square by which logits of transformers may differ from the run's, over their spread: another order of the same sums in fp32."""
 
 
-def fixed(source: Source, group: str) -> dict[str, Tensor]:
-    """The fixed tensors of a run's network with the weights of a group, by their names in the folder."""
-    found, _ = _fixed(source, group)
+def fixed(source: Source, group: str, offsets: Tensor | None) -> dict[str, Tensor]:
+    """The fixed tensors of a run's network with the weights of a group, by their names in the folder. offsets: of one_step.py."""
+    found, _ = _fixed(source, group, offsets)
     return {f"{FIXED}{name}": value for name, value in found.items()}
 
 
-def _fixed(source: Source, group: str) -> tuple[dict[str, Tensor], parts.Parts | None]:
+def _fixed(source: Source, group: str, offsets: Tensor | None) -> tuple[dict[str, Tensor], parts.Parts | None]:
     kept = parts.read(source.run / parts.FILE) if source.is_flow else None
     weight = source.found.read(f"{group}/code_weight") if "code_weight" in source.shapes else None
-    return fields.fixed_tensors(source.loaded.config, source.run / SHARDS, kept, weight)
+    found, kept = fields.fixed_tensors(source.loaded.config, source.run / SHARDS, kept, weight)
+    return found | ({} if offsets is None else {"balance": offsets}), kept
 
 
-def write(source: Source, partial: Path, name: str, group: str, precision: torch.dtype) -> None:
+def write(source: Source, partial: Path, name: str, group: str, offsets: Tensor | None, precision: torch.dtype) -> None:
     """Everything but tensors; the model card is called `name`."""
-    found, own = _fixed(source, group)
+    found, own = _fixed(source, group, offsets)
     clock = (source.found.read("stage/clock_times"), source.found.read("stage/clock_tau")) if source.is_flow else None
     folder, config = source.run / SHARDS, source.loaded.config
     about = fields.described(config, source.kind, precision, folder, found, own, clock)

@@ -107,7 +107,7 @@ class MegaFlow(LM):
         while left:
             ids, given = self.padded([rows[i] for i in left], [begins[i] for i in left])
             self.check_given(bool(given.any()))
-            text = real_text.made(self.run, ids, [len(rows[i]) for i in left], 1.0)
+            text = real_text.made(self.run, ids, [len(rows[i]) for i in left])
             measured = nats(self.run, text, draws, self.seed, given if bool(given.any()) else None, of_lengths)
             if measured["kind"] == "none":
                 raise UserError(f"{self.run.directory}: it has no likelihood ({measured['reason']})")

@@ -157,8 +157,10 @@ def nats(run: Run, held_out: RealText, draws: int, seed: int, given: torch.Tenso
 
 
 def in_other_units(found: dict[str, Any], run: Run, held_out: RealText, given: torch.Tensor | None) -> dict[str, float]:
-    """What is in nats per token as bits per character; the likelihood in bits per byte of UTF-8 and as perplexity besides."""
-    per_character = 1.0 / held_out.characters_of(run, given) / math.log(2.0)
+    """What is in nats per token as bits per character; the likelihood in bits per byte of UTF-8 and as perplexity besides, and how many
+    characters and bytes the tokens have."""
+    characters, size = held_out.size_of(run, given)
+    per_character, per_byte = (found["tokens"] / max(1, count) / math.log(2.0) for count in (characters, size))
     words = {
         "nats_per_token": "bits_per_char",
         "standard_error_nats": "standard_error_bits_per_char",
@@ -166,9 +168,9 @@ def in_other_units(found: dict[str, Any], run: Run, held_out: RealText, given: t
         "unigram_nats_per_token": "unigram_bits_per_char",
     }
     others = {word: found[name] * per_character for name, word in words.items() if name in found}
-    others["bits_per_byte"] = found["nats_per_token"] / held_out.bytes_of(run, given) / math.log(2.0)
+    others["bits_per_byte"] = found["nats_per_token"] * per_byte
     others["perplexity_per_token"] = math.exp(min(found["nats_per_token"], 700.0))
-    return others
+    return others | {"characters": characters, "bytes": size}
 
 
 def exact(

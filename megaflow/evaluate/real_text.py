@@ -23,8 +23,6 @@ class RealText:
     ids: Tensor
     rows: list[list[int]]
     texts: list[str]
-    characters_per_token: float
-    """Of the whole split or file, an end token being one character."""
 
     @property
     def lengths(self) -> Tensor | None:
@@ -32,17 +30,9 @@ class RealText:
         counts = torch.tensor([len(row) for row in self.rows])
         return counts if bool((counts < self.ids.shape[1]).any()) else None
 
-    def characters_of(self, run: Run, given: Tensor | None) -> float:
-        """Characters per token of those that are not `given` (R, L), an end token being one; of the whole split where that is None."""
-        if given is None:
-            return self.characters_per_token
-        kept = self.written(given)
-        return size(run, kept)[0] / sum(map(len, kept))
-
-    def bytes_of(self, run: Run, given: Tensor | None) -> float:
-        """Bytes of UTF-8 per token of these rows, of those that are not `given`; an end token has one."""
-        kept = self.rows if given is None else self.written(given)
-        return size(run, kept)[1] / max(1, sum(map(len, kept)))
+    def size_of(self, run: Run, given: Tensor | None) -> tuple[int, int]:
+        """(characters, bytes of UTF-8) of these rows' tokens, of those that are not `given` (R, L); an end token is one of both."""
+        return size(run, self.rows if given is None else self.written(given))
 
     def written(self, given: Tensor) -> list[list[int]]:
         """Of each row the tokens that are not given."""
@@ -71,8 +61,7 @@ def of_split(run: Run, split: str, rows: int) -> RealText:
     """At most so many rows of a split of the run's shards, spread evenly over it."""
     stream = TokenStream(run.config.data.path, split, run.config.run.seed, shuffle=False)
     ids, lengths = stream.rows(spread(len(stream), rows))
-    counts = run.manifest["splits"][split]
-    return made(run, ids, lengths.tolist(), counts["characters"] / counts["tokens"])
+    return made(run, ids, lengths.tolist())
 
 
 def of_file(run: Run, path: str, rows: int) -> tuple[RealText, dict[str, int]]:
@@ -92,9 +81,11 @@ def of_file(run: Run, path: str, rows: int) -> tuple[RealText, dict[str, int]]:
         raise UserError(f"--text {path}: it has {rest} tokens, which fill no row of {config.length}; give a longer text")
     chosen = [packed[place] for place in spread(len(packed), rows).tolist()]
     ids = torch.tensor(np.stack([np.pad(row, (0, config.length - len(row))) for row in chosen])).long()
-    all_rows = [row.tolist() for row in packed]
-    found = made(run, ids, [len(row) for row in chosen], size(run, all_rows)[0] / sum(map(len, all_rows)))
-    return found, {"scored_tokens": sum(map(len, chosen)), "file_tokens": sum(map(len, packed)), "left_out_tokens": rest}
+    return made(run, ids, [len(row) for row in chosen]), {
+        "scored_tokens": sum(map(len, chosen)),
+        "file_tokens": sum(map(len, packed)),
+        "left_out_tokens": rest,
+    }
 
 
 def documents(run: Run, files: list[sources.Source], config: DataConfig) -> list[np.ndarray]:
@@ -131,6 +122,6 @@ def spread(there: int, wanted: int) -> Tensor:
     return torch.linspace(0, there - 1, min(wanted, there)).round().long()
 
 
-def made(run: Run, ids: Tensor, lengths: list[int], characters_per_token: float) -> RealText:
+def made(run: Run, ids: Tensor, lengths: list[int]) -> RealText:
     rows = [row[:length] for row, length in zip(ids.tolist(), lengths, strict=True)]
-    return RealText(ids, rows, [text_of(run, row) for row in rows], characters_per_token)
+    return RealText(ids, rows, [text_of(run, row) for row in rows])

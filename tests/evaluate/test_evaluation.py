@@ -12,11 +12,12 @@ import torch
 
 from megaflow.data.shards import log_length_law
 from megaflow.data.stream import TokenStream
+from megaflow.data.tokenizer import decode, end_id
 from megaflow.evaluate import judge as judges
 from megaflow.evaluate.evaluation import COOLED, evaluate, fitted_judge, judged, table
 from megaflow.evaluate.flow_text import grid_clock
 from megaflow.evaluate.generate import generate
-from megaflow.evaluate.likelihood import likelihood
+from megaflow.evaluate.likelihood import likelihood, nats
 from megaflow.evaluate.loaded import load_run
 from megaflow.evaluate.real_text import of_split
 from megaflow.evaluate.settings import LAST_STEP, Settings, last_step
@@ -87,10 +88,13 @@ class TestEveryRun:
             assert entry["texts"] != result["samples"]["1"]["texts"]
 
     def test_likelihood(self, evaluated, trained, kind, family):
-        """Bits per character follow from nats per token and the split's characters; the unigram entropy is that of the tokens."""
+        """Bits per character follow from nats per token and the characters of these; the unigram entropy is that of the tokens."""
         found, run = evaluated(kind, family)["likelihood"], load_run(trained(kind, family))
-        split = run.manifest["splits"]["validation"]
-        per_character = split["characters"] / split["tokens"] * math.log(2)
+        end = end_id(run.tokenizer)
+        rows = of_split(run, "validation", QUICK["rows"]).rows
+        letters = [decode(run.tokenizer, [token for token in row if token != end]) for row in rows]
+        assert found["characters"] == sum(map(len, letters)) + sum(row.count(end) for row in rows) <= found["bytes"]
+        per_character = found["characters"] / found["tokens"] * math.log(2)
         assert found["bits_per_char"] == pytest.approx(found["nats_per_token"] / per_character, rel=1e-12)
         assert found["unigram_bits_per_char"] == pytest.approx(found["unigram_nats_per_token"] / per_character, rel=1e-12)
         assert found["kind"] == ("exact" if family == "autoregressive" else "bound")
@@ -364,8 +368,11 @@ def test_characters_are_of_the_tokens_that_are_written(trained):
     given[:, ::3] = True
     pieces = [run.tokenizer.decode([t for place, t in enumerate(row) if place % 3]) for row in held_out.rows]
     count = sum(sum(1 for place in range(len(row)) if place % 3) for row in held_out.rows)
-    assert held_out.characters_of(run, given) == pytest.approx(sum(map(len, pieces)) / count)
-    assert held_out.characters_of(run, None) == held_out.characters_per_token != held_out.characters_of(run, given)
+    assert held_out.size_of(run, given) == (sum(map(len, pieces)), sum(len(piece.encode()) for piece in pieces))
+    assert held_out.size_of(run, None)[0] == sum(map(len, held_out.texts)) > held_out.size_of(run, given)[0]
+    found = nats(run, held_out, 2, 0, given)
+    assert (found["tokens"], found["characters"]) == (count, sum(map(len, pieces)))
+    assert found["bits_per_char"] == pytest.approx(found["nats_per_token"] * count / found["characters"] / math.log(2.0))
 
 
 def test_judged_is_the_mean_over_characters_not_over_texts(trained):

@@ -145,7 +145,7 @@ def test_a_continuation_of_a_flow_is_its_conditional_bound(given_run):
     before, rest = model.tokens("And God"), model.tokens("And God said")
     ids = torch.tensor([rest + [0] * (16 - len(rest))])
     given = torch.arange(16)[None] < len(before)
-    wanted = nats(run, made(run, ids, [len(rest)], 1.0), 8, 5, given, of_lengths=False)
+    wanted = nats(run, made(run, ids, [len(rest)]), 8, 5, given, of_lengths=False)
     assert -found == pytest.approx(sum(wanted["rows"]["nats"]), rel=1e-9)
     about = model.get_model_info()
     assert about["megaflow_likelihoods"] == 1 and about["megaflow_draws_most"] == 8

@@ -21,9 +21,9 @@ def test_rows_of_a_split_are_spread_over_it(trained):
     stream = TokenStream(run.config.data.path, "validation", 0, shuffle=False)
     found = real_text.of_split(run, "validation", 3)
     assert torch.equal(found.ids, stream.rows(torch.tensor([0, round((len(stream) - 1) / 2), len(stream) - 1]))[0])
-    assert found.lengths is None and found.characters_of(run, None) == found.characters_per_token
+    assert found.lengths is None
     tokens = [token for row in found.rows for token in row]
-    assert found.bytes_of(run, None) == pytest.approx(len(decode(run.tokenizer, tokens)) / len(tokens))  # the King James Bible is ASCII
+    assert found.size_of(run, None) == (len(decode(run.tokenizer, tokens)),) * 2  # the King James Bible is ASCII
 
 
 def test_a_file_that_is_packed_end_to_end_decodes_to_its_documents(trained, texts):
@@ -37,13 +37,10 @@ def test_a_file_that_is_packed_end_to_end_decodes_to_its_documents(trained, text
     tokens = [token for row in found.rows for token in row]
     assert whole.startswith(decode(run.tokenizer, tokens)) and counts["left_out_tokens"] < 16
     assert counts["file_tokens"] == counts["scored_tokens"] == len(tokens) == len(found.rows) * 16
-    assert found.characters_per_token == pytest.approx(len(decode(run.tokenizer, tokens)) / len(tokens))
+    assert found.size_of(run, None)[0] == len(decode(run.tokenizer, tokens))
     few, fewer = real_text.of_file(run, str(path), 4)
-    assert (
-        fewer["scored_tokens"] == 64
-        and fewer["file_tokens"] == counts["file_tokens"]
-        and few.characters_per_token == found.characters_per_token
-    )
+    assert fewer["scored_tokens"] == 64 and fewer["file_tokens"] == counts["file_tokens"]
+    assert few.size_of(run, None)[0] == sum(map(len, few.texts))  # of these rows, and not of the file's
 
 
 def test_characters_and_bytes_are_those_of_the_text_wherever_rows_are_cut(trained, tmp_path):
@@ -56,12 +53,12 @@ def test_characters_and_bytes_are_those_of_the_text_wherever_rows_are_cut(traine
     tokens = [token for row in found.rows for token in row]
     scored = run.tokenizer.decode(tokens, skip_special_tokens=False)
     assert text.startswith(scored.rstrip("\ufffd")) and len(text) - len(scored) < 16
-    assert found.characters_per_token * len(tokens) == pytest.approx(len(scored), abs=0.01)
-    assert found.bytes_of(run, None) == pytest.approx(len(scored.encode()) / len(tokens), rel=2e-3)  # its last row may end within one
+    characters, size = found.size_of(run, None)
+    assert characters == len(scored) and size == pytest.approx(len(scored.encode()), abs=3)  # its last row may end within one
     given = torch.zeros(found.ids.shape, dtype=torch.bool)
     given[:, ::2] = True
-    both = found.characters_of(run, given), found.characters_of(run, ~given)
-    assert sum(both) / 2 == pytest.approx(found.characters_per_token)
+    both = found.size_of(run, given), found.size_of(run, ~given)
+    assert [sum(part) for part in zip(*both, strict=True)] == [characters, size]
 
 
 def test_rows_of_single_documents_are_those_that_prepare_makes(trained, texts):
@@ -82,8 +79,8 @@ def test_the_27_letters_of_any_text(trained, tmp_path):
     path = tmp_path / "other.txt"
     path.write_text("Äpfel & 12 Birnen, " * 40)
     found, counts = real_text.of_file(run, str(path), 3)
-    assert found.texts[0].startswith("pfel birnen pfel birnen") and found.bytes_of(run, None) == 1.0
-    assert counts["scored_tokens"] == 96 and found.characters_per_token == 1.0
+    assert found.texts[0].startswith("pfel birnen pfel birnen") and found.size_of(run, None) == (96, 96)
+    assert counts["scored_tokens"] == 96
 
 
 @pytest.mark.parametrize("family", ["flow", "autoregressive"])

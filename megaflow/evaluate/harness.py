@@ -5,16 +5,22 @@ loglikelihood           -log p of a continuation given its context: exact of an 
 loglikelihood_rolling   rows of the network's length, one after the other, as `megaflow evaluate --text` packs a document
 generate_until          the context is given and the rest of a row is filled in, up to the first stop or end token
 
-What the bounds' errors were, and how many draws they took, is in the results' `config` (megaflow_…). Texts are tokenized as in training.
+What the bounds' errors were of each task, and how many draws they took, is in the results' `config` (megaflow_…), and what else a reader
+has to know: contexts that were cut, settings of generation that nothing here heeds. Texts are tokenized as in training.
 This is the only module that needs lm_eval, which calls it: tools/lm_eval_model makes `megaflow` one of the names that it knows.
 """
 
+import difflib
+import logging
 import math
+import sys
 from collections.abc import Sequence
-from typing import Any
+from types import TracebackType
+from typing import Any, NamedTuple
 
 import torch
 from lm_eval.api.model import LM
+from lm_eval.models.utils import normalize_gen_kwargs
 from torch import Tensor
 
 from megaflow.data.tokenizer import decode, end_id
@@ -33,6 +39,29 @@ from megaflow.model.discrete import Discrete
 MOST_DRAWS = 4096
 GREEDY = 1e-6
 """Temperature of an autoregressive network that is to write its likeliest tokens."""
+OPTIONS = {"path": str, "draws": int, "tolerance": float, "seed": int, "steps": int, "temperature": float}
+HEEDED = {"until", "max_gen_toks", "do_sample", "temperature"}
+"""Of a task's generation_kwargs, after lm_eval has given them one name each."""
+
+
+class Took(NamedTuple):
+    """What the bound of a row came at: its error in nats, its tokens, its draws."""
+
+    task: str
+    error: float
+    tokens: int
+    draws: int
+
+
+def told(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """What a person has done wrong is one sentence here too; lm_eval would show where it was raised."""
+    if isinstance(error, UserError):
+        print(f"megaflow: {error}", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = told
 
 
 class MegaFlow(LM):
@@ -53,8 +82,19 @@ class MegaFlow(LM):
         batch_size: Any = None,
         max_batch_size: Any = None,
         device: Any = None,
+        **others: Any,
     ) -> None:
         super().__init__()
+        for name in others:
+            near = difflib.get_close_matches(name, OPTIONS, n=1)
+            hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(OPTIONS)}"
+            raise UserError(f"--model_args: there is no {name}{hint}")
+        given = {"path": path, "draws": draws, "tolerance": tolerance, "seed": seed, "steps": steps, "temperature": temperature}
+        for name, value in given.items():
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if OPTIONS[name] is not str and value is not None and not (number and (OPTIONS[name] is float or isinstance(value, int))):
+                raise UserError(f"--model_args: {name}={value} is no {'whole number' if OPTIONS[name] is int else 'number'}")
+        path = str(path)
         if not path:
             raise UserError("--model_args: path=RUN_OR_FOLDER is missing")
         if draws < 2:
@@ -64,7 +104,8 @@ class MegaFlow(LM):
         self.run = load_run(path)
         self.draws, self.tolerance, self.seed, self.steps, self.temperature = draws, tolerance, seed, steps, temperature
         self.length = self.run.manifest["length"]
-        self.took: list[tuple[float, int, int]] = []  # of every bound its error in nats, its tokens, its draws
+        self.took: list[Took] = []
+        self.cut_contexts, self.unheeded = 0, set[str]()
 
     def tokens(self, text: str) -> list[int]:
         return encoded(self.run.manifest, self.run.tokenizer, text, "lm_eval") if text else []
@@ -86,21 +127,24 @@ class MegaFlow(LM):
                 raise UserError(f"lm_eval: a continuation has {len(rest)} tokens, and the network's rows {self.length}")
             rows.append(whole[-self.length :])  # of a context that is too long, its end
             begins.append(len(rows[-1]) - len(rest))
-        found = self.nats(rows, begins, of_lengths=False)
+            self.cut_contexts += len(whole) > self.length
+        found = self.nats(rows, begins, [request.task_name or "" for request in requests], of_lengths=False)
         return list(zip([-each for each in found], self.likeliest(rows, begins), strict=True))
 
     def loglikelihood_rolling(self, requests: list) -> list[float]:
-        rows, of = [], []
+        rows, of, end = [], [], end_id(self.run.tokenizer)
+        closing = [end] if self.run.manifest["packing"] == "document" and end is not None else []  # no row of training is without
         for number, (text,) in enumerate(request.args for request in requests):
-            ids = self.tokens(text)
+            ids = self.tokens(text) + closing
             rows += [ids[start : start + self.length] for start in range(0, len(ids), self.length)]
             of += [number] * -(-len(ids) // self.length)
         sums = [0.0] * len(requests)
-        for number, each in zip(of, self.nats(rows, [0] * len(rows), of_lengths=True), strict=True):
+        tasks = [requests[number].task_name or "" for number in of]
+        for number, each in zip(of, self.nats(rows, [0] * len(rows), tasks, of_lengths=True), strict=True):
             sums[number] -= each
         return sums
 
-    def nats(self, rows: list[list[int]], begins: list[int], of_lengths: bool) -> list[float]:
+    def nats(self, rows: list[list[int]], begins: list[int], tasks: list[str], of_lengths: bool) -> list[float]:
         """-log p of each row from where it begins, given what is before; with more and more draws where the error is too large."""
         found = [0.0] * len(rows)
         left, draws = list(range(len(rows))), self.draws
@@ -118,7 +162,7 @@ class MegaFlow(LM):
                     again.append(i)
                 else:
                     found[i] = value
-                    self.took.append((error, count, draws))
+                    self.took.append(Took(tasks[i], error, count, draws))
             left, draws = again, min(2 * draws, MOST_DRAWS)
         return found
 
@@ -176,22 +220,34 @@ class MegaFlow(LM):
 
     def generate_until(self, requests: list) -> list[str]:
         texts = []
-        for number, (context, how) in enumerate(request.args for request in requests):
-            until = how.get("until") or []
-            until = [until] if isinstance(until, str) else until
-            room = min(int(how.get("max_gen_toks") or self.length // 2), self.length - 1)
-            before = self.tokens(context)[-(self.length - room) :]
+        for number, (context, asked_for) in enumerate(request.args for request in requests):
+            how: dict[str, Any] = {**normalize_gen_kwargs(asked_for, self.length // 2)}
+            self.heed(how)
+            room = how["max_gen_toks"]
+            if not 0 < room < self.length:
+                rows = f"a row of {self.run.directory} has {self.length} tokens, for the context and what is written"
+                raise UserError(f"lm_eval: max_gen_toks={room}: {rows}; give fewer, --gen_kwargs max_gen_toks={self.length // 2}")
+            whole = self.tokens(context)
+            before = whole[-(self.length - room) :]
+            self.cut_contexts += len(before) < len(whole)
             ids, given = self.padded([before], [len(before)])
             self.check_given(bool(before))
             asked = Settings(self.steps, temperature=self.warmth(how), seed=self.seed + number)  # `repeats` asks for the same several times
             settings = resolved(self.run, asked)
             (row,) = generate(self.run, 1, settings, Template(ids, given) if before else None)
-            texts.append(self.cut(row[len(before) :][:room], until))
+            texts.append(self.cut(row[len(before) :][:room], how["until"]))
         return texts
 
+    def heed(self, how: dict[str, Any]) -> None:
+        """Note, and say once, what a task asks for that no sampler here has."""
+        for name in sorted(how.keys() - HEEDED - self.unheeded):
+            self.unheeded.add(name)
+            said = f"generation_kwargs {name}={how[name]!r} is not heeded; {', '.join(sorted(HEEDED))} are"
+            logging.getLogger(__name__).warning(said)
+
     def warmth(self, how: dict[str, Any]) -> float:
-        asked = how.get("temperature") if how.get("do_sample") else None
-        if asked:
+        """Of a request that draws its own temperature, else that of model_args, else what writes the likeliest."""
+        if how["do_sample"] and (asked := how.get("temperature", self.temperature or 1.0)) > 0.0:
             return float(asked)
         return self.temperature or (GREEDY if self.run.kind == "autoregressive" else 1.0)
 
@@ -204,10 +260,21 @@ class MegaFlow(LM):
     def get_model_info(self) -> dict[str, Any]:
         """For the results' `config`: what was measured, by how many draws, and with what error."""
         run = self.run
-        found = {"path": str(run.directory), "kind": run.kind, "step": run.step, "weights": run.weights, "seed": self.seed}
+        found: dict[str, Any] = {"path": str(run.directory), "kind": run.kind, "step": run.step, "weights": run.weights, "seed": self.seed}
+        found |= {"contexts_cut": self.cut_contexts, "not_heeded": sorted(self.unheeded)}
         if self.took and run.kind != "autoregressive":
-            errors, tokens, draws = zip(*self.took, strict=True)
-            found |= {"likelihoods": len(errors), "draws": sum(draws) / len(draws), "draws_most": max(draws)}
-            found["standard_error_nats_per_token"] = math.sqrt(sum(error**2 for error in errors)) / sum(tokens)
-            found["standard_error_nats_most"] = max(errors)
+            names = dict.fromkeys(each.task for each in self.took)
+            found["bounds"] = {name: summed([each for each in self.took if each.task == name]) for name in names}
         return {f"megaflow_{key}": value for key, value in found.items()}
+
+
+def summed(took: Sequence[Took]) -> dict[str, float]:
+    """Of a task's bounds: how many, their draws, and the error of their sum, and of the worst."""
+    draws, errors = [each.draws for each in took], [each.error for each in took]
+    return {
+        "likelihoods": len(took),
+        "draws": sum(draws) / len(draws),
+        "draws_most": max(draws),
+        "standard_error_nats_per_token": math.sqrt(sum(error**2 for error in errors)) / sum(each.tokens for each in took),
+        "standard_error_nats_most": max(errors),
+    }

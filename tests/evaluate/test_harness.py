@@ -75,6 +75,13 @@ def given_run(config, workspace) -> Path:
 
 
 def run_lm_eval(folder: Path, run: Path, tasks: str, more: str = "") -> dict:
+    done = called(folder, run, tasks, more)
+    assert done.returncode == 0, done.stderr
+    (file,) = folder.glob("out*.json")
+    return json.loads(file.read_text())
+
+
+def called(folder: Path, run: Path, tasks: str, more: str = "") -> subprocess.CompletedProcess:
     data = folder / "data"
     data.mkdir(parents=True)
     for name, text in TASKS.items():
@@ -85,10 +92,7 @@ def run_lm_eval(folder: Path, run: Path, tasks: str, more: str = "") -> dict:
     env = os.environ | {"HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     words = ["--model", "megaflow", "--model_args", f"path={run}{more}", "--tasks", tasks, "--include_path", str(folder)]
     command = [Path(sys.executable).with_name("lm_eval"), *words, "--output_path", str(folder / "out.json")]
-    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=folder)
-    assert done.returncode == 0, done.stderr
-    (file,) = folder.glob("out*.json")
-    return json.loads(file.read_text())
+    return subprocess.run(command, capture_output=True, text=True, env=env, cwd=folder)
 
 
 def test_as_its_users_run_it(given_run, tmp_path):
@@ -96,13 +100,23 @@ def test_as_its_users_run_it(given_run, tmp_path):
     assert found["results"]["ending"]["acc,none"] in (0.0, 0.5, 1.0)
     assert 0.5 < found["results"]["rolling"]["bits_per_byte,none"] < 20.0
     config = found["config"]
-    assert config["megaflow_kind"] == "flow" and config["megaflow_draws"] == 4.0 and config["megaflow_likelihoods"] > 4
-    assert 0.0 < config["megaflow_standard_error_nats_per_token"] < 1.0
+    assert config["megaflow_kind"] == "flow" and config["megaflow_not_heeded"] == []
+    bounds = config["megaflow_bounds"]
+    assert {task: each["likelihoods"] for task, each in bounds.items()} == {"ending": 4, "rolling": 6}
+    for each in bounds.values():
+        assert each["draws"] == each["draws_most"] == 4 and 0.0 < each["standard_error_nats_per_token"] < 1.0
 
 
-@pytest.mark.parametrize("kind, family", [("coded", "flow"), ("documents", "autoregressive")])
+def test_what_is_wrong_is_one_sentence(given_run, tmp_path):
+    done = called(tmp_path, given_run, "ending", ",draw=4")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1] == "megaflow: --model_args: there is no draw; did you mean draws?"
+
+
+@pytest.mark.parametrize("kind, family", [("coded", "flow"), ("documents", "flow"), ("documents", "autoregressive")])
 def test_rolling_is_what_evaluate_measures_of_the_same_text(trained, tmp_path, kind, family):
-    """A document whose tokens fill rows: evaluate packs the end token behind them, into a row that is not full and is left out."""
+    """A document whose tokens fill rows: evaluate packs the end token behind them, into a row that is not full and is left out. With
+    packing=document every length has its row, whose end token is scored."""
     run = load_run(trained(kind, family))
     length, text = run.manifest["length"], ""
     model = MegaFlow(path=str(run.directory), draws=4)
@@ -117,11 +131,8 @@ def test_rolling_is_what_evaluate_measures_of_the_same_text(trained, tmp_path, k
     found = evaluate(run.directory, **sizes, out=str(tmp_path / "out.json"), texts=[str(tmp_path / "text.txt")])["texts"]
     (ours,) = model.loglikelihood_rolling([request(text)])
     (theirs,) = found.values()
-    if kind == "coded":
-        assert theirs["scored_tokens"] == len(model.tokens(text))
-        assert -ours == pytest.approx(sum(theirs["rows"]["nats"]), rel=1e-9)
-    else:  # its last row has an end token besides
-        assert 0.0 < sum(theirs["rows"]["nats"]) + ours < 30.0
+    assert theirs["scored_tokens"] == len(model.tokens(text)) + (kind == "documents")
+    assert -ours == pytest.approx(sum(theirs["rows"]["nats"]), rel=1e-9)
 
 
 def test_a_continuation_of_a_baseline_is_its_tokens_cross_entropy(trained):
@@ -147,19 +158,26 @@ def test_a_continuation_of_a_flow_is_its_conditional_bound(given_run):
     given = torch.arange(16)[None] < len(before)
     wanted = nats(run, made(run, ids, [len(rest)]), 8, 5, given, of_lengths=False)
     assert -found == pytest.approx(sum(wanted["rows"]["nats"]), rel=1e-9)
-    about = model.get_model_info()
-    assert about["megaflow_likelihoods"] == 1 and about["megaflow_draws_most"] == 8
-    assert about["megaflow_standard_error_nats_most"] == pytest.approx(wanted["rows"]["errors"][0], rel=1e-9)
+    about = model.get_model_info()["megaflow_bounds"][""]
+    assert about["likelihoods"] == 1 and about["draws_most"] == 8
+    assert about["standard_error_nats_most"] == pytest.approx(wanted["rows"]["errors"][0], rel=1e-9)
 
 
 def test_draws_are_added_until_the_error_is_small_enough(given_run):
     requests = [request("And God", " said"), request("", "In the")]
     once = MegaFlow(path=str(given_run), draws=8)
     once.loglikelihood(requests)
-    tolerance = 0.9 * max(error for error, _, _ in once.took)
+    tolerance = 0.9 * max(each.error for each in once.took)
     more = MegaFlow(path=str(given_run), draws=8, tolerance=tolerance)
     more.loglikelihood(requests)
-    assert all(error <= tolerance or draws == 4096 for error, _, draws in more.took) and max(draws for *_, draws in more.took) > 8
+    assert all(each.error <= tolerance or each.draws == 4096 for each in more.took) and max(each.draws for each in more.took) > 8
+
+
+def test_draws_have_an_end(given_run, monkeypatch):
+    monkeypatch.setattr("megaflow.evaluate.harness.MOST_DRAWS", 24)
+    model = MegaFlow(path=str(given_run), draws=8, tolerance=1e-9)
+    model.loglikelihood([request("And God", " said")])
+    assert [each.draws for each in model.took] == [24]
 
 
 def test_text_is_what_sample_writes(trained, given_run):
@@ -188,6 +206,26 @@ def test_of_a_context_that_is_too_long_its_end_is_kept(trained):
     kept = decode(model.run.tokenizer, model.tokens(long)[-(model.length - 5) :])
     how = {"max_gen_toks": 5}
     assert model.generate_until([request(long, how)]) == model.generate_until([request(kept, how)])
+    assert model.get_model_info()["megaflow_contexts_cut"] == 1
+    model.loglikelihood([request(long, " and"), request("And", " God")])
+    assert model.get_model_info()["megaflow_contexts_cut"] == 2
+
+
+def test_a_task_s_settings_of_generation(trained, caplog):
+    """It draws where it says so, or gives a temperature; what no sampler here has is said and noted."""
+    model = MegaFlow(path=str(trained("documents", "autoregressive")))
+
+    def written(**how: object) -> list[str]:
+        return model.generate_until([request("And God", {"max_gen_toks": 12, **how})] * 2)
+
+    greedy = written()
+    assert greedy[0] == greedy[1] and written(temperature=0.0) == written(do_sample=False, temperature=0.7) == greedy
+    drawn = written(do_sample=True)
+    assert drawn[0] != drawn[1] and written(do_sample=True, temperature=1.0) == written(temperature=1.0) == drawn
+    assert written(max_gen_toks=None, max_new_tokens=12) == greedy
+    assert written(top_p=0.9, top_k=3) == greedy and written(top_p=0.9) == greedy
+    assert model.get_model_info()["megaflow_not_heeded"] == ["top_k", "top_p"]
+    assert caplog.text.count("top_p=0.9 is not heeded; do_sample, max_gen_toks, temperature, until are") == 1
 
 
 def test_a_token_may_reach_over_where_the_continuation_begins(trained):
@@ -217,6 +255,11 @@ class TestRefused:
             ({}, "path=RUN_OR_FOLDER is missing"),
             ({"path": "x", "draws": 1}, "draws=1 has no error"),
             ({"path": "x", "temperature": 0}, "temperature: 0 is not a finite number above 0"),
+            ({"path": "x", "draws": "abc"}, "draws=abc is no whole number"),
+            ({"path": "x", "steps": 1.5}, "steps=1.5 is no whole number"),
+            ({"path": "x", "tolerance": True}, "tolerance=True is no number"),
+            ({"path": "x", "stps": 1}, "there is no stps; did you mean steps?"),
+            ({"path": "/no/such"}, "/no/such: no such directory"),
         ],
     )
     def test_arguments(self, words, said):
@@ -226,3 +269,9 @@ class TestRefused:
     def test_what_is_longer_than_a_row(self, trained):
         with pytest.raises(UserError, match="and the network's rows 16"):
             MegaFlow(path=str(trained("coded"))).loglikelihood([request("", "and " * 40)])
+
+    @pytest.mark.parametrize("room", [0, 48, 256])
+    def test_more_text_than_a_row_has(self, trained, room):
+        model = MegaFlow(path=str(trained("documents", "autoregressive")))
+        with pytest.raises(UserError, match=f"max_gen_toks={room}: a row of .* has 48 tokens, .* --gen_kwargs max_gen_toks=24"):
+            model.generate_until([request("And God", {"max_gen_toks": room})])

@@ -250,10 +250,11 @@ def _mauve(result: dict[str, Any]) -> list[list[str]]:
 
 def _repetition(result: dict[str, Any]) -> list[list[str]]:
     fields = ("distinct_2", "repetition_4", "divergence_1", "divergence_2")
-    rows = [["run", "steps", "distinct-2", "repeated-4", "JS-1 bits", "JS-2 bits", "copied of 8", "of 32"]]
+    rows = [["run", "steps", "texts", "distinct-2", "repeated-4", "JS-1 bits", "JS-2 bits", "copied of 8", "of 32"]]
     for entry in side_by_side.repetition_of({run: {"repetition": found} for run, found in result["repetition"].items()}):
         numbers = [*(entry[field] for field in fields), *(entry["copied"][length] for length in ("8", "32"))]
-        rows.append([entry["run"] or "real text", "" if entry["steps"] is None else str(entry["steps"]), *map(_number, numbers)])
+        steps = "" if entry["steps"] is None else str(entry["steps"])
+        rows.append([entry["run"] or "real text", steps, str(entry["texts"]), *map(_number, numbers)])
     return rows
 
 

@@ -34,7 +34,7 @@ from megaflow.evaluate.generate import generate
 from megaflow.evaluate.judge import Judge
 from megaflow.evaluate.likelihood import Ode, by_equation, check_ode, likelihood
 from megaflow.evaluate.loaded import Run, documents, load_run, text_of
-from megaflow.evaluate.real_text import RealText, of_file, of_split
+from megaflow.evaluate.real_text import RealText, of_file, of_split, spread
 from megaflow.evaluate.repetition import Training
 from megaflow.evaluate.settings import LAST_STEP, Settings, check_temperature, last_step
 from megaflow.evaluate.template import Template
@@ -49,7 +49,7 @@ from megaflow.train.context import Contexts
 from megaflow.train.run import read_config, source_digest, versions
 from megaflow.train.stages import check_same_shards
 
-MEASURES = 5
+MEASURES = 6
 """What an evaluation holds; one of another number is measured anew."""
 JUDGE_CHARACTERS = 8_000_000
 """The judge is fitted to at most this many characters of the training split, from its beginning."""
@@ -360,8 +360,9 @@ def written(
         plan += [("even", n, temperature) for n in counts if n and 2 < n <= EVEN_STEPS]  # two steps are even
         plan += [("unbalanced", n, temperature) for n in counts if n == 1]
     found: dict[str, Any] = {"samples": {}, "cooled": {}, "even": {}, "unbalanced": {}}
-    half = len(held_out.rows) // 2  # real text is compared with other real text
-    found["repetition"] = {"data": repetition.measured(held_out.rows[:half], held_out.rows[half:], training)}
+    half = len(held_out.rows) // 2  # real text is compared with other real text, of as many rows as there are texts
+    real = [held_out.rows[place] for place in spread(half, settings["samples"]).tolist()]
+    found["repetition"] = {"data": repetition.measured(real, held_out.rows[half:], training)}
     template = given_of(run, held_out)
     if run.is_map and 1 in counts:
         run.balance()  # has a progress of its own
@@ -446,8 +447,7 @@ def reference(
     law = (run.network.log_prior if run.parts is None else run.parts.log_prior).double().cpu().exp()
     source = random.generator(seed, "unigram texts")
     drawn = torch.multinomial(law, samples * run.manifest["length"], replacement=True, generator=source).view(samples, -1)
-    spread = np.linspace(0, len(held_out.rows) - 1, min(samples, len(held_out.rows))).round().astype(int)
-    data = judged(run, [held_out.rows[i] for i in spread], judge, held_out.texts, causal)
+    data = judged(run, [held_out.rows[i] for i in spread(len(held_out.rows), samples).tolist()], judge, held_out.texts, causal)
     data["reverse_bits_per_char"] = judges.reverse(judge, of_split(run, "train", samples).texts, held_out.texts)
     return {"data": data, "unigram": judged(run, drawn.tolist(), judge, held_out.texts, causal)}
 
@@ -546,13 +546,16 @@ def table(result: dict[str, Any]) -> str:
         lines.append(f"{name:<34}{bits:>16}{error:>8}{value['entropy']:>14.3f}{spread:>8}{back:>9}{value['distinct']:>6}/{value['count']}")
     for path, about in result.get("judges", {}).items():
         lines += ["", *causal_judge.table(path, about, {name: entry["judges"][path] for name, entry in shown.items()})]
-    lines += ["", f"{'tokens':<34}{'distinct-2':>12}{'repeated-4':>12}{'JS-1 bits':>11}{'JS-2 bits':>11}{'copied of 8':>13}{'of 32':>8}"]
+    lines += [
+        "",
+        f"{'tokens':<34}{'texts':>7}{'distinct-2':>12}{'repeated-4':>12}{'JS-1 bits':>11}{'JS-2 bits':>11}{'copied of 8':>13}{'of 32':>8}",
+    ]
     for name, entry in result["repetition"].items():
         numbers = [entry[key] for key in ("distinct_2", "repetition_4", "divergence_1", "divergence_2")]
         numbers += [entry["copied"][length] for length in ("8", "32")]
-        cells = ("none" if x is None else f"{x:.3f}" for x in numbers)
+        cells = [str(entry["texts"]), *("none" if x is None else f"{x:.3f}" for x in numbers)]
         label = f"{name} steps" if name.isdigit() else name
-        lines.append(f"{label:<34}" + "".join(cell.rjust(width) for cell, width in zip(cells, (12, 12, 11, 11, 13, 8), strict=True)))
+        lines.append(f"{label:<34}" + "".join(cell.rjust(width) for cell, width in zip(cells, (7, 12, 12, 11, 11, 13, 8), strict=True)))
     if "verify" in result:
         lines += ["", *answers.table(result["verify"])]
     if "mauve" in result:

@@ -29,7 +29,11 @@ def judged(rng: np.random.Generator, path: str, name: str, entropy: float | None
 
 def repeated(rng: np.random.Generator) -> dict[str, Any]:
     names = ("distinct_1", "distinct_2", "distinct_3", "repetition_4", "divergence_1", "divergence_2")
-    return {name: float(rng.uniform()) for name in names} | {"copied": {length: float(rng.uniform()) for length in ("8", "16", "32")}}
+    return (
+        {"texts": 24}
+        | {name: float(rng.uniform()) for name in names}
+        | {"copied": {length: float(rng.uniform()) for length in ("8", "16", "32")}}
+    )
 
 
 def likelihood(rng: np.random.Generator, exact: bool) -> dict[str, Any]:

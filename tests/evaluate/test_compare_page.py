@@ -116,8 +116,8 @@ def test_judges_frontiers_mauve_and_repetition_are_those_of_the_evaluations(whol
     assert mauve[2] == ["flow", "4", f"{value:.4f}", "23", "24", "2", "gpt2"]
     assert [row[0] for row in mauve] == ["ar", "flow", "flow", "real text"] and mauve[-1][2] == "0.9876"
     repeated = three["runs/ar"]["repetition"]["autoregressive"]
-    assert page.rows["Repetition"][1][2:8] == [f"{value:.3f}" for key, value in repeated.items() if key != "copied"]
-    assert page.rows["Repetition"][-1][8:] == [f"{value:.3f}" for value in three["runs/ar"]["repetition"]["data"]["copied"].values()]
+    assert page.rows["Repetition"][1][2:9] == ["24", *(f"{value:.3f}" for key, value in repeated.items() if key not in ("texts", "copied"))]
+    assert page.rows["Repetition"][-1][9:] == [f"{value:.3f}" for value in three["runs/ar"]["repetition"]["data"]["copied"].values()]
 
 
 def test_the_equation_has_its_bound_and_its_steps(whole, three):

@@ -14,12 +14,14 @@ from megaflow.data.shards import log_length_law
 from megaflow.data.stream import TokenStream
 from megaflow.data.tokenizer import decode, end_id
 from megaflow.evaluate import judge as judges
+from megaflow.evaluate import repetition
 from megaflow.evaluate.evaluation import COOLED, evaluate, fitted_judge, judged, table
 from megaflow.evaluate.flow_text import grid_clock
 from megaflow.evaluate.generate import generate
 from megaflow.evaluate.likelihood import likelihood, nats
 from megaflow.evaluate.loaded import load_run
 from megaflow.evaluate.real_text import of_split
+from megaflow.evaluate.repetition import Training
 from megaflow.evaluate.settings import LAST_STEP, Settings, last_step
 from megaflow.export import one_step
 from megaflow.train import run as runs
@@ -114,6 +116,19 @@ class TestEveryRun:
         for entry in [*result["samples"].values(), *result["reference"].values()]:
             assert entry["count"] == 6 and 1 <= entry["distinct"] <= 6 and len(entry["texts"]) == 6 and entry["entropy"] >= 0.0
         assert result["reference"]["data"]["judge_bits_per_char"] < result["reference"]["unigram"]["judge_bits_per_char"] - 0.5
+
+    def test_repetition(self, evaluated, trained, kind, family):
+        """Real text is of as many rows as there are texts, and all are compared with the same others."""
+        result, run = evaluated(kind, family), load_run(trained(kind, family))
+        assert {name: entry["texts"] for name, entry in result["repetition"].items()} == dict.fromkeys(["data", *result["samples"]], 6)
+        rows, training = of_split(run, "validation", QUICK["rows"]).rows, Training()
+        real = repetition.measured([rows[place] for place in (0, 2, 4, 7, 9, 11)], rows[12:], training)
+        assert result["repetition"]["data"] | {"copied": {}} == real | {"copied": {}}
+        for name in result["samples"]:
+            count, method = (None, "autoregressive") if name == "autoregressive" else (int(name), "flow_map" if run.is_map else "ode")
+            texts = generate(run, 6, Settings(count, method, last=last_step(method, count)))
+            again = repetition.measured(texts, rows[12:], training)
+            assert result["repetition"][name] | {"copied": {}} == again | {"copied": {}}
 
     def test_reverse(self, evaluated, trained, kind, family):
         """Held-out text under an n-gram of the texts; where they are real ones, not of the text that is read."""

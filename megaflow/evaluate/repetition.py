@@ -20,10 +20,10 @@ FACTOR = 0x9E3779B97F4A7C15
 
 
 def measured(rows: Rows, real: Rows, training: "Training") -> dict[str, Any]:
-    """texts: how many there are. distinct_n: different n-grams of all texts over their number (Li et al. 2016). repetition_4: the share of a text's 4-grams that it
-    has had before, mean over texts (seq-rep-4 of Welleck et al. 2020). divergence_n: Jensen-Shannon divergence of the n-grams of `real`, in
-    bits; it falls with the number of tokens, and real text's own beside it is of as many. copied: of each length, the share of tokens
-    that lie in a run of it, or of more, that the training text has."""
+    """texts: how many there are. distinct_n: different n-grams of all texts over their number (Li et al. 2016). repetition_4: the share of
+    a text's 4-grams that it has had before, mean over texts (seq-rep-4 of Welleck et al. 2020). divergence_n: Jensen-Shannon divergence of
+    the n-grams of `real`, in bits; it falls with the number of tokens, and real text's own beside it is of as many. copied: of each length,
+    the share of tokens that lie in a run of it, or of more, that the training text has."""
     found: dict[str, Any] = {"texts": len(rows)} | {f"distinct_{n}": distinct(rows, n) for n in (1, 2, 3)}
     found["repetition_4"] = repetition(rows, 4)
     found |= {f"divergence_{n}": divergence(rows, real, n) for n in (1, 2)}

@@ -49,6 +49,8 @@ BALANCE = "balance.safetensors"
 FIXED = "fixed."
 """Names of tensors that lie beside the weights for transformers: of code, unigram law and lengths, which megaflow reads elsewhere."""
 CARD = "README.md"
+READ = ("config.yaml", "origin.json", "teacher.json", "config.json", "tokenizer.json")
+"""Other files of a folder that are read, beside tensors and what the shards say of themselves."""
 VERSION = 1
 KINDS = ("flow", "flow_map", "autoregressive", "masked", "uniform")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -111,6 +113,15 @@ def compare(directory: Path, manifest: dict[str, Any]) -> None:
             raise UserError(f"{directory / name}: cannot be read ({error.strerror}); {DAMAGED}") from None
         if not same:
             raise UserError(f"{directory / name}: not the file that was written; {DAMAGED}")
+    unknown(directory, manifest)
+
+
+def unknown(directory: Path, manifest: dict[str, Any]) -> None:
+    """Refuse a file that would be read and that export.json does not name: nothing says what it should be. Raises UserError."""
+    there = [path for path in directory.iterdir() if path.suffix in (".safetensors", ".py") or path.name in (INDEX, *READ)]
+    for path in sorted([*there, *(directory / SHARDS).glob("*")]):
+        if not path.name.startswith(".") and str(path.relative_to(directory)) not in manifest["files"]:
+            raise UserError(f"{path}: {FILE} does not name this file; {DAMAGED}")
 
 
 def made_of(files: dict[str, Any]) -> list[str]:

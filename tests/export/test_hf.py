@@ -177,11 +177,23 @@ class TestGivenTokens:
             ({"num_texts": 0}, "num_texts must be 1 or more, not 0"),
             ({"prompt": [1, 2], "mask": [True]}, r"the mask has the shape \(1,\), and the prompt \(1, 2\)"),
             ({"temperature": 0.0}, "temperature must be a finite number above 0"),
+            ({"num_steps": 2.5}, "num_steps must be a whole number of 1 or more, not 2.5"),
+            ({"lengths": [9]}, "an autoregressive network ends its texts itself and takes no lengths"),
         ],
     )
     def test_what_makes_no_sense_is_refused(self, converted, options, said):
         with pytest.raises(ValueError, match=said):
             opened(converted("documents", "autoregressive")).generate(**options)
+
+    def test_lengths(self, converted):
+        model = opened(converted("documents", "flow"))
+        texts = model.generate(2, num_texts=2, lengths=[9, 5], return_dict_in_generate=True)
+        assert texts.lengths.tolist() == [9, 5] and texts.sequences.shape == (2, 48)
+        for lengths in ([9], [9, 0], [9, 49]):
+            with pytest.raises(ValueError, match="lengths are 2 numbers, one for each text, from 1 to 48"):
+                model.generate(2, num_texts=2, lengths=lengths)
+        with pytest.raises(ValueError, match="all rows of this network have 16 tokens: it takes no lengths"):
+            opened(converted("coded", "flow")).generate(2, lengths=[9])
 
     @pytest.mark.parametrize("kind, family", [("coded", "flow"), ("char", "flow_map")])
     def test_an_option_that_there_is_not(self, converted, kind, family):

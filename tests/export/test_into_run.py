@@ -104,6 +104,16 @@ class TestRefused:
         (folder / "export.json").write_text(json.dumps(about))
         self.refused(folder, r"it names \.\./model.safetensors, which is no file of this folder")
 
+    @pytest.mark.parametrize("name", ["balance.safetensors", "config.yaml", "shards/tokenizer.json", "modeling_megaflow.py"])
+    def test_a_file_that_nothing_was_said_of(self, folder, name):
+        """Nobody could tell whether it is the one that was written; what megaflow does not read may lie there."""
+        about = json.loads((folder / "export.json").read_text())
+        about["files"].pop(name, None)
+        (folder / "export.json").write_text(json.dumps(about))
+        (folder / name).touch()
+        (folder / ".gitattributes").touch()
+        self.refused(folder, f"{name}: export.json does not name this file")
+
     def test_an_index_of_another_place(self, folder):
         index = json.loads((folder / "model.safetensors.index.json").read_text())
         index["weight_map"]["bias"] = "../../model.safetensors"

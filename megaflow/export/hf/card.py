@@ -34,7 +34,6 @@ def card(source: Source, name: str, about: dict[str, Any], group: str) -> str:
     lines = [
         "---",
         "library_name: transformers",
-        "pipeline_tag: text-generation",
         "tags: [megaflow]",
         "---",
         "",

@@ -316,19 +316,19 @@ class MegaFlowModel(PreTrainedModel):
         """
         if not 0.0 < temperature < math.inf:
             raise ValueError(f"temperature must be a finite number above 0, not {temperature}")
-        if num_steps is not None and num_steps < 1:
-            raise ValueError(f"num_steps must be 1 or more, not {num_steps}")
+        if num_steps is not None and not (isinstance(num_steps, int) and num_steps > 0):
+            raise ValueError(f"num_steps must be a whole number of 1 or more, not {num_steps}")
         if num_texts is not None and num_texts < 1:
             raise ValueError(f"num_texts must be 1 or more, not {num_texts}")
         known, given = self.template(prompt, mask, num_texts)
         count = num_texts if num_texts is not None else 1 if known is None else len(known)
-        settings = self.settings(num_steps, given is not None, **options)
+        settings, wanted = self.settings(num_steps, given is not None, **options), self.wanted(lengths, count)
         rows, counts = [], []
         for start in range(0, count, BATCH):
             places = list(range(start, min(start + BATCH, count)))
             some = None if known is None else (known[places], given[places])
             least = 0 if some is None else (torch.arange(1, some[1].shape[1] + 1, device=self.device) * some[1]).max()
-            length = self.drawn_lengths(places, seed, least) if lengths is None else torch.as_tensor(lengths, device=self.device)[places]
+            length = self.drawn_lengths(places, seed, least) if wanted is None else wanted[places]
             ids, length = self.write(places, length, some, temperature=temperature, seed=seed, **settings)
             rows.append(ids)
             counts.append(torch.full((len(ids),), ids.shape[1], device=ids.device) if length is None else length)
@@ -336,6 +336,19 @@ class MegaFlowModel(PreTrainedModel):
         beyond = torch.arange(sequences.shape[1], device=sequences.device) >= counted[:, None]
         sequences = sequences.masked_fill(beyond, self.config.pad_token_id or 0)
         return Texts(sequences, counted) if return_dict_in_generate else sequences
+
+    def wanted(self, lengths: Any, count: int) -> Tensor | None:
+        """(B,) lengths that are asked for. Raises ValueError."""
+        if lengths is None:
+            return None
+        if self.config.kind == "autoregressive":
+            raise ValueError("an autoregressive network ends its texts itself and takes no lengths")
+        if "length_counts" not in self.config.fixed:
+            raise ValueError(f"all rows of this network have {self.config.max_position_embeddings} tokens: it takes no lengths")
+        found, longest = torch.as_tensor(lengths, device=self.device).long(), self.config.max_position_embeddings
+        if found.shape != (count,) or bool(((found < 1) | (found > longest)).any()):
+            raise ValueError(f"lengths are {count} numbers, one for each text, from 1 to {longest}")
+        return found
 
     def template(self, prompt: Tensor | None, mask: Tensor | None, count: int | None) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """(B, L) tokens and which of them are given. Raises ValueError."""

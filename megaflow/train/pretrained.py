@@ -34,14 +34,20 @@ from megaflow.train import tensor_file
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 LEAST_KNOWN = 0.95
 """Share of the vocabulary that the model must know by name."""
+LEFT = {"gpt2": "learned positions and biases of attention", "llama": "MLPs"}
+"""What of a model has no place here."""
 Read = Callable[[str], Tensor]
 
 
-def check(folder: Path, config: Config, shards: Path) -> None:
-    """Refuse a folder that this trunk cannot begin with, before anything is made. Raises UserError."""
+def check(folder: Path, config: Config, shards: Path) -> str:
+    """Refuse a folder that this trunk cannot begin with, before anything is made. Returns what it begins with. Raises UserError."""
     about, _ = opened(folder)
     check_shapes(about, config, folder)
-    matched(folder, shards)
+    rows = matched(folder, shards)
+    known = sum(row is not None for row in rows)
+    taken = f"{config.model.layers} of {about['layers']} layers and {known:,} of {len(rows):,} tokens of {about['kind']} in {folder}"
+    said = f"begins with {taken}, without its {LEFT[about['kind']]}"
+    return f"{said}; its attention is turned by {about['turned']}, and ours by a base of 10,000" if about.get("turned") else said
 
 
 @torch.no_grad()
@@ -121,7 +127,16 @@ def llama(said: dict[str, Any]) -> dict[str, Any]:
         "tied": bool(said.get("tie_word_embeddings", False)),
         "tables": ("embed_tokens.weight", "lm_head.weight"),
         "first": said.get("bos_token_id"),
+        "turned": turned(said),
     }
+
+
+def turned(said: dict[str, Any]) -> str:
+    """Rotary angles that are not those of our trunk, as config.json says them, in the words of any version; else empty."""
+    rope = said.get("rope_parameters") or said.get("rope_scaling") or {}
+    base, way = float(said.get("rope_theta") or rope.get("rope_theta") or 10_000.0), rope.get("rope_type") or rope.get("type") or "default"
+    found = ([f"rope_theta={base:g}"] if base != 10_000.0 else []) + ([f"rope_type={way}"] if way != "default" else [])
+    return " and ".join(found)
 
 
 SHAPES = {"gpt2": gpt2, "llama": llama}

@@ -103,7 +103,9 @@ def _train(loaded: Loaded, kind: str, began: float) -> int:
         if loaded.config.parallel.compile:
             compiles(mesh.device, directory)
         if kind == "pretrain" and model.start and not checkpoints.steps(directory):
-            pretrained.check(Path(model.start), loaded.config, Path(loaded.config.data.path))
+            said = pretrained.check(Path(model.start), loaded.config, Path(loaded.config.data.path))
+            if mesh.first:
+                print(f"{directory}: {said}", file=sys.stderr)
         fresh = first_parts(loaded) if kind == "pretrain" and mesh.first else None
         again = any(meshes.exchanged(mesh, meshes.restarted()))
         held = lock(directory, LOCK_PATIENCE if again else 0.0) if mesh.first else None

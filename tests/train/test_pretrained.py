@@ -124,15 +124,37 @@ def load_of(config: Config, layers: int) -> Config:
 
 
 @pytest.mark.parametrize("family", ["flow", "autoregressive"])
-def test_a_run_begins_with_them(folders, config, tmp_path, family):
+def test_a_run_begins_with_them(folders, config, tmp_path, family, capsys):
     place, models = folders
     few = ["train.steps=1", "train.validate_every=1", "train.validation_rows=8", "optim.learning_rate=1e-9", "optim.weight_decay=0"]
     words = [f"run.dir={tmp_path / 'run'}", f"model.start={place / 'gpt2'}", *SIZES, f"model.family={family}", *few]
     assert stages.pretrain(str(config("coded")), words) == 0
+    told = f"begins with 2 of 3 layers and 300 of 300 tokens of gpt2 in {place / 'gpt2'}, without its learned positions and biases"
+    assert f"{tmp_path / 'run'}: {told} of attention\n" in capsys.readouterr().err
     found = checkpoints.newest(tmp_path / "run")
     wanted = models["gpt2"].transformer.h[0].attn.c_attn.weight.T
     torch.testing.assert_close(found.read("weights/trunk.blocks.0.qkv.weight"), wanted.detach(), rtol=0.0, atol=1e-6)
     torch.testing.assert_close(found.read("weights/weight"), models["gpt2"].transformer.wte.weight.detach(), rtol=0.0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "more, said",
+    [
+        ({}, ""),
+        ({"rope_theta": 10000.0, "rope_scaling": None}, ""),
+        ({"rope_theta": 500000.0}, "rope_theta=500000"),
+        ({"rope_theta": None, "rope_parameters": {"rope_theta": 5e5, "rope_type": "llama3"}}, "rope_theta=500000 and rope_type=llama3"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type=linear"),
+    ],
+)
+def test_other_rotary_angles_are_said(folders, config, shards, tmp_path, more, said):
+    folder = shutil.copytree(folders[0] / "llama", tmp_path / "llama")
+    about = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({key: about[key] for key in about if not key.startswith("rope_")} | more))
+    _, loaded = network_of(config, shards, "model.qk_norm=false")
+    told = pretrained.check(folder, loaded, shards("coded"))
+    assert told.startswith("begins with 2 of 2 layers and 300 of 300 tokens of llama") and "without its MLPs" in told
+    assert ("attention is turned by" in told) == bool(said) and said in told
 
 
 class TestRefused:

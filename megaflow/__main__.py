@@ -1,15 +1,14 @@
 """The command line: `megaflow` and `python -m megaflow` are this file. Every command's code is imported when it is called."""
 
 import argparse
-import contextlib
-import io
+import difflib
 import json
 import os
 import shlex
 import signal
 import sys
 import time
-from typing import Any
+from typing import Any, NoReturn
 
 from megaflow import __version__, process
 from megaflow.errors import UserError
@@ -19,16 +18,41 @@ exit codes: 0 done; 1 failed; 2 bad input, or a disk that refuses: one sentence 
 75 stopped by SIGTERM or SIGUSR1 after saving, the same command continues; 130 interrupted by Ctrl-C"""
 
 
+PLACES = ("CONFIG", "DIR", "FILE", "FOLDER", "OUT", "PATH", "RUN", "SWEEP")
+"""Arguments that are files or folders."""
+
+
+def place(text: str) -> str:
+    """A path, which an empty variable of a script is not: it would be this folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the name is empty; give a file or folder, . for this one")
+    return text
+
+
 class Exact(argparse.ArgumentParser):
-    """Options by their whole names: what is repeated by a job later is to mean the same then."""
+    """Options by their whole names: what is repeated by a job later is to mean the same then. What is wrong is a UserError."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings | {"allow_abbrev": False})
 
+    def add_argument(self, *names: Any, **settings: Any) -> argparse.Action:
+        kind = {"type": place} if settings.get("metavar") in PLACES else {}
+        return super().add_argument(*names, **kind | settings)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[argparse.Namespace, list[str]]:  # type: ignore[override]
+        found, rest = super().parse_known_args(args, namespace)
+        if option := next((word.partition("=")[0] for word in rest if word.startswith("-")), ""):
+            near = difflib.get_close_matches(option, self._option_string_actions.keys() - {"--help"}, n=1)
+            self.error(f"there is no option {option}" + (f"; did you mean {near[0]}?" if near else ""))
+        return found, rest
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message.removeprefix('argument ')} ({self.prog} --help lists what there is)")
+
 
 def parser() -> argparse.ArgumentParser:
     """The whole command line; building it imports nothing heavy."""
-    top = argparse.ArgumentParser(
+    top = Exact(
         prog="megaflow",
         description="Pretraining of flow language models, from raw text to one-step text.",
         epilog=EPILOG,
@@ -234,11 +258,12 @@ def main() -> None:
     """Run a command. Bad input is one sentence on stderr and exit code 2, never a traceback."""
     began = time.monotonic() - time.process_time()  # the interpreter's own start is part of what a command takes
     process.print_anything()
-    arguments = parsed()
+    arguments = None
     process.settle()
     if not isinstance(sys.stderr, process.Console):
         sys.stderr = process.Console(sys.stderr)
     try:
+        arguments = parsed()
         code = run(arguments, began)
     except UserError as error:
         process.let_the_first_speak(code=2)
@@ -246,7 +271,7 @@ def main() -> None:
         code = 2
     except KeyboardInterrupt as error:
         kept = "what is finished"
-        if arguments.command in ("pretrain", "distill"):
+        if arguments is not None and arguments.command in ("pretrain", "distill"):
             kept = "the last checkpoint, if there is one (SIGTERM and SIGUSR1 save before they stop)"
         print(f"megaflow: {str(error) or f'interrupted; the same command goes on from {kept}'}", file=sys.stderr)
         code = 130
@@ -403,12 +428,10 @@ def run(arguments: argparse.Namespace, began: float) -> int:
 
 def check_words(words: list[str]) -> None:
     """Refuse the words of a later evaluate or convert that it would itself refuse before it reads anything. Raises UserError."""
-    said = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
-            arguments = parser().parse_args(words)
-    except SystemExit:
-        raise UserError(f"{shlex.join(words)}: {said.getvalue().strip().rpartition('error: ')[2]}") from None
+        arguments = parser().parse_args(words)
+    except UserError as error:
+        raise UserError(f"{shlex.join(words)}: {error}") from None
     if arguments.command == "evaluate":
         from megaflow.evaluate import answers, evaluation
 

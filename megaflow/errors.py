@@ -17,3 +17,14 @@ def naming(path: Path) -> Iterator[None]:
     except OSError as error:
         error.filename = error.filename or str(path)
         raise
+
+
+def reason(error: BaseException) -> str:
+    """Why something cannot be read, in words that are not Python's; of a file that cannot, its name."""
+    if isinstance(error, OSError):
+        return ": ".join([*([Path(error.filename).name] if error.filename else []), error.strerror or str(error)])
+    if isinstance(error, KeyError):
+        return f"it has no {', '.join(map(str, error.args))}"
+    if isinstance(error, (AttributeError, TypeError, RecursionError)):
+        return "its content is of another form"
+    return str(error)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megaflow.errors import UserError, naming
+from megaflow.errors import UserError, naming, reason
 
 TAIL = 2**18
 """Bytes at the end of a file that are read for its last lines."""
@@ -56,7 +56,7 @@ def read_json(path: Path, *needed: str) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); the run directory is damaged, start it afresh elsewhere") from None
+        raise UserError(f"{path}: cannot be read ({reason(error)}); the run directory is damaged, start it afresh elsewhere") from None
     if not isinstance(found, dict) or (missing := [name for name in needed if name not in found]):
         what = f"lacks {', '.join(missing)}" if isinstance(found, dict) else "is not a JSON object"
         raise UserError(f"{path}: it {what}; the run directory is damaged, start it afresh elsewhere")

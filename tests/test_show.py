@@ -95,3 +95,19 @@ except SystemExit as left:
     def test_every_command_explains_itself(self, cli, command):
         told = cli(command, "--help")
         assert told.code == 0 and told.out.startswith(f"usage: megaflow {command} ") and told.err == ""
+
+    @pytest.mark.parametrize(
+        "words, said",
+        [
+            (["sample", "run", "--stps", "3"], "there is no option --stps; did you mean --steps? (megaflow sample --help"),
+            (["convert", "run", ""], "OUT: the name is empty; give a file or folder, . for this one (megaflow convert --help"),
+            (["evaluate", "run", "--judge", " "], "--judge: the name is empty"),
+            (["sample", "run", "--steps", "x"], "--steps: invalid int value: 'x' (megaflow sample --help"),
+            (["convert", "run"], "the following arguments are required: OUT (megaflow convert --help"),
+            (["evalate"], "COMMAND: invalid choice: 'evalate' (choose from"),
+            (["pretrain", "some.yaml", "--step=3"], "there is no option --step (megaflow pretrain --help"),
+        ],
+    )
+    def test_what_is_wrong_with_words_is_one_sentence(self, cli, words, said):
+        told = cli(*words)
+        assert told.code == 2 and told.out == "" and told.err.startswith(f"megaflow: {said}") and told.err.count("\n") == 1

@@ -21,7 +21,7 @@ import numpy as np
 
 from megaflow.data import formats
 from megaflow.data.tokenizer import TOKENIZER_FILE, character_count
-from megaflow.errors import UserError
+from megaflow.errors import UserError, reason
 from megaflow.progress import Progress
 
 MANIFEST_FILE = "prepared.json"
@@ -221,7 +221,7 @@ def read_description(folder: Path) -> dict[str, Any]:
             if name in manifest["files"] and sha256(folder / name) != manifest["files"][name]["sha256"]:
                 raise ValueError(f"{name} is not what prepare wrote")
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{folder}: cannot tell what the run was trained on ({error}); restore this folder of the run") from None
+        raise UserError(f"{folder}: cannot tell what the run was trained on ({reason(error)}); restore this folder of the run") from None
     return manifest
 
 
@@ -335,5 +335,5 @@ def _read_counts(path: Path) -> np.ndarray:
         if not isinstance(found, np.ndarray) or found.ndim != 1 or found.dtype != np.int64:
             raise ValueError("not a row of counts")
     except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); restore this file") from None
+        raise UserError(f"{path}: cannot be read ({reason(error)}); restore this file") from None
     return found

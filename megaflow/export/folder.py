@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from megaflow.config.schema import Config
 from megaflow.data.shards import unigram_counts
-from megaflow.errors import UserError
+from megaflow.errors import UserError, reason
 from megaflow.flow.clock import Clock
 from megaflow.model import build, parts
 from megaflow.model.build import Baseline
@@ -97,7 +97,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         if any(not {"bytes", "sha256"} <= entry.keys() for entry in found["files"].values()):
             raise ValueError("it lacks hashes")
     except (OSError, AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise UserError(f"{directory / FILE}: not what megaflow convert writes ({error}); {DAMAGED}") from None
+        raise UserError(f"{directory / FILE}: not what megaflow convert writes ({reason(error)}); {DAMAGED}") from None
     return found
 
 
@@ -152,7 +152,7 @@ def _all(file: Path) -> dict[str, Tensor]:
     try:
         return {name: tensor_file.read(file, entry, boxes.full(entry.shape)) for name, entry in tensor_file.entries(file).items()}
     except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read ({error}); {DAMAGED}") from None
+        raise UserError(f"{file}: cannot be read ({reason(error)}); {DAMAGED}") from None
 
 
 def tensors(directory: Path) -> tuple[dict[str, tuple[int, ...]], Callable[[str], Tensor]]:
@@ -162,14 +162,14 @@ def tensors(directory: Path) -> tuple[dict[str, tuple[int, ...]], Callable[[str]
         entries = {file: tensor_file.entries(directory / file) for file in set(place.values())}
         found = {name: entries[file][name] for name, file in place.items()}
     except (OSError, KeyError, ValueError) as error:
-        raise UserError(f"{directory}: its weights cannot be read ({error}); {DAMAGED}") from None
+        raise UserError(f"{directory}: its weights cannot be read ({reason(error)}); {DAMAGED}") from None
 
     def read(name: str) -> Tensor:
         file, entry = directory / place[name], found[name]
         try:
             return tensor_file.read(file, entry, boxes.full(entry.shape))
         except (OSError, ValueError) as error:
-            raise UserError(f"{file}: {name} cannot be read ({error}); {DAMAGED}") from None
+            raise UserError(f"{file}: {name} cannot be read ({reason(error)}); {DAMAGED}") from None
 
     return {name: entry.shape for name, entry in found.items()}, read
 
@@ -184,7 +184,7 @@ def _places(directory: Path) -> dict[str, str]:
             raise ValueError("it names files of other folders")
         return {name: file for name, file in found.items() if not name.startswith(FIXED)}
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{INDEX}: {error}") from None
+        raise ValueError(f"{INDEX}: {reason(error)}") from None
 
 
 def build_network(directory: Path, config: Config, is_map: bool, device: torch.device) -> tuple[TextDiT, Parts] | tuple[Baseline, None]:

@@ -7,7 +7,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from megaflow.errors import UserError
+from megaflow.errors import UserError, reason
 from megaflow.files import lines, read_if_whole
 from megaflow.sweep import points
 from megaflow.sweep.design import JUDGED, SAMPLED, TEACHER, Sweep, judges_of, written
@@ -54,7 +54,7 @@ def gathered(folder: Path, file: Path) -> dict[str, Any]:
         content = json.loads(file.read_text("utf-8"))
         members = content["members"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file}: cannot be read ({error}); run the sweep again, which writes it anew") from None
+        raise UserError(f"{file}: cannot be read ({reason(error)}); run the sweep again, which writes it anew") from None
     chosen = [member for member in members if TEACHER not in member["labels"]]
     overrides = {axis: {label: stringed(values) for label, values in labels.items()} for axis, labels in content["overrides"].items()}
     base = content["base"] if os.path.isabs(content["base"]) else os.path.relpath(os.path.realpath(folder / content["base"]))

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from megaflow.config.schema import Config
 from megaflow.data.tokenizer import TOKENIZER_FILE, load_tokenizer
-from megaflow.errors import UserError
+from megaflow.errors import UserError, reason
 from megaflow.model.autoregressive import Autoregressive
 from megaflow.model.build import Baseline
 from megaflow.model.text_dit import TextDiT
@@ -72,7 +72,7 @@ def opened(folder: Path) -> tuple[dict[str, Any], Read]:
         said = json.loads((folder / "config.json").read_text("utf-8"))
         about = SHAPES[said["model_type"]](said)
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"model.start={folder}: config.json cannot be read ({error}); copy the model anew") from None
+        raise UserError(f"model.start={folder}: config.json cannot be read ({reason(error)}); copy the model anew") from None
     except KeyError as error:
         raise UserError(f"model.start={folder}: a model of GPT-2's or Llama's shape is needed; config.json has no {error} of one") from None
     try:
@@ -83,7 +83,8 @@ def opened(folder: Path) -> tuple[dict[str, Any], Read]:
             raise ValueError(f"{INDEX} names files of other folders")
         places = {key: (folder / name, entry) for name in names for key, entry in tensor_file.entries(folder / name).items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"model.start={folder}: its weights cannot be read ({error}); they must be safetensors, copied whole") from None
+        told = f"its weights cannot be read ({reason(error)}); they must be safetensors, copied whole"
+        raise UserError(f"model.start={folder}: {told}") from None
 
     def read(name: str) -> Tensor:
         for prefix in ("", "transformer.", "model."):
@@ -92,7 +93,7 @@ def opened(folder: Path) -> tuple[dict[str, Any], Read]:
                 try:
                     return tensor_file.read(file, entry, boxes.full(entry.shape)).float()
                 except (OSError, ValueError) as error:
-                    raise UserError(f"{file}: {name} cannot be read ({error}); copy the model anew") from None
+                    raise UserError(f"{file}: {name} cannot be read ({reason(error)}); copy the model anew") from None
         raise UserError(f"model.start={folder}: its files have no {name}; copy the model whole")
 
     if about["tied"] or not any(key.endswith("lm_head.weight") for key in places):

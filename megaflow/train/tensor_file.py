@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megaflow.errors import reason
 from megaflow.parallel import boxes
 from megaflow.parallel.boxes import Box
 
@@ -119,7 +120,7 @@ def entries(path: Path) -> dict[str, Entry]:
                 if not 8 + length <= entry.start <= end <= size or end - entry.start != entry.dtype.itemsize * math.prod(entry.shape):
                     raise ValueError(f"the place of {name} is wrong")
         except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
-            raise ValueError(f"{path}: not a safetensors file ({error!r})") from None
+            raise ValueError(f"{path}: not a safetensors file ({reason(error)})") from None
     return found
 
 

@@ -15,7 +15,7 @@ from megaflow.errors import UserError
 
 EPILOG = """a.b=c overrides any key of a config; `megaflow config --keys` lists all keys.
 exit codes: 0 done; 1 failed; 2 bad input, or a disk that refuses: one sentence says what;
-75 stopped by SIGTERM or SIGUSR1 after saving, the same command continues; 130 interrupted by Ctrl-C"""
+75 stopped by SIGTERM or SIGUSR1 after saving, the same command continues; 130 interrupted by Ctrl-C, or by SIGTERM where nothing is saved"""
 
 
 PLACES = ("CONFIG", "DIR", "FILE", "FOLDER", "OUT", "PATH", "RUN", "SWEEP")
@@ -280,7 +280,7 @@ def main() -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(0)
         print(f"megaflow: {error.filename or 'a file'}: {error.strerror or error}; nothing finished is lost", file=sys.stderr)
-        code = 1
+        code = 2
     sys.exit(code)
 
 
@@ -354,7 +354,9 @@ def run(arguments: argparse.Namespace, began: float) -> int:
             "verify": arguments.verify,
             "ode": ode_of(arguments),
         }
-        print(table(evaluate(arguments.run, steps, *sizes, *asked, began=began, **more)))
+        with process.making(os.path.join(arguments.run, "evaluation.json")):
+            found = evaluate(arguments.run, steps, *sizes, *asked, began=began, **more)
+        print(table(found))
         return 0
     if arguments.command == "compare":
         from megaflow.evaluate import compare

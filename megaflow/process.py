@@ -144,7 +144,7 @@ def let_the_first_speak(code: int) -> None:
 
 
 @contextlib.contextmanager
-def making(out: Path) -> Iterator[None]:
+def making(out: str | Path) -> Iterator[None]:
     """Around a block that makes `out` whole or, ended by an exception, removes what it has of it: SIGTERM is one, as Ctrl-C is.
 
     Raises KeyboardInterrupt that says what has become of `out`. Where signals may not be set, in another thread, SIGTERM stays what it is.
@@ -154,7 +154,7 @@ def making(out: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"interrupted; {out} is not made, and nothing of it is left") from None
+        raise KeyboardInterrupt(f"interrupted; {out} is not made, and nothing of it is left; the same command begins anew") from None
     finally:
         if main:
             signal.signal(signal.SIGTERM, before)

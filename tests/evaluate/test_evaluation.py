@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -417,3 +418,11 @@ def test_the_error_of_the_entropy_is_that_of_a_mean_over_texts(trained):
 def test_nothing_of_training_is_touched(trained, evaluated):
     evaluated("coded")
     assert len(runs.read_json(trained("coded") / "run.json")["starts"]) == 1
+
+
+def test_ended_by_a_signal_it_says_that_nothing_is_kept(cli, copied, monkeypatch):
+    run = copied("coded", "flow")
+    monkeypatch.setattr("megaflow.evaluate.evaluation.likelihood", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    told = cli("evaluate", run, *OPTIONS)
+    said = f"megaflow: interrupted; {run / 'evaluation.json'} is not made, and nothing of it is left; the same command begins anew\n"
+    assert told.code == 130 and told.err.endswith(said) and not (run / "evaluation.json").exists()

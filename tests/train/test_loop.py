@@ -663,7 +663,7 @@ class TestRefusals:
 
     def test_a_full_disk_is_named_from_the_first_file_on(self, cli, config, full):
         told = cli("pretrain", config("coded"), f"run.dir={full / 'run'}", "train.steps=2")
-        assert told.code == 1 and told.err == f"megaflow: {full / 'run' / '.lock'}: No space left on device; nothing finished is lost\n"
+        assert told.code == 2 and told.err == f"megaflow: {full / 'run' / '.lock'}: No space left on device; nothing finished is lost\n"
 
 
 def validation_part(path: str, rows: int, tensor: int) -> tuple[list[int], int, float]:

@@ -15,7 +15,7 @@ from megaflow.errors import UserError
 
 EPILOG = """a.b=c overrides any key of a config; `megaflow config --keys` lists all keys.
 exit codes: 0 done; 1 failed; 2 bad input, or a disk that refuses: one sentence says what;
-75 stopped by SIGTERM or SIGUSR1 after saving, the same command continues; 130 interrupted by Ctrl-C, or by SIGTERM where nothing is saved"""
+75 stopped by SIGTERM or SIGUSR1 after saving, the same command continues; 130 by Ctrl-C, or SIGTERM where nothing is saved"""
 
 
 PLACES = ("CONFIG", "DIR", "FILE", "FOLDER", "OUT", "PATH", "RUN", "SWEEP")

@@ -239,12 +239,13 @@ def _frontiers(result: dict[str, Any]) -> list[list[str]]:
 
 
 def _mauve(result: dict[str, Any]) -> list[list[str]]:
-    rows = [["run", "steps", "MAUVE", "texts", "real", "clusters", "states of"]]
+    rows = [["run", "steps", "MAUVE", "+-", "texts", "real", "clusters", "states of"]]
     for run, found in result["mauve"].items():
         for steps, entry in (found["samples"] | {"real text": found["real"]}).items():
             real, texts = entry["texts"]
             clusters = "" if entry["clusters"] is None else str(entry["clusters"])
-            rows.append([run, steps, _number(entry["mauve"], 4), f"{texts:,}", f"{real:,}", clusters, found["judge"]])
+            values = [_number(entry[key], 4) for key in ("mauve", "over_seeds")]
+            rows.append([run, steps, *values, f"{texts:,}", f"{real:,}", clusters, found["judge"]])
     return rows
 
 

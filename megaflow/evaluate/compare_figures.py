@@ -17,6 +17,8 @@ PALETTE = ("#2a7fbf", "#d4622a", "#2e9e78", "#8a5bb0", "#b08a2e", "#c2496e", "#5
 MARKERS = {"o": "●", "s": "■", "^": "▲", "D": "◆", "v": "▼", "P": "✚", "X": "✖", "<": "◀"}
 """Of matplotlib, and as they stand in a legend."""
 GREY = "#8a8a8a"
+DASHES = ("dashed", "dotted", "dashdot", (0, (6, 1, 1, 1, 1, 1)))
+"""Of lines with fresh noise, by gamma."""
 MOST_POINTS = 600
 """Of a sorted curve of rows: more are not seen."""
 HIGHEST = 1e30
@@ -106,19 +108,23 @@ def against_entropy(
     logarithmic: bool = False,
 ) -> str:
     """A judge's value against entropy; `real` and `drawn` (entropy, value) of real text and of tokens drawn one by one. Numbers of steps
-    stand where there is room; texts of another way than the samples are hollow."""
+    stand where there is room, with the gamma of fresh noise where there is one, each with dashes of its own; texts of another way than the
+    samples are hollow."""
     with matplotlib.rc_context(STYLE):
         figure, axes = panel(4.6, 3.4)
         if logarithmic:
             axes.set_yscale("log")
         labels, others = [], []
+        gammas = sorted({line.gamma for line in lines if line.gamma is not None})
         for number, line in enumerate(lines):
             own, x, y = style[line.run], [point[0] for point in line.points], [min(point[1], HIGHEST) for point in line.points]
             fill: Any = "none" if line.way else "full"
-            axes.plot(x, y, color=own.colour, marker=own.marker, markersize=4, linewidth=0.9, fillstyle=fill, alpha=0.9)
+            dashes = DASHES[gammas.index(line.gamma) % len(DASHES)] if line.gamma is not None else "solid"
+            axes.plot(x, y, color=own.colour, marker=own.marker, markersize=4, linewidth=0.9, fillstyle=fill, alpha=0.9, linestyle=dashes)
             others += list(zip(x, y, strict=True))[1:]
             if line.steps is not None and not line.way:
-                labels.append((str(line.steps), (x[0], y[0]), own.colour, number % 2 == 0))
+                text = str(line.steps) if line.gamma is None else f"{line.steps}, γ {line.gamma:g}"
+                labels.append((text, (x[0], y[0]), own.colour, number % 2 == 0))
         if real is not None:
             axes.axvline(real[0], color=INK, linewidth=0.6, linestyle="dotted")
         for star, colour in ((drawn, GREY), (real, INK)):

@@ -2,7 +2,8 @@
 
 Its features are computed here: the last hidden state of a text's last token under the first --judge folder. The package clusters them and
 compares two histograms, in as many clusters as a tenth of the texts: the value depends on the number of texts, on the model of the features
-and on the length of the texts, so that only values of one evaluation compare. Real text against other real text is what can be reached.
+and on the length of the texts, so that only values of one evaluation compare. Real text against other real text is what can be reached. The
+clusters are those of k-means, which begins at random: the value is the mean over its seeds, with their spread beside it.
 """
 
 import importlib.util
@@ -20,6 +21,8 @@ from megaflow.evaluate.real_text import of_split
 
 LEAST = 2
 """Texts on each side that have a histogram at all."""
+SEEDS = 5
+"""Of the clusters."""
 ENOUGH = 1000
 """Below so many texts the value says that of its clusters, and little of the texts."""
 
@@ -35,13 +38,18 @@ def check(judges: list[str]) -> None:
 
 
 def mauve(p: np.ndarray, q: np.ndarray, seed: int) -> dict[str, Any]:
-    """MAUVE of features (N, d) and (M, d) in as many clusters as a tenth of the smaller number, at least two; None of fewer than LEAST."""
+    """MAUVE of features (N, d) and (M, d) in as many clusters as a tenth of the smaller number, at least two; None of fewer than LEAST.
+
+    The mean over SEEDS seeds of the clusters, the first of them `seed`, and their standard deviation.
+    """
     if min(len(p), len(q)) < LEAST:
-        return {"mauve": None, "texts": [len(p), len(q)], "clusters": None}
+        return {"mauve": None, "over_seeds": None, "texts": [len(p), len(q)], "clusters": None}
     import mauve as package
 
-    found = package.compute_mauve(p_features=p, q_features=q, seed=seed, verbose=False)
-    return {"mauve": float(found.mauve), "texts": [len(p), len(q)], "clusters": int(found.num_buckets)}
+    found = [package.compute_mauve(p_features=p, q_features=q, seed=seed + more, verbose=False) for more in range(SEEDS)]
+    values = np.array([float(each.mauve) for each in found])
+    spread = float(values.std(ddof=1))
+    return {"mauve": float(values.mean()), "over_seeds": spread, "texts": [len(p), len(q)], "clusters": int(found[0].num_buckets)}
 
 
 @dataclass(frozen=True)
@@ -68,11 +76,12 @@ class Real:
 
 def table(found: dict[str, Any]) -> list[str]:
     """As a person reads it."""
-    lines = [f"MAUVE             by the last hidden states of {found['judge']}; real: of other real text"]
+    by = f"by the last hidden states of {found['judge']}, over {SEEDS} seeds of its clusters"
+    lines = [f"MAUVE             {by}; real: of other real text"]
     for name, entry in (found["samples"] | {"real": found["real"]}).items():
         label = f"{name} steps" if name.isdigit() else name
-        value = "none" if entry["mauve"] is None else f"{entry['mauve']:.4f}"
-        lines.append(f"{label:<34}{value:>10} of {entry['texts'][1]:,} texts against {entry['texts'][0]:,}, {entry['clusters']} clusters")
+        value = "none" if entry["mauve"] is None else f"{entry['mauve']:.4f} +- {entry['over_seeds']:.4f}"
+        lines.append(f"{label:<34}{value:>20} of {entry['texts'][1]:,} texts against {entry['texts'][0]:,}, {entry['clusters']} clusters")
     if min(min(entry["texts"]) for entry in (*found["samples"].values(), found["real"])) < ENOUGH:
         lines.append(f"of fewer than {ENOUGH:,} texts MAUVE tells little apart; --samples says how many are written")
     return lines

@@ -45,6 +45,7 @@ class Line(NamedTuple):
 
     run: str
     steps: int | None
+    gamma: float | None
     way: str
     points: list[tuple[float, float]]
 
@@ -140,9 +141,9 @@ def lines_of(evaluations: dict[str, dict[str, Any]], value: Callable[[Texts], fl
         for texts in [*samples_of(run, evaluation), *others_of(run, evaluation)]:
             if value(texts) is not None and not texts.constant and texts.way != "unbalanced":
                 groups.setdefault((texts.steps, texts.gamma, texts.way), []).append(texts)
-        for (steps, _, way), group in groups.items():
+        for (steps, gamma, way), group in groups.items():
             group.sort(key=lambda texts: -texts.temperature)
-            found.append(Line(run, steps, way, [(texts.entry["entropy"], value(texts) or 0.0) for texts in group]))
+            found.append(Line(run, steps, gamma, way, [(texts.entry["entropy"], value(texts) or 0.0) for texts in group]))
     return found
 
 
@@ -158,7 +159,7 @@ def matched_of(evaluations: dict[str, dict[str, Any]], judges: Sequence[Judge]) 
 
 
 def mauve_of(evaluations: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row a value of MAUVE: run, steps (None of a baseline that has none), judge, texts [real, generated], clusters; run is None of real
+    """A row a value of MAUVE: run, steps (None of a baseline that has none), judge, and what mauve_score.mauve returns; run is None of real
     text against other real text, which is there once of each judge and number of texts."""
     rows: list[dict[str, Any]] = []
     real: list[dict[str, Any]] = []

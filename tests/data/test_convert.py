@@ -113,5 +113,7 @@ def test_an_interrupted_one_leaves_nothing(cli, folders, tmp_path, monkeypatch, 
         told = cli("inspect", folders("wrap", "mds"), "--to", "webdataset", "--out", tmp_path / "tar")
     finally:
         signal.signal(signal.SIGINT, before)
-    assert told.code == 130 and told.err.endswith(f"megaflow: interrupted; {tmp_path / 'tar'} is not made, and nothing of it is left; the same command begins anew\n")
+    assert told.code == 130 and told.err.endswith(
+        f"megaflow: interrupted; {tmp_path / 'tar'} is not made, and nothing of it is left; the same command begins anew\n"
+    )
     assert not list(tmp_path.iterdir())

@@ -122,7 +122,7 @@ def evaluation(seed: int, kind: str = "flow", judge: str = "gpt2", mauve: bool =
     if mauve:
         found["settings"]["mauve"] = judge
         found["mauve"] = {
-            "judge": judge, "real": {"mauve": 0.9876, "texts": [24, 24], "clusters": 2},
-            "samples": {name: {"mauve": float(rng.uniform()), "texts": [24, 23], "clusters": 2} for name in names},
+            "judge": judge, "real": {"mauve": 0.9876, "over_seeds": 0.0123, "texts": [24, 24], "clusters": 2},
+            "samples": {name: {"mauve": float(rng.uniform()), "over_seeds": 0.0045, "texts": [24, 23], "clusters": 2} for name in names},
         }  # fmt: skip
     return found

@@ -113,8 +113,8 @@ def test_judges_frontiers_mauve_and_repetition_are_those_of_the_evaluations(whol
     assert frontier["flow", "1"][-1] == "outside: all texts have less entropy"
     mauve = page.rows["MAUVE"][1:]
     value = three["runs/flow"]["mauve"]["samples"]["4"]["mauve"]
-    assert mauve[2] == ["flow", "4", f"{value:.4f}", "23", "24", "2", "gpt2"]
-    assert [row[0] for row in mauve] == ["ar", "flow", "flow", "real text"] and mauve[-1][2] == "0.9876"
+    assert mauve[2] == ["flow", "4", f"{value:.4f} ± 0.0045", "23", "24", "2", "gpt2"]
+    assert [row[0] for row in mauve] == ["ar", "flow", "flow", "real text"] and mauve[-1][2] == "0.9876 ± 0.0123"
     repeated = three["runs/ar"]["repetition"]["autoregressive"]
     assert page.rows["Repetition"][1][2:9] == ["24", *(f"{value:.3f}" for key, value in repeated.items() if key not in ("texts", "copied"))]
     assert page.rows["Repetition"][-1][9:] == [f"{value:.3f}" for value in three["runs/ar"]["repetition"]["data"]["copied"].values()]
@@ -303,12 +303,21 @@ class TestFigures:
 
     @pytest.mark.parametrize("values", [[1e300, 3.0], [90.0], [90.0, 90.0], [1000.5, 1300.0], [2.0, 30.0]])
     def test_perplexities_have_ticks_within_their_range(self, monkeypatch, values):
-        lines = [Line("a", 4, "", [(3.0 + number / 10, value)]) for number, value in enumerate(values)]
+        lines = [Line("a", 4, None, "", [(3.0 + number / 10, value)]) for number, value in enumerate(values)]
         style = compare_figures.styles(["a"])
         axes = self.drawn(monkeypatch, compare_figures.against_entropy, lines, style, None, None, "perplexity", "x", True)
         (low, high), ticks = axes.get_ylim(), axes.get_yticks()
         assert low <= min(values) and high >= min(max(values), 1e30) and sum(low <= tick <= high for tick in ticks) >= 2
         assert all(label.get_text() for label in axes.get_yticklabels())
+
+    def test_every_gamma_has_dashes_and_a_name(self, monkeypatch):
+        lines = [
+            Line("a", 4, gamma, "", [(3.0 + 2.0 * place, 90.0), (4.0 + 2.0 * place, 50.0)]) for place, gamma in enumerate((None, 0.5, 1.0))
+        ]
+        style = compare_figures.styles(["a"])
+        axes = self.drawn(monkeypatch, compare_figures.against_entropy, lines, style, None, None, "perplexity", "x", True)
+        assert [line.get_linestyle() for line in axes.lines[:3]] == ["-", "--", ":"]
+        assert [text.get_text() for text in axes.texts] == ["4", "4, γ 0.5", "4, γ 1"]
 
     @pytest.mark.parametrize("many", [8, 30])
     def test_runs_have_colours_of_their_own(self, many):

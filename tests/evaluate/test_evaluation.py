@@ -422,6 +422,7 @@ def test_nothing_of_training_is_touched(trained, evaluated):
 
 def test_ended_by_a_signal_it_says_that_nothing_is_kept(cli, copied, monkeypatch):
     run = copied("coded", "flow")
+    (run / "evaluation.json").unlink(missing_ok=True)
     monkeypatch.setattr("megaflow.evaluate.evaluation.likelihood", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     told = cli("evaluate", run, *OPTIONS)
     said = f"megaflow: interrupted; {run / 'evaluation.json'} is not made, and nothing of it is left; the same command begins anew\n"

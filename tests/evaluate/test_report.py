@@ -232,7 +232,7 @@ def test_causal_judges_frontiers_and_mauve_are_shown(page, data, tmp_path):
     assert "<gpt2>" not in shown and "&lt;gpt2&gt;: gpt2, 124,439,808 parameters, 50,257 tokens, texts of 1,024 of its tokens" in words
     entry = flow["frontier"]["matched"][0]
     assert f"flow 4 3.100 {entry['lowest_entropy']:.3f}, {entry['highest_entropy']:.3f} 2.345 90.02" in words
-    assert f"flow 4 {flow['mauve']['samples']['4']['mauve']:.4f} 23 24 2 &lt;gpt2&gt;" in words
+    assert f"flow 4 {flow['mauve']['samples']['4']['mauve']:.4f} ± 0.0045 23 24 2 &lt;gpt2&gt;" in words
     assert len(re.findall("<svg", shown)) == len(re.findall("<svg", page)) + 1
     with pytest.raises(ValueError, match="judged.masked"):
         report.write_report({"judged": {"masked": flow}}, tmp_path / "report.html")

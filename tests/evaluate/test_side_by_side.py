@@ -48,6 +48,6 @@ def test_judges_are_known_by_their_files():
 def test_real_text_is_there_once_of_each_judge():
     evaluations = {"a": evaluation(1), "b": evaluation(2, judge="elsewhere"), "c": evaluation(3)}
     assert [row["run"] for row in side_by_side.mauve_of(evaluations)] == ["a", "a", "b", "b", "c", "c", None]
-    evaluations["c"]["mauve"]["real"] = {"mauve": 0.5, "texts": [24, 24], "clusters": 2}
+    evaluations["c"]["mauve"]["real"] = {"mauve": 0.5, "over_seeds": 0.0, "texts": [24, 24], "clusters": 2}
     assert [row["mauve"] for row in side_by_side.mauve_of(evaluations) if row["run"] is None] == [0.9876, 0.5]
     assert [row["run"] for row in side_by_side.repetition_of(evaluations)] == ["a", "a", "b", "b", "c", "c", None]

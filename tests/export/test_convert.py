@@ -289,7 +289,9 @@ class TestNothingIsLeftHalfDone:
         monkeypatch.setattr(converting, "_write_rest", lambda *_: os.kill(os.getpid(), number))
         before = signal.getsignal(signal.SIGTERM)
         told = cli("convert", trained("coded"), out)
-        assert told.code == 130 and told.err.endswith(f"megaflow: interrupted; {out} is not made, and nothing of it is left; the same command begins anew\n")
+        assert told.code == 130 and told.err.endswith(
+            f"megaflow: interrupted; {out} is not made, and nothing of it is left; the same command begins anew\n"
+        )
         assert self.left(out) == [] and signal.getsignal(signal.SIGTERM) == before
 
     def test_what_a_killed_one_has_left_goes(self, trained, out):

@@ -77,6 +77,9 @@ def parser() -> argparse.ArgumentParser:
         for option in ("partition", "account", "qos", "constraint"):
             command.add_argument(f"--{option}", default="", help="as of sbatch")
         command.add_argument("--container", default="", metavar="IMAGE", help="image that ranks run in, by pyxis (srun --container-image)")
+        command.add_argument(
+            "--mount", action="append", default=[], metavar="DIR", help="of --container: a folder that it has to see besides run and shards"
+        )
         command.add_argument("--sbatch", action="append", default=[], metavar="OPTION", help="another option, such as --sbatch=--exclusive")
         command.add_argument("--templates", default=None, metavar="DIR", help="folder of job.sbatch and site.sh (default: slurm/)")
 
@@ -487,6 +490,8 @@ def resources_of(arguments: argparse.Namespace) -> Any:
         raise UserError(f"--gpus-per-node: {arguments.gpus_per_node} is below 0")
     if arguments.gpus_per_node and arguments.processes_per_node > 1:
         raise UserError("--processes-per-node is of hosts without GPUs; with --gpus-per-node each GPU is a rank")
+    if arguments.mount and not arguments.container:
+        raise UserError("--mount is of --container: without one a job sees what its hosts see")
     return Resources(
         nodes=arguments.nodes,
         gpus=arguments.gpus_per_node,
@@ -498,6 +503,7 @@ def resources_of(arguments: argparse.Namespace) -> Any:
         qos=arguments.qos,
         constraint=arguments.constraint,
         container=arguments.container,
+        mounts=tuple(os.path.abspath(path) for path in arguments.mount),
         margin=arguments.margin,
         more=tuple(arguments.sbatch),
     )

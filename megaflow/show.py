@@ -32,6 +32,15 @@ def known(path: str, overrides: list[str], sizes: bool = False) -> tuple[Loaded,
     return of_shards(loaded, manifest), manifest["tokenizer"]["vocab_size"]
 
 
+def rows_of(path: str) -> str:
+    """What tells the rows of shards from others, wherever they lie; the path where nothing is there yet. Raises UserError."""
+    if not os.path.isfile(os.path.join(path, "prepared.json")):
+        return path
+    from megaflow.data.shards import identity, read_manifest
+
+    return identity(read_manifest(path))
+
+
 def foreseen(loaded: Loaded) -> int | None:
     """The entries of the vocabulary that prepare will find or make, None where only the text knows, or a file that is not here.
 

@@ -7,6 +7,8 @@ and the nearest key.
 
 import dataclasses
 import difflib
+import hashlib
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -47,6 +49,25 @@ def load(path: str | Path, overrides: list[str] | None = None, inherited: dict[s
 def load_recorded(path: str | Path) -> Loaded:
     """Read the config that a run has recorded, which is whole: a file that it names is not read. Raises ConfigError."""
     return assemble(_file_layers(Path(path), (), whole=True))
+
+
+def frozen(path: str | Path, folder: Path) -> tuple[Path, str]:
+    """A file below `folder` for what a config and its bases say now, and its content: one key a line, each with the file that it is of.
+
+    What waits in a queue reads that file, whatever becomes of the others meanwhile. It is named by its content, and called as the config
+    is. Raises ConfigError.
+    """
+    values: dict[str, tuple[Any, str]] = {}
+    for source, layer in _file_layers(Path(path), ()):
+        values |= {name: (value, source) for name, value in layer.items()}
+    lines = [f"{name}: {json.dumps(value, ensure_ascii=False)}  # {_commented(source)}\n" for name, (value, source) in values.items()]
+    told = json.dumps({name: value for name, (value, _) in values.items()}, sort_keys=True, default=str)
+    name = hashlib.sha256(told.encode()).hexdigest()[:8]
+    return folder / name / Path(path).name, "".join(lines) or "{}\n"
+
+
+def _commented(text: str) -> str:
+    return " ".join(text.split())
 
 
 def assemble(layers: list[tuple[str, dict[str, Any]]]) -> Loaded:
@@ -143,6 +164,14 @@ def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{name}"] = value
     return flat
+
+
+def meant(config: Config) -> dict[str, Any]:
+    """{'a.b.c': value} of all keys, of choices with all their options: equal of configs that mean the same in other words."""
+    schema = keys()
+    values = flatten(config)
+    tables = {name: entries(schema[name]) for name in values if schema[name].metadata["table"]}
+    return {name: choice.canonical(tables[name], value) if name in tables and value != "auto" else value for name, value in values.items()}
 
 
 def to_yaml(config: Config) -> str:

@@ -58,6 +58,13 @@ def split(table: Table, value: str) -> tuple[str, dict[str, float]]:
     return name, given
 
 
+def canonical(table: Table, value: str) -> str:
+    """The one way to write a value, with all options of its entry, those that are not given by their defaults. Raises ChoiceError."""
+    name, given = split(table, value)
+    whole = (options(table, name) or {}) | given
+    return name + (":" if whole else "") + ",".join(f"{key}={number!r}" for key, number in sorted(whole.items()))
+
+
 def mixed(table: Table, value: str) -> set[str]:
     """The entry's name, or where it has shares of others theirs. Raises ChoiceError."""
     name, given = split(table, value)

@@ -49,8 +49,8 @@ def main() -> int:
         mine = element(directory, os.environ)
         directory, saves = mine["directory"], mine["words"][0] in records.TRAINING
         place = records.place_of(directory)
-    attempt = ended(log_of(arguments.place, job), directory, arguments.code, arguments.asked, job)
     earlier = [line for line in records.attempts(place) if line["job"] == job]
+    attempt = ended(log_of(arguments.place, job), directory, arguments.code, arguments.asked, job, earlier[-1]["time"] if earlier else 0.0)
     attempt["decision"], why = decide(attempt, earlier, fate(job), saves)
     records.add_attempt(place, attempt)
     print(f"megaflow: {why}", flush=True)
@@ -71,9 +71,11 @@ def job_of(environment: "os._Environ[str] | dict[str, str]") -> str:
     return environment["SLURM_JOB_ID"]
 
 
-def ended(log: Path, directory: str, code: int, asked: str, job: str) -> dict[str, Any]:
-    """What there is to say of an attempt: {job, attempt, time, hosts, code, asked, end: done|stopped|failed, said, step}."""
+def ended(log: Path, directory: str, code: int, asked: str, job: str, before: float = 0.0) -> dict[str, Any]:
+    """What there is to say of an attempt, the one before having ended at `before`:
+    {job, attempt, time, hosts, code, asked, end: done|stopped|failed, said, step}."""
     noted = outcome.read(Path(directory)) if directory else None
+    noted = noted if noted is not None and noted["time"] >= before else None  # an older one is of that attempt
     said = noted["said"] if noted is not None and noted["code"] not in (0, STOPPED) else ""
     if code == 0 or noted is not None and noted["said"] == outcome.PAUSED:
         end = "done"

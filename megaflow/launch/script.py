@@ -31,10 +31,17 @@ class Resources:
     qos: str = ""
     constraint: str = ""
     container: str = ""
+    mounts: tuple[str, ...] = ()
+    """Folders that the container has to see, besides the working directory and that of logs."""
     margin: int = 120
     """Seconds before the time limit at which a job is told to save."""
     more: tuple[str, ...] = ()
     """Further options of sbatch, '--exclusive'."""
+
+    @property
+    def cores(self) -> int | None:
+        """Of each host: what was asked for, and of several ranks without GPUs one each at least. Of GPUs the site knows how many."""
+        return self.cpus or (self.processes if self.processes > 1 else None)
 
     @property
     def ranks(self) -> int:
@@ -94,7 +101,7 @@ def directives(job: Job) -> str:
     ]
     optional = {
         "gpus-per-node": resources.gpus or "",
-        "cpus-per-task": resources.cpus or "",
+        "cpus-per-task": resources.cores or "",
         "time": resources.time,
         "partition": resources.partition,
         "account": resources.account,
@@ -120,10 +127,13 @@ def render(job: Job, templates: Path, cwd: Path) -> str:
     srun = ["--ntasks-per-node=1", f"--nodes={resources.nodes}", "--wait=60"]
     if resources.gpus:
         srun.append(f"--gpus-per-node={resources.gpus}")
-    if resources.cpus:
-        srun.append(f"--cpus-per-task={resources.cpus}")
+    if resources.cores:
+        srun.append(f"--cpus-per-task={resources.cores}")
     if resources.container:  # pyxis
-        srun += [f"--container-image={resources.container}", f"--container-mounts={cwd}:{cwd},{job.place}:{job.place}"]
+        seen = dict.fromkeys([str(cwd), *resources.mounts, str(job.place)])
+        if wrong := next((path for path in seen if re.search(r"[,:]", path)), None):
+            raise UserError(f"{wrong}: pyxis reads , and : in the names of folders that a container sees as its own; rename it")
+        srun += [f"--container-image={resources.container}", f"--container-mounts={','.join(f'{path}:{path}' for path in seen)}"]
         srun.append(f"--container-workdir={cwd}")
     values = {
         "directives": directives(job),

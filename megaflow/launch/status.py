@@ -23,7 +23,7 @@ from megaflow.train import outcome
 
 DEPTH = 4
 """Folders below one another in which runs are looked for."""
-BEGUN, EARLY = "not begun", "stopped early"
+BEGUN, EARLY, LATER = "not begun", "stopped early", "to be evaluated"
 POOL = ".pool-"
 """In the folder of a sweep, with its number, a process that trains points of it."""
 PERIOD = 2.0
@@ -42,7 +42,8 @@ def status(places: list[str], as_json: bool = False, live: bool = False) -> None
             shown = [*table(states), *map(summed, sweeps), *([f"queue: {trouble}"] if trouble else [])]
             print(clear + "\n".join(shown), flush=True)
         begun = all(BEGUN not in sweep["states"] for sweep in sweeps)
-        if not live or begun and all(state["state"] == "finished" for state in states):
+        later = any(each["jobs"] for each in (*states, *sweeps)) or any(map(pools, folders))
+        if not live or begun and not later and all(state["state"] == "finished" for state in states):
             return
         time.sleep(PERIOD)
 
@@ -51,13 +52,17 @@ def counted(folder: Path, states: list[dict[str, Any]], queue: dict[str, slurm.Q
     """Of a sweep's folder: {'sweep', 'points', 'states': {state: how many}, 'jobs': those that come after all others, 'said': why the last
     of these failed, or most points of which nothing else is said}; points that nobody has begun are among the states."""
     names = {member["directory"] for file in (folder / "sweeps").glob("*.json") for member in read_if_whole(file).get("members", [])}
-    there = {Path(state["run"]).name: state["state"] for state in states if Path(state["run"]).parent == folder}
+    own = [state for state in states if Path(state["run"]).parent == folder]
+    there = {Path(state["run"]).name: LATER if state["state"] == "finished" and state["jobs"] else state["state"] for state in own}
+    here = bool(pools(folder))
     counts: dict[str, int] = {}
     reasons: list[str] = []
     for name in sorted(names):
         noted = point_of(folder / name)
         failed = noted.get("state") in ("failed", "refused")
-        state = there.get(name) or (noted["state"] if failed else BEGUN)  # or one that never became a run
+        killed = noted.get("state") == "stopped" or noted.get("state") == "running" and not here
+        state = there.get(name) or (noted["state"] if failed else "stopped" if killed else BEGUN)  # or one that never became a run
+        state = LATER if state == "finished" and noted.get("state") == "running" and here else state
         state = "failed" if failed and state == "finished" else state  # trained, and its evaluation has failed
         counts[state] = counts.get(state, 0) + 1
         if failed and noted.get("said") and state == noted["state"] and (name not in there or there[name] == "finished"):
@@ -104,7 +109,8 @@ def found(places: list[Path]) -> tuple[list[Path], list[Path]]:
             sweeps += [path for path in below if is_sweep(path)]
             below = [path for folder in below if folder not in here for path in sorted(folder.iterdir()) if path.is_dir()]
     if not runs and not sweeps:
-        raise UserError(f"{', '.join(map(str, places))}: there is no run, nor a job of one; give the directory of a run, or of several")
+        told = f"there is no run, nor a job of one, at most {DEPTH - 1} folders below; give the directory of a run, or of several"
+        raise UserError(f"{', '.join(map(str, places))}: {told}")
     return list(dict.fromkeys(runs)), list(dict.fromkeys(sweeps))
 
 
@@ -143,6 +149,7 @@ def state_of(run: Path, jobs: list[dict[str, Any]], queue: dict[str, slurm.Queue
     mine = {id: job for line in jobs for id, job in queue.items() if line["job"] in (id, id.partition("_")[0])}
     stages = {id: line["stage"] for line in jobs for id in mine if line["job"] in (id, id.partition("_")[0])}
     attempts = records.attempts(place_of(run))
+    others = {line["job"] for line in jobs if line["stage"] not in (*TRAINING, "prepare")}  # behind it
     steps, process = wanted(run), holder(run)
     loss, valid = (last_line(run / "metrics.jsonl", name) for name in ("loss", "validation_loss"))
     step = int(loss.get("step", 0))
@@ -184,7 +191,7 @@ def state_of(run: Path, jobs: list[dict[str, Any]], queue: dict[str, slurm.Queue
         "said": said(state, ended, attempts, process)
         or later(run, state, jobs, attempts)
         or (point.get("said") or None if state in (EARLY, "failed", "refused") else None),
-        "attempts": len({(line["job"], line.get("attempt")) for line in attempts}) or None,
+        "attempts": len({(line["job"], line.get("attempt")) for line in attempts if line["job"] not in others}) or None,
         "jobs": [{"job": id, "stage": stages[id], "state": job.state, "queue": str(job)} for id, job in mine.items()],
     }
 

@@ -12,8 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from megaflow.config import load
 from megaflow.config.check import batch_split, resolve
 from megaflow.errors import UserError
+from megaflow.files import write_atomically
 from megaflow.launch import records, script, slurm
 from megaflow.launch.records import TRAINING
 from megaflow.launch.script import Job, Resources
@@ -47,6 +49,10 @@ class Step:
     place: Path
     waits: list[str] = field(default_factory=list)
     """Dependencies of sbatch, 'afterok:12'."""
+    kept: tuple[Path, str] | None = None
+    """The file of its config as it is now, and what is in it: what the job reads."""
+    mounts: tuple[str, ...] = ()
+    """What a container has to see besides."""
 
     @property
     def name(self) -> str:
@@ -84,6 +90,11 @@ def submit(
             check(each.words)
     limits(resources)
     source = script.folder(templates)
+    for each in steps:
+        each.mounts = mounts(each, resources.mounts)
+        if each.stage not in OPTIONS:
+            each.kept = load.frozen(each.words[1], each.place / "configs")
+            each.words[1] = str(each.kept[0])
     steps[0].waits = [f"afterok:{id}" for directory in after or [] for id in queued(directory, dry_run)]
     if not dry_run:
         for each in steps:
@@ -95,7 +106,7 @@ def submit(
             name=each.name,
             words=each.words,
             place=each.place.absolute(),
-            resources=needed(each.stage, resources),
+            resources=replace(needed(each.stage, resources), mounts=each.mounts),
             directory=str(each.directory) if each.stage in TRAINING else "",
             dependency=",".join(waits),
         )
@@ -159,6 +170,27 @@ def option(stage: str, word: str) -> str:
             raise UserError(f"{name}={value}: write {name}=true, or leave it out")
         return f"--{name}"
     return f"--{name}={value}"
+
+
+def mounts(each: Step, more: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """Folders that a step reads and writes, absolute and none within another: its run, its shards, what its config names, and `more`."""
+    found = [str(each.directory if each.stage != "prepare" else each.directory.absolute().parent), *more]
+    if each.stage not in OPTIONS:
+        config = known(each.words[1], each.words[2:])[0].config
+        found += [config.data.path, config.distill.teacher, config.model.start]
+        found += [str(Path(source).parent) for source in config.data.source] if each.stage == "prepare" else []
+    elif each.stage == "convert":
+        found.append(str(Path(each.words[2]).absolute().parent))
+    return apart([os.path.abspath(path) for path in found if path])
+
+
+def apart(folders: list[str]) -> tuple[str, ...]:
+    """Those that lie within none of the others, nor below the working directory, which is mounted anyway."""
+    kept: list[Path] = [Path.cwd()]
+    for folder in sorted({Path(folder) for folder in folders}, key=lambda path: len(path.parts)):
+        if not any(folder.is_relative_to(other) for other in kept):
+            kept.append(folder)
+    return tuple(map(str, kept[1:]))
 
 
 def as_argument(path: Path) -> str:
@@ -237,12 +269,19 @@ def sent(each: Step, text: str) -> str:
     """Submit a script, note it, and say how to follow it. Returns the job's id. Raises UserError."""
     try:
         each.place.mkdir(parents=True, exist_ok=True)
+        if each.kept is not None and not each.kept[0].exists():
+            each.kept[0].parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(*each.kept)
     except OSError as error:
         raise UserError(f"{each.place}: cannot be made ({error.strerror}); choose another place for the run") from None
     try:
         id = slurm.submit(text)
     except UserError:
         with contextlib.suppress(OSError):  # empty folders that were made for it
+            if each.kept is not None:
+                each.kept[0].unlink()
+                each.kept[0].parent.rmdir()
+                each.kept[0].parent.parent.rmdir()
             each.place.rmdir()
             each.directory.rmdir()
         raise

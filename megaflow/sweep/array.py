@@ -21,9 +21,10 @@ from megaflow.files import write_atomically
 from megaflow.launch import records, script, slurm
 from megaflow.launch.records import TRAINING
 from megaflow.launch.script import Job, Resources
-from megaflow.launch.submit import limits, needed
+from megaflow.launch.submit import apart, limits, needed
+from megaflow.show import known
 from megaflow.sweep import filed, gather, halving, points
-from megaflow.sweep.design import Sweep
+from megaflow.sweep.design import Sweep, written
 from megaflow.sweep.points import DONE, FAILED, REFUSED, Placed
 from megaflow.train import outcome
 
@@ -55,6 +56,9 @@ def cluster(
     if most is not None and most < 1:
         raise UserError(f"--limit: {most} is not a positive number")
     words = [word for word in again if word not in ("--retry", "--dry-run")]
+    config = known(asked.base, [f"{key}={written(value)}" for key, value in asked.set.items()])[0].config
+    read = [os.path.abspath(path) for path in (asked.dir, config.data.path, config.distill.teacher, config.model.start) if path]
+    resources = replace(resources, mounts=apart([*read, *resources.mounts]))
     return Cluster((Path(asked.dir) / "slurm").absolute(), script.folder(templates), resources, most, retry, dry_run, words)
 
 
@@ -193,7 +197,7 @@ def one(
     text = script.render(Job(name, [f"@{tasks}"], how.place, resources, f"@{tasks}", waits, array), how.templates, Path.cwd())
     if how.dry_run:
         print(text, *(f"# {index}: megaflow {shlex.join(each['words'])}" for index, each in enumerate(entries)), sep="\n", end="\n\n")
-        return f"ARRAY_OF_{name}"
+        return f"ARRAY-OF-{name}".replace("_", "-")
     write_atomically(tasks, json.dumps(entries, indent=1))
     try:
         id = slurm.submit(text)

@@ -43,7 +43,7 @@ def sweep(
     same: the words after `megaflow` that ask for it again; check: of the words that evaluate a point. Returns the exit code. Raises
     UserError.
     """
-    asked = design.read(path, overrides)
+    asked = filed.frozen(design.read(path, overrides), write=not dry_run)
     for words in points.evaluation(asked, Path(asked.dir)):
         check(words)
     all_points = design.points(asked)
@@ -59,7 +59,7 @@ def sweep(
     searching = asked.draw["kind"] == "optuna"
     if "seconds" in asked.budget and not dry_run and (code := measured(asked, all_points, slots, stop)):
         return code
-    placed = points.place(asked, all_points, speed.known(asked)) if not searching or dry_run else []
+    placed = points.place(asked, all_points, speed.known(asked), dry_run) if not searching or dry_run else []
     if dry_run:
         if searching:
             print(f"{min(asked.draw['count'], len(design.choices(asked)))} of these choices will be tried, each with all seeds:")
@@ -203,7 +203,7 @@ def submitted(asked: Sweep, all_points: list[design.Point], words: list[str], cl
     if asked.draw["kind"] == "optuna":
         more = searched_there(asked, words, cluster)
     else:
-        placed = points.place(asked, all_points)
+        placed = points.place(asked, all_points, listing=cluster.dry_run)
         if not cluster.dry_run:
             filed.keep(asked, placed, words)
         more = any(array.submit(asked, alive, cluster, share) for share, alive in halving.rungs(asked, placed, note=not cluster.dry_run))
@@ -220,7 +220,7 @@ def searched_there(asked: Sweep, words: list[str], cluster: Cluster) -> bool:
     stop = list[int]()
 
     def measure(new: list[Choice], chosen: list[Choice]) -> list[float | None]:
-        placed = points.place(asked, design.points(asked, chosen))
+        placed = points.place(asked, design.points(asked, chosen), listing=cluster.dry_run)
         if not cluster.dry_run:
             filed.keep(asked, placed, words)
         if array.submit(asked, of_choices(placed, new), cluster):

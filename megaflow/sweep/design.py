@@ -65,7 +65,7 @@ DRAWS: dict[str, dict[str, Any]] = {
     "optuna": {"count": 20, "seed": 0},
 }
 BUDGETS = ("tokens", "flops", "seconds")
-MACHINE = tuple(name for name in MAY_CHANGE if name != "run.dir")
+MACHINE = tuple(name for name in MAY_CHANGE if name not in ("run.dir", "data.path"))
 """Keys of the machine, which points of one identity may differ in: as axes they would give the same run several names."""
 SAMPLED = ("judge_bits_per_char", "entropy", "reverse_bits_per_char")
 JUDGED = ("perplexity", "nats_per_char", "entropy")
@@ -104,6 +104,8 @@ class Sweep:
     evaluate: dict[str, Any] = field(default_factory=dict)
     teacher: Teacher = Teacher()
     file: str = ""
+    start: str = ""
+    """The base as the file names it; `base` is what is kept of it (filed.py)."""
 
 
 @dataclass(frozen=True)
@@ -202,7 +204,7 @@ def _read(word: str) -> Any:
 
 
 def _sweep(path: str, content: dict[str, Any]) -> Sweep:
-    names = {item.name for item in fields(Sweep)} - {"file"}
+    names = {item.name for item in fields(Sweep)} - {"file", "start"}
     for name in content:
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1)
@@ -248,7 +250,7 @@ def _sweep(path: str, content: dict[str, Any]) -> Sweep:
         raise UserError(f"{path}: metric is the name of a number, and lower_is_better true or false")
     if "metric" not in found and not found.get("evaluate"):
         found["metric"] = "validation_loss"
-    sweep = Sweep(**found, file=path)
+    sweep = Sweep(**found, file=path, start=found["base"])
     _check_evaluation(path, sweep)
     for condition in sweep.exclude:
         _check_condition(path, sweep, condition)

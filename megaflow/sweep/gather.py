@@ -65,6 +65,7 @@ def gathered(folder: Path, file: Path) -> dict[str, Any]:
         "title": file.stem,
         "dir": str(folder),
         "base": base,
+        "start": content.get("start", base),
         "stage": content["stage"],
         "set": content["set"],
         "overrides": overrides,
@@ -152,7 +153,12 @@ def mean_of(asked: Sweep, placed: list[Placed]) -> float | None:
 def besides(directory: Path) -> dict[str, str]:
     """What a point was told besides its choice: the steps of a budget, the flow that it is a map of."""
     words = dict(word.split("=", 1) for word in points.record(directory).get("words", []))
-    return {key: words[key] for key in ("train.steps", "distill.teacher") if key in words}
+    found = {key: words[key] for key in ("train.steps", "distill.teacher") if key in words}
+    if (
+        "distill.teacher" in found and (flow := directory.parent / Path(found["distill.teacher"]).name).is_dir()
+    ):  # beside it, wherever that is
+        found["distill.teacher"] = str(flow.resolve())
+    return found
 
 
 def measured(evaluation: dict[str, Any]) -> dict[str, float]:

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from megaflow.config.check import contradictions, resolve
-from megaflow.config.load import Loaded, flatten, load
+from megaflow.config.load import Loaded, load, meant
 from megaflow.errors import UserError
 from megaflow.files import read_if_whole, write_atomically
 from megaflow.launch import records
 from megaflow.model import flops
-from megaflow.show import foreseen, known
+from megaflow.show import foreseen, known, rows_of
 from megaflow.sweep.design import BESIDES, EVALUATION, Point, Sweep, judges_of, slug, written
 from megaflow.train.run import MAY_CHANGE
 
@@ -48,16 +48,18 @@ class Placed:
     """Its identity but for seed and steps: what is as fast as it."""
 
 
-def place(sweep: Sweep, all_points: list[Point], speeds: dict[str, float] | None = None) -> list[Placed]:
+def place(sweep: Sweep, all_points: list[Point], speeds: dict[str, float] | None = None, listing: bool = False) -> list[Placed]:
     """Where every point is, or is to be. A point that two choices of a sweep come to is there once.
 
-    speeds: tokens a second by kinds of points, where the budget is one of seconds (speed.py).
+    speeds: tokens a second by kinds of points, where the budget is one of seconds (speed.py); listing: only to be looked at, for which
+    shards need not be there. Raises UserError where they must: without them a point is not known again.
     """
     folder = Path(sweep.dir)
     there = {content["identity"]: path for path, content in recorded(folder).items()}
     by_name: dict[str, tuple[Path, str]] = {}
+    missing: list[str] = []
     found: list[Placed] = []
-    taken = {path.name for path in there.values()}
+    taken = {path.name for path in there.values()} | {file.parent.name for file in folder.glob("*/config.yaml")}  # or runs of no sweep
     for point in all_points:
         words, refused, steps, kind = point.words(), "", 0, ""
         if point.teacher:
@@ -75,6 +77,8 @@ def place(sweep: Sweep, all_points: list[Point], speeds: dict[str, float] | None
                     raise UserError("distill.teacher is not set; give the sweep a teacher, or a base that has one")
             if vocab is not None and not point.teacher:
                 resolve(loaded, vocab)
+            if vocab is None and not point.teacher and not listing:
+                missing.append(loaded.config.data.path)
             besides, of = (("distill.teacher",), by_name[point.teacher][1]) if point.teacher else ((), "")
             identity, steps = identity_of(loaded, point.stage, besides, of), loaded.config.train.steps
         except UserError as error:
@@ -88,6 +92,8 @@ def place(sweep: Sweep, all_points: list[Point], speeds: dict[str, float] | None
             taken.add(name)
         by_name[point.name] = directory, identity
         found.append(Placed(point, directory, identity, words, refused, steps, kind))
+    if missing:
+        raise UserError(f"data.path={missing[0]}: no shards are there, on which points are to be trained; prepare them first")
     return found
 
 
@@ -112,6 +118,7 @@ def note(placed: Placed, state: str, said: str = "") -> None:
     content = {"identity": placed.identity, "labels": point.labels, "seed": point.seed, "stage": point.stage, "base": point.base}
     content |= {
         "words": placed.words,
+        "steps": placed.steps,
         "time": time.time(),
         "state": state,
         "said": said,
@@ -121,9 +128,10 @@ def note(placed: Placed, state: str, said: str = "") -> None:
 
 
 def identity_of(loaded: Loaded, stage: str, besides: tuple[str, ...] = (), teacher: str = "") -> str:
-    """Of a config, but for what is the machine's and `besides`; teacher: the identity of the flow that it is a map of."""
-    values = {name: value for name, value in flatten(loaded.config).items() if not name.startswith((*MAY_CHANGE, *besides))}
-    return hashed([stage, values, loaded.config.data.path] + ([teacher] if teacher else []))
+    """Of a config and the rows of its shards, but for what is the machine's and `besides`; teacher: the identity of the flow that a map is
+    of."""
+    values = {name: value for name, value in meant(loaded.config).items() if not name.startswith((*MAY_CHANGE, *besides))}
+    return hashed([stage, values, rows_of(loaded.config.data.path)] + ([teacher] if teacher else []))
 
 
 def hashed(content: Any) -> str:
@@ -157,7 +165,10 @@ def stands(directory: Path, evaluate: dict[str, Any]) -> tuple[str, str]:
 
     One that was evaluated otherwise than by these options is not done: its numbers are not those of the others.
     """
-    content = record(directory)
+    content, steps = record(directory), read_if_whole(directory / "summary.json").get("steps")
+    if steps is not None and content.get("steps") and steps > content["steps"]:
+        told = f"somebody has trained it to step {steps}, and the point has {content['steps']}"
+        return FAILED, f"{told}; take its folder out of the sweep's, and the same command trains it again"
     if (directory / "summary.json").exists() and evaluated(directory, evaluate):
         return DONE, ""
     attempts = [line for line in records.attempts(records.place_of(directory)) if line["time"] > content.get("time", 0.0)]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megaflow.config.load import ConfigError, assemble, flatten, load, to_yaml
+from megaflow.config.load import ConfigError, assemble, flatten, frozen, load, meant, to_yaml
 from megaflow.config.schema import Config, entries, keys
 from megaflow.flow import choice
 
@@ -280,3 +280,36 @@ class TestRoundTrip:
         assert {f"{name}/{part}.yaml" for name in ("quickstart", "char") for part in ("data", "flow", "autoregressive", "flow_map")} <= {
             str(path.relative_to(ROOT / "configs")) for path in REPOSITORY
         }
+
+
+class TestAConfigAsItIsNow:
+    def test_it_is_one_file_that_says_the_same(self, tmp_path):
+        """Whatever becomes of the others: bases that lie elsewhere, values of every kind."""
+        (tmp_path / "base.yaml").write_text("model: {hidden: 64, layers: 3}\noptim: {learning_rate: 1e-5}\n")
+        (tmp_path / "own.yaml").write_text("base: base.yaml\nmodel: {layers: 2}\ndata: {source: ['a #1', 'é']}\nlog: {wandb: 'off'}\n")
+        before = load(tmp_path / "own.yaml").config
+        path, text = frozen(tmp_path / "own.yaml", tmp_path / "kept")
+        assert not path.exists() and path.name == "own.yaml" and path.parent.parent == tmp_path / "kept"
+        assert f"model.layers: 2  # {tmp_path / 'own.yaml'}\n" in text and f"model.hidden: 64  # {tmp_path / 'base.yaml'}\n" in text
+        path.parent.mkdir(parents=True)
+        path.write_text(text)
+        (tmp_path / "base.yaml").unlink()
+        assert load(path).config == before and frozen(path, tmp_path / "kept")[0] == path
+
+    def test_another_content_is_another_file(self, tmp_path):
+        (tmp_path / "own.yaml").write_text("model: {layers: 2}\n")
+        one, _ = frozen(tmp_path / "own.yaml", tmp_path)
+        (tmp_path / "own.yaml").write_text("model: {layers: 3}\n")
+        assert frozen(tmp_path / "own.yaml", tmp_path)[0] != one
+        (tmp_path / "own.yaml").write_text("{}\n")
+        assert frozen(tmp_path / "own.yaml", tmp_path)[1] == "{}\n"
+
+
+def test_configs_that_mean_the_same_in_other_words(write):
+    path = write("flow: {weighting: min_snr}\n")
+    plain = meant(load(path).config)
+    assert (
+        plain
+        == meant(load(path, ["flow.weighting=min_snr:gamma=5"]).config)
+        != meant(load(path, ["flow.weighting=min_snr:gamma=4"]).config)
+    )

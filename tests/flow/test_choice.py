@@ -68,3 +68,11 @@ def test_what_a_value_is_mixed_of():
 
 def test_what_a_table_offers():
     assert choice.described(TABLE) == ["plain", "shaped:width=2,place=0", "mixed:NAME=SHARE,…"]
+
+
+def test_values_that_mean_the_same_are_written_alike():
+    table = {"plain": lambda: 0, "curved": lambda *, slope=2.0, bend=0.5: 0, "mixed": lambda **shares: 0}
+    same = ["curved", "curved:slope=2", "curved:slope=2.0", "curved:bend=.5,slope=2"]
+    assert {choice.canonical(table, value) for value in same} == {"curved:bend=0.5,slope=2.0"}
+    assert choice.canonical(table, "plain") == "plain" and choice.canonical(table, "curved:bend=1") == "curved:bend=1.0,slope=2.0"
+    assert choice.canonical(table, "mixed:plain=1,curved=2") == choice.canonical(table, "mixed:curved=2.0,plain=1.0")

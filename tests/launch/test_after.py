@@ -91,6 +91,15 @@ def test_how_an_attempt_ended(tmp_path, monkeypatch, noted, code, asked, end, sa
     assert (found["end"], found["said"], found["step"], found["attempt"]) == (end, said, 40, 2)
 
 
+def test_a_note_of_an_earlier_attempt_says_nothing_of_this_one(tmp_path):
+    """Which has failed before it came to one of its own: it was not told to stop."""
+    (tmp_path / "12.log").write_text(LOG)
+    (tmp_path / "ended.json").write_text(json.dumps({"time": 100.0, "code": STOPPED, "said": "stopped by a signal"}))
+    assert after.ended(tmp_path / "12.log", str(tmp_path), 2, "none", "12", before=90.0)["end"] == "stopped"
+    found = after.ended(tmp_path / "12.log", str(tmp_path), 2, "none", "12", before=110.0)
+    assert found["end"] == "failed" and found["said"].startswith("rank 3 on n2 ended without a word")
+
+
 def test_what_slurm_calls_a_job():
     assert after.job_of({"SLURM_JOB_ID": "15"}) == "15"
     assert after.job_of({"SLURM_JOB_ID": "15", "SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "3"}) == "12_3"

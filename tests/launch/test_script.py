@@ -101,3 +101,22 @@ def test_ranks_in_a_container_have_its_python():
     text = script.render(job(resources=Resources(container="img.sqsh")), script.folder(), Path("/here"))
     command = next(line for line in text.splitlines() if line.startswith("srun "))
     assert "--container-image=img.sqsh" in command and " python -m megaflow.launch.host" in command
+
+
+def test_a_container_sees_what_the_job_reads_and_writes():
+    mounts = ("/scratch/run", "/data")
+    text = script.render(job(resources=Resources(container="img.sqsh", mounts=mounts)), script.folder(), Path("/here"))
+    assert "--container-mounts=/here:/here,/scratch/run:/scratch/run,/data:/data,/runs/a/slurm:/runs/a/slurm " in text
+    with pytest.raises(UserError, match="/a,b: pyxis reads , and : in the names of folders"):
+        script.render(job(resources=Resources(container="img.sqsh", mounts=("/a,b",))), script.folder(), Path("/here"))
+
+
+def test_ranks_without_gpus_have_a_core_each():
+    for resources, cores in (
+        (Resources(processes=4), "4"),
+        (Resources(processes=4, cpus=16), "16"),
+        (Resources(gpus=8), None),
+        (Resources(), None),
+    ):
+        text = script.render(job(resources=resources), script.folder(), Path("/here"))
+        assert re.findall(r"--cpus-per-task=(\d+)", text) == ([cores] * 2 if cores else [])

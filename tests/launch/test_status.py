@@ -217,3 +217,31 @@ def test_the_time_that_is_left():
     line = {"step": 40, "tokens": 4000, "tokens_per_second": 50.0}
     assert status.left(line, 100) == pytest.approx(60 * 100 / 50.0) and status.left(line, 40) == 0.0
     assert status.left(line, None) is None and status.left(line | {"tokens_per_second": None}, 100) is None
+
+
+def test_what_is_to_be_evaluated_is_not_over(copied, cli, tmp_path, monkeypatch):
+    """A point that is trained and whose evaluation waits in the queue; --live goes on until that has left it."""
+    run = copied("coded")
+    out = tmp_path / "out"
+    (out / "sweeps").mkdir(parents=True)
+    (out / "sweeps" / "s.json").write_text(json.dumps({"members": [{"directory": "a=1"}]}))
+    shutil.move(run, out / "a=1")
+    (out / "a=1" / "slurm").mkdir()
+    for job, stage in (("7_0", "pretrain"), ("8_0", "evaluate")):
+        records.add_job(out / "a=1" / "slurm", {"job": job, "stage": stage})
+        records.add_attempt(out / "a=1" / "slurm", {"job": job, "attempt": 1, "time": 0.0, "end": "done", "said": ""})
+    queue = [{"8_0": slurm.Queued("8_0", "PENDING", "Dependency", "", "")}] * 2
+    monkeypatch.setattr(slurm, "waiting_or_running", lambda ids, *more: queue.pop() if queue else {})
+    monkeypatch.setattr(status, "PERIOD", 0.0)
+    told = cli("status", out, "--live")
+    assert told.out.count("1 points, 1 to be evaluated") == 2 and told.out.count("1 points, 1 finished") == 1 and not queue
+    assert json.loads(cli("status", out, "--json").out)["runs"][0]["attempts"] == 1  # of training
+
+
+@pytest.mark.parametrize("noted, said", [("running", "1 stopped"), ("stopped", "1 stopped"), ("pending", "1 not begun")])
+def test_a_point_whose_sweep_was_killed_before_it_was_a_run_is_stopped(cli, tmp_path, noted, said):
+    (tmp_path / "sweeps").mkdir()
+    (tmp_path / "sweeps" / "s.json").write_text(json.dumps({"members": [{"directory": "a=1"}]}))
+    (tmp_path / "a=1").mkdir()
+    (tmp_path / "a=1" / "point.json").write_text(json.dumps({"state": noted}))
+    assert f"1 points, {said}\n" in cli("status", tmp_path).out

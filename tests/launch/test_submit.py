@@ -1,7 +1,10 @@
 """What a submission refuses before anything is submitted, and how it reads what follows what. Without a cluster."""
 
+import re
+
 import pytest
 
+from megaflow.config.load import load
 from megaflow.errors import UserError
 from megaflow.launch import slurm, submit
 from megaflow.launch.script import Resources
@@ -131,3 +134,24 @@ def test_a_job_that_submits_another_does_not_hand_on_what_is_its_own():
     }
     assert slurm.outside(inside) == {"SLURM_CONF": "/etc/slurm.conf", "PATH": "/bin"}
     assert slurm.outside({"CUDA_VISIBLE_DEVICES": "3", "PATH": "/bin"}) == {"CUDA_VISIBLE_DEVICES": "3", "PATH": "/bin"}
+
+
+def test_a_job_reads_its_config_as_it_was(cli, config, tmp_path, monkeypatch):
+    """Not what somebody has made of it while the job waited; a container sees that, the run, its shards, and what else is asked for."""
+    own = tmp_path / "project" / "flow.yaml"
+    own.parent.mkdir()
+    monkeypatch.chdir(own.parent)
+    own.write_text(f"base: {config('coded')}\n")
+    run, submitted = tmp_path / "scratch" / "run", []
+    monkeypatch.setattr(slurm, "submit", lambda text: submitted.append(text) or "7")
+    monkeypatch.setattr(slurm, "waiting_or_running", lambda ids, *more: {})
+    words = ("--container", "img", "--mount", tmp_path / "more")
+    told = cli("submit", own, f"run.dir={run}", *words, "--then", "convert", "out")
+    assert told.code == 0, told.err
+    (kept,) = (run / "slurm" / "configs").glob("*/flow.yaml")
+    assert f"pretrain {kept} run.dir={run}" in submitted[0] and load(kept).config == load(own).config
+    data = load(own).config.data.path
+    mounts = re.search(r"--container-mounts=(\S+)", submitted[0])[1].split(",")
+    assert [each.partition(":")[0] for each in mounts][0] == str(own.parent)
+    assert {str(run), data, str(tmp_path / "more"), str(run / "slurm")} == {each.partition(":")[0] for each in mounts[1:]}
+    assert cli("submit", own, "--mount", tmp_path, "--dry-run").err.startswith("megaflow: --mount is of --container")

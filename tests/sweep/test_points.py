@@ -1,11 +1,13 @@
 """Points of a sweep: where they are, and how long a budget lets one train."""
 
 import json
+import shutil
 
 import pytest
 
 from megaflow.config.load import load
-from megaflow.sweep import design, points
+from megaflow.errors import UserError
+from megaflow.sweep import design, filed, gather, page, points
 from megaflow.sweep.points import steps_of
 
 
@@ -38,3 +40,93 @@ def test_points_whose_names_are_one_have_folders_of_their_own(tmp_path, config):
     assert [each.directory.name for each in first] == names == [each.point.name for each in second]
     assert [each.directory.name for each in second] == [f"{name}-{each.identity[:6]}" for name, each in zip(names, second, strict=True)]
     assert [each.directory for each in placed(1)] == [each.directory for each in first]
+
+
+@pytest.fixture
+def placed(tmp_path, config):
+    """placed("axes: …", *words): the points of a sweep over the session's tiny flow."""
+
+    def place(text: str, *words: str) -> list[points.Placed]:
+        path = tmp_path / "sweep.yaml"
+        path.write_text(f"dir: out\nbase: {config('coded')}\n{text}\n")
+        sweep = design.read(str(path), [f"dir={tmp_path / 'out'}", *words])
+        return points.place(sweep, design.points(sweep))
+
+    return place
+
+
+def finished(each: points.Placed, steps: int) -> None:
+    points.note(each, "done")
+    (each.directory / "summary.json").write_text(json.dumps({"steps": steps}))
+
+
+def test_a_run_that_somebody_has_trained_further_is_no_point_any_more(placed):
+    (each,) = placed("axes: {train.steps: [4]}")
+    finished(each, 4)
+    assert points.stands(each.directory, {}) == ("done", "")
+    finished(each, 60)
+    state, said = points.stands(each.directory, {})
+    assert state == "failed" and said.startswith("somebody has trained it to step 60, and the point has 4; take its folder out")
+
+
+def test_a_run_of_which_no_sweep_knows_is_not_taken_for_a_point(placed):
+    """Its config may be any other."""
+    (each,) = placed("axes: {train.steps: [4]}")
+    each.directory.mkdir(parents=True)
+    (each.directory / "config.yaml").touch()
+    (again,) = placed("axes: {train.steps: [4]}")
+    assert again.directory.name == f"{each.directory.name}-{each.identity[:6]}" and again.identity == each.identity
+
+
+def test_the_same_point_in_other_words_is_one(placed):
+    found = placed("axes: {flow.weighting: ['min_snr:gamma=5', 'min_snr:gamma=5.0', min_snr, 'min_snr:gamma=4']}")
+    assert [each.directory == found[0].directory for each in found] == [True, True, True, False]
+
+
+def test_a_point_belongs_to_the_rows_of_its_shards(placed, shards, tmp_path):
+    """Wherever they lie, and not to others that lie there later."""
+    shutil.copytree(shards("coded"), tmp_path / "data")
+    here, there = (placed("axes: {train.steps: [4]}", f"set.data.path={path}")[0] for path in (shards("coded"), tmp_path / "data"))
+    assert here.identity == there.identity
+    manifest = json.loads((tmp_path / "data" / "prepared.json").read_text())
+    (tmp_path / "data" / "prepared.json").write_text(json.dumps(manifest | {"rows_sha256": "another"}))
+    assert placed("axes: {train.steps: [4]}", f"set.data.path={tmp_path / 'data'}")[0].identity != here.identity
+    corpora = placed(f"axes: {{data.path: ['{shards('coded')}', '{tmp_path / 'data'}']}}\nset: {{train.steps: 4}}")
+    assert corpora[0].identity == here.identity != corpora[1].identity
+
+
+def test_without_shards_nothing_is_placed_but_to_be_looked_at(placed, config, tmp_path):
+    with pytest.raises(UserError, match="data.path=/no/data: no shards are there, on which points are to be trained; prepare them first"):
+        placed("axes: {train.steps: [4]}", "set.data.path=/no/data")
+    sweep = design.read(str(tmp_path / "sweep.yaml"), ["set.data.path=/no/data"])
+    assert len(points.place(sweep, design.points(sweep), listing=True)) == 1
+
+
+def test_what_waits_trains_what_it_was_asked_for(tmp_path, config):
+    """Whatever becomes of the base meanwhile; the best is a config of it too, also where the folder of the sweep was moved to."""
+    base = tmp_path / "flow.yaml"
+    base.write_text(f"base: {config('coded')}\nmodel: {{hidden: 64}}\n")
+    (tmp_path / "sweep.yaml").write_text(f"dir: {tmp_path / 'out'}\nbase: flow.yaml\naxes: {{model.layers: [1, 2]}}\n")
+    asked = filed.frozen(design.read(str(tmp_path / "sweep.yaml"), []))
+    every = points.place(asked, design.points(asked))
+    filed.keep(asked, every, [])
+    base.write_text(f"base: {config('coded')}\nmodel: {{hidden: 32}}\n")
+    for each in every:
+        _, file, *words = points.training(asked, each)
+        assert load(file, words).config.model.hidden == 64
+    (tmp_path / "out").rename(tmp_path / "moved")
+    data = gather.gathered(tmp_path / "moved", tmp_path / "moved" / "sweeps" / "sweep.json")
+    for point, nats in zip(data["points"], (2.0, 1.0), strict=True):
+        point |= {"state": "done", "metrics": {"validation_loss": nats}}
+    (tmp_path / "moved" / "best.yaml").write_text(page.best_yaml(data, tmp_path / "moved"))
+    best = load(tmp_path / "moved" / "best.yaml").config.model
+    assert (best.hidden, best.layers) == (64, 2) and data["start"] == str(base)
+    again = filed.frozen(design.read(str(tmp_path / "sweep.yaml"), [f"dir={tmp_path / 'moved'}"]))
+    assert not {each.identity for each in points.place(again, design.points(again))} & {each.identity for each in every}
+
+
+def test_the_best_map_names_its_flow_from_everywhere(tmp_path):
+    for name in ("teacher=flow-seed=0", "a=1"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "a=1" / "point.json").write_text(json.dumps({"words": ["distill.teacher=runs/s/teacher=flow-seed=0"]}))
+    assert gather.besides(tmp_path / "a=1") == {"distill.teacher": str(tmp_path / "teacher=flow-seed=0")}

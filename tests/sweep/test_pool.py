@@ -105,7 +105,9 @@ def test_a_point_that_is_still_saving_is_waited_for(sweeping, environment, tmp_p
     point = sweeping.out / "model.layers=1-seed=0"
     sweeping("axes: {model.layers: [1, 2]}", "--dry-run")
     asked = design.read(str(tmp_path / "sweep.yaml"), [])
-    words = points.place(asked, design.points(asked))[0].words
+    placed = points.place(asked, design.points(asked))[0]
+    words = placed.words
+    points.note(placed, "running")
     train = [sys.executable, "-m", "megaflow", "pretrain", asked.base, *words, f"run.dir={point}", "train.steps=100000"]
     with subprocess.Popen(train, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as other:
         end = time.monotonic() + 60.0
@@ -116,7 +118,7 @@ def test_a_point_that_is_still_saving_is_waited_for(sweeping, environment, tmp_p
         while states(sweeping.out).get("model.layers=2-seed=0") != "done":
             assert sweep.poll() is None and time.monotonic() < end + 60.0
             time.sleep(0.05)
-        assert states(sweeping.out) == {"model.layers=2-seed=0": "done"}
+        assert states(sweeping.out) == {"model.layers=1-seed=0": "running", "model.layers=2-seed=0": "done"}
         other.kill()
     out, err = sweep.communicate(timeout=100)
     assert "already working" not in err and states(sweeping.out)["model.layers=1-seed=0"] != "pending"
@@ -135,9 +137,12 @@ def test_a_full_disk_ends_a_sweep_with_one_sentence(sweeping, disk):
 
 
 def test_a_sweep_of_which_nothing_can_be_trained_says_why(sweeping):
-    refused = sweeping("axes: {model.layers: [1, 2]}", "base=nope.yaml")
+    refused = sweeping("axes: {model.layers: [1, 2]}", "set.model.heads=3")
     assert refused.code == 1 and "0 of 2 points done, 2 refused" in refused.err
-    assert "megaflow: refused, such as model.layers=1-seed=0: nope.yaml: no such config file" in refused.err
+    assert "megaflow: refused, such as model.layers=1-seed=0: " in refused.err and "model.heads=3" in refused.err
+    for dry in ((), ("--dry-run",)):
+        missing = sweeping("axes: {model.layers: [1, 2]}", "base=nope.yaml", *dry)
+        assert (missing.code, missing.err) == (2, "megaflow: nope.yaml: no such config file\n")
 
 
 @pytest.mark.parametrize(

@@ -99,8 +99,8 @@ def evaluate(
     if mauve:
         mauve_score.check(causal or [])  # the first is the one
     identities = {path: causal_judge.identity(path) for path in causal or []}
-    if len(set(identities.values())) < len(identities):
-        raise UserError(f"--judge: two of {', '.join(identities)} are the same model; give each once")
+    if len(set(identities.values())) < len(causal or []):
+        raise UserError(f"--judge: two of {', '.join(causal or [])} are the same model; give each once")
     run = load_run(directory)
     run.config.data.path = data or run.config.data.path
     check_shards(run)

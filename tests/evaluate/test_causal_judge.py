@@ -185,6 +185,18 @@ def test_the_last_hidden_state_is_that_of_the_last_token(folder):
         assert state == pytest.approx(expected, abs=1e-5)
 
 
+def test_the_last_hidden_state_behind_a_token_that_begins_every_text(tmp_path):
+    made = save_judge(tmp_path / "judge", begin=True)
+    judge, model = open_judge(str(made)), AutoModelForCausalLM.from_pretrained(made).eval()
+    texts = ["In the beginning", "God"]
+    for text, state in zip(texts, features(judge, texts), strict=True):
+        ids = AutoTokenizer.from_pretrained(made)(text)["input_ids"]
+        assert ids[0] == model.config.vocab_size - 1
+        with torch.no_grad():
+            expected = model.transformer(torch.tensor([ids])).last_hidden_state[0, -1].numpy()
+        assert state == pytest.approx(expected, abs=1e-5)
+
+
 class TestOurOwnBaseline:
     def test_it_says_of_real_rows_what_its_likelihood_is(self, trained):
         """Rows of the validation split decode to texts that its tokenizer takes back to the same tokens."""
@@ -303,6 +315,8 @@ class TestHostileFolders:
 def test_the_identity_is_of_what_is_in_the_files(tmp_path, folder):
     assert causal.identity(str(save_judge(tmp_path / "same"))) == causal.identity(str(folder))
     assert causal.identity(str(save_judge(tmp_path / "other", seed=1))) != causal.identity(str(folder))
+    (tmp_path / "same" / "generation_config.json").rename(tmp_path / "same" / "other.json")  # a name says what a file is for
+    assert causal.identity(str(tmp_path / "same")) != causal.identity(str(folder))
 
 
 def test_the_tiny_judge_is_spread_enough_to_tell(folder):

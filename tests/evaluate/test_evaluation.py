@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 from pathlib import Path
@@ -427,3 +428,26 @@ def test_ended_by_a_signal_it_says_that_nothing_is_kept(cli, copied, monkeypatch
     told = cli("evaluate", run, *OPTIONS)
     said = f"megaflow: interrupted; {run / 'evaluation.json'} is not made, and nothing of it is left; the same command begins anew\n"
     assert told.code == 130 and told.err.endswith(said) and not (run / "evaluation.json").exists()
+
+
+def test_what_it_was_made_with_repeats_it(evaluated, trained):
+    found = evaluated("coded")
+    made = found["made_by"]
+    words = shlex.split(made["command"])
+    assert words[:3] == ["megaflow", "evaluate", str(trained("coded"))]
+    asked = dict(zip(words[3::2], words[4::2], strict=True))
+    assert asked["--steps"] == "1,3" and asked["--samples"] == "6" and asked["--rows"] == "24" and asked["--draws"] == "2"
+    assert (
+        made["data"] == load_run(trained("coded")).config.data.path
+        and made["device"] == "cpu"
+        and made["threads"] == torch.get_num_threads()
+    )
+    assert Path(made["folder"]).is_dir() and made["versions"]["torch"] == torch.__version__
+
+
+def test_what_is_asked_twice_is_refused(cli, trained):
+    told = cli("evaluate", trained("coded"), "--steps", "1,3,1")
+    assert (told.code, told.err) == (2, "megaflow: --steps: 1,3,1 has a number twice\n")
+    judge = trained("coded", "autoregressive")
+    told = cli("evaluate", trained("coded"), "--judge", judge, "--judge", judge)
+    assert (told.code, told.err) == (2, f"megaflow: --judge: two of {judge}, {judge} are the same model; give each once\n")

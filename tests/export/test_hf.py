@@ -1,5 +1,6 @@
 """`megaflow convert RUN OUT --to hf`: transformers opens OUT, computes the run's logits and writes the run's texts."""
 
+import importlib
 import os
 import re
 import subprocess
@@ -94,6 +95,21 @@ def test_logits_and_texts_are_the_run_s(variant, tmp_path, name):
         told
     )
     same_texts(variant(name), tmp_path / "out", {}, {"steps": None})
+
+
+def test_another_network_s_logits_are_refused(trained, tmp_path, monkeypatch):
+    """Rounding of fp32 is allowed, and not ten times as much."""
+    writing = importlib.import_module("megaflow.export.hf.write")
+    logits = writing.logits
+
+    def off(folder, source):
+        found = logits(folder, source)
+        return found + 1e-4 * found.std() * torch.randn(found.shape, generator=torch.Generator().manual_seed(0))
+
+    monkeypatch.setattr(writing, "logits", off)
+    with pytest.raises(UserError, match="logits differ by 0.0001 of their spread, and transformers is allowed 1e-05 of their spread"):
+        convert(trained("coded", "flow"), tmp_path / "out", to="hf")
+    assert not list(tmp_path.iterdir())
 
 
 class TestGeneration:

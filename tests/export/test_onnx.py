@@ -10,6 +10,7 @@ import torch
 
 from megaflow.errors import UserError
 from megaflow.evaluate.generate import sample
+from megaflow.export import onnx as onnx_form
 from megaflow.export.convert import convert
 from megaflow.parallel import random
 
@@ -40,6 +41,19 @@ def test_one_step_text_of_any_number_of_texts(trained, tmp_path, kind, length, d
         assert json.loads(done.stdout) == sample(run, count=count, steps=1, seed=7)["tokens"]
     about = {entry.key: entry.value for entry in onnx.load(tmp_path / "out" / "map.onnx").metadata_props}
     assert about["megaflow.run"] == str(run) and about["megaflow.step"] == "40"
+
+
+def test_a_file_that_writes_something_else_is_removed(trained, tmp_path, monkeypatch):
+    def run(file, inputs):
+        tokens = onnx_form_run(file, inputs)
+        tokens[0, 0] = (tokens[0, 0] + 1) % 27
+        return tokens
+
+    onnx_form_run = onnx_form.run
+    monkeypatch.setattr(onnx_form, "run", run)
+    with pytest.raises(UserError, match=r"verification failed, ONNX Runtime writes 99\.2% of the tokens that transformers writes"):
+        convert(trained("char", "flow_map"), tmp_path / "out", to="onnx")
+    assert not list(tmp_path.iterdir())
 
 
 class TestRefused:

@@ -181,6 +181,9 @@ def mounts(each: Step, more: tuple[str, ...] = ()) -> tuple[str, ...]:
         found += [str(Path(source).parent) for source in config.data.source] if each.stage == "prepare" else []
     elif each.stage == "convert":
         found.append(str(Path(each.words[2]).absolute().parent))
+    else:
+        given = [word.partition("=") for word in each.words if word.startswith(("--judge=", "--data=", "--text="))]
+        found += [str(Path(path).parent) if option == "--text" else path for option, _, path in given]
     return apart([os.path.abspath(path) for path in found if path])
 
 

@@ -16,15 +16,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from megaflow.config.load import load
 from megaflow.errors import UserError
 from megaflow.files import write_atomically
 from megaflow.launch import records, script, slurm
 from megaflow.launch.records import TRAINING
 from megaflow.launch.script import Job, Resources
 from megaflow.launch.submit import apart, limits, needed
-from megaflow.show import known
 from megaflow.sweep import filed, gather, halving, points
-from megaflow.sweep.design import Sweep, written
+from megaflow.sweep.design import Sweep, judges_of
 from megaflow.sweep.points import DONE, FAILED, REFUSED, Placed
 from megaflow.train import outcome
 
@@ -56,10 +56,19 @@ def cluster(
     if most is not None and most < 1:
         raise UserError(f"--limit: {most} is not a positive number")
     words = [word for word in again if word not in ("--retry", "--dry-run")]
-    config = known(asked.base, [f"{key}={written(value)}" for key, value in asked.set.items()])[0].config
-    read = [os.path.abspath(path) for path in (asked.dir, config.data.path, config.distill.teacher, config.model.start) if path]
-    resources = replace(resources, mounts=apart([*read, *resources.mounts]))
+    resources = replace(resources, mounts=apart([*map(os.path.abspath, read(asked)), *resources.mounts]))
     return Cluster((Path(asked.dir) / "slurm").absolute(), script.folder(templates), resources, most, retry, dry_run, words)
+
+
+def read(asked: Sweep) -> list[str]:
+    """Folders that points read, and the sweep's own: what a container has to see. Raises UserError."""
+    values = [load(base).config for base in (asked.base, asked.teacher.base) if base]
+    own = [
+        {"data.path": config.data.path, "distill.teacher": config.distill.teacher, "model.start": config.model.start} for config in values
+    ]
+    told = [*own, asked.set, asked.teacher.set, *(overrides for axis in asked.axes.values() for _, overrides in axis)]
+    found = [str(each[key]) for each in told for key in ("data.path", "distill.teacher", "model.start") if each.get(key)]
+    return list(dict.fromkeys([asked.dir, *found, *judges_of(asked.evaluate)]))
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """What a submission refuses before anything is submitted, and how it reads what follows what. Without a cluster."""
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -155,3 +156,9 @@ def test_a_job_reads_its_config_as_it_was(cli, config, tmp_path, monkeypatch):
     assert [each.partition(":")[0] for each in mounts][0] == str(own.parent)
     assert {str(run), data, str(tmp_path / "more"), str(run / "slurm")} == {each.partition(":")[0] for each in mounts[1:]}
     assert cli("submit", own, "--mount", tmp_path, "--dry-run").err.startswith("megaflow: --mount is of --container")
+
+
+def test_a_container_sees_what_an_evaluation_reads():
+    words = ["evaluate", "runs/a", "--judge=/models/judge", "--text=/texts/a.txt", "--steps=4"]
+    step = submit.Step("evaluate", words, Path("runs/a"), Path("runs/a/slurm"))
+    assert set(submit.mounts(step, ("/more",))) == {"/models/judge", "/texts", "/more"}  # the run lies below the working directory

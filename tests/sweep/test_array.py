@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from megaflow.config.load import load
 from megaflow.files import lines
-from megaflow.sweep import points
+from megaflow.sweep import array, design, points
 
 EVALUATE = {"steps": "1", "samples": 4, "rows": 8, "draws": 2}
 
@@ -25,6 +26,15 @@ def sweep(tmp_path, config):
         'evaluate: {steps: "1", samples: 4, rows: 8, draws: 2}\n'
     )
     return path
+
+
+def test_a_container_sees_what_points_read(tmp_path, config):
+    path = tmp_path / "grid.yaml"
+    path.write_text(
+        f"dir: out\nbase: {config('coded')}\naxes: {{data.path: [/data/a, /data/b], model.start: ['', /models/gpt2]}}\nevaluate: {{judge: /models/judge}}\n"
+    )
+    data = load(config("coded")).config.data.path
+    assert array.read(design.read(str(path), [])) == ["out", data, "/data/a", "/data/b", "/models/gpt2", "/models/judge"]
 
 
 @pytest.mark.long

@@ -30,8 +30,8 @@ def sweep(tmp_path, config):
 
 def test_a_container_sees_what_points_read(tmp_path, config):
     path = tmp_path / "grid.yaml"
-    axes = "axes: {data.path: [/data/a, /data/b], model.start: ['', /models/gpt2]}\\nevaluate: {judge: /models/judge}"
-    path.write_text(f"dir: out\\nbase: {config('coded')}\\n{axes}\\n")
+    axes = "axes: {data.path: [/data/a, /data/b], model.start: ['', /models/gpt2]}\nevaluate: {judge: /models/judge}"
+    path.write_text(f"dir: out\nbase: {config('coded')}\n{axes}\n")
     data = load(config("coded")).config.data.path
     assert array.read(design.read(str(path), [])) == ["out", data, "/data/a", "/data/b", "/models/gpt2", "/models/judge"]
 

@@ -9,6 +9,8 @@ from typing import Any
 
 from megaflow.errors import UserError, naming, reason
 
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+"""Ends of the names of files that run code when they are opened as such."""
 TAIL = 2**18
 """Bytes at the end of a file that are read for its last lines."""
 
@@ -83,3 +85,10 @@ def replacing(path: Path) -> Iterator[Path]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def no_pickles(folder: Path) -> None:
+    """Refuse a folder of ours that a file lies in which runs code when it is opened: nothing of ours writes one, and somebody may open it.
+    Raises UserError."""
+    if found := sorted(path for path in folder.glob("*") if path.suffix in PICKLES):
+        raise UserError(f"{found[0]}: a pickle runs whatever it holds when it is opened, and none belongs here; take it out")

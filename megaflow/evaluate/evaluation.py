@@ -49,7 +49,7 @@ from megaflow.train.context import Contexts
 from megaflow.train.run import read_config, source_digest, versions
 from megaflow.train.stages import check_same_shards
 
-MEASURES = 6
+MEASURES = 7
 """What an evaluation holds; one of another number is measured anew."""
 JUDGE_CHARACTERS = 8_000_000
 """The judge is fitted to at most this many characters of the training split, from its beginning."""
@@ -360,9 +360,10 @@ def written(
         plan += [("even", n, temperature) for n in counts if n and 2 < n <= EVEN_STEPS]  # two steps are even
         plan += [("unbalanced", n, temperature) for n in counts if n == 1]
     found: dict[str, Any] = {"samples": {}, "cooled": {}, "even": {}, "unbalanced": {}}
-    half = len(held_out.rows) // 2  # real text is compared with other real text, of as many rows as there are texts
-    real = [held_out.rows[place] for place in spread(half, settings["samples"]).tolist()]
-    found["repetition"] = {"data": repetition.measured(real, held_out.rows[half:], training)}
+    # real text is compared with other real text, of as many rows as there are texts; every second, since books are not alike
+    some, others = held_out.rows[0::2], held_out.rows[1::2]
+    real = [some[place] for place in spread(len(some), settings["samples"]).tolist()]
+    found["repetition"] = {"data": repetition.measured(real, others, training)}
     template = given_of(run, held_out)
     if run.is_map and 1 in counts:
         run.balance()  # has a progress of its own
@@ -392,7 +393,7 @@ def written(
         if kind in ("samples", "cooled"):
             entries[way] = numbers
         if kind == "samples":
-            found["repetition"][name] = repetition.measured(rows, held_out.rows[half:], training)
+            found["repetition"][name] = repetition.measured(rows, others, training)
             found["nearest"][name] = nearest(run, rows, training)
             if near is not None:
                 found["mauve"]["samples"][name] = near.against([text_of(run, row) for row in rows], settings["seed"])
@@ -486,10 +487,12 @@ def of_equation(found: dict[str, Any]) -> list[str]:
         f"{found['bits_per_char']:.4f} bits/char ({found['nats_per_token']:.4f} nats/token; {found['steps']} steps, {divergence}); "
         "a bound if the steps are many"
     )
+    coarse = abs(found["half_steps_difference_nats"]) > 3.0 * found["standard_error_nats"]
+    few = "; too few steps, their error is more than that of the noises" if coarse else ""
     return [
         f"equation          {units}",
         f"  standard error  {found['standard_error_bits_per_char']:.4f} bits/char of {found['draws']} noises a row",
-        f"  half the steps  {found['half_steps_difference_nats']:+.4f} +- {found['half_steps_error_nats']:.4f} nats/token from them",
+        f"  half the steps  {found['half_steps_difference_nats']:+.4f} +- {found['half_steps_error_nats']:.4f} nats/token from them" + few,
     ]
 
 

@@ -117,6 +117,8 @@ def present_evaluation(run: Path) -> dict[str, Any]:
     found = kept.read(run)
     if not found and not (run / kept.FILE).exists():
         return {}
+    if not found:
+        raise UserError(f"{run / kept.FILE}: this is no evaluation, or the half of one; megaflow evaluate {run} makes it anew")
     newest = kept.newest_weights(run)
     if not kept.is_of(found, newest):
         step, was = newest["step"] if newest else None, found.get("step")
@@ -131,7 +133,7 @@ def alike(evaluations: dict) -> None:
         found = {name: evaluation["settings"][setting] for name, evaluation in evaluations.items()}
         if len(set(found.values())) > 1:
             each = ", ".join(f"{value} ({name})" for name, value in found.items())
-            raise UserError(f"the runs were evaluated with different --{setting}: {each}; evaluate them alike, then report")
+            raise UserError(f"the runs were evaluated with different --{setting}: {each}; evaluate them alike")
 
 
 def together(directory: Path, manifest: dict, found: dict[str, Path], evaluations: dict) -> None:

@@ -114,6 +114,9 @@ class MegaFlow(LM):
 
     def loglikelihood(self, requests: list) -> list[tuple[float, bool]]:
         rows, begins = [], []
+        questions: dict[Any, list[int]] = {}  # choices of one question have the same noise: what is theirs alone decides
+        for number, request in enumerate(requests):
+            questions.setdefault((request.task_name, number if request.doc_id is None else request.doc_id), []).append(number)
         for context, continuation in (request.args for request in requests):
             spaces = len(context) - len(context.rstrip())
             context, continuation = context[: len(context) - spaces], context[len(context) - spaces :] + continuation
@@ -128,7 +131,8 @@ class MegaFlow(LM):
             rows.append(whole[-self.length :])  # of a context that is too long, its end
             begins.append(len(rows[-1]) - len(rest))
             self.cut_contexts += len(whole) > self.length
-        found = self.nats(rows, begins, [request.task_name or "" for request in requests], of_lengths=False)
+        tasks = [request.task_name or "" for request in requests]
+        found = self.nats(rows, begins, tasks, of_lengths=False, together=list(questions.values()))
         return list(zip([-each for each in found], self.likeliest(rows, begins), strict=True))
 
     def loglikelihood_rolling(self, requests: list) -> list[float]:
@@ -144,27 +148,38 @@ class MegaFlow(LM):
             sums[number] -= each
         return sums
 
-    def nats(self, rows: list[list[int]], begins: list[int], tasks: list[str], of_lengths: bool) -> list[float]:
-        """-log p of each row from where it begins, given what is before; with more and more draws where the error is too large."""
-        found = [0.0] * len(rows)
-        left, draws = list(range(len(rows))), self.draws
+    def nats(
+        self, rows: list[list[int]], begins: list[int], tasks: list[str], of_lengths: bool, together: list[list[int]] | None = None
+    ) -> list[float]:
+        """-log p of each row from where it begins, given what is before; with more and more draws where the error is too large.
+
+        together: rows, by number, that are measured at the same noise and times: those of one place of all groups at once, and where a
+        group has no more of them its last once more. Each row is a group of its own where that is None.
+        """
+        found = [(0.0, Took("", 0.0, 0, 0))] * len(rows)
+        left, draws = [[i] for i in range(len(rows))] if together is None else together, self.draws
         while left:
-            ids, given = self.padded([rows[i] for i in left], [begins[i] for i in left])
-            self.check_given(bool(given.any()))
-            text = real_text.made(self.run, ids, [len(rows[i]) for i in left])
-            measured = nats(self.run, text, draws, self.seed, given if bool(given.any()) else None, of_lengths)
-            if measured["kind"] == "none":
-                raise UserError(f"{self.run.directory}: it has no likelihood ({measured['reason']})")
-            each = measured["rows"]
-            again = []
-            for i, value, error, count in zip(left, each["nats"], each["errors"], each["tokens"], strict=True):
-                if error > self.tolerance and draws < MOST_DRAWS:
-                    again.append(i)
-                else:
-                    found[i] = value
-                    self.took.append(Took(tasks[i], error, count, draws))
-            left, draws = again, min(2 * draws, MOST_DRAWS)
-        return found
+            for place in range(max(map(len, left))):
+                some = [group[min(place, len(group) - 1)] for group in left]
+                for i, value, took in zip(some, *self.measured(rows, begins, some, draws, of_lengths), strict=True):
+                    found[i] = value, took._replace(task=tasks[i])
+            left = [group for group in left if draws < MOST_DRAWS and max(found[i][1].error for i in group) > self.tolerance]
+            draws = min(2 * draws, MOST_DRAWS)
+        self.took += [took for _, took in found]
+        return [value for value, _ in found]
+
+    def measured(
+        self, rows: list[list[int]], begins: list[int], some: list[int], draws: int, of_lengths: bool
+    ) -> tuple[list[float], list[Took]]:
+        """-log p of `some` of the rows, and what each came at; where a row stands among them decides its noise."""
+        ids, given = self.padded([rows[i] for i in some], [begins[i] for i in some])
+        self.check_given(bool(given.any()))
+        text = real_text.made(self.run, ids, [len(rows[i]) for i in some])
+        measured = nats(self.run, text, draws, self.seed, given if bool(given.any()) else None, of_lengths)
+        if measured["kind"] == "none":
+            raise UserError(f"{self.run.directory}: it has no likelihood ({measured['reason']})")
+        each = measured["rows"]
+        return each["nats"], [Took("", error, count, draws) for error, count in zip(each["errors"], each["tokens"], strict=True)]
 
     def padded(self, rows: Sequence[Sequence[int]], begins: Sequence[int]) -> tuple[Tensor, Tensor]:
         """(N, L) tokens, and which of them stand before where a row begins."""

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from megaflow.config.schema import Config
 from megaflow.data.shards import unigram_counts
 from megaflow.errors import UserError, reason
+from megaflow.files import no_pickles
 from megaflow.flow.clock import Clock
 from megaflow.model import build, parts
 from megaflow.model.build import Baseline
@@ -117,7 +118,10 @@ def compare(directory: Path, manifest: dict[str, Any]) -> None:
 
 
 def unknown(directory: Path, manifest: dict[str, Any]) -> None:
-    """Refuse a file that would be read and that export.json does not name: nothing says what it should be. Raises UserError."""
+    """Refuse a file that would be read and that export.json does not name, since nothing says what it should be, and pickles. Raises
+    UserError."""
+    for folder in (directory, directory / SHARDS):
+        no_pickles(folder)
     there = [path for path in directory.iterdir() if path.suffix in (".safetensors", ".py") or path.name in (INDEX, *READ)]
     for path in sorted([*there, *(directory / SHARDS).glob("*")]):
         if not path.name.startswith(".") and str(path.relative_to(directory)) not in manifest["files"]:

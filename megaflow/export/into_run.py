@@ -68,7 +68,8 @@ def into_run(model: Path, out: Path) -> list[str]:
         verify.compare_blocks(out, ((name, again.found.read(f"{kind}/{name}"), read(name).float()) for kind in KINDS for name in names))
         before = sized(again, lambda: verify.logits(*folder.load(model, "cpu")[:2]))
         compared = verify.compare_logits(out, before, again.network("averaged"), 0.0, "a copy")
-    what = f"{about['kind']}, step {source['step']}; training goes on with run.dir={out}, with moments of zero"
+    with_what = f"run.dir={out} and the shards of {loaded.config.data.path}, with moments of zero"
+    what = f"{about['kind']}, step {source['step']}; training goes on with {with_what}"
     return [f"{out}: {what}", *verify.told({"tensors": 2 * len(names), "exact": True, **compared})]
 
 

@@ -38,6 +38,7 @@ import torch
 from torch import Tensor
 
 from megaflow.errors import UserError
+from megaflow.files import no_pickles
 from megaflow.parallel import boxes
 from megaflow.parallel.boxes import Box
 from megaflow.train import tensor_file
@@ -272,7 +273,8 @@ def newest(
 
 
 def _manifest(path: Path) -> Checkpoint:
-    """A checkpoint as its manifest describes it; no file is compared. Raises Damaged."""
+    """A checkpoint as its manifest describes it; no file is compared. Raises Damaged, UserError where a pickle lies in it."""
+    no_pickles(path)
     file = path / MANIFEST
     try:
         written = json.loads(file.read_text("utf-8"))

@@ -173,6 +173,27 @@ def test_draws_are_added_until_the_error_is_small_enough(given_run):
     assert all(each.error <= tolerance or each.draws == 4096 for each in more.took) and max(each.draws for each in more.took) > 8
 
 
+def choices(*arguments: tuple[str, str], question: int = 0) -> list[Instance]:
+    return [
+        Instance(request_type="loglikelihood", doc={}, arguments=each, idx=number, metadata=("task", question, 1))
+        for number, each in enumerate(arguments)
+    ]
+
+
+def test_choices_of_a_question_have_the_same_noise(given_run):
+    """The same text is as likely twice; of questions with fewer choices the others are not disturbed, nor where draws are added."""
+    asked = choices(("And God", " said"), ("And God", " xyz"), ("And God", " said"))
+    model = MegaFlow(path=str(given_run), draws=4)
+    (one, other, again) = model.loglikelihood(asked)
+    assert one == again != other and len(model.took) == 3
+    more = [*asked, *choices(("In the", " beginning"), question=1)]
+    found = MegaFlow(path=str(given_run), draws=4).loglikelihood(more)
+    assert found[0] == found[2] and len(found) == 4
+    tight = MegaFlow(path=str(given_run), draws=4, tolerance=0.9 * min(each.error for each in model.took))
+    (one, _, again, _) = tight.loglikelihood(more)
+    assert one == again and len({each.draws for each in tight.took[:3]}) == 1 and tight.took[0].draws > 4
+
+
 def test_draws_have_an_end(given_run, monkeypatch):
     monkeypatch.setattr("megaflow.evaluate.harness.MOST_DRAWS", 24)
     model = MegaFlow(path=str(given_run), draws=8, tolerance=1e-9)

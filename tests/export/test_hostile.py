@@ -77,6 +77,16 @@ WAYS = [("--weights", "live"), ("--weights", "averaged"), ("--to", "run")]
 AVERAGED, WEIGHTS = "averaged-00000-of-00001.safetensors", "weights-00000-of-00001.safetensors"
 
 
+def test_a_pickle_beside_the_files_of_a_checkpoint(cli, copied, sprung):
+    run = copied("coded")
+    folder = checkpoints.folder(run, checkpoints.steps(run)[-1])
+    poison(folder / "optim.pt", "torch", sprung)
+    for words in (("convert", run, run.parent / "out"), ("sample", run, "--steps", 1)):
+        told = cli(*words)
+        assert told.code == 2 and told.err.splitlines()[-1].startswith(f"megaflow: {folder / 'optim.pt'}: a pickle runs whatever it holds")
+    assert not sprung.exists()
+
+
 class TestPickles:
     @pytest.mark.parametrize("how", ["pickle", "torch"])
     @pytest.mark.parametrize("way", WAYS)
@@ -112,7 +122,7 @@ class TestPickles:
 
     def test_beside_the_files_of_a_run(self, copied, sprung, tmp_path):
         run = copied("coded")
-        for folder in (run, checkpoints.folder(run, 40), run / "shards"):
+        for folder in (run, run / "shards"):  # where people put things of their own
             for name in ("pytorch_model.bin", "model.pkl", "weights-00001-of-00002.safetensors"):
                 poison(folder / name, "torch", sprung)
         convert(run, tmp_path / "out")

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 
 import pytest
 import torch
@@ -120,8 +119,13 @@ class TestRefused:
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
         self.refused(folder, "not the file that was written")
 
-    def test_a_pickle(self, folder):
-        shutil.copyfile(__file__, folder / "pytorch_model.bin")  # whatever it is, nothing reads it
+    @pytest.mark.parametrize("name", ["pytorch_model.bin", "optim.pt", "shards/tokenizer.pkl"])
+    def test_a_pickle_beside_its_files(self, folder, name):
+        """Nothing of ours would read it, but somebody might."""
+        torch.save({"bias": torch.zeros(300)}, folder / name)
+        self.refused(folder, f"{name}: a pickle runs whatever it holds when it is opened, and none belongs here; take it out")
+
+    def test_a_pickle_in_the_place_of_a_file(self, folder):
         file = sorted(folder.glob("model-*.safetensors"))[0]
         torch.save({"bias": torch.zeros(300)}, file)
         self.refused(folder, "not the file that was written")

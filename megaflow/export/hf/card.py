@@ -41,7 +41,7 @@ def card(source: Source, name: str, about: dict[str, Any], group: str) -> str:
         "",
     ]
     lines += [KINDS[source.kind], "", "## Use", "", *_code(source.kind), ""]
-    lines += [f"Texts have {manifest['length']} tokens. The same seed gives the same texts, those of `megaflow sample`.", ""]
+    lines += [f"Texts have {manifest['length']} tokens. The same seed gives the same tokens, those of `megaflow sample`.", ""]
     lines += ["## Made of", "", "| | |", "|---|---|"]
     rows = {
         "network": f"{count:,} weights: {layers} layers of {about['hidden_size']}, {heads} heads",

@@ -58,7 +58,8 @@ class CausalModel(TokenModel):
 
     def settings(self, num_steps: int | None, given: bool, **options: Any) -> dict[str, Any]:
         if num_steps is not None or options:
-            raise ValueError(f"an autoregressive network writes one token after another and takes no {', '.join(options) or 'num_steps'}")
+            none = f"an autoregressive network writes one token after another and takes no {', '.join(options) or 'num_steps'}"
+            raise ValueError(f"{none}; it takes prompt, mask, num_texts, temperature and seed")
         return {}
 
     def write(

@@ -176,7 +176,7 @@ class TestOtherWeights:
     def test_a_damaged_evaluation(self, part_of, cli):
         path = part_of("data", "flow")
         (path / "flow" / "evaluation.json").write_text("{")
-        self.refused(cli, path, "evaluation.json: this is no evaluation, or the half of one")
+        self.refused(cli, path, "damaged, or the half of one")
 
 
 class TestCurves:

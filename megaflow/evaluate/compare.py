@@ -26,7 +26,7 @@ KEPT = ("kind", "nats_per_token", "standard_error_nats", "bits_per_char", "bits_
 EQUATION = ("steps", "probes", "half_steps_difference_nats", "half_steps_error_nats")
 """Kept besides, of the bound of a flow's equation."""
 NGRAM = "judge_bits_per_char"
-SHOWN = (NGRAM, "entropy", "reverse_bits_per_char")
+SHOWN = (NGRAM, "judge_standard_error", "entropy", "entropy_standard_error", "reverse_bits_per_char")
 
 
 def compare(runs: list[str], out: str | None = None, page: str | None = None) -> dict[str, Any]:
@@ -199,7 +199,7 @@ def table(result: dict[str, Any]) -> str:
         task = next(iter(result["runs"].values()))["settings"]["verify"]
         lines += [f"solved problems of {task}, against {next(iter(result['verify']))}", *_aligned(_solved(result["verify"])), ""]
     lines += ["texts: judged values compare at equal entropy only"]
-    rows = [["run", "steps", *(field.replace("_bits_per_char", " bits/char") for field in SHOWN)]]
+    rows = [["run", "steps", "judge bits/char", "+-", "entropy", "+-", "reverse bits/char"]]
     for run, samples in result["samples"].items():
         for steps, entry in samples.items():
             rows.append([run, steps, *(_number(entry[field]) for field in SHOWN)])

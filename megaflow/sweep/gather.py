@@ -154,10 +154,9 @@ def besides(directory: Path) -> dict[str, str]:
     """What a point was told besides its choice: the steps of a budget, the flow that it is a map of."""
     words = dict(word.split("=", 1) for word in points.record(directory).get("words", []))
     found = {key: words[key] for key in ("train.steps", "distill.teacher") if key in words}
-    if (
-        "distill.teacher" in found and (flow := directory.parent / Path(found["distill.teacher"]).name).is_dir()
-    ):  # beside it, wherever that is
-        found["distill.teacher"] = str(flow.resolve())
+    beside = directory.parent / Path(found.get("distill.teacher", "")).name  # wherever the sweep's folder is now
+    if "distill.teacher" in found and beside.is_dir():
+        found["distill.teacher"] = str(beside.resolve())
     return found
 
 

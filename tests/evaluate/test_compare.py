@@ -43,6 +43,11 @@ def test_differences_are_of_rows(runs, tmp_path):
     told = compare.table(found).splitlines()
     assert told[0].endswith(runs[0]) and told[1].split()[0] == "run" and [line.split()[0] for line in told[2:5]] == runs
     assert told[3].split()[1] == "bound" and told[2].split()[1] == "exact"
+    place = next(number for number, line in enumerate(told) if line.startswith("texts: judged values"))
+    entry = found["samples"][runs[1]]["1"]
+    line = next(line for line in told[place:] if line.split()[:2] == [runs[1], "1"])
+    fields = ("judge_bits_per_char", "judge_standard_error", "entropy", "entropy_standard_error", "reverse_bits_per_char")
+    assert line.split()[2:] == [f"{entry[field]:.3f}" for field in fields]
 
 
 def test_judges_frontiers_and_repetition_are_in_json_and_tables(runs):

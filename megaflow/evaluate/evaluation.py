@@ -131,14 +131,15 @@ def evaluate(
         "shards": shards.identity(run.manifest),
         "settings": settings,
     }
-    result = before = kept.read(run.directory)
-    if not kept.is_of(result, identity):
-        result = measure(run, identity, began) | {"made_by": made_by(run, settings)}
-        if writable(run.directory):
-            if before and before.get("weights") == run.weights:  # by other settings: hours, maybe
-                write_atomically(run.directory / kept.BEFORE, as_json(before))
-                print(f"{run.directory / kept.FILE} was of other settings; it is {kept.BEFORE} now", file=sys.stderr)
-            write_atomically(run.directory / kept.FILE, as_json(result))
+    with kept.alone(run.directory):
+        result = before = kept.read(run.directory)
+        if not kept.is_of(result, identity):
+            result = measure(run, identity, began) | {"made_by": made_by(run, settings)}
+            if writable(run.directory):
+                if before and before.get("weights") == run.weights:  # by other settings: hours, maybe
+                    write_atomically(run.directory / kept.BEFORE, as_json(before))
+                    print(f"{run.directory / kept.FILE} was of other settings; it is {kept.BEFORE} now", file=sys.stderr)
+                write_atomically(run.directory / kept.FILE, as_json(result))
     result["run"] = str(directory)  # the same run may be called by another path
     if out:
         write_atomically(Path(out), as_json(result))

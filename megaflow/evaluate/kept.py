@@ -3,6 +3,11 @@
 `evaluate` measures anew what is not of the run's present weights, and `report` refuses it.
 """
 
+import contextlib
+import fcntl
+import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +15,7 @@ from megaflow.files import read_if_whole
 from megaflow.train import checkpoint as checkpoints
 from megaflow.train.checkpoint import Checkpoint
 
-FILE, BEFORE = "evaluation.json", "evaluation.before.json"
+FILE, BEFORE, LOCK = "evaluation.json", "evaluation.before.json", ".evaluating"
 
 
 def weights_of(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -27,6 +32,23 @@ def newest_weights(run: Path) -> dict[str, Any] | None:
 def read(run: Path) -> dict[str, Any]:
     """The run's evaluation; empty where there is none, or its file is damaged, which is as good as none."""
     return read_if_whole(run / FILE)
+
+
+@contextlib.contextmanager
+def alone(run: Path) -> Iterator[None]:
+    """One evaluation of a run at a time: another one waits, and finds measured what it asks for if that is the same."""
+    if not os.access(run, os.W_OK | os.X_OK):
+        yield
+        return
+    with (run / LOCK).open("a", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"{run}: another process evaluates it; this one waits until that is done", file=sys.stderr, flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:
+            pass  # a file server without locks
+        yield
 
 
 def is_of(found: dict[str, Any], identity: dict[str, Any] | None) -> bool:

@@ -1,11 +1,13 @@
 """`megaflow evaluate`: finite numbers for every kind of run, in a table and as JSON, computed once."""
 
+import fcntl
 import json
 import math
 import os
 import shlex
 import shutil
 import signal
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ from megaflow.data.shards import log_length_law
 from megaflow.data.stream import TokenStream
 from megaflow.data.tokenizer import decode, end_id
 from megaflow.evaluate import judge as judges
-from megaflow.evaluate import repetition
+from megaflow.evaluate import kept, repetition
 from megaflow.evaluate.evaluation import COOLED, evaluate, fitted_judge, judged, table
 from megaflow.evaluate.flow_text import grid_clock
 from megaflow.evaluate.generate import generate
@@ -451,3 +453,17 @@ def test_what_is_asked_twice_is_refused(cli, trained):
     judge = trained("coded", "autoregressive")
     told = cli("evaluate", trained("coded"), "--judge", judge, "--judge", judge)
     assert (told.code, told.err) == (2, f"megaflow: --judge: two of {judge}, {judge} are the same model; give each once\n")
+
+
+def test_two_evaluations_of_a_run_come_one_after_the_other(cli, copied):
+    """The second finds measured what it asks for."""
+    run = copied("coded", "flow")
+    (run / "evaluation.json").unlink(missing_ok=True)
+    with (run / kept.LOCK).open("a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        waits = threading.Timer(0.5, fcntl.flock, (held, fcntl.LOCK_UN))
+        waits.start()
+        told = cli("evaluate", run, *OPTIONS)
+        waits.join()
+    assert told.code == 0 and told.err.count(f"{run}: another process evaluates it; this one waits until that is done\n") == 1
+    assert "another process" not in cli("evaluate", run, *OPTIONS).err

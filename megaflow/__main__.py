@@ -492,6 +492,8 @@ def resources_of(arguments: argparse.Namespace) -> Any:
         raise UserError("--processes-per-node is of hosts without GPUs; with --gpus-per-node each GPU is a rank")
     if arguments.mount and not arguments.container:
         raise UserError("--mount is of --container: without one a job sees what its hosts see")
+    if missing := next((path for path in arguments.mount if not os.path.isdir(path)), None):
+        raise UserError(f"--mount {missing}: no such folder here")
     return Resources(
         nodes=arguments.nodes,
         gpus=arguments.gpus_per_node,

@@ -1,6 +1,7 @@
 """`megaflow config`: the resolved tree with origins, and the list of all keys."""
 
 import os
+from pathlib import Path
 from typing import Any
 
 from megaflow.config.check import contradictions, doubts, of_shards, resolve
@@ -39,6 +40,16 @@ def rows_of(path: str) -> str:
     from megaflow.data.shards import identity, read_manifest
 
     return identity(read_manifest(path))
+
+
+def rows_read(run: Path) -> str:
+    """The same of the rows that a run has been trained on, by what it has kept of its shards; empty where it has kept nothing whole."""
+    from megaflow.data.shards import identity, read_description
+
+    try:
+        return identity(read_description(run / "shards"))
+    except UserError:
+        return ""
 
 
 def foreseen(loaded: Loaded) -> int | None:

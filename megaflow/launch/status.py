@@ -43,7 +43,7 @@ def status(places: list[str], as_json: bool = False, live: bool = False) -> None
             print(clear + "\n".join(shown), flush=True)
         begun = all(BEGUN not in sweep["states"] for sweep in sweeps)
         later = any(each["jobs"] for each in (*states, *sweeps)) or any(map(pools, folders))
-        if not live or begun and not later and all(state["state"] == "finished" for state in states):
+        if not live or begun and not later and all(state["state"] in ("finished", EARLY) for state in states):
             return
         time.sleep(PERIOD)
 
@@ -62,7 +62,8 @@ def counted(folder: Path, states: list[dict[str, Any]], queue: dict[str, slurm.Q
         failed = noted.get("state") in ("failed", "refused")
         killed = noted.get("state") == "stopped" or noted.get("state") == "running" and not here
         state = there.get(name) or (noted["state"] if failed else "stopped" if killed else BEGUN)  # or one that never became a run
-        state = LATER if state == "finished" and noted.get("state") == "running" and here else state
+        if state == "finished" and noted.get("state") in ("running", "stopped"):
+            state = LATER if here else "stopped"  # its evaluation
         state = "failed" if failed and state == "finished" else state  # trained, and its evaluation has failed
         counts[state] = counts.get(state, 0) + 1
         if failed and noted.get("said") and state == noted["state"] and (name not in there or there[name] == "finished"):
@@ -168,6 +169,8 @@ def state_of(run: Path, jobs: list[dict[str, Any]], queue: dict[str, slurm.Queue
         state = "queued"
     elif point.get("state") == EARLY:
         state = EARLY
+    elif point.get("state") == "failed" and ended is not None and point.get("time", 0.0) > ended["time"]:
+        state = "failed"  # and what it was told before is not the last word
     elif ended is not None:
         state = "stopped" if ended["code"] == STOPPED else "failed"
     elif process or not asked:

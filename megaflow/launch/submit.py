@@ -90,8 +90,10 @@ def submit(
             check(each.words)
     limits(resources)
     source = script.folder(templates)
+    in_order(steps, after or [])
+    seen = apart([path for each in steps for path in mounts(each, resources.mounts)])
     for each in steps:
-        each.mounts = mounts(each, resources.mounts)
+        each.mounts = seen
         if each.stage not in OPTIONS:
             each.kept = load.frozen(each.words[1], each.place / "configs")
             each.words[1] = str(each.kept[0])
@@ -172,23 +174,52 @@ def option(stage: str, word: str) -> str:
     return f"--{name}={value}"
 
 
-def mounts(each: Step, more: tuple[str, ...] = ()) -> tuple[str, ...]:
-    """Folders that a step reads and writes, absolute and none within another: its run, its shards, what its config names, and `more`."""
-    found = [str(each.directory if each.stage != "prepare" else each.directory.absolute().parent), *more]
+def in_order(steps: list[Step], after: list[str]) -> None:
+    """Refuse a stage that nothing before it makes possible: it would wait for hours to say so. Raises UserError."""
+    made, outs = {os.path.abspath(path) for path in after}, set[str]()
+    for each in steps:
+        if each.stage == "distill":
+            teacher = known(each.words[1], each.words[2:])[0].config.distill.teacher
+            if os.path.abspath(teacher) == os.path.abspath(each.directory):
+                raise UserError(f"distill.teacher={teacher}: this is the map's own run.dir; give it another")
+            if not Path(teacher).is_dir() and os.path.abspath(teacher) not in made:
+                raise UserError(f"distill.teacher={teacher}: no run is there, and nothing that comes before makes it")
+        if each.stage == "convert":
+            if (out := os.path.abspath(each.words[2])) in outs:
+                raise UserError(f"{each.words[2]}: two stages convert into this folder; give each its own")
+            outs.add(out)
+        made.add(os.path.abspath(each.directory))
+
+
+def mounts(each: Step, more: tuple[str, ...] = ()) -> list[str]:
+    """Files' folders and folders that a step reads and writes: its run and what that names, what its config or options name, and `more`."""
+    found = [str(each.directory if each.stage != "prepare" else each.directory.absolute().parent), *more, *named_by(each.directory)]
     if each.stage not in OPTIONS:
         config = known(each.words[1], each.words[2:])[0].config
-        found += [config.data.path, config.distill.teacher, config.model.start]
-        found += [str(Path(source).parent) for source in config.data.source] if each.stage == "prepare" else []
+        found += [config.data.path, config.distill.teacher, config.model.start, *named_by(Path(config.distill.teacher))]
+        files = [*config.data.source, config.data.tokenizer] if each.stage == "prepare" else []
     elif each.stage == "convert":
-        found.append(str(Path(each.words[2]).absolute().parent))
+        files = [os.path.abspath(each.words[2])]
     else:
-        given = [word.partition("=") for word in each.words if word.startswith(("--judge=", "--data=", "--text="))]
-        found += [str(Path(path).parent) if option == "--text" else path for option, _, path in given]
-    return apart([os.path.abspath(path) for path in found if path])
+        given = dict(word.partition("=")[::2] for word in each.words if word.startswith(("--judge=", "--data=")))
+        found += given.values()
+        files = [word.partition("=")[2] for word in each.words if word.startswith(("--text=", "--json="))]
+    found += [os.path.dirname(os.path.abspath(file)) for file in files if os.path.lexists(os.path.dirname(os.path.abspath(file)))]
+    return [path for path in found if path]
+
+
+def named_by(run: Path) -> list[str]:
+    """The shards and the teacher of a run that is there."""
+    if not (run / "config.yaml").is_file():
+        return []
+    config = load.load_recorded(run / "config.yaml").config
+    return [config.data.path, config.distill.teacher]
 
 
 def apart(folders: list[str]) -> tuple[str, ...]:
-    """Those that lie within none of the others, nor below the working directory, which is mounted anyway."""
+    """Absolute, with where links lead: those that lie within none of the others, nor below the working directory, which is mounted
+    anyway."""
+    folders = [each for folder in folders for each in (os.path.abspath(folder), os.path.realpath(folder))]
     kept: list[Path] = [Path.cwd()]
     for folder in sorted({Path(folder) for folder in folders}, key=lambda path: len(path.parts)):
         if not any(folder.is_relative_to(other) for other in kept):

@@ -22,7 +22,7 @@ from megaflow.files import write_atomically
 from megaflow.launch import records, script, slurm
 from megaflow.launch.records import TRAINING
 from megaflow.launch.script import Job, Resources
-from megaflow.launch.submit import apart, limits, needed
+from megaflow.launch.submit import apart, limits, named_by, needed
 from megaflow.sweep import filed, gather, halving, points
 from megaflow.sweep.design import Sweep, judges_of
 from megaflow.sweep.points import DONE, FAILED, REFUSED, Placed
@@ -56,7 +56,7 @@ def cluster(
     if most is not None and most < 1:
         raise UserError(f"--limit: {most} is not a positive number")
     words = [word for word in again if word not in ("--retry", "--dry-run")]
-    resources = replace(resources, mounts=apart([*map(os.path.abspath, read(asked)), *resources.mounts]))
+    resources = replace(resources, mounts=apart([*read(asked), *resources.mounts]))
     return Cluster((Path(asked.dir) / "slurm").absolute(), script.folder(templates), resources, most, retry, dry_run, words)
 
 
@@ -68,7 +68,8 @@ def read(asked: Sweep) -> list[str]:
     ]
     told = [*own, asked.set, asked.teacher.set, *(overrides for axis in asked.axes.values() for _, overrides in axis)]
     found = [str(each[key]) for each in told for key in ("data.path", "distill.teacher", "model.start") if each.get(key)]
-    return list(dict.fromkeys([asked.dir, *found, *judges_of(asked.evaluate)]))
+    found += [path for each in told if each.get("distill.teacher") for path in named_by(Path(str(each["distill.teacher"])))]
+    return list(dict.fromkeys([asked.dir, *filter(None, found), *judges_of(asked.evaluate)]))
 
 
 @contextlib.contextmanager
@@ -184,8 +185,8 @@ def left(asked: Sweep, placed: list[Placed], how: Cluster, active: dict[Path, li
             lost.add(each.point.name)
             if not how.dry_run:
                 points.note(each, REFUSED if each.refused else FAILED, each.refused or points.why_orphaned(each))
-        elif state == FAILED and not how.retry:
-            if not (each.directory / "summary.json").exists():  # what fails after that is its evaluation
+        elif state == FAILED and (not how.retry or points.another(each.directory)):
+            if points.stands(each.directory, {})[0] == FAILED:  # and not its evaluation alone
                 lost.add(each.point.name)
         else:
             found.setdefault(each.directory, each)

@@ -53,8 +53,7 @@ def sweep(
         if status.pools(Path(asked.dir)):
             raise UserError(f"{asked.dir}: a sweep runs there on this machine; wait, or megaflow cancel {shlex.quote(asked.dir)}")
         with array.alone(how):
-            submitted(asked, all_points, overrides, how)
-        return 0
+            return submitted(asked, all_points, overrides, how)
     slots, stop = pool.shares(at_once), list[int]()
     searching = asked.draw["kind"] == "optuna"
     if "seconds" in asked.budget and not dry_run and (code := measured(asked, all_points, slots, stop)):
@@ -63,7 +62,7 @@ def sweep(
     if dry_run:
         if searching:
             print(f"{min(asked.draw['count'], len(design.choices(asked)))} of these choices will be tried, each with all seeds:")
-        print("\n".join(listed(placed, asked.evaluate, gone(placed))))
+        print("\n".join(listed(placed, asked.evaluate, gone(placed, asked.evaluate))))
         return 0
     if not searching:
         filed.keep(asked, placed, overrides)
@@ -111,9 +110,9 @@ def told(tally: Tally) -> str:
     return "".join(found) + (" (--retry tries failed ones again)" if tally.count(FAILED) else "")
 
 
-def gone(placed: list[Placed]) -> set[Path]:
+def gone(placed: list[Placed], evaluate: dict[str, Any]) -> set[Path]:
     """Of points that wait in a queue those whose jobs have left it; none where Slurm cannot be asked."""
-    waiting = [each for each in placed if points.stands(each.directory, {})[0] == "queued"]
+    waiting = [each for each in placed if points.stands(each.directory, evaluate)[0] == "queued"]
     try:
         active = array.queued(waiting) if waiting else {}
     except slurm.Unreachable:
@@ -194,8 +193,8 @@ def values(asked: Sweep, placed: list[Placed], some: list[Choice]) -> list[float
     return [gather.mean_of(asked, [each for each in placed if each.point.labels == labels]) for labels, _ in some]
 
 
-def submitted(asked: Sweep, all_points: list[design.Point], words: list[str], cluster: Cluster) -> None:
-    """Submit what comes next of a sweep, or write its report where nothing does. Raises UserError."""
+def submitted(asked: Sweep, all_points: list[design.Point], words: list[str], cluster: Cluster) -> int:
+    """Submit what comes next of a sweep, or write its report where nothing does. Returns the exit code. Raises UserError."""
     if "seconds" in asked.budget:
         raise UserError(
             f"{asked.file}: budget.seconds goes by how fast choices train here, and arrays train elsewhere; use tokens or flops"
@@ -206,12 +205,20 @@ def submitted(asked: Sweep, all_points: list[design.Point], words: list[str], cl
         placed = points.place(asked, all_points, listing=cluster.dry_run)
         if not cluster.dry_run:
             filed.keep(asked, placed, words)
+        some = [each for each in placed if each.refused]
+        if some:
+            told = f"{len(some)} of {len(placed)} points are refused, such as {some[0].directory.name}: {some[0].refused}"
+            print(f"megaflow: {told}", file=sys.stderr)
         more = any(array.submit(asked, alive, cluster, share) for share, alive in halving.rungs(asked, placed, note=not cluster.dry_run))
+        if not more and len(some) == len(placed):
+            return 1
     if more:
-        return
-    print(f"{asked.dir}: nothing to submit, every point is over; --retry takes those that have failed; {page_of(asked)}")
+        return 0
     if array.goes_on(asked) and not cluster.dry_run:
         gather.report(asked.dir, quiet=True)
+    page = f"; {page_of(asked)}" if page_of(asked).exists() else ""
+    print(f"{asked.dir}: nothing to submit, every point is over; --retry takes those that have failed{page}")
+    return 0
 
 
 def searched_there(asked: Sweep, words: list[str], cluster: Cluster) -> bool:

@@ -65,7 +65,7 @@ DRAWS: dict[str, dict[str, Any]] = {
     "optuna": {"count": 20, "seed": 0},
 }
 BUDGETS = ("tokens", "flops", "seconds")
-MACHINE = tuple(name for name in MAY_CHANGE if name not in ("run.dir", "data.path"))
+MACHINE = tuple(name for name in MAY_CHANGE if name not in ("run.dir", "data.path", "distill.teacher"))
 """Keys of the machine, which points of one identity may differ in: as axes they would give the same run several names."""
 SAMPLED = ("judge_bits_per_char", "entropy", "reverse_bits_per_char")
 JUDGED = ("perplexity", "nats_per_char", "entropy")

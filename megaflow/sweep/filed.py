@@ -71,6 +71,7 @@ def keep(asked: Sweep, placed: list[Placed], words: list[str]) -> None:
         "start": asked.start,
         "base": base,
         "stage": asked.stage,
+        "teacher": {"base": Path(asked.teacher.base).name, "set": asked.teacher.set} if asked.teacher.base else {},
         "axes": {axis: [label for label, _ in values] for axis, values in asked.axes.items()},
         "set": asked.set,
         "overrides": {axis: dict(values) for axis, values in asked.axes.items()},

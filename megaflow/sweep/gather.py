@@ -101,7 +101,10 @@ def stringed(values: dict[str, Any]) -> dict[str, str]:
 def note_of(content: dict[str, Any]) -> str:
     fixed = ", ".join(f"{key}={value}" for key, value in content["set"].items())
     budget = ", ".join(f"{value:,.0f} {name}" for name, value in content["budget"].items())
-    found = [f"All points have {fixed}." if fixed else "", f"All have the same budget: {budget}." if budget else ""]
+    teacher = content.get("teacher") or {}
+    its = ", ".join(f"{key}={value}" for key, value in teacher.get("set", {}).items())
+    flows = f"They are maps of flows of {teacher['base']}{f' with {its}' if its else ''}." if teacher else ""
+    found = [f"All points have {fixed}." if fixed else "", flows, f"All have the same budget: {budget}." if budget else ""]
     keys = {key for labels in content["overrides"].values() for values in labels.values() for key in values}
     fair = "a seed has the same order of samples, noise and times at every choice."
     other = sorted(key for key in keys if key.startswith(ORDER))

@@ -515,7 +515,10 @@ def frontiers(data: dict[str, Any], ranked: Sequence[Row]) -> list[Frontier]:
         if not spots:
             continue
         xs = [x for _, x, _, _ in spots]
-        same = max(xs) - min(xs) <= 1e-6 * abs(max(xs))
+        known_of_all = len(spots) == sum(row.mean is not None for row in ranked)
+        if len(spots) == 1 and not known_of_all:  # a cost of one choice compares nothing
+            continue
+        same = known_of_all and max(xs) - min(xs) <= 1e-6 * abs(max(xs))
         x, y = scale_of(xs, wide(xs)), scale_of([end for _, _, mean, error in spots for end in (mean - error, mean + error)])
         fair = [spot for spot in spots if len(ranked[spot[0]].values) == most] or spots
         places = statistics.pareto([x for _, x, _, _ in fair], [mean for _, _, mean, _ in fair], data["lower_is_better"])

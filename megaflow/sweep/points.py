@@ -23,9 +23,10 @@ from megaflow.errors import UserError
 from megaflow.files import read_if_whole, write_atomically
 from megaflow.launch import records
 from megaflow.model import flops
-from megaflow.show import foreseen, known, rows_of
+from megaflow.show import foreseen, known, rows_of, rows_read
 from megaflow.sweep.design import BESIDES, EVALUATION, Point, Sweep, judges_of, slug, written
-from megaflow.train.run import MAY_CHANGE
+from megaflow.train import outcome
+from megaflow.train.run import MAY_CHANGE, read_run
 
 UNMEASURED = "how fast it trains is not measured yet, or could not be"
 FILE, LOG, CLAIM = "point.json", "console.log", ".claim"
@@ -46,6 +47,8 @@ class Placed:
     """Of its config, 0 where that is refused."""
     kind: str = ""
     """Its identity but for seed and steps: what is as fast as it."""
+    rows: str = ""
+    """What tells the rows of its shards from others (show.rows_of); empty of a map, which has its flow's."""
 
 
 def place(sweep: Sweep, all_points: list[Point], speeds: dict[str, float] | None = None, listing: bool = False) -> list[Placed]:
@@ -61,7 +64,7 @@ def place(sweep: Sweep, all_points: list[Point], speeds: dict[str, float] | None
     found: list[Placed] = []
     taken = {path.name for path in there.values()} | {file.parent.name for file in folder.glob("*/config.yaml")}  # or runs of no sweep
     for point in all_points:
-        words, refused, steps, kind = point.words(), "", 0, ""
+        words, refused, steps, kind, rows = point.words(), "", 0, "", ""
         if point.teacher:
             words.append(f"distill.teacher={by_name[point.teacher][0]}")
         try:
@@ -79,8 +82,9 @@ def place(sweep: Sweep, all_points: list[Point], speeds: dict[str, float] | None
                 resolve(loaded, vocab)
             if vocab is None and not point.teacher and not listing:
                 missing.append(loaded.config.data.path)
-            besides, of = (("distill.teacher",), by_name[point.teacher][1]) if point.teacher else ((), "")
-            identity, steps = identity_of(loaded, point.stage, besides, of), loaded.config.train.steps
+            of = by_name[point.teacher][1] if point.teacher else weights_of(loaded) if point.stage == "distill" else ""
+            identity, steps = identity_of(loaded, point.stage, teacher=of), loaded.config.train.steps
+            rows = rows_of(loaded.config.data.path) if point.stage == "pretrain" and vocab is not None else ""
         except UserError as error:
             refused = str(error).removeprefix("command line: ")
             identity = hashed([point.base, words])
@@ -91,7 +95,7 @@ def place(sweep: Sweep, all_points: list[Point], speeds: dict[str, float] | None
             there[identity] = directory
             taken.add(name)
         by_name[point.name] = directory, identity
-        found.append(Placed(point, directory, identity, words, refused, steps, kind))
+        found.append(Placed(point, directory, identity, words, refused, steps, kind, rows))
     if missing:
         raise UserError(f"data.path={missing[0]}: no shards are there, on which points are to be trained; prepare them first")
     return found
@@ -119,6 +123,7 @@ def note(placed: Placed, state: str, said: str = "") -> None:
     content |= {
         "words": placed.words,
         "steps": placed.steps,
+        "rows": placed.rows,
         "time": time.time(),
         "state": state,
         "said": said,
@@ -132,6 +137,15 @@ def identity_of(loaded: Loaded, stage: str, besides: tuple[str, ...] = (), teach
     of."""
     values = {name: value for name, value in meant(loaded.config).items() if not name.startswith((*MAY_CHANGE, *besides))}
     return hashed([stage, values, rows_of(loaded.config.data.path)] + ([teacher] if teacher else []))
+
+
+def weights_of(loaded: Loaded) -> str:
+    """What tells the flow that a map is distilled from, one that no sweep trains, from others and from itself at another step. Raises
+    UserError where there is none."""
+    teacher = Path(loaded.config.distill.teacher)
+    if not loaded.config.distill.teacher:
+        return ""
+    return hashed([identity_of(read_run(teacher), "pretrain", besides=("train.steps",)), outcome.newest_step(teacher)])
 
 
 def hashed(content: Any) -> str:
@@ -165,10 +179,9 @@ def stands(directory: Path, evaluate: dict[str, Any]) -> tuple[str, str]:
 
     One that was evaluated otherwise than by these options is not done: its numbers are not those of the others.
     """
-    content, steps = record(directory), read_if_whole(directory / "summary.json").get("steps")
-    if steps is not None and content.get("steps") and steps > content["steps"]:
-        told = f"somebody has trained it to step {steps}, and the point has {content['steps']}"
-        return FAILED, f"{told}; take its folder out of the sweep's, and the same command trains it again"
+    content = record(directory)
+    if said := another(directory):
+        return FAILED, said
     if (directory / "summary.json").exists() and evaluated(directory, evaluate):
         return DONE, ""
     attempts = [line for line in records.attempts(records.place_of(directory)) if line["time"] > content.get("time", 0.0)]
@@ -176,6 +189,17 @@ def stands(directory: Path, evaluate: dict[str, Any]) -> tuple[str, str]:
         return FAILED if attempts[-1]["decision"] == "over" else STOPPED, attempts[-1]["said"]
     state = content.get("state", "pending")
     return ("pending" if state == DONE else state), content.get("said", "")
+
+
+def another(directory: Path) -> str:
+    """Why the run that lies in a point's folder is not that point, a sentence; empty where it is."""
+    content, steps = record(directory), read_if_whole(directory / "summary.json").get("steps")
+    told = ""
+    if steps is not None and content.get("steps") and steps > content["steps"]:
+        told = f"somebody has trained it to step {steps}, and the point has {content['steps']}"
+    elif content.get("rows") and rows_read(directory) not in (content["rows"], ""):
+        told = "its shards were made anew before it began, and it was trained on other rows than it was asked for"
+    return told and f"{told}; take its folder out of the sweep's, and the same command trains it again"
 
 
 def evaluated(directory: Path, evaluate: dict[str, Any]) -> bool:
@@ -231,10 +255,7 @@ def why_orphaned(each: Placed) -> str:
 
 def orphaned(each: Placed) -> bool:
     """Whether a point is a map of a flow that has failed, or was refused."""
-    teacher = Path(teacher_of(each))
-    if not each.point.teacher or (teacher / "summary.json").exists():
-        return False
-    return stands(teacher, {})[0] in (FAILED, REFUSED)
+    return bool(each.point.teacher) and stands(Path(teacher_of(each)), {})[0] in (FAILED, REFUSED)
 
 
 def claim(directory: Path) -> TextIO | None:

@@ -146,6 +146,9 @@ def standing(asked: Sweep, each: Placed, tally: Tally, retry: bool, share: float
     state, _ = points.stands(each.directory, asked.evaluate)
     if state == DONE and points.record(each.directory).get("state") != DONE:  # its sweep was killed before it had said so
         points.note(each, DONE)
+    if state == FAILED and (said := points.another(each.directory)):  # which no retry makes the point again
+        points.note(each, FAILED, said)
+        return FAILED
     if state == DONE or state == FAILED and not retry:
         return state
     if halving.paused(each, share):

@@ -79,6 +79,7 @@ def test_a_map_stays_finished_and_what_is_its_own_stays_behind(copied, config, t
     assert (about["stage"], about["starts"]) == (content["stage"], content["starts"])
     assert {path.name for path in run.iterdir()} - {path.name for path in out.iterdir()} <= {
         ".lock",
+        ".evaluating",
         "wandb",
         "ended.json",
         "spikes.jsonl",

@@ -245,3 +245,15 @@ def test_a_point_whose_sweep_was_killed_before_it_was_a_run_is_stopped(cli, tmp_
     (tmp_path / "a=1").mkdir()
     (tmp_path / "a=1" / "point.json").write_text(json.dumps({"state": noted}))
     assert f"1 points, {said}\n" in cli("status", tmp_path).out
+
+
+def test_live_ends_where_what_was_left_out_is_all_that_is_not_finished(copied, cli, tmp_path):
+    (tmp_path / "sweeps").mkdir()
+    (tmp_path / "sweeps" / "s.json").write_text(json.dumps({"members": [{"directory": "a=1"}, {"directory": "a=2"}]}))
+    shutil.move(copied("coded"), tmp_path / "a=1")
+    (tmp_path / "a=2").mkdir()
+    (tmp_path / "a=2" / "run.json").write_text("{}")
+    (tmp_path / "a=2" / "point.json").write_text(json.dumps({"state": "stopped early", "said": "halving: 2 of 2"}))
+    assert "2 points, 1 finished, 1 stopped early" in cli("status", tmp_path, "--live").out
+    (tmp_path / "a=1" / "point.json").write_text(json.dumps({"state": "stopped"}))  # in its evaluation
+    assert "2 points, 1 stopped, 1 stopped early" in cli("status", tmp_path).out

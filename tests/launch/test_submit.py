@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megaflow.config.load import load
+from megaflow.config.load import load, load_recorded
 from megaflow.errors import UserError
 from megaflow.launch import slurm, submit
 from megaflow.launch.script import Resources
@@ -144,6 +144,7 @@ def test_a_job_reads_its_config_as_it_was(cli, config, tmp_path, monkeypatch):
     monkeypatch.chdir(own.parent)
     own.write_text(f"base: {config('coded')}\n")
     run, submitted = tmp_path / "scratch" / "run", []
+    (tmp_path / "more").mkdir()
     monkeypatch.setattr(slurm, "submit", lambda text: submitted.append(text) or "7")
     monkeypatch.setattr(slurm, "waiting_or_running", lambda ids, *more: {})
     words = ("--container", "img", "--mount", tmp_path / "more")
@@ -161,4 +162,36 @@ def test_a_job_reads_its_config_as_it_was(cli, config, tmp_path, monkeypatch):
 def test_a_container_sees_what_an_evaluation_reads():
     words = ["evaluate", "runs/a", "--judge=/models/judge", "--text=/texts/a.txt", "--steps=4"]
     step = submit.Step("evaluate", words, Path("runs/a"), Path("runs/a/slurm"))
-    assert set(submit.mounts(step, ("/more",))) == {"/models/judge", "/texts", "/more"}  # the run lies below the working directory
+    assert submit.mounts(step, ("/more",)) == ["runs/a", "/more", "/models/judge"]  # the text's folder is not there
+    assert submit.apart(submit.mounts(step, ("/more",))) == ("/more", "/models/judge")  # the run lies below the working directory
+
+
+def test_what_a_run_names_is_seen_wherever_links_lead(trained, tmp_path, monkeypatch):
+    run = trained("char", "flow_map")
+    config = load_recorded(run / "config.yaml").config
+    assert submit.named_by(run) == [config.data.path, config.distill.teacher] and submit.named_by(tmp_path) == []
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there").mkdir()
+    (tmp_path / "here" / "link").symlink_to(tmp_path / "there")
+    monkeypatch.chdir(tmp_path / "here")
+    assert submit.apart(["link", str(tmp_path / "there" / "below")]) == (str(tmp_path / "there"),)
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (
+            ("distill", "{map}", "distill.teacher=runs/typo"),
+            "distill.teacher=runs/typo: no run is there, and nothing that comes before makes it",
+        ),
+        (("distill", "{map}", "distill.teacher=runs/map", "run.dir=runs/map"), "distill.teacher=runs/map: this is the map's own run.dir"),
+        (("convert", "out", "--then", "convert", "out", "to=hf"), "out: two stages convert into this folder; give each its own"),
+    ],
+)
+def test_a_chain_that_cannot_come_to_its_end_is_refused(cli, config, tmp_path, monkeypatch, words, said):
+    monkeypatch.chdir(tmp_path)
+    words = [word.format(map=config("coded", "flow_map")) for word in words]
+    told = cli("submit", config("coded"), "run.dir=runs/f", "--dry-run", "--then", *words)
+    assert told.code == 2 and told.err.startswith(f"megaflow: {said}") and told.out == ""
+    good = ("distill", config("coded", "flow_map"), "distill.teacher=runs/f", "run.dir=runs/map")
+    assert cli("submit", config("coded"), "run.dir=runs/f", "--dry-run", "--then", *good).code == 0

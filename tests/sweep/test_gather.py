@@ -73,3 +73,8 @@ def test_what_a_seed_shares_is_said_as_far_as_it_does():
     content |= {"set": {}, "overrides": {"batch": {"4": {"train.global_batch": 4, "model.layers": 1}}}}
     same = "a seed has the same order of samples, noise and times at every choice."
     assert gather.note_of(content) == f"At equal train.global_batch {same}"
+
+
+def test_the_flows_of_maps_are_named():
+    content = {"set": {}, "budget": {}, "overrides": {}, "teacher": {"base": "flow.yaml", "set": {"train.steps": 10}}}
+    assert gather.note_of(content).startswith("They are maps of flows of flow.yaml with train.steps=10. A seed has")

@@ -217,6 +217,9 @@ class TestThePage:
         for point in data["points"]:
             point["cost"] = {"tokens": 5e6, "flops": None, "seconds": None, "parameters": None}
         assert "All choices cost the same: 5M (tokens read in training)." in Page(sweep_page.page(data)).words
+        data["points"][0]["cost"]["flops"] = 1e9  # which nothing is known of the other's
+        words = Page(sweep_page.page(data)).words
+        assert "cost the same: 5M (tokens read in training)." in words and words.count("cost the same") == 1
 
 
 class TestTheFiles:

@@ -1,13 +1,15 @@
 """Points of a sweep: where they are, and how long a budget lets one train."""
 
+import dataclasses
 import json
 import shutil
 
 import pytest
 
 from megaflow.config.load import load
+from megaflow.data.shards import copy_description
 from megaflow.errors import UserError
-from megaflow.sweep import design, filed, gather, page, points
+from megaflow.sweep import design, filed, gather, page, points, pool
 from megaflow.sweep.points import steps_of
 
 
@@ -130,3 +132,57 @@ def test_the_best_map_names_its_flow_from_everywhere(tmp_path):
         (tmp_path / name).mkdir()
     (tmp_path / "a=1" / "point.json").write_text(json.dumps({"words": ["distill.teacher=runs/s/teacher=flow-seed=0"]}))
     assert gather.besides(tmp_path / "a=1") == {"distill.teacher": str(tmp_path / "teacher=flow-seed=0")}
+
+
+def test_a_run_of_other_rows_is_no_point(placed, shards):
+    """Its shards were made anew while it waited: it has read those that it found."""
+    (each,) = placed("axes: {train.steps: [4]}")
+    finished(each, 4)
+    copy_description(shards("coded"), each.directory / "shards")
+    assert points.stands(each.directory, {}) == ("done", "")
+    manifest = json.loads((each.directory / "shards" / "prepared.json").read_text())
+    (each.directory / "shards" / "prepared.json").write_text(json.dumps(manifest | {"rows_sha256": "another"}))
+    state, said = points.stands(each.directory, {})
+    assert state == "failed" and said.startswith("its shards were made anew before it began")
+
+
+def test_no_map_is_made_of_a_flow_that_somebody_has_trained_further(tmp_path, config):
+    path = tmp_path / "sweep.yaml"
+    teacher = f"teacher: {{base: {config('coded')}, set: {{train.steps: 4}}}}"
+    path.write_text(
+        f"dir: {tmp_path / 'out'}\nbase: {config('coded', 'flow_map')}\nstage: distill\n{teacher}\naxes: {{train.steps: [2]}}\n"
+    )
+    sweep = design.read(str(path), [])
+    flow, each = points.place(sweep, design.points(sweep))
+    finished(flow, 4)
+    assert not points.orphaned(each)
+    finished(flow, 60)
+    assert points.orphaned(each) and "somebody has trained it to step 60" in points.why_orphaned(each)
+
+
+def test_a_map_belongs_to_its_flow_as_it_is(copied, config, tmp_path):
+    """Of one that no sweep trains: at another step, and of the same flow elsewhere."""
+    flow = copied("coded")
+    path = tmp_path / "sweep.yaml"
+    path.write_text(f"dir: {tmp_path / 'out'}\nbase: {config('coded', 'flow_map')}\nstage: distill\naxes: {{train.steps: [2]}}\n")
+
+    def identity(teacher) -> str:
+        sweep = design.read(str(path), [])
+        sweep = dataclasses.replace(sweep, base=str(tmp_path / "map.yaml"))
+        (tmp_path / "map.yaml").write_text(f"base: {config('coded', 'flow_map')}\ndistill: {{teacher: {teacher}}}\n")
+        return points.place(sweep, design.points(sweep))[0].identity
+
+    before = identity(flow)
+    shutil.copytree(flow, tmp_path / "elsewhere")
+    assert identity(tmp_path / "elsewhere") == before
+    newest = max((flow / "checkpoints").iterdir())
+    newest.rename(newest.with_name("step-00000060"))
+    assert identity(flow) != before
+
+
+def test_a_retry_makes_no_point_of_another_run(placed, tmp_path):
+    (each,) = placed("axes: {train.steps: [4]}")
+    finished(each, 60)
+    asked = design.read(str(tmp_path / "sweep.yaml"), [])
+    tally = pool.run(asked, [each], [{}], True, [])
+    assert list(tally.states.values()) == ["failed"] and points.record(each.directory)["said"].startswith("somebody has trained it")

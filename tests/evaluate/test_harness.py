@@ -107,6 +107,7 @@ def test_as_its_users_run_it(given_run, tmp_path):
         assert each["draws"] == each["draws_most"] == 4 and 0.0 < each["standard_error_nats_per_token"] < 1.0
 
 
+@pytest.mark.long
 def test_what_is_wrong_is_one_sentence(given_run, tmp_path):
     done = called(tmp_path, given_run, "ending", ",draw=4")
     assert done.returncode == 1 and "Traceback" not in done.stderr

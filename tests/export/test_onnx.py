@@ -24,7 +24,7 @@ assert "torch" not in sys.modules and "megaflow" not in sys.modules
 """
 
 
-@pytest.mark.parametrize("kind, length, dim", [("char", 32, 27), ("coded", 16, 64)])
+@pytest.mark.parametrize("kind, length, dim", [("char", 32, 27), pytest.param("coded", 16, 64, marks=pytest.mark.long)])
 def test_one_step_text_of_any_number_of_texts(trained, tmp_path, kind, length, dim):
     run = trained(kind, "flow_map")
     (told,) = convert(run, tmp_path / "out", to="onnx")
@@ -43,6 +43,7 @@ def test_one_step_text_of_any_number_of_texts(trained, tmp_path, kind, length, d
     assert about["megaflow.run"] == str(run) and about["megaflow.step"] == "40"
 
 
+@pytest.mark.long
 def test_a_file_that_writes_something_else_is_removed(trained, tmp_path, monkeypatch):
     def run(file, inputs):
         tokens = onnx_form_run(file, inputs)

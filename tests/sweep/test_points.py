@@ -186,3 +186,10 @@ def test_a_retry_makes_no_point_of_another_run(placed, tmp_path):
     asked = design.read(str(tmp_path / "sweep.yaml"), [])
     tally = pool.run(asked, [each], [{}], True, [])
     assert list(tally.states.values()) == ["failed"] and points.record(each.directory)["said"].startswith("somebody has trained it")
+
+
+@pytest.mark.parametrize("words", [(), ("--dry-run",)])
+def test_a_base_that_is_not_there_is_said_at_once(cli, tmp_path, words):
+    (tmp_path / "sweep.yaml").write_text(f"dir: {tmp_path / 'out'}\nbase: nope.yaml\naxes: {{model.layers: [1, 2]}}\n")
+    told = cli("sweep", tmp_path / "sweep.yaml", *words)
+    assert (told.code, told.err) == (2, f"megaflow: {tmp_path / 'nope.yaml'}: no such config file\n") and not (tmp_path / "out").exists()

@@ -140,9 +140,6 @@ def test_a_sweep_of_which_nothing_can_be_trained_says_why(sweeping):
     refused = sweeping("axes: {model.layers: [1, 2]}", "set.model.heads=3")
     assert refused.code == 1 and "0 of 2 points done, 2 refused" in refused.err
     assert "megaflow: refused, such as model.layers=1-seed=0: " in refused.err and "model.heads=3" in refused.err
-    for dry in ((), ("--dry-run",)):
-        missing = sweeping("axes: {model.layers: [1, 2]}", "base=nope.yaml", *dry)
-        assert (missing.code, missing.err) == (2, "megaflow: nope.yaml: no such config file\n")
 
 
 @pytest.mark.parametrize(

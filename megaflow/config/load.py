@@ -60,14 +60,10 @@ def frozen(path: str | Path, folder: Path) -> tuple[Path, str]:
     values: dict[str, tuple[Any, str]] = {}
     for source, layer in _file_layers(Path(path), ()):
         values |= {name: (value, source) for name, value in layer.items()}
-    lines = [f"{name}: {json.dumps(value, ensure_ascii=False)}  # {_commented(source)}\n" for name, (value, source) in values.items()]
+    lines = [f"{name}: {json.dumps(value, ensure_ascii=False)}  # {' '.join(source.split())}\n" for name, (value, source) in values.items()]
     told = json.dumps({name: value for name, (value, _) in values.items()}, sort_keys=True, default=str)
     name = hashlib.sha256(told.encode()).hexdigest()[:8]
     return folder / name / Path(path).name, "".join(lines) or "{}\n"
-
-
-def _commented(text: str) -> str:
-    return " ".join(text.split())
 
 
 def assemble(layers: list[tuple[str, dict[str, Any]]]) -> Loaded:

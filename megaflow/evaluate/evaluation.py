@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import json
 import math
-import os
 import resource
 import shlex
 import sys
@@ -135,7 +134,7 @@ def evaluate(
         result = before = kept.read(run.directory)
         if not kept.is_of(result, identity):
             result = measure(run, identity, began) | {"made_by": made_by(run, settings)}
-            if writable(run.directory):
+            if kept.writable(run.directory):
                 if before and before.get("weights") == run.weights:  # by other settings: hours, maybe
                     write_atomically(run.directory / kept.BEFORE, as_json(before))
                     print(f"{run.directory / kept.FILE} was of other settings; it is {kept.BEFORE} now", file=sys.stderr)
@@ -177,12 +176,12 @@ def check(directory: Path, steps: list[int], samples: int, rows: int, draws: int
     if draws < 2 and read_config(directory).config.model.family != "autoregressive":
         raise UserError(f"--draws: {draws} draw of noise and time per row has no error estimate; give 2 or more")
     if not out:
-        if directory.is_dir() and not writable(directory):
+        if directory.is_dir() and not kept.writable(directory):
             raise UserError(f"{directory}: this folder is not writable, it cannot keep the result; give --json FILE to write it there")
         return
     if not Path(out).parent.is_dir():
         raise UserError(f"--json {out}: there is no folder {Path(out).parent}; make it first")
-    if not writable(Path(out).parent):
+    if not kept.writable(Path(out).parent):
         raise UserError(f"--json {out}: the result cannot be written, {Path(out).parent} is not writable; give a file in another folder")
     if Path(out).is_dir():
         raise UserError(f"--json {out}: this is a folder; give the path of a file")
@@ -221,11 +220,6 @@ def check_shards(run: Run) -> None:
         advice = "run this command in the folder that the run was started in"
     where = path if path.is_absolute() else f"{path} of the present folder {Path.cwd()}"
     raise UserError(f"{directory}: the run's shards are not at {where}; {advice}, or say where they are, --data PATH")
-
-
-def writable(folder: Path) -> bool:
-    """Whether files can be made in a folder."""
-    return os.access(folder, os.W_OK | os.X_OK)
 
 
 def as_json(result: dict[str, Any]) -> str:
@@ -284,7 +278,7 @@ def fitted_judge(run: Run) -> Judge:
             return judges.load(path)
     pieces = [decode(run.tokenizer, flat) for flat, _ in training_rows(run, "judge")]
     judge = judges.fit("".join(pieces)[:JUDGE_CHARACTERS])
-    if writable(run.directory):
+    if kept.writable(run.directory):
         judges.save(judge, path)
     return judge
 

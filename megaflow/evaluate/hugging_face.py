@@ -11,9 +11,9 @@ from tokenizers import Tokenizer
 
 from megaflow.errors import UserError
 from megaflow.export.hf import quiet
+from megaflow.files import PICKLES
 
 INDEX = "model.safetensors.index.json"
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 READ = ("*.json", "*.safetensors", "*.txt", "*.model")
 """What a model and its tokenizer are made of, and so what identifies them."""
 CAUSALITY = 8
@@ -46,7 +46,7 @@ def check(path: Path) -> None:
     if not (path / "config.json").is_file():
         raise UserError(f"--judge {path}: no model is here (no config.json) and no run; give a folder that save_pretrained has written")
     if not any(path.glob("*.safetensors")):
-        pickles = sorted(file.name for pattern in PICKLES for file in path.glob(pattern))
+        pickles = sorted(file.name for file in path.iterdir() if file.suffix in PICKLES)
         if pickles:
             raise UserError(
                 f"--judge {path}: {pickles[0]} is a pickle, which can run code when it is read; save the model as safetensors instead"

@@ -34,10 +34,15 @@ def read(run: Path) -> dict[str, Any]:
     return read_if_whole(run / FILE)
 
 
+def writable(folder: Path) -> bool:
+    """Whether files can be made in a folder."""
+    return os.access(folder, os.W_OK | os.X_OK)
+
+
 @contextlib.contextmanager
 def alone(run: Path) -> Iterator[None]:
     """One evaluation of a run at a time: another one waits, and finds measured what it asks for if that is the same."""
-    if not os.access(run, os.W_OK | os.X_OK):
+    if not writable(run):
         yield
         return
     with (run / LOCK).open("a", encoding="utf-8") as file:

@@ -322,14 +322,14 @@ class TestOptions:
         assert told.code == 2 and words in told.err and told.err.count("\n") == 1
 
     def test_a_place_that_cannot_be_written_is_refused_first(self, trained, cli, monkeypatch, tmp_path):
-        monkeypatch.setattr("megaflow.evaluate.evaluation.os.access", lambda path, mode: Path(path) != tmp_path)
+        monkeypatch.setattr("megaflow.evaluate.kept.os.access", lambda path, mode: Path(path) != tmp_path)
         told = cli("evaluate", trained("coded"), *OPTIONS, "--json", tmp_path / "out.json")
         assert told.code == 2 and f"{tmp_path} is not writable" in told.err and told.err.count("\n") == 1
 
     def test_a_run_that_cannot_be_written_to_is_refused_first(self, trained, cli, monkeypatch):
         run = trained("coded")
         monkeypatch.setattr("megaflow.evaluate.evaluation.load_run", lambda directory: pytest.fail("loaded"))
-        monkeypatch.setattr("megaflow.evaluate.evaluation.os.access", lambda path, mode: Path(path) != run)
+        monkeypatch.setattr("megaflow.evaluate.kept.os.access", lambda path, mode: Path(path) != run)
         told = cli("evaluate", run, *OPTIONS)
         expected = f"{run}: this folder is not writable, it cannot keep the result; give --json FILE to write it there"
         assert (told.code, told.err) == (2, f"megaflow: {expected}\n")
@@ -343,7 +343,7 @@ class TestOptions:
         if judge != "none":
             (directory / "judge.npz").write_text(judge)
         before = {path.name: path.stat().st_mtime_ns for path in directory.iterdir()}
-        monkeypatch.setattr("megaflow.evaluate.evaluation.os.access", lambda path, mode: Path(path) != directory)
+        monkeypatch.setattr("megaflow.evaluate.kept.os.access", lambda path, mode: Path(path) != directory)
         assert cli("evaluate", directory, *OPTIONS, "--json", tmp_path / "out.json").code == 0
         assert {path.name: path.stat().st_mtime_ns for path in directory.iterdir()} == before
         assert json.loads((tmp_path / "out.json").read_text())["reference"] == expected["reference"]

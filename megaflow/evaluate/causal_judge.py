@@ -28,6 +28,7 @@ from megaflow.errors import UserError
 from megaflow.evaluate import hugging_face
 from megaflow.evaluate.judge import token_entropies
 from megaflow.evaluate.loaded import Run, load_run
+from megaflow.evaluate.side_by_side import doubt
 from megaflow.export import folder as models
 from megaflow.flow import head as heads
 from megaflow.model.autoregressive import Autoregressive
@@ -289,7 +290,7 @@ def features(judge: CausalJudge, texts: Sequence[str]) -> np.ndarray:
 
 
 def table(path: str, about: dict[str, Any], entries: dict[str, dict[str, Any]]) -> list[str]:
-    """One judge's summaries of texts by name, as a person reads them."""
+    """One judge's summaries of texts by name, `data` of real text among them, as a person reads them."""
     first = "scored" if about["first_token_scored"] else "not scored"
     context = "any length" if about["context"] is None else f"{about['context']:,} tokens"
     lines = [f"judge             {path}: {about['kind']}, {about['parameters']:,} parameters; texts of {context}, first token {first}"]
@@ -307,4 +308,5 @@ def table(path: str, about: dict[str, Any], entries: dict[str, dict[str, Any]]) 
             (entry["truncated"], 6, ","),
         )
         lines.append(name.ljust(34) + "".join(("none" if x is None else f"{x:{form}}").rjust(width) for x, width, form in numbers))
-    return lines
+    wrong = doubt(about, entries["data"])
+    return lines if wrong is None else [*lines, f"NOTE              {wrong}"]

@@ -8,6 +8,7 @@ makes a row easy or hard cancels. The draws of noise and time of each row are in
 
 import contextlib
 import json
+import math
 import os
 import shlex
 import tempfile
@@ -16,7 +17,7 @@ from typing import Any
 
 from megaflow.data.shards import SECONDS_FILE
 from megaflow.errors import UserError
-from megaflow.evaluate import side_by_side
+from megaflow.evaluate import kept, side_by_side
 from megaflow.evaluate.gather import alike, evaluation_command, present_evaluation, starts
 from megaflow.files import read_json, write_atomically
 from megaflow.paired import CONFIDENCE, holm, per_unit
@@ -155,6 +156,10 @@ def evaluated(run: str) -> dict[str, Any]:
     likelihood = found.get("likelihood", {})
     if not likelihood or likelihood["kind"] != "none" and "rows" not in likelihood:
         raise UserError(f"{run}: it has no evaluation with the numbers of its rows; megaflow evaluate {run} makes one")
+    for entry in (likelihood, likelihood.get("continuation", {}), likelihood.get("ode", {}), *found.get("texts", {}).values()):
+        rows = entry.get("rows")
+        if rows and not math.isclose(sum(rows["nats"]) / sum(rows["tokens"]), entry["nats_per_token"], rel_tol=1e-9):
+            raise UserError(f"{Path(run) / kept.FILE}: its rows do not have its mean; remove it, and megaflow evaluate {run} makes it anew")
     return found
 
 
@@ -221,7 +226,8 @@ def _judged(judge: dict[str, Any]) -> list[str]:
             _number(entry[key], digits) for key, digits in (("perplexity", 2), ("perplexity_standard_error", 2), ("nats_per_char", 4))
         ]
         rows.append([run, steps, *numbers, _number(entry["entropy"]), f"{entry['tokens']:,}"])
-    return _aligned(rows)
+    wrong = side_by_side.doubt(judge, judge["reference"]["data"])
+    return _aligned(rows) + ([] if wrong is None else [wrong])
 
 
 def _frontiers(result: dict[str, Any]) -> list[list[str]]:

@@ -3,6 +3,7 @@
 An evaluation is what evaluation.json holds; `evaluations` are {run: evaluation}, of the same text.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import PurePath
 from typing import Any, NamedTuple
@@ -39,6 +40,10 @@ class Judge(NamedTuple):
         """Its summary of these texts, as causal_judge.summary returns it; None where it has not read them."""
         return texts.entry.get("judges", {}).get(self.paths.get(texts.run))
 
+    @property
+    def doubt(self) -> str | None:
+        return doubt(self.about, self.reference["data"])
+
 
 class Line(NamedTuple):
     """Texts of one run, number of steps and gamma over falling temperatures: points (entropy in nats, value)."""
@@ -48,6 +53,15 @@ class Line(NamedTuple):
     gamma: float | None
     way: str
     points: list[tuple[float, float]]
+
+
+def doubt(about: dict[str, Any], real: dict[str, Any]) -> str | None:
+    """What is wrong with a causal judge that finds real text no likelier than a blind guess among its tokens, as one that reads by
+    another model's tokenizer does. about: causal_judge.CausalJudge's; real: causal_judge.summary of real text."""
+    nats, blind = real["nats_per_token"], math.log(about["vocab_size"])
+    if nats is None or nats < blind:
+        return None
+    return f"It gives real text {nats:.2f} nats a token, where a blind guess has {blind:.2f}: is its tokenizer the one it was trained with?"
 
 
 def short_names(runs: Sequence[str]) -> dict[str, str]:

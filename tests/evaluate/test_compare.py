@@ -124,6 +124,12 @@ def test_what_cannot_be_compared_is_refused(runs, trained, copied, tmp_path):
     evaluate(other, **QUICK | {"rows": 8})
     with pytest.raises(UserError, match="--rows"):
         compare.compare([runs[0], str(other)])
+    evaluate(other, **QUICK)
+    found = json.loads((other / "evaluation.json").read_text())
+    found["likelihood"]["nats_per_token"] -= 0.01
+    (other / "evaluation.json").write_text(json.dumps(found))
+    with pytest.raises(UserError, match="evaluation.json: its rows do not have its mean; remove it"):
+        compare.compare([runs[0], str(other)])
     char = str(trained("char", "flow"))
     evaluate(char, **QUICK)
     with pytest.raises(UserError, match="other shards"):

@@ -91,6 +91,17 @@ def test_likelihoods_and_differences_are_those_of_the_comparison(whole):
         assert differences[name][1:] == [difference, "", f"{low} to {high}", *told, "40"]
 
 
+def test_a_judge_that_guesses_blindly_is_doubted_on_the_page_and_in_the_table(three):
+    result, text = made(three)
+    assert "where a blind guess has" not in text + compare.table(result)
+    blind = copy.deepcopy(three)
+    for entry in blind.values():
+        for about in entry["judges"].values():
+            about["vocab_size"] = 2
+    result, text = made(blind)
+    assert "where a blind guess has 0.69: is its tokenizer" in text and "where a blind guess has 0.69" in compare.table(result)
+
+
 def test_judges_frontiers_mauve_and_repetition_are_those_of_the_evaluations(whole, three):
     _, _, page = whole
     assert [row[:2] for row in page.rows["gpt2"]] == [

@@ -45,6 +45,16 @@ def test_judges_are_known_by_their_files():
     assert [row["perplexities"] for row in rows if row["outside"] is None] == [[90.017, None], [90.017, None], [None, 90.017]]
 
 
+def test_a_judge_that_guesses_blindly_is_doubted():
+    """A uniform guess among 50 tokens has 3.91 nats; one that reads by another model's tokenizer has more."""
+    (judge,) = side_by_side.judges_of({"a": evaluation(1)})
+    real = judge.reference["data"]
+    assert judge.doubt is None
+    assert side_by_side.doubt({"vocab_size": 50}, real | {"nats_per_token": 3.91}) is None
+    assert "3.92 nats a token, where a blind guess has 3.91" in side_by_side.doubt({"vocab_size": 50}, real | {"nats_per_token": 3.92})
+    assert side_by_side.doubt({"vocab_size": 50}, real | {"nats_per_token": None}) is None
+
+
 def test_real_text_is_there_once_of_each_judge():
     evaluations = {"a": evaluation(1), "b": evaluation(2, judge="elsewhere"), "c": evaluation(3)}
     assert [row["run"] for row in side_by_side.mauve_of(evaluations)] == ["a", "a", "b", "b", "c", "c", None]

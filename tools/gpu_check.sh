@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # What to run on a machine with GPUs, in one command: tools/gpu_check.sh [FOLDER]. Everything it prints and measures goes into FOLDER
 # (default gpu_check), with the device's name: what is here (megaflow doctor), the tests that need a GPU (flash-attn against the written-out form among them), MFU from
-# 145M parameters up with and without flash-attn and torch.compile, scaling over the GPUs of the machine, and the step benchmark. Shorter:
+# 145M parameters up with and without flash-attn and torch.compile, scaling over the GPUs of the machine, the step benchmark, and how fast
+# text is written beside the baseline with its cache. Shorter:
 # SECONDS_EACH=15 SIZES="145m 400m" tools/gpu_check.sh.
 # Each part goes on where another fails; the last line says which did.
 set -uo pipefail
@@ -31,6 +32,7 @@ part tests "$python" -m pytest -q -m cuda tests
 part mfu "$python" tools/bench_mfu.py --json "$out/mfu.json" ${SIZES:-}
 part scale "$python" tools/bench_scale.py --seconds "${SECONDS_EACH:-60}" --json "$out/scale.json"
 part step "$python" tools/bench_step.py --seconds "${SECONDS_EACH:-60}" --json "$out/step.json"
+part generate "$python" tools/bench_generate.py --seconds "${SECONDS_EACH:-60}" --json "$out/generate.json"
 if [ ${#failed[@]} -gt 0 ]; then
     echo "failed: ${failed[*]} (see $out)"
     exit 1

@@ -3,7 +3,8 @@
 sums       12+35= is answered by 047. Operands of `digits` digits and answers of one more, with leading zeros: every row has one length,
            which a flow is told, and which therefore tells nothing of the answer.
 brackets   whole texts, of one to `pairs` pairs of `kinds` kinds that close in the order they were opened, nested at most `depth` deep
-sudoku     a 4x4 grid, row by row, of which `given` cells are shown and the others are '.': rows, columns and 2x2 boxes hold 1 to 4 each
+sudoku     a grid of `side` 9 or 4, row by row, of which `given` cells are shown and the others are '.': every row, column and box holds
+           each of 1 to `side`
 
 A task is called by its name and options, 'sums:digits=3'. One in eight of its problems is held out, by a hash of what the problem is
 about (of a + b and b + a the same, of a puzzle its completed grid): training texts have none of those, and problems are of those alone.
@@ -19,7 +20,6 @@ from functools import cache
 from random import Random
 from typing import NamedTuple
 
-import numpy as np
 from scipy.special import ndtri
 
 from megaflow.flow import choice
@@ -29,7 +29,9 @@ from megaflow.paired import CONFIDENCE
 HELD_OUT = 0.125
 """Share of a task's problems that training texts have none of, by hash."""
 KINDS = ("()", "[]", "{}", "<>")
-CELLS, BLANK = "1234", "."
+BLANK = "."
+FEWEST = {4: 4, 9: 30}
+"""Shown cells of a grid of each side: fewer than 4 leave more than one completion of side 4, and 30 do so nearly always of side 9."""
 TRIES = 10_000
 """Draws without one of the side that is wanted, after which a task is taken to have none there."""
 
@@ -114,26 +116,30 @@ def brackets(*, kinds: float = 2.0, depth: float = 4.0, pairs: float = 8.0) -> T
     return Task(f"brackets:kinds={colours},depth={deep},pairs={most}", False, make, solved, lambda prompt, answer: answer)
 
 
-def sudoku(*, given: float = 8.0) -> Task:
-    """The grid is uniform over the 288, and so are the cells that are shown, of which there are enough to leave one completion.
+def sudoku(*, side: float = 9.0, given: float = 40.0) -> Task:
+    """A grid is uniform over the 288 of side 4, and of side 9 the first one that a search with its digits in random order comes to. The
+    cells that are shown are a uniform set of those that leave one completion.
 
     Any completion that keeps the rules solves a puzzle that has several. Raises ChoiceError.
     """
-    shown = whole("sudoku", "given", given, 4, 15)
+    if side not in FEWEST:
+        raise ChoiceError(f"sudoku with side 4 or 9, not {side:g}")
+    cells = int(side) ** 2
+    shown = whole("sudoku", "given", given, FEWEST[int(side)], cells - 1)
 
     def make(source: Random) -> Problem:
-        grid = source.choice(grids())
+        grid = source.choice(grids()) if side == 4 else next(completions(BLANK * cells, source))
         while True:
-            cells = set(source.sample(range(len(grid)), shown))
-            puzzle = "".join(cell if place in cells else BLANK for place, cell in enumerate(grid))
-            if completions(puzzle) == 1:
+            seen = set(source.sample(range(cells), shown))
+            puzzle = "".join(cell if place in seen else BLANK for place, cell in enumerate(grid))
+            if len(list(itertools.islice(completions(puzzle), 2))) == 1:
                 return Problem(puzzle, grid)
 
     def solved(prompt: str, answer: str) -> bool:
-        kept = len(prompt) == len(answer) and all(cell in (BLANK, said) for cell, said in zip(prompt, answer, strict=True))
-        return kept and keeps_the_rules(answer)
+        kept = len(prompt) == cells and all(cell in (BLANK, said) for cell, said in zip(prompt, answer, strict=False))
+        return kept and keeps_the_rules(answer, int(side))
 
-    return Task(f"sudoku:given={shown}", True, make, solved, lambda prompt, answer: answer)
+    return Task(f"sudoku:side={int(side)},given={shown}", True, make, solved, lambda prompt, answer: answer)
 
 
 TASKS: dict[str, Callable[..., Task]] = {"sums": sums, "brackets": brackets, "sudoku": sudoku}
@@ -162,32 +168,76 @@ def ways(left: int, height: int, deep: int) -> int:
     return 1 if left == 0 else ways(left - 1, height + 1, deep) + ways(left - 1, height - 1, deep)
 
 
-def keeps_the_rules(grid: str) -> bool:
-    """Whether 16 cells, row by row, have each of 1 to 4 once in every row, column and 2x2 box."""
-    if len(grid) != len(CELLS) ** 2:
+@cache
+def units(side: int) -> list[tuple[int, int, int]]:
+    """Of each cell of a grid, row by row, its row, its column and its box."""
+    box = math.isqrt(side)
+    return [(row, column, row // box * box + column // box) for row in range(side) for column in range(side)]
+
+
+def keeps_the_rules(grid: str, side: int) -> bool:
+    """Whether side x side cells, row by row, have each of 1 to side once in every row, column and box."""
+    if len(grid) != side**2:
         return False
-    rows = [grid[4 * row : 4 * row + 4] for row in range(4)]
-    boxes = [rows[top][left : left + 2] + rows[top + 1][left : left + 2] for top in (0, 2) for left in (0, 2)]
-    return all(sorted(unit) == list(CELLS) for unit in [*rows, *map("".join, zip(*rows, strict=True)), *boxes])
+    found: dict[tuple[int, int], set[str]] = {}
+    for cell, places in zip(grid, units(side), strict=True):
+        for unit in enumerate(places):
+            found.setdefault(unit, set()).add(cell)
+    return all(cells == set("123456789"[:side]) for cells in found.values())
+
+
+def completions(puzzle: str, source: Random | None = None) -> Iterator[str]:
+    """The grids that keep the rules and have the cells of a puzzle that are shown, of side 4 or 9: by a search that goes on where the
+    fewest digits are left, which it takes in their order, or in one drawn from `source`."""
+    side = math.isqrt(len(puzzle))
+    where, cells = units(side), list(puzzle)
+    left = [[(1 << side) - 1] * side for _ in range(3)]  # bits of the digits that each row, column and box has not
+    empty: list[int] = []
+
+    def turn(place: int, digit: int) -> None:
+        for unit, number in zip(left, where[place], strict=True):
+            unit[number] ^= 1 << digit
+
+    def options(place: int) -> int:
+        row, column, box = where[place]
+        return left[0][row] & left[1][column] & left[2][box]
+
+    def search() -> Iterator[str]:
+        if not empty:
+            yield "".join(cells)
+            return
+        at, fewest = 0, side + 1
+        for number, place in enumerate(empty):
+            if (count := options(place).bit_count()) < fewest:
+                at, fewest = number, count
+                if count < 2:
+                    break
+        empty[at], empty[-1] = empty[-1], empty[at]
+        place = empty.pop()
+        digits = [digit for digit in range(side) if options(place) >> digit & 1]
+        if source is not None:
+            source.shuffle(digits)
+        for digit in digits:
+            cells[place] = str(digit + 1)
+            turn(place, digit)
+            yield from search()
+            turn(place, digit)
+        empty.append(place)
+
+    for place, cell in enumerate(puzzle):
+        if cell == BLANK:
+            empty.append(place)
+        elif options(place) >> int(cell) - 1 & 1:
+            turn(place, int(cell) - 1)
+        else:
+            return
+    yield from search()
 
 
 @cache
 def grids() -> list[str]:
-    """All grids of 4x4 Sudoku that are complete, in the order of their strings; there are 288."""
-    lines = ["".join(order) for order in itertools.permutations(CELLS)]
-    boxed = [one + two for one in lines for two in lines if not set(one[:2]) & set(two[:2])]  # two rows whose boxes are complete
-    return [grid for grid in map("".join, itertools.product(boxed, boxed)) if keeps_the_rules(grid)]
-
-
-@cache
-def _cells() -> np.ndarray:
-    return np.frombuffer("".join(grids()).encode(), np.uint8).reshape(-1, len(CELLS) ** 2)
-
-
-def completions(puzzle: str) -> int:
-    """How many grids have the cells of a puzzle that are shown."""
-    wanted = np.frombuffer(puzzle.encode(), np.uint8)
-    return int(((_cells() == wanted) | (wanted == ord(BLANK))).all(1).sum())
+    """All grids of side 4, in the order of their strings; there are 288."""
+    return sorted(completions(BLANK * 16))
 
 
 def is_held_out(asked: Task, problem: Problem) -> bool:

@@ -12,14 +12,14 @@ from random import Random
 
 import numpy as np
 import pytest
+from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.stats import binomtest, chisquare
 
-from megaflow.evaluate import verifiable
-from megaflow.evaluate.verifiable import Problem, completions, drawn, grids, is_held_out, task, ways, wilson
+from megaflow.evaluate.verifiable import Problem, completions, drawn, grids, is_held_out, keeps_the_rules, task, ways, wilson
 from megaflow.flow.choice import ChoiceError
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "verifiable_text.py"
-NAMES = ["sums", "sums:digits=1", "brackets", "brackets:kinds=1,depth=2,pairs=5", "sudoku", "sudoku:given=6"]
+NAMES = ["sums", "sums:digits=1", "brackets", "brackets:kinds=1,depth=2,pairs=5", "sudoku", "sudoku:side=4,given=6"]
 CATALAN = [math.comb(2 * n, n) // (n + 1) for n in range(12)]
 each = pytest.mark.parametrize("name", NAMES)
 
@@ -99,35 +99,66 @@ def test_there_are_288_grids():
     found = ["".join(str(cell + 1) for cell in grid) for grid in cells[complete]]
     assert found == grids() and len(found) == 288
     for grid, whole in zip(cells[:20_000], complete, strict=False):
-        assert verifiable.keeps_the_rules("".join(str(cell + 1) for cell in grid)) == whole
-    assert (
-        not verifiable.keeps_the_rules("1" * 16) and not verifiable.keeps_the_rules("") and not verifiable.keeps_the_rules(found[0] + "1")
-    )
+        assert keeps_the_rules("".join(str(cell + 1) for cell in grid), 4) == whole
+    assert not any(keeps_the_rules(grid, 4) for grid in ("1" * 16, "", found[0] + "1"))
+
+
+def solutions(puzzle: str) -> list[str]:
+    """Up to two grids of side 9 by integer programming: a variable a cell and digit; the second is to differ from the first."""
+    one = np.eye(9)
+    units = [np.kron(np.kron(a, b), one) for a, b in ((one, np.ones(9)), (np.ones(9), one))]  # rows, columns
+    three = np.eye(3)
+    units.append(np.kron(np.kron(np.kron(three, np.ones(3)), np.kron(three, np.ones(3))), one))
+    rules = [LinearConstraint(np.concatenate([*units, np.kron(np.eye(81), np.ones(9))]), 1, 1)]
+    least = np.array([float(cell == digit) for cell in puzzle for digit in "123456789"])
+    found: list[str] = []
+    while len(found) < 2:
+        done = milp(np.zeros(729), constraints=rules, bounds=Bounds(least, 1), integrality=np.ones(729))
+        if not done.success:
+            break
+        found.append("".join(str(digit + 1) for digit in done.x.reshape(81, 9).argmax(1)))
+        rules.append(LinearConstraint(done.x.round(), -np.inf, 80))
+    return found
+
+
+def test_grids_of_side_9_are_completed_as_by_integer_programming():
+    """Puzzles of one completion and of several; of none where a cell is shown that its unit has."""
+    source = Random(0)
+    for shown in (81, 60, 40, 40, 34, 34, 30):
+        grid = next(completions("." * 81, source))
+        cells = set(source.sample(range(81), shown))
+        puzzle = "".join(cell if place in cells else "." for place, cell in enumerate(grid))
+        expected, found = solutions(puzzle), list(itertools.islice(completions(puzzle), 2))
+        assert len(found) == len(expected) and (len(expected) > 1 or found == expected) and all(keeps_the_rules(each, 9) for each in found)
+        assert all(task("sudoku").solved(puzzle, each) for each in [*expected, *found])
+    assert not list(completions("11" + "." * 79)) and not solutions("11" + "." * 79)
+    wrong = grid[1] + grid[0] + grid[2:]
+    assert not keeps_the_rules(wrong, 9) and not task("sudoku").solved("." * 81, wrong)
 
 
 def test_a_puzzle_is_solved_by_all_of_its_completions():
-    solved, source = task("sudoku").solved, Random(0)
+    solved, source = task("sudoku:side=4,given=8").solved, Random(0)
     for shown in (0, 2, 3, 4, 7, 15):
         grid = source.choice(grids())
         cells = set(source.sample(range(16), shown))
         puzzle = "".join(cell if place in cells else "." for place, cell in enumerate(grid))
         right = [other for other in grids() if all(other[place] == grid[place] for place in cells)]
-        assert [other for other in grids() if solved(puzzle, other)] == right and completions(puzzle) == len(right)
+        assert [other for other in grids() if solved(puzzle, other)] == right == sorted(completions(puzzle))
         assert shown > 3 or len(right) > 1  # three cells leave more than one
     assert not solved("1" + "." * 15, "x" * 16) and not solved(grids()[0], grids()[0][:-1]) and not solved("", "")
 
 
 @each
 def test_what_is_made_is_solved_and_on_the_side_that_was_asked_for(name):
-    asked = task(name)
+    asked, count = task(name), 40 if name == "sudoku" else 300
     for held_out in (True, False):
-        found = list(itertools.islice(drawn(asked, 0, held_out), 300))
+        found = list(itertools.islice(drawn(asked, 0, held_out), count))
         assert all(asked.solved(*problem) and is_held_out(asked, problem) == held_out for problem in found)
-        assert found == list(itertools.islice(drawn(asked, 0, held_out), 300)) != list(itertools.islice(drawn(asked, 1, held_out), 300))
+        assert found == list(itertools.islice(drawn(asked, 0, held_out), count)) != list(itertools.islice(drawn(asked, 1, held_out), count))
         assert all((problem.prompt != "") == asked.prompted for problem in found)
         if name.startswith("sudoku"):
-            shown = int(asked.name.split("=")[1])
-            assert all(completions(puzzle) == 1 and 16 - puzzle.count(".") == shown for puzzle, _ in found)
+            shown = int(asked.name.split("=")[-1])
+            assert all([*completions(puzzle)] == [grid] and len(puzzle) - puzzle.count(".") == shown for puzzle, grid in found)
 
 
 def test_the_side_is_a_hash_and_not_an_option_s():
@@ -138,10 +169,10 @@ def test_the_side_is_a_hash_and_not_an_option_s():
     assert abs(share - 0.125) < 4.0 * math.sqrt(0.125 * 0.875 / 5050)
     assert is_held_out(task("sums:digits=3"), Problem("012+035=", "047")) == is_held_out(one, Problem("12+35=", "047"))
     grid = grids()[5]
-    assert is_held_out(task("sudoku"), Problem("." * 16, grid)) == is_held_out(task("sudoku:given=9"), Problem(grid, grid))
+    assert is_held_out(task("sudoku"), Problem("." * 16, grid)) == is_held_out(task("sudoku:side=4,given=9"), Problem(grid, grid))
 
 
-@pytest.mark.parametrize("name", ["sums", "brackets", "sudoku"])
+@pytest.mark.parametrize("name", ["sums", "brackets", "sudoku:side=4,given=8"])
 def test_training_texts_have_nothing_that_is_asked(name, tmp_path):
     out = tmp_path / "new" / "texts.jsonl"
     subprocess.run([sys.executable, str(SCRIPT), name, "--count", "500", "--seed", "3", str(out)], check=True)
@@ -159,7 +190,9 @@ def test_training_texts_have_nothing_that_is_asked(name, tmp_path):
         ("sum", "did you mean sums"),
         ("sums:digits=0", "digits=NUMBER above 0"),
         ("sums:digits=1.5", "whole number from 1 to 9, not 1.5"),
-        ("sudoku:given=3", "whole number from 4 to 15"),
+        ("sudoku:side=4,given=3", "whole number from 4 to 15"),
+        ("sudoku:given=29", "whole number from 30 to 80"),
+        ("sudoku:side=6", "side 4 or 9, not 6"),
         ("brackets:kinds=5", "whole number from 1 to 4"),
         ("brackets:deep=5", "takes kinds, depth, pairs"),
     ],

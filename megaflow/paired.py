@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy.special import stdtr, stdtrit
+from scipy.special import bdtr, ndtri, stdtr, stdtrit
 
 CONFIDENCE = 0.95
 """Of the intervals of paired differences."""
@@ -52,6 +52,24 @@ def per_unit(values: Sequence[float], base: Sequence[float], sizes: Sequence[flo
     residual = apart - mean * size
     error = math.sqrt(float((residual**2).sum()) * count / (count - 1)) / total if count > 1 else None
     return _tested(count, mean, error, confidence)
+
+
+def shares(right: Sequence[bool], base: Sequence[bool], confidence: float = CONFIDENCE) -> Paired:
+    """The share of problems that one solves minus that of another, of the same problems.
+
+    p is exact and two-sided, of the problems that only one of them solves (McNemar 1947: a fair coin's); the interval is Bonett & Price's
+    (2012), the normal one after a problem is added to either side, and error is its own. Both hold of few problems, too.
+    """
+    count = len(right)
+    if count == 0:
+        return Paired(0, None)
+    won = sum(mine and not other for mine, other in zip(right, base, strict=True))
+    lost = sum(other and not mine for mine, other in zip(right, base, strict=True))
+    p = min(1.0, 2.0 * float(bdtr(min(won, lost), won + lost, 0.5)))
+    ahead, behind = (won + 1) / (count + 2), (lost + 1) / (count + 2)
+    error = math.sqrt((ahead + behind - (ahead - behind) ** 2) / (count + 2))
+    middle, half = ahead - behind, float(ndtri((1.0 + confidence) / 2.0)) * error
+    return Paired(count, (won - lost) / count, error, max(middle - half, -1.0), min(middle + half, 1.0), p)
 
 
 def _tested(count: int, mean: float | None, error: float | None, confidence: float) -> Paired:

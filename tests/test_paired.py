@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from megaflow.paired import Paired, holm, mean_error, paired, per_unit
+from megaflow.paired import Paired, holm, mean_error, paired, per_unit, shares
 
 
 def test_mean_and_error():
@@ -42,6 +42,33 @@ def test_intervals_cover_as_often_as_they_say():
     a, b = shared + 0.3 + rng.normal(0, 0.2, (4000, 3)), shared + rng.normal(0, 0.2, (4000, 3))
     found = [paired(dict(enumerate(x)), dict(enumerate(y))) for x, y in zip(a, b, strict=True)]
     assert np.mean([one.low <= 0.3 <= one.high for one in found]) == pytest.approx(0.95, abs=0.012)  # 3.5 standard errors
+
+
+def test_shares_have_the_exact_test_of_those_that_differ():
+    """Against scipy's binomial test, and all ways to exchange the two answers to each problem."""
+    rng = np.random.default_rng(4)
+    for count in (1, 2, 3, 8, 12):
+        right, base = (rng.random((2, count)) < [[0.8], [0.3]]).tolist()
+        found = shares(right, base)
+        won, lost = (sum(a and not b for a, b in zip(*pair, strict=True)) for pair in ((right, base), (base, right)))
+        apart = np.array(right, int) - np.array(base, int)
+        assert found.pairs == count and found.difference == pytest.approx(apart.mean())
+        assert found.p == pytest.approx(stats.binomtest(won, won + lost).pvalue if won + lost else 1.0)
+        exchanged = np.array(list(itertools.product((1, -1), repeat=count))) @ apart
+        assert found.p == pytest.approx((np.abs(exchanged) >= abs(apart.sum())).mean())
+    assert shares([], []) == Paired(0, None)
+    found = shares([True] * 3, [False] * 3)
+    assert (found.difference, found.p) == (1.0, 0.25) and found.low < 0.0 and found.high == 1.0
+
+
+@pytest.mark.parametrize("count, chances", [(8, (0.5, 0.5)), (20, (0.9, 0.8)), (20, (0.3, 0.05)), (64, (0.95, 0.6))])
+def test_intervals_of_shares_cover_as_often_as_they_say(count, chances):
+    rng = np.random.default_rng(count)
+    draws = rng.random((3000, 2, count)) < np.array(chances)[:, None]
+    found = [shares(*pair.tolist()) for pair in draws]
+    assert np.mean([one.low <= chances[0] - chances[1] <= one.high for one in found]) >= 0.94
+    if chances[0] == chances[1]:
+        assert np.mean([one.p <= 0.05 for one in found]) <= 0.05
 
 
 def test_holm_is_the_closed_test_of_bonferroni():

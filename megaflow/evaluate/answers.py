@@ -1,13 +1,17 @@
 """How many problems of a verifiable task a run solves (`megaflow evaluate --verify NAME`), by the samplers that write judged texts.
 
 Of a run of pairs the prompts are given and the answers are checked; of others whole texts are. Problems are those that training texts have
-none of (verifiable.py), which the run's own rows are held to: they must be solved problems of the task, and none of them held out.
+none of (verifiable.py), which the run's own rows are held to: those of validation must be solved problems of the task, and no training
+row may be one that is held out.
 """
 
 import itertools
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
+from megaflow.data.stream import TokenStream
 from megaflow.data.tokenizer import decode, end_id
 from megaflow.errors import UserError
 from megaflow.evaluate import template as templates
@@ -18,9 +22,10 @@ from megaflow.evaluate.real_text import RealText
 from megaflow.evaluate.settings import Settings
 from megaflow.evaluate.verifiable import Problem, Task
 from megaflow.flow.choice import ChoiceError
+from megaflow.progress import Progress
 
 OPTION = "--verify"
-SHOWN = 8
+SHOWN, AT_ONCE = 8, 1024
 
 
 def named(name: str) -> Task:
@@ -50,18 +55,28 @@ def asked_task(run: Run, name: str) -> Task:
 
 
 def check_rows(run: Run, task: Task, held_out: RealText) -> None:
-    """Refuse a run whose real rows are no solved problems of the task, or are among those that it is to be asked. Raises UserError."""
+    """Refuse a run whose validation rows are no solved problems of the task, or which was trained on problems that are to be asked: all of
+    its training rows are read. Raises UserError."""
     option = f"{OPTION} {task.name}"
     for row in held_out.rows:
         problem = said(run, task, row)
         if not task.solved(*problem):
             read = " ".join(map(repr, filter(None, problem)))
             raise UserError(f"{option}: a row of {run.config.data.path} is no solved problem of it, {read}; give the task it was made for")
-        if verifiable.is_held_out(task, problem):
-            raise UserError(
-                f"{option}: {run.config.data.path} has a problem that is to be asked, {''.join(problem)!r}; train on texts of "
-                "tools/verifiable_text.py, which leaves those out"
-            )
+    stream = TokenStream(run.config.data.path, "train", run.config.run.seed, shuffle=False)
+    progress, asked, example = Progress("training problems", len(stream), "rows"), 0, ""
+    for start in range(0, len(stream), AT_ONCE):
+        ids, lengths = stream.rows(torch.arange(start, min(start + AT_ONCE, len(stream))))
+        for row, length in zip(ids.tolist(), lengths.tolist(), strict=True):
+            problem = said(run, task, row[:length])
+            if task.solved(*problem) and verifiable.is_held_out(task, problem):
+                asked, example = asked + 1, "".join(problem)
+        progress.update(min(start + AT_ONCE, len(stream)))
+    if asked:
+        raise UserError(
+            f"{option}: {asked:,} of the {len(stream):,} training rows of {run.config.data.path} are problems that are to be asked, such "
+            f"as {example!r}; train on texts of tools/verifiable_text.py, which leaves those out"
+        )
 
 
 def said(run: Run, task: Task, row: list[int]) -> Problem:

@@ -8,7 +8,6 @@ makes a row easy or hard cancels. The draws of noise and time of each row are in
 
 import contextlib
 import json
-import math
 import os
 import shlex
 import tempfile
@@ -17,10 +16,10 @@ from typing import Any
 
 from megaflow.data.shards import SECONDS_FILE
 from megaflow.errors import UserError
-from megaflow.evaluate import kept, side_by_side
+from megaflow.evaluate import side_by_side
 from megaflow.evaluate.gather import alike, evaluation_command, present_evaluation, starts
 from megaflow.files import read_json, write_atomically
-from megaflow.paired import CONFIDENCE, holm, per_unit
+from megaflow.paired import CONFIDENCE, holm, per_unit, shares
 from megaflow.train.run import read_config
 
 KEPT = ("kind", "nats_per_token", "standard_error_nats", "bits_per_char", "bits_per_byte", "perplexity_per_token", "given", "tokens")
@@ -66,6 +65,7 @@ def comparison(evaluations: dict[str, dict[str, Any]]) -> dict[str, Any]:
         "equation": against_first({run: found["likelihood"].get("ode", {}) for run, found in evaluations.items()}),
         "texts": of_texts(evaluations),
         "verify": of_tasks(evaluations),
+        "verify_others": other_problems(evaluations),
         "samples": {run: samples_of(found) for run, found in evaluations.items()},
         "reference": first["reference"],
         "judges": judges_of(evaluations),
@@ -126,8 +126,7 @@ def of_texts(evaluations: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]
 def of_tasks(evaluations: dict[str, dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
     """Solved problems, run by run and by number of steps, of runs that were asked the same ones as the first; differences from what it
     solves in as many steps, or in its only way of writing, problem by problem."""
-    asked = {run: (found["settings"].get("verify"), found["settings"]["seed"]) for run, found in evaluations.items()}
-    first = next(iter(evaluations))
+    asked, first = _asked(evaluations), next(iter(evaluations))
     table: dict[str, dict[str, dict[str, Any]]] = {}
     for run, found in evaluations.items():
         if asked[first][0] is None or asked[run] != asked[first]:
@@ -137,11 +136,22 @@ def of_tasks(evaluations: dict[str, dict[str, Any]]) -> dict[str, dict[str, dict
             table[run][steps] = {key: value for key, value in entry.items() if key not in ("right", "answers")}
             other = next(iter(base.values())) if len(base) == 1 else base.get(steps)
             if run != first and other is not None:
-                table[run][steps]["difference"] = per_unit(entry["right"], other["right"], [1.0] * entry["count"])._asdict()
+                table[run][steps]["difference"] = shares(entry["right"], other["right"])._asdict()
     tested = [entry["difference"] for entries in table.values() for entry in entries.values() if "difference" in entry]
     for difference, p in zip(tested, holm([each["p"] for each in tested]), strict=True):
         difference["adjusted_p"] = p
     return table
+
+
+def other_problems(evaluations: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """What runs were asked that the first was not, which is compared with nothing."""
+    asked = _asked(evaluations)
+    first = asked[next(iter(evaluations))]
+    return {run: f"{task}, --seed {seed}" for run, (task, seed) in asked.items() if task is not None and (task, seed) != first}
+
+
+def _asked(evaluations: dict[str, dict[str, Any]]) -> dict[str, tuple[str | None, int]]:
+    return {run: (found["settings"].get("verify"), found["settings"]["seed"]) for run, found in evaluations.items()}
 
 
 def _real(run: str) -> Path:
@@ -156,10 +166,6 @@ def evaluated(run: str) -> dict[str, Any]:
     likelihood = found.get("likelihood", {})
     if not likelihood or likelihood["kind"] != "none" and "rows" not in likelihood:
         raise UserError(f"{run}: it has no evaluation with the numbers of its rows; megaflow evaluate {run} makes one")
-    for entry in (likelihood, likelihood.get("continuation", {}), likelihood.get("ode", {}), *found.get("texts", {}).values()):
-        rows = entry.get("rows")
-        if rows and not math.isclose(sum(rows["nats"]) / sum(rows["tokens"]), entry["nats_per_token"], rel_tol=1e-9):
-            raise UserError(f"{Path(run) / kept.FILE}: its rows do not have its mean; remove it, and megaflow evaluate {run} makes it anew")
     return found
 
 
@@ -203,6 +209,8 @@ def table(result: dict[str, Any]) -> str:
     if result["verify"]:
         task = next(iter(result["runs"].values()))["settings"]["verify"]
         lines += [f"solved problems of {task}, against {next(iter(result['verify']))}", *_aligned(_solved(result["verify"])), ""]
+    if result["verify_others"]:
+        lines += [*(f"{run} was asked other problems: {what}" for run, what in result["verify_others"].items()), ""]
     lines += ["texts: judged values compare at equal entropy only"]
     rows = [["run", "steps", "judge bits/char", "+-", "entropy", "+-", "reverse bits/char"]]
     for run, samples in result["samples"].items():
@@ -292,16 +300,10 @@ def _solved(found: dict[str, dict[str, dict[str, Any]]]) -> list[list[str]]:
         for steps, entry in entries.items():
             line, apart = [run, steps, f"{entry['share']:.3f}", f"{entry['low']:.3f} to {entry['high']:.3f}"], entry.get("difference")
             if apart is None:
-                line += ["", "", "", ""]
-            elif apart["p"] is None:
-                line += [f"{apart['difference']:+.3f}", "one problem", "", ""]
+                line += ["" if run == next(iter(found)) else "other steps", "", "", ""]
             else:
-                line += [
-                    f"{apart['difference']:+.3f}",
-                    f"{apart['low']:+.3f} to {apart['high']:+.3f}",
-                    _p(apart["p"]),
-                    _p(apart["adjusted_p"]),
-                ]
+                line += [f"{apart['difference']:+.3f}", f"{apart['low']:+.3f} to {apart['high']:+.3f}"]
+                line += [_p(apart["p"]), _p(apart["adjusted_p"])]
             rows.append(line)
     return rows
 

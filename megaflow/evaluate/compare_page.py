@@ -47,6 +47,7 @@ def html(result: dict[str, Any], evaluations: dict[str, dict[str, Any]]) -> str:
         repetition=side_by_side.repetition_of(evaluations),
         nearest=side_by_side.nearest_of(evaluations),
         solved=side_by_side.solved_of(result["verify"]),
+        asked_others=result["verify_others"],
         answers=side_by_side.answers_of(evaluations, result["verify"]),
         written=written(evaluations),
         most_texts=MOST_TEXTS,

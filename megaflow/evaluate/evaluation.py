@@ -6,7 +6,6 @@ already there, of the same checkpoint with the same settings, computes nothing.
 
 import contextlib
 import hashlib
-import json
 import math
 import resource
 import shlex
@@ -136,12 +135,12 @@ def evaluate(
             result = measure(run, identity, began) | {"made_by": made_by(run, settings)}
             if kept.writable(run.directory):
                 if before and before.get("weights") == run.weights:  # by other settings: hours, maybe
-                    write_atomically(run.directory / kept.BEFORE, as_json(before))
+                    write_atomically(run.directory / kept.BEFORE, kept.as_json(before, run.directory))
                     print(f"{run.directory / kept.FILE} was of other settings; it is {kept.BEFORE} now", file=sys.stderr)
-                write_atomically(run.directory / kept.FILE, as_json(result))
+                write_atomically(run.directory / kept.FILE, kept.as_json(result, run.directory))
     result["run"] = str(directory)  # the same run may be called by another path
     if out:
-        write_atomically(Path(out), as_json(result))
+        write_atomically(Path(out), kept.as_json(result, run.directory))
     return result
 
 
@@ -220,10 +219,6 @@ def check_shards(run: Run) -> None:
         advice = "run this command in the folder that the run was started in"
     where = path if path.is_absolute() else f"{path} of the present folder {Path.cwd()}"
     raise UserError(f"{directory}: the run's shards are not at {where}; {advice}, or say where they are, --data PATH")
-
-
-def as_json(result: dict[str, Any]) -> str:
-    return json.dumps(result, ensure_ascii=False, indent=1, allow_nan=False)
 
 
 def measure(run: Run, identity: dict[str, Any], began: float) -> dict[str, Any]:
@@ -505,7 +500,8 @@ def table(result: dict[str, Any]) -> str:
         lines.append(f"likelihood        {found['bits_per_char']:.4f} bits/char ({word}; {found['nats_per_token']:.4f} nats/token)")
         if word == "bound":
             lines.append(f"  standard error  {found['standard_error_bits_per_char']:.4f} bits/char of noise and times")
-            lines.append(f"  over rows       {found['row_error_bits_per_char']:.4f} bits/char of bound minus unigram entropy")
+            if (spread := found["row_error_bits_per_char"]) is not None:
+                lines.append(f"  over rows       {spread:.4f} bits/char of bound minus unigram entropy")
         lines.append(f"  in other units  {found['bits_per_byte']:.4f} bits/byte, perplexity {found['perplexity_per_token']:,.2f} per token")
         lines.append(f"unigram entropy   {found['unigram_bits_per_char']:.4f} bits/char")
     if ode := found.get("ode"):

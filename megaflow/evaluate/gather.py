@@ -118,7 +118,7 @@ def present_evaluation(run: Path) -> dict[str, Any]:
     if not found and not (run / kept.FILE).exists():
         return {}
     if not found:
-        raise UserError(f"{run}: its evaluation is damaged, or the half of one; megaflow evaluate {run} mends it")
+        raise UserError(f"{run}: its evaluation is damaged, or not as it was measured; megaflow evaluate {run} mends it")
     newest = kept.newest_weights(run)
     if not kept.is_of(found, newest):
         step, was = newest["step"] if newest else None, found.get("step")

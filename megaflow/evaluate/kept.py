@@ -1,16 +1,20 @@
 """RUN/evaluation.json: what was measured, and of which weights.
 
-`evaluate` measures anew what is not of the run's present weights, and `report` refuses it.
+`evaluate` measures anew what is not of the run's present weights, or was changed since it was written; `report` and `compare` refuse it.
 """
 
 import contextlib
 import fcntl
+import hashlib
+import json
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megaflow.errors import UserError
+from megaflow.export import folder
 from megaflow.files import read_if_whole
 from megaflow.train import checkpoint as checkpoints
 from megaflow.train.checkpoint import Checkpoint
@@ -24,14 +28,33 @@ def weights_of(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def newest_weights(run: Path) -> dict[str, Any] | None:
-    """`weights_of` the checkpoint that an evaluation would take now: the newest intact one. Raises UserError."""
+    """`weights_of` the checkpoint that an evaluation would take now: the newest intact one; of a converted model, what stands for that.
+    Raises UserError."""
+    if folder.is_model(run):
+        about = folder.read_manifest(run)
+        return {"step": about["source"]["step"], "weights": folder.identity(about)}
     found = checkpoints.newest(run, checkpoints.SEEN)
     return None if found is None else weights_of(found)
 
 
+def as_json(result: dict[str, Any], run: Path) -> str:
+    """The content of an evaluation's file, with its own hash. Raises UserError of numbers that are none."""
+    try:
+        plain = json.loads(json.dumps(result, allow_nan=False))
+    except ValueError:
+        raise UserError(f"{run}: some of what was measured is no finite number; its weights are too large for that") from None
+    return json.dumps(plain | {"sha256": _digest(plain)}, ensure_ascii=False, indent=1)
+
+
 def read(run: Path) -> dict[str, Any]:
-    """The run's evaluation; empty where there is none, or its file is damaged, which is as good as none."""
-    return read_if_whole(run / FILE)
+    """The run's evaluation; empty where there is none, or its file is not as it was written, which is as good as none."""
+    found = read_if_whole(run / FILE)
+    return found if found.get("sha256") == _digest(found) else {}
+
+
+def _digest(found: dict[str, Any]) -> str:
+    content = {name: value for name, value in found.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def writable(folder: Path) -> bool:

@@ -27,7 +27,8 @@ STRETCHES = 16
 BATCH = 64
 BIAS = (
     "an upper bound of -log p of the flow whose equation is solved exactly and whose last posterior draws the tokens; "
-    "the probes are unbiased; the steps err to either side, by about a third of the difference from half as many"
+    "the probes are unbiased; the steps err to either side, by about a third of the difference from half as many once they are fine enough "
+    "for their order, and by up to all of it before"
 )
 
 
@@ -144,7 +145,7 @@ def nats(run: Run, held_out: RealText, draws: int, seed: int, given: torch.Tenso
             "kind": "bound",
             "nats_per_token": bound.mean,
             "standard_error_nats": bound.standard_error,
-            "row_error_nats": bound.row_error,
+            "row_error_nats": bound.row_error if math.isfinite(bound.row_error) else None,
             "last_cross_entropy": bound.last_cross_entropy,
             "tokens": bound.tokens,
         }
@@ -156,7 +157,7 @@ def nats(run: Run, held_out: RealText, draws: int, seed: int, given: torch.Tenso
     return found
 
 
-def in_other_units(found: dict[str, Any], run: Run, held_out: RealText, given: torch.Tensor | None) -> dict[str, float]:
+def in_other_units(found: dict[str, Any], run: Run, held_out: RealText, given: torch.Tensor | None) -> dict[str, Any]:
     """What is in nats per token as bits per character; the likelihood in bits per byte of UTF-8 and as perplexity besides, and how many
     characters and bytes the tokens have."""
     characters, size = held_out.size_of(run, given)
@@ -167,7 +168,7 @@ def in_other_units(found: dict[str, Any], run: Run, held_out: RealText, given: t
         "row_error_nats": "row_error_bits_per_char",
         "unigram_nats_per_token": "unigram_bits_per_char",
     }
-    others = {word: found[name] * per_character for name, word in words.items() if name in found}
+    others = {word: None if found[name] is None else found[name] * per_character for name, word in words.items() if name in found}
     others["bits_per_byte"] = found["nats_per_token"] * per_byte
     others["perplexity_per_token"] = math.exp(min(found["nats_per_token"], 700.0))
     return others | {"characters": characters, "bytes": size}

@@ -93,8 +93,11 @@ def read_manifest(directory: Path) -> dict[str, Any]:
             raise ValueError(f"version {found['version']}, and this megaflow reads version {VERSION}")
         if found["kind"] not in KINDS:
             raise ValueError(f"it is a {found['kind']!r}")
-        if type(step := found["source"]["step"]) is not int:
+        if type(step := found["source"]["step"]) is not int or not 0 <= step < 2**53:
             raise ValueError(f"step {step!r}")
+        for name, value in found["source"].get("state", {}).items():
+            if type(value) not in (int, float) or not 0 <= value < 2**63:
+                raise ValueError(f"{name} of the state {value!r}")
         if any(not {"bytes", "sha256"} <= entry.keys() for entry in found["files"].values()):
             raise ValueError("it lacks hashes")
     except (OSError, AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
@@ -223,10 +226,14 @@ def filled(
 
 @torch.no_grad()
 def fill(network: nn.Module, names: dict[str, tuple[int, ...]], read: Callable[[str], Tensor], source: Path) -> None:
-    """Copy the weights of these names and shapes into a network, one after another. Raises UserError where they are not the network's."""
+    """Copy the weights of these names and shapes into a network, one after another. Raises UserError where they are not the network's, or
+    no finite numbers."""
     check_same(shapes_of(network), names, source)
     for name, p in network.named_parameters():
-        put(p, read(name))
+        value = read(name)
+        if not bool(value.isfinite().all()):
+            raise UserError(f"{source}: {name} has values that are no finite numbers, and whatever it computes is none; take another model")
+        put(p, value)
 
 
 def shapes_of(network: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -73,7 +73,8 @@ class Estimate:
     """A bound in nats per token.
 
     standard_error: of the Monte-Carlo part, draws of noise and times. row_error: of bound minus unigram entropy, were other rows of the
-    same text taken. unigram: -log pi on the same tokens. last_cross_entropy: at the range's end. tokens: how many were counted.
+    same text taken; infinite of one row. unigram: -log pi on the same tokens. last_cross_entropy: at the range's end. tokens: how many
+    were counted.
     rows: (R,) nats of each row, whose sum is mean x tokens; errors: (R,) the Monte-Carlo error of each; row_tokens: (R,) counted tokens.
     parts: where it comes from, if asked for.
     """
@@ -166,6 +167,6 @@ def estimate(network: Tensor, channel: Tensor, unigram: Tensor, tokens: Tensor, 
     monte_carlo = errors.square().sum().sqrt() / total
     gain = by_row - unigram
     residual = gain - (mean - entropy) * tokens
-    row_error = (residual.square().sum() * rows / max(rows - 1, 1)).sqrt() / total
-    of_all = mean.item(), monte_carlo.item(), row_error.item(), entropy.item(), last_cross_entropy, int(total.item())
+    row_error = (residual.square().sum() * rows / (rows - 1)).sqrt().item() / total.item() if rows > 1 else math.inf
+    of_all = mean.item(), monte_carlo.item(), row_error, entropy.item(), last_cross_entropy, int(total.item())
     return Estimate(*of_all, by_row, tokens, errors)

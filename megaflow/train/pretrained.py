@@ -91,9 +91,12 @@ def opened(folder: Path) -> tuple[dict[str, Any], Read]:
             if prefix + name in places:
                 file, entry = places[prefix + name]
                 try:
-                    return tensor_file.read(file, entry, boxes.full(entry.shape)).float()
+                    value = tensor_file.read(file, entry, boxes.full(entry.shape)).float()
                 except (OSError, ValueError) as error:
                     raise UserError(f"{file}: {name} cannot be read ({reason(error)}); copy the model anew") from None
+                if not bool(value.isfinite().all()):
+                    raise UserError(f"{file}: {name} has values that are no finite numbers; give another model")
+                return value
         raise UserError(f"model.start={folder}: its files have no {name}; copy the model whole")
 
     if about["tied"] or not any(key.endswith("lm_head.weight") for key in places):

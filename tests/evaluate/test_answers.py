@@ -11,6 +11,7 @@ from scipy import stats
 
 from megaflow.config.load import load
 from megaflow.data.prepare import prepare
+from megaflow.data.stream import TokenStream
 from megaflow.data.tokenizer import encode
 from megaflow.errors import UserError
 from megaflow.evaluate import answers, compare, evaluation, verifiable
@@ -135,15 +136,19 @@ def test_runs_are_compared_problem_by_problem(runs):
     assert "difference" not in table[paths[0]]["autoregressive"]
     for steps, row in zip(("1", "3"), right[1:], strict=True):
         apart = table[paths[1]][steps]["difference"]
-        expected = stats.ttest_rel(row.astype(float), right[0].astype(float))
-        assert apart["p"] == pytest.approx(expected.pvalue) and apart["difference"] == pytest.approx((row * 1.0 - right[0]).mean())
+        won, lost = (row & ~right[0]).sum(), (right[0] & ~row).sum()
+        assert apart["p"] == pytest.approx(stats.binomtest(won, won + lost).pvalue)
+        assert apart["difference"] == pytest.approx((row * 1.0 - right[0]).mean())
     result = compare.compare(paths)
     shown = compare.table(result)
     assert f"solved problems of sums:digits=1, against {paths[0]}" in shown and "right" not in result["verify"][paths[1]]["1"]
+    turned = compare.table(compare.compare(paths[::-1])).split("solved problems")[1].split("\n\n")[0]
+    assert [line.endswith("other steps") for line in turned.splitlines()[2:]] == [False, False, True]  # than the first run's 1 and 3
     found[paths[1]]["settings"]["seed"] = 1
-    assert list(compare.of_tasks(found)) == paths[:1]
+    assert list(compare.of_tasks(found)) == paths[:1] and compare.other_problems(found) == {paths[1]: "sums:digits=1, --seed 1"}
+    assert f"{paths[1]} was asked other problems: sums:digits=1, --seed 1" in compare.table(compare.comparison(found))
     del found[paths[0]]["settings"]["verify"]
-    assert compare.of_tasks(found) == {}
+    assert compare.of_tasks(found) == {} and list(compare.other_problems(found)) == paths[1:]
 
 
 def test_what_cannot_be_asked_is_refused(runs, trained, tmp_path):
@@ -166,8 +171,12 @@ def test_what_cannot_be_asked_is_refused(runs, trained, tmp_path):
 def test_problems_that_were_trained_on_are_not_asked(runs, tmp_path):
     config = prepared(tmp_path / "sums", "sums:digits=1", 8, "text_field: prompt", held_out=True)
     assert stages.pretrain(config, [f"run.dir={tmp_path}/run", "train.steps=1"]) == 0
-    with pytest.raises(UserError, match="has a problem that is to be asked"):
-        evaluate(tmp_path / "run", **QUICK, verify="sums:digits=1")
+    rows = TokenStream(tmp_path / "sums" / "data", "train", 0).count
+    for settings in (QUICK, QUICK | {"rows": 1}):
+        with pytest.raises(
+            UserError, match=f": {rows} of the {rows} training rows of .* are problems that are to be asked, such as '.[+].="
+        ):
+            evaluate(tmp_path / "run", **settings, verify="sums:digits=1")
 
 
 @pytest.mark.long

@@ -168,6 +168,15 @@ def test_solved_problems_are_those_of_the_evaluations(whole, three):
     assert rows[1][7:] == ["–", "–", "–"]
 
 
+def test_what_was_asked_other_problems_or_in_other_steps_says_so(three):
+    turned = dict(reversed(copy.deepcopy(three).items()))
+    turned["runs/flow"]["settings"]["seed"] = 7
+    page = Page(made(turned)[1])
+    rows = page.rows["Solved problems of sums:digits=2"]
+    assert [row[:2] for row in rows[1:]] == [["other", "1"], ["other", "4"], ["ar", "–"]] and rows[-1][7:] == ["other steps", "–", "–"]
+    assert "flow was asked other problems: sums:digits=2, --seed 7." in made(turned)[1]
+
+
 def test_what_is_nearest_stands_beside_its_training_row(whole, three):
     _, text, page = whole
     assert "Nearest training text" in page.headings and text.count("Training row 1,234") == len(three)

@@ -55,7 +55,7 @@ class TestEveryRun:
     def test_all_numbers_are_finite_and_on_disk(self, evaluated, trained, kind, family):
         result = evaluated(kind, family)
         written = json.loads((trained(kind, family) / "evaluation.json").read_text())
-        assert written == json.loads(json.dumps(result))
+        assert {**written, "sha256": ""} == json.loads(json.dumps({**result, "sha256": ""}))
         assert result["kind"] == family and result["step"] == 40
         of_a_map = {"last": LAST_STEP, "balance": one_step.TOKENS} if family == "flow_map" else {"last": None, "balance": None}
         assert result["settings"] == QUICK | of_a_map | {"cooled": list(COOLED), "order": judges.ORDER}

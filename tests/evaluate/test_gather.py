@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from megaflow.evaluate import kept
 from megaflow.evaluate.evaluation import evaluate
 from megaflow.evaluate.frontier import Asked
 from megaflow.evaluate.gather import commands, curve, likelihoods
@@ -134,7 +135,7 @@ class TestWhole:
         asked = {"temperatures": [0.7, 1.0], "gammas": [0.0, 0.5], "entropy": 3.25}
         found["settings"] |= {"texts": {"a b.txt": ""}, "judges": {"gpt2": "", "ar": ""}, "mauve": True, "frontier": asked}
         found["settings"] |= {"verify": "sums:digits=2", "ode": {"steps": 16, "probes": None}}
-        path.write_text(json.dumps(found))
+        path.write_text(kept.as_json(found, path.parent))
         (told,) = [line for line in commands(folder) if "evaluate" in line and "/flow " in line]
         path.write_text(before)
         options = "--text 'a b.txt' --judge gpt2 --judge ar --mauve --verify sums:digits=2 --ode-likelihood 16 --probes exact"
@@ -176,7 +177,7 @@ class TestOtherWeights:
     def test_a_damaged_evaluation(self, part_of, cli):
         path = part_of("data", "flow")
         (path / "flow" / "evaluation.json").write_text("{")
-        self.refused(cli, path, "damaged, or the half of one")
+        self.refused(cli, path, "damaged, or not as it was measured")
 
 
 class TestCurves:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from megaflow.config.load import flatten
 from megaflow.errors import UserError
+from megaflow.evaluate.compare import compare
 from megaflow.evaluate.evaluation import evaluate
 from megaflow.evaluate.generate import sample
 from megaflow.evaluate.loaded import load_run
@@ -76,6 +77,8 @@ class TestEveryFamily:
         for name in ("likelihood", "samples", "profile", "trajectory", "step"):
             assert ours[name] == theirs[name]
         assert json.loads((out / "evaluation.json").read_text())["weights"] == ours["weights"] != theirs["weights"]
+        compared = compare([str(trained("coded")), str(out)])
+        assert compared["likelihood"][str(out)]["difference"]["difference"] == 0.0
 
     def test_from_the_files_of_four_processes(self, mesh_run, out):
         assert len(checkpoints.newest(mesh_run).files) > 8

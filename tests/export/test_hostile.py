@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from megaflow.export.convert import convert
 from megaflow.train import checkpoint as checkpoints
@@ -282,11 +283,32 @@ class TestConvertedModels:
         (model / "export.json").write_text(json.dumps(about))
         assert "which is no file of this folder" in self.refused(cli, model)
 
-    @pytest.mark.parametrize("change", [{"version": 2}, {"kind": "other"}, {"source": {"step": "40"}}, {"source": []}, {"files": {"a": 1}}])
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"version": 2},
+            {"kind": "other"},
+            {"source": {"step": "40"}},
+            {"source": {"step": 10**30}},
+            {"source": {"step": 40, "state": [1]}},
+            {"source": {"step": 40, "state": {"tokens": "many"}}},
+            {"source": []},
+            {"files": {"a": 1}},
+        ],
+    )
     def test_a_description_that_makes_no_sense(self, cli, model, change):
         about = json.loads((model / "export.json").read_text())
         (model / "export.json").write_text(json.dumps(about | change))
         assert "export.json: not what megaflow convert writes" in self.refused(cli, model)
+
+    def test_weights_that_are_no_numbers(self, cli, model):
+        """One of them, in a file that export.json tells of: sampled, evaluated, or converted back."""
+        file = next(path for path in sorted(model.glob("model-*.safetensors")) if "bias" in load_file(path))
+        tensors = load_file(file)
+        tensors["bias"][3] = float("nan")
+        save_file(tensors, file)
+        self.announce(model, file.name)
+        assert "bias has values that are no finite numbers" in self.refused(cli, model)
 
     def test_a_weight_that_is_missing(self, cli, model):
         file = model / "model.safetensors.index.json"

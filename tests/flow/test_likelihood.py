@@ -173,6 +173,12 @@ def test_the_estimate_and_its_errors():
     assert (found.tokens, found.last_cross_entropy) == (total, 0.001)
 
 
+def test_what_other_rows_would_change_is_not_known_of_one():
+    draws = torch.rand(3, 1, dtype=torch.float64)
+    found = likelihood.estimate(draws, 2.0 * draws, torch.ones(1), torch.full((1,), 8.0), 0.001)
+    assert found.row_error == math.inf and math.isfinite(found.standard_error)
+
+
 def test_a_network_that_is_the_channel_has_the_unigram_entropy_without_error():
     _, channel, unigram, tokens = some_draws(4, 7, seed=1)
     found = likelihood.estimate(*map(torch.tensor, (channel, channel, unigram, tokens)), 0.0)

@@ -183,6 +183,15 @@ class TestRefused:
         torch.save({"wte.weight": torch.zeros(3)}, folder / "model.safetensors")
         self.refused(config, tmp_path, folder, "its weights cannot be read .*; they must be safetensors")
 
+    def test_weights_that_are_no_numbers(self, config, tmp_path, folder):
+        """Found where they are read, which a run does once, after it is made."""
+        tensors = load_file(folder / "model.safetensors")
+        name = next(name for name in tensors if name.endswith("wte.weight"))
+        tensors[name][0, 0] = float("nan")
+        save_file(tensors, folder / "model.safetensors")
+        with pytest.raises(UserError, match="wte.weight has values that are no finite numbers; give another model"):
+            stages.pretrain(str(config("coded")), [f"run.dir={tmp_path / 'run'}", f"model.start={folder}", *SIZES])
+
     def test_an_index_of_another_place(self, config, tmp_path, folder):
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"wte.weight": "../x.safetensors"}}))
         self.refused(config, tmp_path, folder, "names files of other folders")

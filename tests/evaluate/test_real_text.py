@@ -97,7 +97,7 @@ def test_the_likelihood_of_other_texts_is_evaluated_besides(copied, trained, tmp
     few, counts = real_text.of_file(load_run(run), str(path), 2)
     less = evaluate(run, **QUICK | {"rows": 2}, texts=[str(path)])["texts"][str(path)]
     assert (less["scored_tokens"], less["tokens"], less["file_tokens"]) == (32, 32, counts["file_tokens"]) and counts["file_tokens"] > 96
-    assert json.loads((run / "evaluation.before.json").read_text()) == found
+    assert json.loads((run / "evaluation.before.json").read_text()).items() >= found.items()
     evaluate(run, **QUICK, texts=[str(path)])
     assert other["nats_per_token"] > found["likelihood"]["nats_per_token"] and len(other["rows"]["nats"]) == 6
     assert found["likelihood"] == evaluate(trained("coded", family), **QUICK)["likelihood"]

@@ -8,6 +8,8 @@ import shlex
 import signal
 import sys
 import time
+from collections.abc import Collection
+from pathlib import Path
 from typing import Any, NoReturn
 
 from megaflow import __version__, process
@@ -431,14 +433,19 @@ def run(arguments: argparse.Namespace, began: float) -> int:
     return 0
 
 
-def check_words(words: list[str]) -> None:
-    """Refuse the words of a later evaluate or convert that it would itself refuse before it reads anything. Raises UserError."""
+def check_words(words: list[str], coming: Collection[str]) -> None:
+    """Refuse the words of a later evaluate or convert that it would itself refuse before it reads anything, and what they name that is not
+    there; but for what lies at or below the absolute paths `coming`, which is still to be made. Raises UserError."""
+
+    def here(path: str) -> bool:
+        return not any(Path(os.path.abspath(path)).is_relative_to(Path(place).absolute()) for place in coming)
+
     try:
         arguments = parser().parse_args(words)
     except UserError as error:
         raise UserError(f"{shlex.join(words)}: {error}") from None
     if arguments.command == "evaluate":
-        from megaflow.evaluate import answers, evaluation
+        from megaflow.evaluate import answers, causal_judge, evaluation, hugging_face, mauve_score
 
         steps = [whole(step, "--steps") for step in arguments.steps.split(",")]
         if arguments.verify is not None:
@@ -446,9 +453,23 @@ def check_words(words: list[str]) -> None:
         evaluation.check_numbers(steps, arguments.samples, arguments.rows, arguments.draws, arguments.temperature, arguments.clock)
         frontier_of(arguments)
         ode_of(arguments)
+        for judge in map(Path, filter(here, arguments.judge or [])):
+            if not causal_judge.is_run(judge):
+                hugging_face.check(judge)
+        if arguments.mauve:
+            mauve_score.check(arguments.judge or [])
+        for text in filter(here, arguments.text or []):
+            evaluation.hashed(text)
     elif arguments.command == "convert":
-        from megaflow.export.convert import checked
+        from megaflow.export.convert import checked, whereto
+        from megaflow.train import checkpoint
 
+        whereto(Path(arguments.out))
+        if arguments.step is not None and here(arguments.run) and (kept := checkpoint.steps(Path(arguments.run))):
+            if arguments.step not in kept:
+                raise UserError(
+                    f"--step: {arguments.run} keeps no checkpoint of step {arguments.step}; it keeps {', '.join(map(str, kept))}"
+                )
         model = arguments.weights, arguments.precision, arguments.shard_size
         checked(*model, arguments.step, arguments.to, arguments.processes, arguments.origin)
 

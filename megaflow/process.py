@@ -96,6 +96,8 @@ class Console:
         return getattr(self.stream, name)
 
 
+LEFT = "stopped by a signal outside of training steps; the same command goes on"
+"""What a process says that leaves with STOPPED and had nothing to save."""
 FAREWELL: list[Callable[[], bool | None]] = []
 """What a process of a job that leaves by a signal does first: it learns whether it is the one to say so, or None, that nobody knows."""
 
@@ -108,7 +110,7 @@ def leave_on_signals() -> None:
         # neither print, which the signal may have interrupted, nor sys.exit, which is lost where it comes inside a callback from C++
         speaks = FAREWELL[0]() if FAREWELL else None
         if first_here() if speaks is None else speaks:
-            os.write(2, b"megaflow: stopped by a signal outside of training steps; the same command goes on\n")
+            os.write(2, f"megaflow: {LEFT}\n".encode())
         os._exit(STOPPED)
 
     for number in STOP_SIGNALS:

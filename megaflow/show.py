@@ -11,18 +11,24 @@ from megaflow.errors import UserError
 from megaflow.train.run import load_distill
 
 
+def is_there(run: str | Path) -> bool:
+    """Whether a run's directory is there. One that only jobs have written to, which wait to begin it, is not yet."""
+    return os.path.isdir(run) and (not os.path.isdir(os.path.join(run, "slurm")) or os.path.isfile(os.path.join(run, "config.yaml")))
+
+
 def known(path: str, overrides: list[str], sizes: bool = False) -> tuple[Loaded, int | None]:
     """A config with what its teacher and its shards say, where these are there, and the size of their vocabulary, else None.
 
     sizes: whether it is asked for its network's sizes, which a flow map has from its teacher: ConfigError where that is not there.
     """
     loaded = load(path, overrides)
-    if sizes and loaded.config.distill.teacher and not os.path.isdir(loaded.config.distill.teacher):
+    there = is_there(loaded.config.distill.teacher)
+    if sizes and loaded.config.distill.teacher and not there:
         raise ConfigError(
             f"distill.teacher={loaded.config.distill.teacher}: no such directory, and a flow map has its network and its rows from its "
             "teacher; start that first, or give another distill.teacher=RUN"
         )
-    if loaded.config.distill.teacher and os.path.isdir(loaded.config.distill.teacher):
+    if loaded.config.distill.teacher and there:
         loaded = load_distill(path, overrides)
     contradictions(loaded)
     if not os.path.isfile(os.path.join(loaded.config.data.path, "prepared.json")):

@@ -6,6 +6,7 @@ and verified, and not before; nothing of the run is changed.
 """
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -106,6 +107,14 @@ def checked(
         raise UserError(f"--{given[0]} belongs to folders of weights: --to onnx writes one file, in fp32")
     if shard_size is not None:
         size_of(shard_size)
+
+
+def whereto(out: Path) -> None:
+    """Refuse a folder that cannot be made. Raises UserError."""
+    above = next(folder for folder in out.absolute().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        what = "is not writable" if above.is_dir() else "is no folder"
+        raise UserError(f"{out}: cannot be made ({above} {what}); give another folder")
 
 
 def _write_network(source: Source, partial: Path, out: Path, group: str, precision: str, limit: int, to: str) -> list[str]:

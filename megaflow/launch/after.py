@@ -18,7 +18,7 @@ from typing import Any
 
 from megaflow.launch import records, slurm
 from megaflow.launch.host import UNFINISHED, element
-from megaflow.process import STOPPED
+from megaflow.process import LEFT, STOPPED, Console
 from megaflow.train import outcome
 
 SAME = 3
@@ -43,6 +43,7 @@ def main() -> int:
     parser.add_argument("--code", type=int, required=True)
     parser.add_argument("--asked", choices=("none", "USR1", "TERM"), required=True)
     arguments = parser.parse_args()
+    sys.stdout = Console(sys.stdout)  # a log whose disk is full loses lines, not the job's next attempt
     job, place, directory = job_of(os.environ), arguments.place, arguments.directory
     saves = bool(directory)  # of training alone the run is told
     if directory.startswith("@"):  # of an array, whose elements have runs of their own
@@ -52,7 +53,10 @@ def main() -> int:
     earlier = [line for line in records.attempts(place) if line["job"] == job]
     attempt = ended(log_of(arguments.place, job), directory, arguments.code, arguments.asked, job, earlier[-1]["time"] if earlier else 0.0)
     attempt["decision"], why = decide(attempt, earlier, fate(job), saves)
-    records.add_attempt(place, attempt)
+    noted = records.add_attempt(place, attempt)
+    if not noted and attempt["decision"] == "again" and attempt["end"] == "failed" and attempt["attempt"] >= SAME:
+        attempt["decision"] = "over"
+        why = f"gives up after {attempt['attempt']} attempts, of which none can be noted, so that nothing tells how alike they end: {why}"
     print(f"megaflow: {why}", flush=True)
     if attempt["decision"] == "again" and directory:
         outcome.begin(Path(directory))  # the next attempt may fail before it comes to a note of its own
@@ -77,10 +81,12 @@ def ended(log: Path, directory: str, code: int, asked: str, job: str, before: fl
     noted = outcome.read(Path(directory)) if directory else None
     noted = noted if noted is not None and noted["time"] >= before else None  # an older one is of that attempt
     said = noted["said"] if noted is not None and noted["code"] not in (0, STOPPED) else ""
+    last = last_sentence(log)
+    stopped = asked != "none" or noted is not None and noted["code"] == STOPPED or noted is None and last == LEFT  # torchrun makes 75 a 1
     if code == 0 or noted is not None and noted["said"] == outcome.PAUSED:
         end = "done"
-    elif said or asked == "none" and (noted is None or noted["code"] != STOPPED):
-        end, said = "failed", said or last_sentence(log) or f"exit code {code} without a word"
+    elif said or not stopped:
+        end, said = "failed", said or last or f"exit code {code} without a word"
     else:
         end, said = "stopped", "told to stop"
     return {
@@ -182,7 +188,11 @@ def again(job: str, dead: list[str]) -> str:
                 return f"the job cannot queue again ({error}); submit it again, it goes on where it is saved"
             print(f"megaflow: Slurm does not queue the job again yet ({error}); it is asked once more in {PAUSE:.0f} s", flush=True)
             time.sleep(PAUSE)
-    wishes = [f"StartTime=now+{SOON}"] + ([f"ExcNodeList={','.join([*avoided(job), *dead])}"] if dead else [])
+    without = [*avoided(job), *dead] if dead else []
+    if dead and not enough(without, os.environ):
+        print(f"megaflow: {', '.join(dead)} may come again: without it, too few hosts are left for the job", flush=True)
+        without = dead = []
+    wishes = [f"StartTime=now+{SOON}"] + ([f"ExcNodeList={','.join(without)}"] if without else [])
     for wish in wishes:
         try:
             slurm.ask("scontrol", "update", f"JobId={job}", wish)
@@ -200,6 +210,18 @@ def avoided(job: str) -> list[str]:
     except slurm.Unreachable:
         return []
     return [] if found is None or found[1] == "(null)" else [found[1]]
+
+
+def enough(without: list[str], environment: "os._Environ[str] | dict[str, str]") -> bool:
+    """Whether the job's partition has as many other hosts as the job takes, in whatever state: Slurm holds one for which there are too few
+    for good."""
+    try:
+        partition = environment.get("SLURM_JOB_PARTITION", "")
+        every = slurm.ask("sinfo", "--noheader", "--Node", "--format=%N", *([f"--partition={partition}"] if partition else []))
+        left = set(every.split()) - set(slurm.ask("scontrol", "show", "hostnames", ",".join(without)).split())
+    except slurm.Unreachable:
+        return True
+    return len(left) >= int(environment.get("SLURM_JOB_NUM_NODES") or 1)
 
 
 if __name__ == "__main__":

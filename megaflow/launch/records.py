@@ -38,12 +38,14 @@ def add_job(place: Path, content: dict[str, Any]) -> None:
     _add(place / JOBS, content)
 
 
-def add_attempt(place: Path, content: dict[str, Any]) -> None:
-    """A disk that is full loses the line, not the job's next attempt."""
+def add_attempt(place: Path, content: dict[str, Any]) -> bool:
+    """Whether it is noted: a disk that is full loses the line, not the job's next attempt."""
     try:
         _add(place / ATTEMPTS, content)
     except OSError as error:
         print(f"megaflow: {error.filename}: {error.strerror}; this attempt is not noted", flush=True)
+        return False
+    return True
 
 
 def _add(path: Path, content: dict[str, Any]) -> None:

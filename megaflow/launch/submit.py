@@ -4,11 +4,12 @@ What a config says is checked here, by the rules of the stages themselves, so th
 """
 
 import contextlib
+import errno
 import os
 import re
 import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from megaflow.files import write_atomically
 from megaflow.launch import records, script, slurm
 from megaflow.launch.records import TRAINING
 from megaflow.launch.script import Job, Resources
-from megaflow.show import known
+from megaflow.show import is_there, known
 from megaflow.train import outcome
 
 STAGES = ("prepare", "pretrain", "distill", "evaluate", "convert")
@@ -33,8 +34,8 @@ OPTIONS = {
     "convert": ("to", "step", "weights", "precision", "shard-size", "processes"),
 }
 """Of the commands that know no config."""
-Check = Callable[[list[str]], None]
-"""Refuses the words of a command that it would refuse itself. Raises UserError."""
+Check = Callable[[list[str], Collection[str]], None]
+"""Refuses the words of a command that it would refuse itself; what lies at the paths given is still to be made. Raises UserError."""
 LATEST = 60
 """Seconds by which Slurm may tell a job earlier than it was asked to."""
 
@@ -68,7 +69,7 @@ def submit(
     then: list[list[str]] | None = None,
     dry_run: bool = False,
     templates: str | None = None,
-    check: Check = lambda words: None,
+    check: Check = lambda words, coming: None,
 ) -> None:
     """Render, show and submit the job of `config`, and those of `then`, each a stage and its words, which follow one another.
 
@@ -85,9 +86,11 @@ def submit(
             if at := known(each.words[1], each.words[2:])[0].config.train.pause_at:
                 raise UserError(f"train.pause_at={at}: the run pauses there, and --then {stage} would begin; leave one of them out")
         steps.append(step(stage, words, resources, run, True))
+    coming = {os.path.abspath(path) for path in after or []}
     for each in steps:
         if each.stage in OPTIONS:
-            check(each.words)
+            check(each.words, coming)
+        coming.add(os.path.abspath(each.directory))
     limits(resources)
     source = script.folder(templates)
     in_order(steps, after or [])
@@ -96,7 +99,7 @@ def submit(
         each.mounts = seen
         if each.stage not in OPTIONS:
             each.kept = load.frozen(each.words[1], each.place / "configs")
-            each.words[1] = str(each.kept[0])
+            each.words[1] = as_argument(each.kept[0])
     steps[0].waits = [f"afterok:{id}" for directory in after or [] for id in queued(directory, dry_run)]
     if not dry_run:
         for each in steps:
@@ -148,11 +151,11 @@ def step(stage: str, words: list[str], resources: Resources, run: Path | None, w
     config = loaded.config
     if vocab is None and not waits:
         raise UserError(f"data.path={config.data.path}: no shards are there; submit stage=prepare, and this --after {config.data.path}")
-    if vocab is not None and not (stage == "distill" and not Path(config.distill.teacher).is_dir()):
+    if vocab is not None and not (stage == "distill" and not is_there(config.distill.teacher)):
         resolve(loaded, vocab)
     if stage == "distill" and not config.distill.teacher:
         raise UserError(f"{path}: distill.teacher is not set; give the run of a flow, distill.teacher=RUN")
-    if stage == "distill" and not waits and not Path(config.distill.teacher).is_dir():
+    if stage == "distill" and not waits and not is_there(config.distill.teacher):
         raise UserError(f"distill.teacher={config.distill.teacher}: no run is there; submit it first, and this --after it")
     ranks, tensor = resources.nodes * resources.ranks, config.parallel.tensor
     if ranks % tensor:
@@ -182,7 +185,7 @@ def in_order(steps: list[Step], after: list[str]) -> None:
             teacher = known(each.words[1], each.words[2:])[0].config.distill.teacher
             if os.path.abspath(teacher) == os.path.abspath(each.directory):
                 raise UserError(f"distill.teacher={teacher}: this is the map's own run.dir; give it another")
-            if not Path(teacher).is_dir() and os.path.abspath(teacher) not in made:
+            if not is_there(teacher) and os.path.abspath(teacher) not in made:
                 raise UserError(f"distill.teacher={teacher}: no run is there, and nothing that comes before makes it")
         if each.stage == "convert":
             if (out := os.path.abspath(each.words[2])) in outs:
@@ -306,8 +309,10 @@ def sent(each: Step, text: str) -> str:
         if each.kept is not None and not each.kept[0].exists():
             each.kept[0].parent.mkdir(parents=True, exist_ok=True)
             write_atomically(*each.kept)
+        if not os.access(each.place, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, "it is not writable")
     except OSError as error:
-        raise UserError(f"{each.place}: cannot be made ({error.strerror}); choose another place for the run") from None
+        raise UserError(f"{each.place}: cannot be written to ({error.strerror}); choose another place for the run") from None
     try:
         id = slurm.submit(text)
     except UserError:

@@ -36,7 +36,7 @@ def sweep(
     resources: Resources | None = None,
     templates: str | None = None,
     same: list[str] | None = None,
-    check: Check = lambda words: None,
+    check: Check = lambda words, coming: None,
 ) -> int:
     """Run what is left of a sweep, `at_once` points together, and write its report; as Slurm arrays if `resources` of a point are given.
 
@@ -45,7 +45,7 @@ def sweep(
     """
     asked = filed.frozen(design.read(path, overrides), write=not dry_run)
     for words in points.evaluation(asked, Path(asked.dir)):
-        check(words)
+        check(words, [asked.dir])
     all_points = design.points(asked)
     design.baseline_of(asked, all_points)
     if resources is not None:

@@ -492,12 +492,14 @@ def effect_figures(found: Design, metric: str) -> list[Markup | None]:
 
 
 class Frontier(NamedTuple):
-    """Quality against a cost. front: (place in the ranking, cost, mean) of choices that no other beats; same: whether all cost alike."""
+    """Quality against a cost. front: (place in the ranking, cost, mean) of choices that no other beats; same: whether all cost alike;
+    unknown: the places of choices that have a mean and not this cost, and are not drawn."""
 
     cost: str
     svg: Markup
     front: list[tuple[int, float, float]]
     same: bool
+    unknown: list[int]
 
 
 def frontiers(data: dict[str, Any], ranked: Sequence[Row]) -> list[Frontier]:
@@ -515,7 +517,8 @@ def frontiers(data: dict[str, Any], ranked: Sequence[Row]) -> list[Frontier]:
         if not spots:
             continue
         xs = [x for _, x, _, _ in spots]
-        known_of_all = len(spots) == sum(row.mean is not None for row in ranked)
+        unknown = sorted({place for place, row in enumerate(ranked) if row.mean is not None} - {place for place, *_ in spots})
+        known_of_all = not unknown
         if len(spots) == 1 and not known_of_all:  # a cost of one choice compares nothing
             continue
         same = known_of_all and max(xs) - min(xs) <= 1e-6 * abs(max(xs))
@@ -541,8 +544,8 @@ def frontiers(data: dict[str, Any], ranked: Sequence[Row]) -> list[Frontier]:
             )
             kind = "best" if place in best else "beaten" if len(ranked[place].values) == most else "partial"
             panel.add(f'<g class="{kind}" data-c="{place}">{bar}<circle cx="{at}" cy="{up}" r="4"><title>{text}</title></circle></g>')
-        found.append(Frontier(cost, panel.svg(f"{data['metric']} against {COSTS[cost]}"), [spot[:3] for spot in front], same))
-    return sorted(found, key=lambda one: one.same)
+        found.append(Frontier(cost, panel.svg(f"{data['metric']} against {COSTS[cost]}"), [spot[:3] for spot in front], same, unknown))
+    return sorted(found, key=lambda one: (one.same, len(one.unknown)))
 
 
 def law_figure(law: Law, cost: str, metric: str) -> Markup:

@@ -1,11 +1,14 @@
 """What becomes of a job after an attempt: what is read of its log, and what is decided."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
 from megaflow.launch import after, records, slurm, status
-from megaflow.process import STOPPED
+from megaflow.process import LEFT, STOPPED
 from megaflow.train import outcome
 
 LOG = """megaflow: job 12, attempt 1, on n1, 2026-01-01 00:00:00
@@ -91,6 +94,38 @@ def test_how_an_attempt_ended(tmp_path, monkeypatch, noted, code, asked, end, sa
     assert (found["end"], found["said"], found["step"], found["attempt"]) == (end, said, 40, 2)
 
 
+@pytest.mark.parametrize("code, line", [(STOPPED, f"megaflow: {LEFT}"), (1, f"[default0]:megaflow: {LEFT}")])
+def test_a_job_that_makes_room_before_its_first_step_has_not_failed(tmp_path, code, line):
+    """Of one process, and of several, whose torchrun ends with 1: however often, three times too."""
+    (tmp_path / "12.log").write_text(f"megaflow: job 12, attempt 1, on n1, 2026\n{line}\n")
+    found = after.ended(tmp_path / "12.log", str(tmp_path), code, "none", "12")
+    assert (found["end"], found["said"]) == ("stopped", "told to stop")
+    assert after.decide(found, [found] * 3, "preempted")[0] == "again"
+
+
+@pytest.mark.parametrize(
+    "asked, attempt, decision", [("none", 1, "again"), ("none", 2, "again"), ("none", 3, "over"), ("USR1", 9, "again")]
+)
+def test_a_disk_that_is_full_loses_lines_and_not_the_next_attempt(monkeypatch, tmp_path, asked, attempt, decision):
+    """Of the log, and of the attempts that are noted; one that fails and cannot be told from those before it is not tried for ever."""
+    run = tmp_path / "run"
+    (run / "slurm").mkdir(parents=True)
+    (run / "slurm" / "attempts.jsonl").symlink_to(tmp_path / "gone" / "attempts.jsonl")  # nothing can be added to it
+    calls = tmp_path / "calls"
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {calls}\n')
+    scontrol.chmod(0o755)
+    named = {"SLURM_JOB_ID": "12", "SLURM_JOB_NODELIST": "n1", "SLURM_RESTART_COUNT": str(attempt - 1), "PATH": str(scontrol.parent)}
+    words = ("--place", run / "slurm", "--directory", run, "--code", "75" if asked == "USR1" else "2", "--asked", asked)
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "megaflow.launch.after", *map(str, words)], env=os.environ | named, stdout=full, stderr=subprocess.PIPE
+        )
+    assert b"Traceback" not in done.stderr and done.returncode == (STOPPED if decision == "again" else 2), done.stderr
+    assert ("requeue 12" in calls.read_text()) == (decision == "again")
+
+
 def test_a_note_of_an_earlier_attempt_says_nothing_of_this_one(tmp_path):
     """Which has failed before it came to one of its own: it was not told to stop."""
     (tmp_path / "12.log").write_text(LOG)
@@ -113,10 +148,18 @@ def test_hosts_that_a_job_is_kept_from_stay_so(cluster, monkeypatch):
         assert after.avoided(job) == ["n3"] and after.avoided("99999") == []
         cluster.run("scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join([*after.avoided(job), 'n1'])}")
         assert after.avoided(job) == ["n3,n1"]
-        asked = []
-        monkeypatch.setattr(after.slurm, "ask", lambda *words, **_: asked.append(words) or "JobId=7 ExcNodeList=n[1,3] Nice=0")
-        assert after.again("7", ["n2"]) == ""
-        assert ("scontrol", "update", "JobId=7", "ExcNodeList=n[1,3],n2") in asked
+        monkeypatch.setenv("SLURM_JOB_NUM_NODES", "1")
+        cluster.run("scontrol", "update", f"JobId={job}", "ExcNodeList=n[1,3]")
+        asked, ask = [], slurm.ask
+        monkeypatch.setattr(after.slurm, "ask", lambda *words, **_: asked.append(words) or ("" if "requeue" in words else ask(*words)))
+        assert after.again(job, []) == "" and not any("ExcNodeList" in word for words in asked for word in words)
+        assert after.again(job, ["n2"]) == ""  # of three hosts none would be left, and Slurm would hold the job for good
+        assert not any("ExcNodeList" in word for words in asked for word in words)
+        cluster.run("scontrol", "update", f"JobId={job}", "ExcNodeList=n3")
+        assert after.again(job, ["n2"]) == "" and ("scontrol", "update", f"JobId={job}", "ExcNodeList=n3,n2") in asked
+        assert after.avoided(job) == ["n3,n2"]
+        monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
+        assert not after.enough(["n[2-3]"], {"SLURM_JOB_NUM_NODES": "2"}) and after.enough(["n3"], {"SLURM_JOB_NUM_NODES": "2"})
     finally:
         cluster.run("scancel", job)
 

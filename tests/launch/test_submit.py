@@ -7,7 +7,7 @@ import pytest
 
 from megaflow.config.load import load, load_recorded
 from megaflow.errors import UserError
-from megaflow.launch import slurm, submit
+from megaflow.launch import records, slurm, submit
 from megaflow.launch.script import Resources
 
 
@@ -42,6 +42,10 @@ def test_times_as_slurm_writes_them(text, seconds):
         (("{config}", "--then", "evaluate", "temperature=-1"), "--temperature: -1.0 is not a finite number above 0"),
         (("{config}", "--then", "evaluate", "clock=nope"), "--clock must be one of"),
         (("{config}", "--then", "evaluate", "gammas=0.5"), "--gammas belongs to --frontier"),
+        (("{config}", "--then", "evaluate", "judge=nowhere"), "--judge nowhere: no such folder"),
+        (("{config}", "--then", "evaluate", "text=nowhere.txt"), "--text nowhere.txt: cannot be read"),
+        (("{config}", "--then", "evaluate", "mauve=true"), "give the folder of one, --judge FOLDER"),
+        (("{config}", "--then", "convert", "{config}/out"), "coded-flow.yaml is no folder); give another folder"),
         (("{config}", "--then", "evaluate", "mauve=yes"), "write mauve=true, or leave it out"),
         (("{config}", "--then", "convert", "out", "to=nope"), "--to: invalid choice: 'nope'"),
         (("{config}", "--then", "convert", "out", "shard-size=much"), "--shard-size: 'much' is not a size"),
@@ -76,6 +80,41 @@ def test_a_run_may_be_called_anything(cli, copied, tmp_path, monkeypatch):
     (tmp_path / "flow.clock.name=uniform-seed=3").rename(tmp_path / "-dash")
     told = cli("submit", "./-dash/config.yaml", "run.dir=-dash", "--then", "evaluate", "steps=1", "--dry-run")
     assert told.code == 0 and "evaluate ./-dash --steps=1" in told.out, told.err
+    assert "pretrain ./-dash/slurm/configs/" in told.out
+
+
+def test_a_judge_that_comes_before_is_no_missing_one(cli, config, trained, tmp_path):
+    run = f"{tmp_path}/run"
+    told = cli("submit", config("coded"), f"run.dir={run}", "--then", "evaluate", f"judge={run}", "--dry-run")
+    assert told.code == 0, told.err
+    told = cli("submit", trained("coded"), "stage=convert", tmp_path / "out", "step=999", "--dry-run")
+    assert told.code == 2 and "keeps no checkpoint of step 999; it keeps" in told.err
+    told = cli("submit", config("coded"), f"run.dir={run}", "--then", "convert", tmp_path / "out", "step=999", "--dry-run")
+    assert told.code == 0, told.err
+
+
+def test_a_map_of_a_run_that_waits_to_begin(cli, config, tmp_path, monkeypatch):
+    """Its directory is there, for the job's log, and nothing of it is: as if it were not."""
+    flow, map_ = tmp_path / "flow", ("distill", f"run.dir={tmp_path / 'map'}", f"distill.teacher={tmp_path / 'flow'}")
+    (flow / "slurm").mkdir(parents=True)
+    records.add_job(flow / "slurm", {"job": "7", "stage": "pretrain", "directory": str(flow)})
+    monkeypatch.setattr(slurm, "here", lambda: True)
+    monkeypatch.setattr(slurm, "waiting_or_running", lambda ids, *more: dict.fromkeys(ids))
+    words = (config("coded", "flow_map"), "stage=distill", *map_[1:])
+    told = cli("submit", *words, "--after", flow, "--dry-run")
+    assert told.code == 0 and "#SBATCH --dependency=afterok:7" in told.out, told.err
+    told = cli("submit", *words, "--dry-run")
+    assert told.code == 2 and told.err.startswith("megaflow: ")
+    told = cli("submit", config("coded"), f"run.dir={flow}", "--dry-run", "--then", "distill", config("coded", "flow_map"), *map_[1:])
+    assert told.code == 0, told.err
+
+
+def test_a_place_that_cannot_be_written_to_gets_no_job(cli, copied, monkeypatch):
+    run = copied("coded")
+    monkeypatch.setattr(slurm, "submit", lambda text: pytest.fail("submitted"))
+    monkeypatch.setattr("megaflow.launch.submit.os.access", lambda path, mode: Path(path) != run.absolute() / "slurm")
+    told = cli("submit", run, "stage=evaluate", "steps=1")
+    assert told.code == 2 and f"{run / 'slurm'}: cannot be written to (it is not writable)" in told.err
 
 
 def test_what_pauses_has_nothing_behind_it(cli, config, tmp_path):

@@ -221,6 +221,18 @@ class TestThePage:
         words = Page(sweep_page.page(data)).words
         assert "cost the same: 5M (tokens read in training)." in words and words.count("cost the same") == 1
 
+    def test_choices_whose_cost_is_not_known_are_named(self):
+        """Beside the figure that lacks them, which comes after those that lack none."""
+        data = sweep({"distill.objective": ["psd", "lsd", "fmlm_mse", "esd"]}, [0, 1])
+        assert "this cost is not known" not in Page(sweep_page.page(data)).words
+        for point in data["points"]:
+            if point["values"]["distill.objective"] in ("lsd", "esd"):
+                point["cost"]["flops"] = None
+        frontiers = sweep_page.frontiers(data, statistics.rows(data, data["metric"]))
+        assert frontiers[-1].cost == "flops" and [found.unknown for found in frontiers[:-1]] == [[]] * (len(frontiers) - 1)
+        page = Page(sweep_page.page(data))
+        assert "Of 2 choices this cost is not known, and they are not here: esd, lsd." in page.words
+
 
 class TestTheFiles:
     def test_points_and_choices(self, tmp_path):

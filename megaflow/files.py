@@ -1,6 +1,7 @@
 """Files of a run as anybody reads and writes them: JSON, lines of JSON, and contents that are replaced whole."""
 
 import contextlib
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -51,6 +52,23 @@ def read_if_whole(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def sealed(content: dict[str, Any]) -> str:
+    """JSON of an object with a hash of all the rest of it, `sha256`. Raises ValueError of numbers that are not finite."""
+    plain = json.loads(json.dumps(content, allow_nan=False))
+    return json.dumps(plain | {"sha256": _digest(plain)}, ensure_ascii=False, indent=1)
+
+
+def read_if_sealed(path: Path) -> dict[str, Any]:
+    """What `sealed` has written; empty where it is not there, or is not as it was written."""
+    found = read_if_whole(path)
+    return found if found.get("sha256") == _digest(found) else {}
+
+
+def _digest(content: dict[str, Any]) -> str:
+    rest = {name: value for name, value in content.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def read_json(path: Path, *needed: str) -> dict[str, Any]:

@@ -1,9 +1,12 @@
 """A run or a converted model in lm-evaluation-harness: `lm_eval --model megaflow --model_args path=RUN,draws=32 --tasks …`.
 
 loglikelihood           -log p of a continuation given its context: exact of an autoregressive network; else the bound, of which every
-                        request has its own Monte-Carlo error. A row's length is known, and is not part of it
+                        request has its own Monte-Carlo error. A row's length is known, and is not part of it; what is told it
+                        closes a row of one document with the end token, as every row of its training was
 loglikelihood_rolling   rows of the network's length, one after the other, as `megaflow evaluate --text` packs a document
 generate_until          the context is given and the rest of a row is filled in, up to the first stop or end token
+
+Of a run of pairs the context is what is given of one: an end token closes it, and spaces between the two are of neither.
 
 What the bounds' errors were of each task, and how many draws they took, is in the results' `config` (megaflow_…), and what else a reader
 has to know: contexts that were cut, settings of generation that nothing here heeds. Texts are tokenized as in training.
@@ -103,12 +106,39 @@ class MegaFlow(LM):
             check_temperature(temperature, "--model_args: temperature")
         self.run = load_run(path)
         self.draws, self.tolerance, self.seed, self.steps, self.temperature = draws, tolerance, seed, steps, temperature
-        self.length = self.run.manifest["length"]
+        manifest, end = self.run.manifest, end_id(self.run.tokenizer)
+        self.length = manifest["length"]
+        self.closing = (
+            [end] if manifest["packing"] == "document" and end is not None else []
+        )  # no row of training is without, but full ones
+        self.pairs = bool(manifest["settings"].get("target_field"))
         self.took: list[Took] = []
         self.cut_contexts, self.unheeded = 0, set[str]()
 
     def tokens(self, text: str) -> list[int]:
         return encoded(self.run.manifest, self.run.tokenizer, text, "lm_eval") if text else []
+
+    def given(self, context: str) -> list[int]:
+        """What is given of a row."""
+        return self.tokens(context.rstrip(" ")) + self.closing if self.pairs else self.tokens(context)
+
+    def row(self, context: str, continuation: str) -> tuple[list[int], int]:
+        """Tokens of both, and how many are the continuation's, with the end token that follows where one has to."""
+        if self.pairs:
+            rest = self.tokens(continuation.lstrip(" "))
+            whole = self.given(context) + rest
+        else:
+            spaces = len(context) - len(context.rstrip())
+            context, continuation = context[: len(context) - spaces], context[len(context) - spaces :] + continuation
+            before, whole = self.tokens(context), self.tokens(context + continuation)
+            both = min(len(before), len(whole))
+            rest = whole[next((at for at in range(both) if before[at] != whole[at]), both) :]  # from a token that reaches over on
+        if not rest:
+            raise UserError(f"lm_eval: the continuation {continuation!r} has no token")
+        if len(rest) > self.length:
+            raise UserError(f"lm_eval: a continuation has {len(rest)} tokens, and the network's rows {self.length}")
+        ends = self.closing if self.run.kind != "autoregressive" and len(whole) < self.length else []
+        return whole + ends, len(rest + ends)
 
     # -- likelihoods
 
@@ -118,28 +148,20 @@ class MegaFlow(LM):
         for number, request in enumerate(requests):
             questions.setdefault((request.task_name, number if request.doc_id is None else request.doc_id), []).append(number)
         for context, continuation in (request.args for request in requests):
-            spaces = len(context) - len(context.rstrip())
-            context, continuation = context[: len(context) - spaces], context[len(context) - spaces :] + continuation
-            before, whole = self.tokens(context), self.tokens(context + continuation)
-            both = min(len(before), len(whole))
-            same = next((at for at in range(both) if before[at] != whole[at]), both)
-            rest = whole[same:]  # where a token reaches over the boundary, from that token on
-            if not rest:
-                raise UserError(f"lm_eval: the continuation {continuation!r} has no token")
-            if len(rest) > self.length:
-                raise UserError(f"lm_eval: a continuation has {len(rest)} tokens, and the network's rows {self.length}")
+            whole, count = self.row(context, continuation)
             rows.append(whole[-self.length :])  # of a context that is too long, its end
-            begins.append(len(rows[-1]) - len(rest))
+            begins.append(len(rows[-1]) - count)
             self.cut_contexts += len(whole) > self.length
         tasks = [request.task_name or "" for request in requests]
         found = self.nats(rows, begins, tasks, of_lengths=False, together=list(questions.values()))
         return list(zip([-each for each in found], self.likeliest(rows, begins), strict=True))
 
     def loglikelihood_rolling(self, requests: list) -> list[float]:
-        rows, of, end = [], [], end_id(self.run.tokenizer)
-        closing = [end] if self.run.manifest["packing"] == "document" and end is not None else []  # no row of training is without
+        if self.pairs:
+            raise UserError(f"lm_eval: the rows of {self.run.directory} are pairs, and a text alone is none; give tasks with a context")
+        rows, of = [], []
         for number, (text,) in enumerate(request.args for request in requests):
-            ids = self.tokens(text) + closing
+            ids = self.tokens(text) + self.closing
             rows += [ids[start : start + self.length] for start in range(0, len(ids), self.length)]
             of += [number] * -(-len(ids) // self.length)
         sums = [0.0] * len(requests)
@@ -242,7 +264,7 @@ class MegaFlow(LM):
             if not 0 < room < self.length:
                 rows = f"a row of {self.run.directory} has {self.length} tokens, for the context and what is written"
                 raise UserError(f"lm_eval: max_gen_toks={room}: {rows}; give fewer, --gen_kwargs max_gen_toks={self.length // 2}")
-            whole = self.tokens(context)
+            whole = self.given(context)
             before = whole[-(self.length - room) :]
             self.cut_contexts += len(before) < len(whole)
             ids, given = self.padded([before], [len(before)])

@@ -5,8 +5,6 @@
 
 import contextlib
 import fcntl
-import hashlib
-import json
 import os
 import sys
 from collections.abc import Iterator
@@ -15,7 +13,7 @@ from typing import Any
 
 from megaflow.errors import UserError
 from megaflow.export import folder
-from megaflow.files import read_if_whole
+from megaflow.files import read_if_sealed, sealed
 from megaflow.train import checkpoint as checkpoints
 from megaflow.train.checkpoint import Checkpoint
 
@@ -40,21 +38,14 @@ def newest_weights(run: Path) -> dict[str, Any] | None:
 def as_json(result: dict[str, Any], run: Path) -> str:
     """The content of an evaluation's file, with its own hash. Raises UserError of numbers that are none."""
     try:
-        plain = json.loads(json.dumps(result, allow_nan=False))
+        return sealed(result)
     except ValueError:
         raise UserError(f"{run}: some of what was measured is no finite number; its weights are too large for that") from None
-    return json.dumps(plain | {"sha256": _digest(plain)}, ensure_ascii=False, indent=1)
 
 
 def read(run: Path) -> dict[str, Any]:
     """The run's evaluation; empty where there is none, or its file is not as it was written, which is as good as none."""
-    found = read_if_whole(run / FILE)
-    return found if found.get("sha256") == _digest(found) else {}
-
-
-def _digest(found: dict[str, Any]) -> str:
-    content = {name: value for name, value in found.items() if name != "sha256"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return read_if_sealed(run / FILE)
 
 
 def writable(folder: Path) -> bool:

@@ -20,7 +20,7 @@ from typing import Any, TextIO
 from megaflow.config.check import contradictions, resolve
 from megaflow.config.load import Loaded, load, meant
 from megaflow.errors import UserError
-from megaflow.files import read_if_whole, write_atomically
+from megaflow.files import read_if_sealed, read_if_whole, write_atomically
 from megaflow.launch import records
 from megaflow.model import flops
 from megaflow.show import foreseen, known, rows_of, rows_read
@@ -215,7 +215,7 @@ def evaluation_of(directory: Path, evaluate: dict[str, Any]) -> dict[str, Any]:
     judges, task = judges_of(evaluate), evaluate.get("verify")
     own = kept_evaluation(directory, evaluate)  # whose name has the options in it
     for file in (own, directory / "evaluation.json"):
-        found = read_if_whole(file)
+        found = read_if_sealed(file)
         settings = found.get("settings", {})
         same = settings and all(settings.get(name, "auto") == value for name, value in wanted.items())
         if same and set(judges) <= set(settings.get("judges", {})) and (file == own or task in (None, settings.get("verify"))):

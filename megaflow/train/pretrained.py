@@ -36,6 +36,14 @@ LEAST_KNOWN = 0.95
 """Share of the vocabulary that the model must know by name."""
 LEFT = {"gpt2": "learned positions and biases of attention", "llama": "MLPs"}
 """What of a model has no place here."""
+GPT2_AS_OURS: dict[str, tuple[Any, ...]] = {
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "layer_norm_epsilon": (1e-5,),
+}
+LLAMA_AS_OURS: dict[str, tuple[Any, ...]] = {"attention_bias": (False,), "rms_norm_eps": (1e-5, 1e-6)}
+"""Of config.json the values by which a model computes as our trunk does; Llama's MLPs are left anyway."""
 Read = Callable[[str], Tensor]
 
 
@@ -47,6 +55,8 @@ def check(folder: Path, config: Config, shards: Path) -> str:
     known = sum(row is not None for row in rows)
     taken = f"{config.model.layers} of {about['layers']} layers and {known:,} of {len(rows):,} tokens of {about['kind']} in {folder}"
     said = f"begins with {taken}, without its {LEFT[about['kind']]}"
+    if about["differs"]:
+        said += f"; it has {', '.join(about['differs'])}, which this trunk has not"
     return f"{said}; its attention is turned by {about['turned']}, and ours by a base of 10,000" if about.get("turned") else said
 
 
@@ -115,6 +125,7 @@ def gpt2(said: dict[str, Any]) -> dict[str, Any]:
         "tied": bool(said.get("tie_word_embeddings", True)),
         "tables": ("wte.weight", "lm_head.weight"),
         "first": said.get("bos_token_id"),
+        "differs": other(said, GPT2_AS_OURS),
     }
 
 
@@ -132,7 +143,13 @@ def llama(said: dict[str, Any]) -> dict[str, Any]:
         "tables": ("embed_tokens.weight", "lm_head.weight"),
         "first": said.get("bos_token_id"),
         "turned": turned(said),
+        "differs": other(said, LLAMA_AS_OURS),
     }
+
+
+def other(said: dict[str, Any], ours: dict[str, tuple[Any, ...]]) -> list[str]:
+    """What a config says that is not as our trunk computes."""
+    return [f"{key}={said[key]}" for key, values in ours.items() if key in said and said[key] not in values]
 
 
 def turned(said: dict[str, Any]) -> str:

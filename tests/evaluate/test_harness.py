@@ -18,6 +18,7 @@ from megaflow.evaluate.loaded import load_run
 from megaflow.evaluate.real_text import made
 from megaflow.export.convert import convert
 from megaflow.train import stages
+from tests.evaluate.problems import prepared
 
 pytest.importorskip("lm_eval")
 from lm_eval.api.instance import Instance  # noqa: E402
@@ -263,6 +264,61 @@ def test_a_converted_model_is_the_run(given_run, tmp_path):
     convert(given_run, tmp_path / "hf", to="hf")
     ours, theirs = (MegaFlow(path=str(each), draws=4).loglikelihood([request("And God", " said")]) for each in (tmp_path / "hf", given_run))
     assert ours == theirs
+
+
+@pytest.fixture(scope="module")
+def pairs(workspace) -> dict[str, Path]:
+    """A flow and an autoregressive run of sums, of a few steps."""
+    place = workspace / "harness-pairs"
+    if not place.exists():
+        config = prepared(place, "sums:digits=1", 8, "text_field: prompt")
+        for family in ("flow", "autoregressive"):
+            assert stages.pretrain(config, [f"run.dir={place}/{family}", f"model.family={family}"]) == 0
+    return {family: place / family for family in ("flow", "autoregressive")}
+
+
+class TestPairs:
+    """The context is what is given of one, which an end token closes."""
+
+    @pytest.mark.parametrize("family", ["flow", "autoregressive"])
+    def test_a_continuation_is_the_answer(self, pairs, family):
+        """With the end token that closes it, where the row's length is told; spaces between the two are of neither."""
+        run, model = load_run(pairs[family]), MegaFlow(path=str(pairs[family]), draws=8, seed=5)
+        end = run.manifest["tokenizer"]["end_id"]
+        before, rest = [*model.tokens("3+4="), end], [*model.tokens("07"), *([end] if family == "flow" else [])]
+        row = before + rest
+        ids = torch.tensor([row + [0] * (8 - len(row))])
+        wanted = nats(run, made(run, ids, [len(row)]), 8, 5, torch.arange(8)[None] < len(before), of_lengths=False)
+        found = [model.loglikelihood([request(*each)])[0][0] for each in (("3+4=", "07"), ("3+4=", " 07"), ("3+4= ", "07"))]
+        assert [-each for each in found] == pytest.approx([sum(wanted["rows"]["nats"])] * 3, rel=1e-9)
+
+    @pytest.mark.parametrize("family, steps", [("flow", 3), ("autoregressive", None)])
+    def test_text_is_what_sample_answers(self, pairs, family, steps):
+        model = MegaFlow(path=str(pairs[family]), steps=steps, temperature=1.0)
+        (text,) = model.generate_until([request("3+4=", {"max_gen_toks": 3})])
+        (answer,) = sample(pairs[family], count=1, steps=steps, prompt="3+4=")["texts"]
+        assert answer.split("\n")[0] == "3+4=" and answer.split("\n")[1] == text
+
+    def test_a_text_alone_is_no_pair(self, pairs):
+        with pytest.raises(UserError, match="are pairs, and a text alone is none"):
+            MegaFlow(path=str(pairs["flow"])).loglikelihood_rolling([request("3+4=07")])
+
+
+def test_a_flow_of_documents_is_asked_for_the_end_that_closes_its_rows(config, workspace):
+    """It is told how long a row is, and in training each of that length has ended there; but full ones."""
+    path = workspace / "run-harness-documents"
+    if not path.exists():
+        few = ["train.steps=4", "train.checkpoint_every=4", "train.validate_every=4", "train.validation_rows=8", "flow.context.share=0.5"]
+        assert stages.pretrain(str(config("documents")), [f"run.dir={path}", *few]) == 0
+    run, model = load_run(path), MegaFlow(path=str(path), draws=8, seed=5)
+    end = run.manifest["tokenizer"]["end_id"]
+    before, row = model.tokens("And God"), [*model.tokens("And God said"), end]
+    assert model.row("And God", " said") == (row, len(row) - len(before))
+    ids = torch.tensor([row + [0] * (model.length - len(row))])
+    wanted = nats(run, made(run, ids, [len(row)]), 8, 5, torch.arange(model.length)[None] < len(before), of_lengths=False)
+    assert -model.loglikelihood([request("And God", " said")])[0][0] == pytest.approx(sum(wanted["rows"]["nats"]), rel=1e-9)
+    full = "And God said " * 40
+    assert model.row(full, "so")[0][-1] != end
 
 
 class TestRefused:

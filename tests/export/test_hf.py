@@ -1,6 +1,7 @@
 """`megaflow convert RUN OUT --to hf`: transformers opens OUT, computes the run's logits and writes the run's texts."""
 
 import importlib
+import json
 import os
 import re
 import subprocess
@@ -24,6 +25,7 @@ from megaflow.export.hf.modeling_megaflow import MegaFlowConfig, MegaFlowModel
 from megaflow.export.hf.modeling_megaflow_flow import FlowModel
 from megaflow.flow import head as heads
 from megaflow.train import stages
+from tests.evaluate.problems import prepared
 
 FEW = ["train.steps=2", "train.checkpoint_every=2", "train.validate_every=2", "train.validation_rows=8"]
 VARIANTS = {
@@ -296,6 +298,38 @@ def test_the_card_has_the_figures_of_the_run(copied, tmp_path):
     error = found["likelihood"]["standard_error_bits_per_char"]
     assert f"at most {found['likelihood']['bits_per_char']:.3f} bits per character ± {error:.3f} of draws" in card
     assert f"| 2 | {texts['judge_bits_per_char']:.2f} | {texts['entropy']:.2f} |" in card and "have not been evaluated" not in card
+
+
+def test_the_card_knows_an_evaluation_that_was_edited(copied, tmp_path):
+    run = copied("char", "flow_map")
+    evaluate(run, [2], samples=3, rows=8, draws=2, seed=0)
+    content = json.loads((run / "evaluation.json").read_text())
+    content["likelihood"]["bits_per_char"] = 0.5
+    (run / "evaluation.json").write_text(json.dumps(content))
+    convert(run, tmp_path / "out", to="hf")
+    assert "have not been evaluated" in (tmp_path / "out/README.md").read_text()
+
+
+def test_a_run_of_pairs_says_what_a_prompt_is(workspace, tmp_path):
+    """A source with the end token behind it; without one it writes nothing, as `megaflow sample` does not."""
+    place = workspace / "hf-pairs"
+    if not place.exists():
+        assert stages.pretrain(prepared(place, "sums:digits=1", 8, "text_field: prompt"), [f"run.dir={place}/flow"]) == 0
+    found = evaluate(place / "flow", [2], samples=4, rows=8, draws=2, seed=0, verify="sums:digits=1")
+    out = tmp_path / "out"
+    convert(place / "flow", out, to="hf")
+    card, model = (out / "README.md").read_text(), opened(out)
+    with pytest.raises(ValueError, match="writes what belongs to a source.* give it as the prompt, with the end token"):
+        model.generate(2)
+    (code,) = re.findall("```python\n(.*?)```", card, re.DOTALL)
+    names: dict = {}
+    exec(code.replace("FOLDER", str(out)).replace("SOURCE", "3+4=").replace("num_steps=64", "num_steps=2"), names)
+    wanted = sample(place / "flow", count=4, steps=2, prompt="3+4=")["tokens"]
+    assert [row[: len(own)] for row, own in zip(names["tokens"].tolist(), wanted, strict=True)] == wanted
+    solved = found["verify"]["samples"]["2"]["solved"]
+    assert f"Solved problems of sums:digits=1, 2 steps: {solved} of 4 (95 %: " in card
+    assert "bits per character, of what is not given by flow.context.law=source" in card
+    assert "Generated texts, which hold what was given of them too" in card and "optim.learning_rate: 0.01" in card
 
 
 def tokens_of(out: Path) -> str:

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 
 from megaflow.config.load import load
-from megaflow.files import last_line, lines
+from megaflow.files import last_line, lines, sealed
 from megaflow.launch import records, slurm
 from megaflow.launch.host import alive
 from megaflow.process import STOPPED
@@ -364,7 +364,7 @@ def test_a_sweep_keeps_its_numbers_beside_another_of_other_options(sweeping, cop
     run = copied("coded")
     for options, nats in ((one, 1.0), (one | {"rows": 8}, 2.0)):
         settings = {**design.EVALUATION, **options, "steps": [1]}
-        content = json.dumps({"settings": settings, "likelihood": {"nats_per_token": nats}})
+        content = sealed({"settings": settings, "likelihood": {"nats_per_token": nats}})
         points.kept_evaluation(run, options).write_text(content)
         (run / "evaluation.json").write_text(content)
     member = {"labels": {}, "seed": 0, "refused": ""}

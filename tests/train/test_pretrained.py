@@ -157,6 +157,25 @@ def test_other_rotary_angles_are_said(folders, config, shards, tmp_path, more, s
     assert ("attention is turned by" in told) == bool(said) and said in told
 
 
+@pytest.mark.parametrize(
+    "kind, more, said",
+    [
+        ("gpt2", {}, ""),
+        ("gpt2", {"activation_function": "relu", "scale_attn_by_inverse_layer_idx": True}, "activation_function=relu, scale_attn_by_inve"),
+        ("gpt2", {"layer_norm_epsilon": 0.01, "scale_attn_weights": False}, "scale_attn_weights=False, layer_norm_epsilon=0.01, which"),
+        ("llama", {}, ""),
+        ("llama", {"attention_bias": True, "rms_norm_eps": 0.1}, "it has attention_bias=True, rms_norm_eps=0.1, which this trunk has not"),
+    ],
+)
+def test_what_a_model_computes_otherwise_is_said(folders, config, shards, tmp_path, kind, more, said):
+    folder = shutil.copytree(folders[0] / kind, tmp_path / kind)
+    about = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(about | more))
+    _, loaded = network_of(config, shards, "model.qk_norm=false")
+    told = pretrained.check(folder, loaded, shards("coded"))
+    assert ("which this trunk has not" in told) == bool(said) and said in told
+
+
 class TestRefused:
     """Before anything is made, with one sentence."""
 

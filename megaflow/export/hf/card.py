@@ -8,7 +8,7 @@ import megaflow
 from megaflow.config.load import flatten
 from megaflow.data import shards
 from megaflow.export.source import Source
-from megaflow.files import read_if_whole
+from megaflow.files import read_if_sealed
 from megaflow.train.stages import SHARDS
 
 EVALUATION = "evaluation.json"
@@ -20,7 +20,7 @@ KINDS = {
     "masked": "A masked diffusion language model, a baseline of flow language models: hidden tokens are written, some at every step.",
     "uniform": "A uniform diffusion language model, a baseline of flow language models: random tokens are replaced, some at every step.",
 }
-SHOWN = ("model", "flow", "clock", "distill", "train")
+SHOWN = ("data", "model", "flow", "distill", "optim", "train", "parallel")
 """Sections of the config that say how the network was made."""
 
 
@@ -40,24 +40,32 @@ def card(source: Source, name: str, about: dict[str, Any], group: str) -> str:
         f"# {name}",
         "",
     ]
-    lines += [KINDS[source.kind], "", "## Use", "", *_code(source.kind), ""]
+    lines += [KINDS[source.kind], "", "## Use", "", *_code(source.kind, about), ""]
     lines += [f"Texts have {manifest['length']} tokens. The same seed gives the same tokens, those of `megaflow sample`.", ""]
+    if about["ends"] == 2:
+        lines += [
+            "It was trained on pairs: a prompt is a source, and the end token has to follow it; what is written ends with another.",
+            "",
+        ]
     lines += ["## Made of", "", "| | |", "|---|---|"]
     rows = {
         "network": f"{count:,} weights: {layers} layers of {about['hidden_size']}, {heads} heads",
         "text": "; ".join(f"{each['name']} ({each['bytes']:,} bytes, SHA-256 {each['sha256'][:12]}…)" for each in manifest["sources"]),
+        "began with": f"weights of {config.model.start} (transformers), as far as this network has a place for them",
         "tokenizer": f"{manifest['tokenizer']['kind']}, {manifest['tokenizer']['vocab_size']:,} tokens",
         "training split": f"{train['tokens']:,} tokens in rows of {manifest['length']}, packing {manifest['packing']}",
         "trained for": f"{state['step']:,} steps" + (f", {state['tokens']:,} tokens" if state.get("tokens") else ""),
         "weights": "moving average of training's" if group == "averaged" else "those that training moves, not averaged",
         "made by": f"megaflow {megaflow.__version__}, checkpoint {source.found.sha256[:12]}…, seed {config.run.seed}",
     }
+    if not config.model.start:
+        del rows["began with"]
     lines += [f"| {key} | {_cell(value)} |" for key, value in rows.items()]
     lines += ["", "## Measured", "", *_measured(source, group), "", "## Limits", "", *_limits(source, about), ""]
     lines += [
         "## Config",
         "",
-        "Every value is in `config.yaml`. What differs from the defaults:",
+        "Every value is in `config.yaml`. What of " + ", ".join(SHOWN) + " was not left at its default:",
         "",
         "```yaml",
         *_chosen(source),
@@ -71,26 +79,32 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
-def _code(kind: str) -> list[str]:
+def _code(kind: str, about: dict[str, Any]) -> list[str]:
     steps = {"autoregressive": "", "flow_map": "num_steps=1, "}.get(kind, "num_steps=64, ")
+    prompt = [
+        'prompt = tokenizer("SOURCE", add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]',
+        f"tokens = model.generate({steps}prompt=torch.tensor(prompt), num_texts=4, seed=0)",
+    ]
     return [
         "```python",
+        *(["import torch"] if about["ends"] == 2 else []),
         "from transformers import AutoModel, AutoTokenizer",
         "",
         'model = AutoModel.from_pretrained("FOLDER", trust_remote_code=True)',
         'tokenizer = AutoTokenizer.from_pretrained("FOLDER", trust_remote_code=True)',
-        f"tokens = model.generate({steps}num_texts=4, seed=0)",
+        *(prompt if about["ends"] == 2 else [f"tokens = model.generate({steps}num_texts=4, seed=0)"]),
         "print(tokenizer.batch_decode(tokens, skip_special_tokens=True))",
         "```",
     ]
 
 
 def _measured(source: Source, group: str) -> list[str]:
-    found = read_if_whole(source.run / EVALUATION)
+    found = read_if_sealed(source.run / EVALUATION)
     if group != "averaged" or (found.get("step"), found.get("weights")) != (source.found.state["step"], source.found.sha256):
         return ["Nothing: these weights have not been evaluated (`megaflow evaluate` before `megaflow convert`)."]
     likelihood, reference = found["likelihood"], found["reference"]
     lines = []
+    given = f", of what is not given by flow.context.law={likelihood['given']}" if "given" in likelihood else ""
     if likelihood.get("bits_per_char") is not None:
         draws, rows = (likelihood.get(f"{name}_bits_per_char") for name in ("standard_error", "row_error"))
         kind = "exact" if likelihood["kind"] == "exact" else "at most"
@@ -98,25 +112,46 @@ def _measured(source: Source, group: str) -> list[str]:
         beside += f"; other rows of the split would change it by {rows:.3f} beyond what their unigram entropy does" if rows else ""
         unigram = likelihood["unigram_bits_per_char"]
         lines += [
-            f"Validation text: {kind} {likelihood['bits_per_char']:.3f} bits per character{beside} (unigram entropy {unigram:.3f}).",
+            f"Validation text: {kind} {likelihood['bits_per_char']:.3f} bits per character{given}{beside} (unigram entropy {unigram:.3f}).",
             "",
         ]
+    for name, what in (("continuation", "What follows a given first half, or source"), ("ode", "By the flow's equation")):
+        if (rest := likelihood.get(name, {})).get("bits_per_char") is not None:
+            lines += [f"{what}: {rest['bits_per_char']:.3f} bits per character.", ""]
     judged = found.get("samples", {})
-    lines += [f"Generated texts under a {found['judge']['name']}; always to be read with the entropy beside it:", ""]
-    lines += ["| steps | judge, bits per character | entropy of tokens within a text, nats |", "|---|---|---|"]
+    parts = ", which hold what was given of them too" if given else ""
+    lines += [f"Generated texts{parts}, under a {found['judge']['name']}; always to be read with the entropy beside it:", ""]
+    judges = list(found.get("judges", {}))
+    words = [
+        "steps",
+        "judge, bits per character",
+        "entropy of tokens within a text, nats",
+        *(f"perplexity under {each}" for each in judges),
+    ]
+    lines += [f"| {' | '.join(map(_cell, words))} |", "|---" * len(words) + "|"]
     for steps, texts in [*judged.items(), ("real text", reference["data"])]:
-        bits = texts["judge_bits_per_char"]
-        lines.append(f"| {steps} | {'none' if bits is None else f'{bits:.2f}'} | {texts['entropy']:.2f} |")
+        bits, perplexities = texts["judge_bits_per_char"], [texts["judges"][each]["perplexity"] for each in judges]
+        values = ["none" if value is None else f"{value:,.2f}" for value in (bits, texts["entropy"], *perplexities)]
+        lines.append(f"| {' | '.join([steps, *values])} |")
+    for steps, entry in found.get("mauve", {}).get("samples", {}).items():
+        if entry["mauve"] is not None:
+            lines += ["", f"MAUVE of {steps} steps: {entry['mauve']:.3f}, of {entry['texts'][0]} texts."]
+    for steps, entry in found.get("verify", {}).get("samples", {}).items():
+        solved = f"{entry['solved']} of {entry['count']} (95 %: {entry['low']:.3f} to {entry['high']:.3f})"
+        lines += ["", f"Solved problems of {found['verify']['task']}, {steps} steps: {solved}."]
     return lines
 
 
 def _limits(source: Source, about: dict[str, Any]) -> list[str]:
+    alone = "and from what the weights it began with had learned" if source.loaded.config.model.start else "alone"
     lines = [
-        "- It has learned from the text above alone, says what that says, and has been taught nothing about what not to say.",
+        f"- It has learned from the text above {alone}, says what that says, and has been taught nothing about what not to say.",
         f"- A text has at most {about['max_position_embeddings']} tokens.",
     ]
     if about["no_given"]:
         lines.append(f"- No prompt: {about['no_given']}.")
+    if about["needs_given"]:
+        lines.append(f"- No text without a prompt: {about['needs_given']}.")
     if source.kind == "autoregressive":
         lines.append("- `forward` takes padding behind a text only.")
     elif source.kind in ("flow", "flow_map"):

@@ -12,7 +12,7 @@ from torch import Tensor
 from megaflow.config.schema import Config
 from megaflow.data import shards
 from megaflow.data.tokenizer import TOKENIZER_FILE, end_id, load_tokenizer
-from megaflow.flow import choice, interpolant
+from megaflow.flow import choice, context, interpolant
 from megaflow.flow import code as codes
 from megaflow.flow.vocabulary import whole
 from megaflow.model import build
@@ -88,6 +88,7 @@ def described(
         "eos_token_id": end,
         "pad_token_id": end,
         "no_given": no_given(config, kind),
+        "needs_given": needs_given(config, kind),
         "fixed": {key: [list(value.shape), str(value.dtype).removeprefix("torch.")] for key, value in fixed.items()},
     }
     if parts is None or clock is None or parts.moments is None:
@@ -119,6 +120,13 @@ def no_given(config: Config, kind: str) -> str | None:
         return "this network replaces tokens by random ones and is given none"
     if kind in ("flow", "flow_map") and config.flow.context.share == 0.0:
         return "this flow was trained without given tokens (flow.context.share=0) and does not heed them"
+    return None
+
+
+def needs_given(config: Config, kind: str) -> str | None:
+    """Why a network writes nothing without given tokens, a sentence; None where it does."""
+    if kind in ("flow", "flow_map") and config.flow.context.share == 1.0 and context.laws(config.flow.context.law) == {"source"}:
+        return "this flow writes what belongs to a source, which every row of its training had: give it as the prompt, with the end token"
     return None
 
 

@@ -309,7 +309,8 @@ class MegaFlowModel(PreTrainedModel):
         """Texts (B, L) of tokens, or these with their lengths. Text i is a function of the seed, i and what is given.
 
         num_steps: passes of the network (a flow 64, a flow map 1, masked and uniform 64; an autoregressive one has a pass for each token);
-        prompt: (n,) or (B, n) tokens; mask: which of them are given, all if None, the others are written; num_texts: B. Flows also take
+        prompt: (n,) or (B, n) tokens, of a network of pairs those of the source and the end token; mask: which of them are given, all if
+        None, the others are written; num_texts: B. Flows also take
         method 'ode', 'flow_map', 'stochastic' with gamma, or 'ancestral', and last, the share of the clock that the last step covers.
         lengths: (B,) of rows, if they are to be others than the law of training's rows says; what is beyond them is filled with the token
         of config.pad_token_id. Raises ValueError.
@@ -355,6 +356,8 @@ class MegaFlowModel(PreTrainedModel):
         if prompt is None:
             if mask is not None:
                 raise ValueError("mask says which tokens of the prompt are given; give a prompt too")
+            if refused := self.config.needs_given:
+                raise ValueError(refused)
             return None, None
         if refused := self.config.no_given:
             raise ValueError(refused)

@@ -454,12 +454,12 @@ def check_words(words: list[str], coming: Collection[str]) -> None:
         frontier_of(arguments)
         ode_of(arguments)
         for judge in map(Path, filter(here, arguments.judge or [])):
-            if not causal_judge.is_run(judge):
-                hugging_face.check(judge)
+            causal_judge.check_run(judge) if causal_judge.is_run(judge) else hugging_face.check(judge)
         if arguments.mauve:
             mauve_score.check(arguments.judge or [])
         for text in filter(here, arguments.text or []):
             evaluation.hashed(text)
+        evaluation.check_out(arguments.json if arguments.json and here(arguments.json) else None)
     elif arguments.command == "convert":
         from megaflow.export.convert import checked, whereto
         from megaflow.train import checkpoint

@@ -33,6 +33,7 @@ from megaflow.export import folder as models
 from megaflow.flow import head as heads
 from megaflow.model.autoregressive import Autoregressive
 from megaflow.paired import mean_error, per_unit
+from megaflow.train.run import read_config
 from megaflow.train.stage import documents_of, end_of_documents
 
 BATCH_TOKENS, BATCH_LOGITS = 2**12, 2**28
@@ -95,6 +96,13 @@ def open_judge(path: str) -> CausalJudge:
 def is_run(path: Path) -> bool:
     """Whether a folder is a run or a converted model of ours."""
     return models.is_model(path) or (path / "config.yaml").is_file()
+
+
+def check_run(path: Path) -> None:
+    """Refuse a run or converted model of ours that reads no text from its beginning, by what it says of itself. Raises UserError."""
+    kind = models.read_manifest(path)["kind"] if models.is_model(path) else read_config(path).config.model.family
+    if kind != "autoregressive":
+        raise UserError(f"--judge {path}: this is {kind}, which reads no text from its beginning; give an autoregressive run")
 
 
 def of_folder(found: hugging_face.Folder, device: torch.device) -> CausalJudge:

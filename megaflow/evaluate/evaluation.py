@@ -178,6 +178,13 @@ def check(directory: Path, steps: list[int], samples: int, rows: int, draws: int
         if directory.is_dir() and not kept.writable(directory):
             raise UserError(f"{directory}: this folder is not writable, it cannot keep the result; give --json FILE to write it there")
         return
+    check_out(out)
+
+
+def check_out(out: str | None) -> None:
+    """Refuse a file that the result cannot be written to. Raises UserError."""
+    if not out:
+        return
     if not Path(out).parent.is_dir():
         raise UserError(f"--json {out}: there is no folder {Path(out).parent}; make it first")
     if not kept.writable(Path(out).parent):

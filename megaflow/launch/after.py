@@ -51,8 +51,9 @@ def main() -> int:
         directory, saves = mine["directory"], mine["words"][0] in records.TRAINING
         place = records.place_of(directory)
     earlier = [line for line in records.attempts(place) if line["job"] == job]
-    attempt = ended(log_of(arguments.place, job), directory, arguments.code, arguments.asked, job, earlier[-1]["time"] if earlier else 0.0)
-    attempt["decision"], why = decide(attempt, earlier, fate(job), saves)
+    what, before = fate(job), earlier[-1]["time"] if earlier else 0.0
+    attempt = ended(log_of(arguments.place, job), directory, arguments.code, arguments.asked, job, before, what)
+    attempt["decision"], why = decide(attempt, earlier, what, saves)
     noted = records.add_attempt(place, attempt)
     if not noted and attempt["decision"] == "again" and attempt["end"] == "failed" and attempt["attempt"] >= SAME:
         attempt["decision"] = "over"
@@ -75,14 +76,15 @@ def job_of(environment: "os._Environ[str] | dict[str, str]") -> str:
     return environment["SLURM_JOB_ID"]
 
 
-def ended(log: Path, directory: str, code: int, asked: str, job: str, before: float = 0.0) -> dict[str, Any]:
+def ended(log: Path, directory: str, code: int, asked: str, job: str, before: float = 0.0, fate: str = "") -> dict[str, Any]:
     """What there is to say of an attempt, the one before having ended at `before`:
     {job, attempt, time, hosts, code, asked, end: done|stopped|failed, said, step}."""
     noted = outcome.read(Path(directory)) if directory else None
     noted = noted if noted is not None and noted["time"] >= before else None  # an older one is of that attempt
     said = noted["said"] if noted is not None and noted["code"] not in (0, STOPPED) else ""
     last = last_sentence(log)
-    stopped = asked != "none" or noted is not None and noted["code"] == STOPPED or noted is None and last == LEFT  # torchrun makes 75 a 1
+    stopped = asked != "none" or noted is not None and noted["code"] == STOPPED
+    stopped = stopped or noted is None and last == LEFT or fate == "preempted"  # torchrun makes 75 a 1, and Slurm tells the steps alone
     if code == 0 or noted is not None and noted["said"] == outcome.PAUSED:
         end = "done"
     elif said or not stopped:
@@ -189,8 +191,8 @@ def again(job: str, dead: list[str]) -> str:
             print(f"megaflow: Slurm does not queue the job again yet ({error}); it is asked once more in {PAUSE:.0f} s", flush=True)
             time.sleep(PAUSE)
     without = [*avoided(job), *dead] if dead else []
-    if dead and not enough(without, os.environ):
-        print(f"megaflow: {', '.join(dead)} may come again: without it, too few hosts are left for the job", flush=True)
+    if dead and not enough(job, without, os.environ):
+        print(f"megaflow: {', '.join(dead)} may come again: it is not sure that enough others are left for what the job asks", flush=True)
         without = dead = []
     wishes = [f"StartTime=now+{SOON}"] + ([f"ExcNodeList={','.join(without)}"] if without else [])
     for wish in wishes:
@@ -203,25 +205,41 @@ def again(job: str, dead: list[str]) -> str:
     return ""
 
 
+def asked_of(job: str, name: str) -> str:
+    """What a job has under a name of scontrol's, 'ExcNodeList'; empty where it has nothing, or Slurm does not say."""
+    try:
+        found = re.search(rf"\b{name}=(\S+)", slurm.ask("scontrol", "show", "job", "-o", job))
+    except slurm.Unreachable:
+        return ""
+    return "" if found is None or found[1] == "(null)" else found[1]
+
+
 def avoided(job: str) -> list[str]:
     """The hosts that a job is kept from already, by its user or after an earlier attempt, as Slurm writes them: a new list replaces it."""
-    try:
-        found = re.search(r"\bExcNodeList=(\S+)", slurm.ask("scontrol", "show", "job", "-o", job))
-    except slurm.Unreachable:
-        return []
-    return [] if found is None or found[1] == "(null)" else [found[1]]
+    return [found] if (found := asked_of(job, "ExcNodeList")) else []
 
 
-def enough(without: list[str], environment: "os._Environ[str] | dict[str, str]") -> bool:
-    """Whether the job's partition has as many other hosts as the job takes, in whatever state: Slurm holds one for which there are too few
-    for good."""
+def enough(job: str, without: list[str], environment: "os._Environ[str] | dict[str, str]") -> bool:
+    """Whether surely as many other hosts are left as a job takes, in whatever state: Slurm holds for good one that has too few.
+
+    Hosts of its partition that are like one it has run on are what it may run on: in features, GPUs, cores and memory. A job that asked for
+    hosts by name, or has a reservation, is bound to them.
+    """
+    if asked_of(job, "ReqNodeList") or asked_of(job, "Reservation"):
+        return False
     try:
         partition = environment.get("SLURM_JOB_PARTITION", "")
-        every = slurm.ask("sinfo", "--noheader", "--Node", "--format=%N", *([f"--partition={partition}"] if partition else []))
-        left = set(every.split()) - set(slurm.ask("scontrol", "show", "hostnames", ",".join(without)).split())
+        of = [f"--partition={partition}"] if partition else []
+        told = slurm.ask("sinfo", "--noheader", "--Node", "--format=%N|%f|%G|%c|%m", *of)
+        had, kept = (
+            slurm.ask("scontrol", "show", "hostnames", hosts).split()
+            for hosts in (environment.get("SLURM_JOB_NODELIST", ""), ",".join(without))
+        )
     except slurm.Unreachable:
         return True
-    return len(left) >= int(environment.get("SLURM_JOB_NUM_NODES") or 1)
+    kinds = {line.partition("|")[0].strip(): line.partition("|")[2] for line in told.splitlines()}
+    right = {kinds.get(host) for host in had}
+    return sum(kind in right and host not in kept for host, kind in kinds.items()) >= int(environment.get("SLURM_JOB_NUM_NODES") or 1)
 
 
 if __name__ == "__main__":

@@ -397,8 +397,8 @@ def _spread(path: str, axis: str, spec: dict[str, Any]) -> list[Any]:
         found = [low + share * (high - low) if kind == "range" else low * (high / low) ** share for share in shares]
     else:
         raise wrong
-    whole = all(isinstance(x, int) for x in ends) and (kind == "log" or all(float(x).is_integer() for x in found))
-    rounded = [round(x) if whole else float(f"{x:.6g}") for x in found]
+    whole = all(isinstance(x, int) for x in ends)  # a log-range of them has whole numbers, each once
+    rounded = [round(x) if whole and (kind == "log" or float(x).is_integer()) else float(f"{x:.6g}") for x in found]
     return list(dict.fromkeys(rounded))
 
 
@@ -435,7 +435,7 @@ def _draw(path: str, value: dict[str, Any]) -> dict[str, Any]:
         forms = "{kind: grid}, {kind: random or optuna, count: 20, seed: 0} or {kind: halving, keep: 0.33, rungs: 3}"
         raise UserError(f"{path}: draw must be {forms}, not {value!r}")
     found = {"kind": kind} | DRAWS[kind] | value
-    if "count" in found and not (isinstance(found["count"], int) and found["count"] > 0 and isinstance(found["seed"], int)):
+    if "count" in found and not (type(found["count"]) is int and found["count"] > 0 and type(found["seed"]) is int):
         raise UserError(f"{path}: draw.count must be a positive whole number, and draw.seed a whole number")
     if kind == "halving" and found["by"] not in BYS:
         raise UserError(f"{path}: draw.by must be {' or '.join(BYS)}, not {found['by']!r}")

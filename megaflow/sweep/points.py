@@ -171,7 +171,11 @@ def steps_of(budget: dict[str, float], loaded: Loaded, vocab: int | None, speed:
         if why := flops.uncounted(whole):
             raise UserError(f"budget.flops has no formula for this config ({why}); use budget.tokens")
         tokens = budget["flops"] / flops.of_step(whole, size, False, 1.0).model
-    return max(1, round(tokens / (config.train.global_batch * config.data.length)))
+    step = config.train.global_batch * config.data.length
+    if (steps := round(tokens / step)) < 1:
+        kind, most = next(iter(budget.items()))
+        raise UserError(f"budget.{kind}={most:g} is {tokens:,.0f} tokens, and a step of this config has {step:,}; give more")
+    return steps
 
 
 def stands(directory: Path, evaluate: dict[str, Any]) -> tuple[str, str]:

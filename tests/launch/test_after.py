@@ -126,6 +126,16 @@ def test_a_disk_that_is_full_loses_lines_and_not_the_next_attempt(monkeypatch, t
     assert ("requeue 12" in calls.read_text()) == (decision == "again")
 
 
+@pytest.mark.parametrize("said", ["interrupted; run/evaluation.json is not made", ""])
+def test_an_evaluation_that_makes_room_has_not_failed(tmp_path, said):
+    """Slurm tells its processes alone, not the script; it begins anew, three times too."""
+    (tmp_path / "12.log").write_text(f"megaflow: job 12, attempt 1, on n1, 2026\nmegaflow: {said}\n" if said else "")
+    found = after.ended(tmp_path / "12.log", "", 143, "none", "12", fate="preempted")
+    assert (found["end"], found["said"]) == ("stopped", "told to stop")
+    assert after.decide(found, [found] * 3, "preempted", saves=False)[0] == "again"
+    assert after.ended(tmp_path / "12.log", "", 143, "none", "12")["end"] == "failed"
+
+
 def test_a_note_of_an_earlier_attempt_says_nothing_of_this_one(tmp_path):
     """Which has failed before it came to one of its own: it was not told to stop."""
     (tmp_path / "12.log").write_text(LOG)
@@ -149,6 +159,7 @@ def test_hosts_that_a_job_is_kept_from_stay_so(cluster, monkeypatch):
         cluster.run("scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join([*after.avoided(job), 'n1'])}")
         assert after.avoided(job) == ["n3,n1"]
         monkeypatch.setenv("SLURM_JOB_NUM_NODES", "1")
+        monkeypatch.setenv("SLURM_JOB_NODELIST", "n2")
         cluster.run("scontrol", "update", f"JobId={job}", "ExcNodeList=n[1,3]")
         asked, ask = [], slurm.ask
         monkeypatch.setattr(after.slurm, "ask", lambda *words, **_: asked.append(words) or ("" if "requeue" in words else ask(*words)))
@@ -158,9 +169,14 @@ def test_hosts_that_a_job_is_kept_from_stay_so(cluster, monkeypatch):
         cluster.run("scontrol", "update", f"JobId={job}", "ExcNodeList=n3")
         assert after.again(job, ["n2"]) == "" and ("scontrol", "update", f"JobId={job}", "ExcNodeList=n3,n2") in asked
         assert after.avoided(job) == ["n3,n2"]
-        monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
-        assert not after.enough(["n[2-3]"], {"SLURM_JOB_NUM_NODES": "2"}) and after.enough(["n3"], {"SLURM_JOB_NUM_NODES": "2"})
+        two = {"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "n[2-3]"}
+        assert not after.enough(job, ["n[2-3]"], two) and after.enough(job, ["n3"], two)
+        cluster.run("scontrol", "update", "NodeName=n[2-3]", "AvailableFeatures=big", "ActiveFeatures=big")
+        assert not after.enough(job, ["n3"], two) and after.enough(job, ["n3"], two | {"SLURM_JOB_NUM_NODES": "1"})  # n1 may not do
+        cluster.run("scontrol", "update", f"JobId={job}", "ExcNodeList=", "ReqNodeList=n2")
+        assert not after.enough(job, ["n3"], {"SLURM_JOB_NODELIST": "n3"})  # it is bound to hosts by name
     finally:
+        cluster.run("scontrol", "update", "NodeName=n[2-3]", "AvailableFeatures=", "ActiveFeatures=")
         cluster.run("scancel", job)
 
 

@@ -43,6 +43,7 @@ def test_times_as_slurm_writes_them(text, seconds):
         (("{config}", "--then", "evaluate", "clock=nope"), "--clock must be one of"),
         (("{config}", "--then", "evaluate", "gammas=0.5"), "--gammas belongs to --frontier"),
         (("{config}", "--then", "evaluate", "judge=nowhere"), "--judge nowhere: no such folder"),
+        (("{config}", "--then", "evaluate", "json=nowhere/x.json"), "--json nowhere/x.json: there is no folder nowhere"),
         (("{config}", "--then", "evaluate", "text=nowhere.txt"), "--text nowhere.txt: cannot be read"),
         (("{config}", "--then", "evaluate", "mauve=true"), "give the folder of one, --judge FOLDER"),
         (("{config}", "--then", "convert", "{config}/out"), "coded-flow.yaml is no folder); give another folder"),
@@ -87,6 +88,8 @@ def test_a_judge_that_comes_before_is_no_missing_one(cli, config, trained, tmp_p
     run = f"{tmp_path}/run"
     told = cli("submit", config("coded"), f"run.dir={run}", "--then", "evaluate", f"judge={run}", "--dry-run")
     assert told.code == 0, told.err
+    told = cli("submit", config("coded"), f"run.dir={run}", "--then", "evaluate", f"judge={trained('coded')}", "--dry-run")
+    assert told.code == 2 and "this is flow, which reads no text from its beginning; give an autoregressive run" in told.err
     told = cli("submit", trained("coded"), "stage=convert", tmp_path / "out", "step=999", "--dry-run")
     assert told.code == 2 and "keeps no checkpoint of step 999; it keeps" in told.err
     told = cli("submit", config("coded"), f"run.dir={run}", "--then", "convert", tmp_path / "out", "step=999", "--dry-run")

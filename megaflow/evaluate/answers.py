@@ -69,7 +69,7 @@ def check_rows(run: Run, task: Task, held_out: RealText) -> None:
         ids, lengths = stream.rows(torch.arange(start, min(start + AT_ONCE, len(stream))))
         for row, length in zip(ids.tolist(), lengths.tolist(), strict=True):
             problem = said(run, task, row[:length])
-            if task.solved(*problem) and verifiable.is_held_out(task, problem):
+            if (task.prompted or task.solved(*problem)) and verifiable.is_held_out(task, problem):  # with a wrong answer, too
                 asked, example = asked + 1, "".join(problem)
         progress.update(min(start + AT_ONCE, len(stream)))
     if asked:

@@ -135,9 +135,9 @@ class MegaFlow(LM):
             rest = whole[next((at for at in range(both) if before[at] != whole[at]), both) :]  # from a token that reaches over on
         if not rest:
             raise UserError(f"lm_eval: the continuation {continuation!r} has no token")
-        if len(rest) > self.length:
-            raise UserError(f"lm_eval: a continuation has {len(rest)} tokens, and the network's rows {self.length}")
-        ends = self.closing if self.run.kind != "autoregressive" and len(whole) < self.length else []
+        ends = self.closing if self.run.kind != "autoregressive" else []
+        if len(rest + ends) > self.length:
+            raise UserError(f"lm_eval: a continuation has {len(rest + ends)} tokens, and the network's rows {self.length}")
         return whole + ends, len(rest + ends)
 
     # -- likelihoods
@@ -151,7 +151,7 @@ class MegaFlow(LM):
             whole, count = self.row(context, continuation)
             rows.append(whole[-self.length :])  # of a context that is too long, its end
             begins.append(len(rows[-1]) - count)
-            self.cut_contexts += len(whole) > self.length
+            self.count_cut(len(whole) > self.length)
         tasks = [request.task_name or "" for request in requests]
         found = self.nats(rows, begins, tasks, of_lengths=False, together=list(questions.values()))
         return list(zip([-each for each in found], self.likeliest(rows, begins), strict=True))
@@ -197,7 +197,7 @@ class MegaFlow(LM):
         ids, given = self.padded([rows[i] for i in some], [begins[i] for i in some])
         self.check_given(bool(given.any()))
         text = real_text.made(self.run, ids, [len(rows[i]) for i in some])
-        measured = nats(self.run, text, draws, self.seed, given if bool(given.any()) else None, of_lengths)
+        measured = nats(self.run, text, draws, self.seed, given if bool(given.any()) else None, of_lengths, apart=not of_lengths)
         if measured["kind"] == "none":
             raise UserError(f"{self.run.directory}: it has no likelihood ({measured['reason']})")
         each = measured["rows"]
@@ -258,15 +258,16 @@ class MegaFlow(LM):
     def generate_until(self, requests: list) -> list[str]:
         texts = []
         for number, (context, asked_for) in enumerate(request.args for request in requests):
-            how: dict[str, Any] = {**normalize_gen_kwargs(asked_for, self.length // 2)}
+            whole = self.given(context)
+            left = self.length - len(whole)
+            how: dict[str, Any] = {**normalize_gen_kwargs(asked_for, left if left > 0 else self.length // 2)}
             self.heed(how)
             room = how["max_gen_toks"]
             if not 0 < room < self.length:
                 rows = f"a row of {self.run.directory} has {self.length} tokens, for the context and what is written"
                 raise UserError(f"lm_eval: max_gen_toks={room}: {rows}; give fewer, --gen_kwargs max_gen_toks={self.length // 2}")
-            whole = self.given(context)
             before = whole[-(self.length - room) :]
-            self.cut_contexts += len(before) < len(whole)
+            self.count_cut(len(before) < len(whole))
             ids, given = self.padded([before], [len(before)])
             self.check_given(bool(before))
             asked = Settings(self.steps, temperature=self.warmth(how), seed=self.seed + number)  # `repeats` asks for the same several times
@@ -274,6 +275,15 @@ class MegaFlow(LM):
             (row,) = generate(self.run, 1, settings, Template(ids, given) if before else None)
             texts.append(self.cut(row[len(before) :][:room], how["until"]))
         return texts
+
+    def count_cut(self, cut: bool) -> None:
+        """Of contexts that are too long the end is kept, which is said once, and counted."""
+        if cut and not self.cut_contexts:
+            said = (
+                f"a context and what follows it have more than the {self.length} tokens of a row of {self.run.directory}; its end is kept"
+            )
+            logging.getLogger(__name__).warning(f"{said} (megaflow_contexts_cut of the results counts them)")
+        self.cut_contexts += cut
 
     def heed(self, how: dict[str, Any]) -> None:
         """Note, and say once, what a task asks for that no sampler here has."""

@@ -110,10 +110,12 @@ def likelihood(run: Run, held_out: RealText, draws: int, seed: int) -> dict[str,
     return found
 
 
-def nats(run: Run, held_out: RealText, draws: int, seed: int, given: torch.Tensor | None, of_lengths: bool = True) -> dict[str, Any]:
+def nats(
+    run: Run, held_out: RealText, draws: int, seed: int, given: torch.Tensor | None, of_lengths: bool = True, apart: bool = False
+) -> dict[str, Any]:
     """The likelihood of the tokens that are not `given` (R, L), given these; of all where that is None. `rows` has nats of each row, their
     error and tokens, for comparisons; `parts` where a bound comes from, see flow.likelihood.Parts. of_lengths: whether a row's length has
-    its own likelihood, or is known."""
+    its own likelihood, or is known. apart: whether rows are questions of their own, see flow.likelihood.estimate."""
     device = run.network.weight.device
     ids = held_out.ids.to(device)
     lengths = None if held_out.lengths is None else held_out.lengths.to(device)
@@ -131,7 +133,14 @@ def nats(run: Run, held_out: RealText, draws: int, seed: int, given: torch.Tenso
         entropy = unigram / total
     else:
         progress = Progress(f"bound {run.directory.name}" + (" of the rest" if given is not None else ""), len(ids), "rows")
-        facts: dict[str, Any] = {"progress": progress, "log_length": law, "documents": documents, "given": given, "stretches": STRETCHES}
+        facts: dict[str, Any] = {
+            "progress": progress,
+            "log_length": law,
+            "documents": documents,
+            "given": given,
+            "stretches": STRETCHES,
+            "apart": apart,
+        }
         try:
             bound: Estimate
             if isinstance(run.network, Discrete):

@@ -48,7 +48,7 @@ class Task:
     """A family of problems. name: with all of its options. prompted: whether something is given.
 
     make: a problem of the whole family by draws of a source. solved: whether an answer solves a prompt, of any two strings. about: what is
-    hashed of a problem and an answer that solves it.
+    hashed of a problem, whatever its answer; of whole texts, of one that is solved. Empty of what is no problem.
     """
 
     name: str
@@ -139,7 +139,13 @@ def sudoku(*, side: float = 9.0, given: float = 40.0) -> Task:
         kept = len(prompt) == cells and all(cell in (BLANK, said) for cell, said in zip(prompt, answer, strict=False))
         return kept and keeps_the_rules(answer, int(side))
 
-    return Task(f"sudoku:side={int(side)},given={shown}", True, make, solved, lambda prompt, answer: answer)
+    def about(prompt: str, answer: str) -> str:
+        if solved(prompt, answer):
+            return answer
+        is_puzzle = len(prompt) == cells and set(prompt) <= {BLANK, *"123456789"[: int(side)]}
+        return next(completions(prompt), "") if is_puzzle else ""
+
+    return Task(f"sudoku:side={int(side)},given={shown}", True, make, solved, about)
 
 
 TASKS: dict[str, Callable[..., Task]] = {"sums": sums, "brackets": brackets, "sudoku": sudoku}
@@ -242,8 +248,9 @@ def grids() -> list[str]:
 
 def is_held_out(asked: Task, problem: Problem) -> bool:
     """Whether training texts lack a problem, by the hash of what it is about."""
-    digest = hashlib.sha256(f"{asked.name.split(':')[0]} {asked.about(*problem)}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") < HELD_OUT * 2**64
+    about = asked.about(*problem)
+    digest = hashlib.sha256(f"{asked.name.split(':')[0]} {about}".encode()).digest()
+    return about != "" and int.from_bytes(digest[:8], "big") < HELD_OUT * 2**64
 
 
 def drawn(asked: Task, seed: int, held_out: bool) -> Iterator[Problem]:

@@ -137,13 +137,16 @@ def by_stretch(
     return Parts(edges.tolist(), nats, errors, unigram, *outside)
 
 
-def estimate(network: Tensor, channel: Tensor, unigram: Tensor, tokens: Tensor, last_cross_entropy: float) -> Estimate:
+def estimate(network: Tensor, channel: Tensor, unigram: Tensor, tokens: Tensor, last_cross_entropy: float, apart: bool = False) -> Estimate:
     """The mean of `network` with `channel`, whose expectation is `unigram` exactly, as its control variate.
 
     network, channel: (draws, R) one-draw estimates of the bound of each row, summed over its tokens, at the same noises and times;
     unigram: (R,) -log pi of each row; tokens: (R,) counted tokens. The mean is that of network - beta (channel - unigram) with the
     least-squares beta of two or more draws (beta is 1 with one); where network and channel agree it is the unigram entropy exactly.
     Stratified draws make the error smaller than the one reported, which takes them as independent.
+
+    apart: whether each row is a question of its own, whose value is not to depend on the others': it has a beta of its own then (1 with
+    fewer than three draws).
 
     Raises RangeTooShort where the last cross-entropy shows that the range ended too early.
     """
@@ -157,13 +160,16 @@ def estimate(network: Tensor, channel: Tensor, unigram: Tensor, tokens: Tensor, 
     total = tokens.sum()
     surplus = channel - unigram  # of expectation zero
     beta = torch.ones((), dtype=torch.float64)
-    if draws > 1:  # about the mean of each row: what differs between rows is not noise
+    fitted = draws > (2 if apart else 1)
+    if fitted:  # about the mean of each row: what differs between rows is not noise
         noise = surplus - surplus.mean(0)
-        beta = ((network - network.mean(0)) * noise).sum() / noise.square().sum().clamp(min=1e-300)
+        over = (0,) if apart else (0, 1)
+        beta = ((network - network.mean(0)) * noise).sum(over) / noise.square().sum(over).clamp(min=1e-300)
     values = network - beta * surplus
     by_row = values.mean(0)
     mean, entropy = by_row.sum() / total, unigram.sum() / total
     errors = (values.var(0) / draws).sqrt() if draws > 1 else torch.full_like(by_row, math.inf)
+    errors = errors * math.sqrt((draws - 1) / (draws - 2)) if apart and fitted else errors  # a row's beta is fitted to its own draws
     monte_carlo = errors.square().sum().sqrt() / total
     gain = by_row - unigram
     residual = gain - (mean - entropy) * tokens

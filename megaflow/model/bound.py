@@ -43,6 +43,7 @@ def bound_of_rows(
     total: Callable[[Tensor], Tensor] = lambda value: value,
     given: Tensor | None = None,
     stretches: int = 0,
+    apart: bool = False,
 ) -> Estimate:
     """The bound on rows (R, L), `draws` times and noises each, in nats per counted token.
 
@@ -58,6 +59,7 @@ def bound_of_rows(
     the others (and of the row's length, where that has a law, as if the given tokens told nothing of it).
 
     stretches: into how many of log-SNR the bound is parted besides (one process only).
+    apart: as flow.likelihood.estimate has it.
 
     The channel's terms are in fp64, or with `double` off in fp32, twice as fast and good for watching a training run.
     Raises flow.likelihood.NoBound where the noise is not Gaussian, or the network has no bound on the flow's range.
@@ -102,7 +104,7 @@ def bound_of_rows(
     everyones = torch.zeros(2 * draws + 3, rows, dtype=torch.float64)
     everyones[:, places] = torch.cat([ours + first + last + shape, channel + first + last_channel, unigram[None], tokens[None], last[None]])
     ours, channel, (unigram, tokens, last) = total(everyones).split([draws, draws, 3])
-    return replace(likelihood.estimate(ours, channel, unigram, tokens, (last.sum() / tokens.sum()).item()), parts=told_apart)
+    return replace(likelihood.estimate(ours, channel, unigram, tokens, (last.sum() / tokens.sum()).item(), apart), parts=told_apart)
 
 
 def counting(ids: Tensor, lengths: Tensor | None, given: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -67,11 +67,13 @@ def bound_of_rows(
     total: Callable[[Tensor], Tensor] = lambda value: value,
     given: Tensor | None = None,
     stretches: int = 0,
+    apart: bool = False,
 ) -> Estimate:
     """The bound on rows (R, L), `draws` times and noises each, in nats per counted token; arguments as of model/bound.py.
 
     Of a masked network the same draws under the unigram law, whose mean is its entropy, are the control variate; given tokens are never
     hidden, and count for nothing. stretches: into how many of time the bound is parted besides (one process only).
+    apart: as flow.likelihood.estimate has it.
     """
     own = len(ids)
     rows = own if all_rows is None else all_rows
@@ -106,4 +108,4 @@ def bound_of_rows(
     everyones = torch.zeros(2 * draws + 2, rows, dtype=torch.float64)
     everyones[:, places] = torch.cat([ours + shape, channel, (nll * counted).sum(1).cpu()[None], tokens[None]])
     ours, channel, (unigram, tokens) = total(everyones).split([draws, draws, 2])
-    return replace(likelihood.estimate(ours, channel, unigram, tokens, 0.0), parts=told_apart)
+    return replace(likelihood.estimate(ours, channel, unigram, tokens, 0.0, apart), parts=told_apart)

@@ -172,6 +172,15 @@ def test_the_side_is_a_hash_and_not_an_option_s():
     assert is_held_out(task("sudoku"), Problem("." * 16, grid)) == is_held_out(task("sudoku:side=4,given=9"), Problem(grid, grid))
 
 
+def test_the_side_of_a_problem_is_not_its_answer_s():
+    """A wrong one gives it away as well; what is no problem is on neither side."""
+    for name in ("sums", "sudoku:side=4,given=8"):
+        asked = task(name)
+        for prompt, answer in itertools.islice(drawn(asked, 0, held_out=True), 20):
+            assert is_held_out(asked, Problem(prompt, answer[::-1])) and is_held_out(asked, Problem(prompt, ""))
+        assert not any(is_held_out(asked, Problem(f"no problem {number}", "1" * number)) for number in range(40))
+
+
 @pytest.mark.parametrize("name", ["sums", "brackets", "sudoku:side=4,given=8"])
 def test_training_texts_have_nothing_that_is_asked(name, tmp_path):
     out = tmp_path / "new" / "texts.jsonl"

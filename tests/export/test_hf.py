@@ -319,8 +319,9 @@ def test_a_run_of_pairs_says_what_a_prompt_is(workspace, tmp_path):
     out = tmp_path / "out"
     convert(place / "flow", out, to="hf")
     card, model = (out / "README.md").read_text(), opened(out)
-    with pytest.raises(ValueError, match="writes what belongs to a source.* give it as the prompt, with the end token"):
-        model.generate(2)
+    for words in ({}, {"prompt": torch.tensor([1, 2]), "mask": torch.tensor([False, False])}):
+        with pytest.raises(ValueError, match="writes what belongs to a source.* give it as the prompt, with the end token"):
+            model.generate(2, **words)
     (code,) = re.findall("```python\n(.*?)```", card, re.DOTALL)
     names: dict = {}
     exec(code.replace("FOLDER", str(out)).replace("SOURCE", "3+4=").replace("num_steps=64", "num_steps=2"), names)

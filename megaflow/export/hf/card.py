@@ -6,10 +6,11 @@ from typing import Any
 
 import megaflow
 from megaflow.config.load import flatten
+from megaflow.config.schema import Config
 from megaflow.data import shards
 from megaflow.export.source import Source
-from megaflow.files import read_if_sealed
-from megaflow.train.stages import SHARDS
+from megaflow.files import read_if_sealed, read_if_whole
+from megaflow.train.stages import SHARDS, TEACHER_FILE
 
 EVALUATION = "evaluation.json"
 """Where an evaluation lies in a run: evaluate/kept.py, which imports this room."""
@@ -41,7 +42,8 @@ def card(source: Source, name: str, about: dict[str, Any], group: str) -> str:
         "",
     ]
     lines += [KINDS[source.kind], "", "## Use", "", *_code(source.kind, about), ""]
-    lines += [f"Texts have {manifest['length']} tokens. The same seed gives the same tokens, those of `megaflow sample`.", ""]
+    size = "up to " * (manifest["packing"] == "document") + f"{manifest['length']} tokens"
+    lines += [f"Texts have {size}. The same seed gives the same tokens, those of `megaflow sample`.", ""]
     if about["ends"] == 2:
         lines += [
             "It was trained on pairs: a prompt is a source, and the end token has to follow it; what is written ends with another.",
@@ -54,7 +56,7 @@ def card(source: Source, name: str, about: dict[str, Any], group: str) -> str:
         "began with": f"weights of {config.model.start} (transformers), as far as this network has a place for them",
         "tokenizer": f"{manifest['tokenizer']['kind']}, {manifest['tokenizer']['vocab_size']:,} tokens",
         "training split": f"{train['tokens']:,} tokens in rows of {manifest['length']}, packing {manifest['packing']}",
-        "trained for": f"{state['step']:,} steps" + (f", {state['tokens']:,} tokens" if state.get("tokens") else ""),
+        "trained for": f"{state['step']:,} steps" + (f", {state['tokens']:,} tokens" if state.get("tokens") else "") + _before(source),
         "weights": "moving average of training's" if group == "averaged" else "those that training moves, not averaged",
         "made by": f"megaflow {megaflow.__version__}, checkpoint {source.found.sha256[:12]}…, seed {config.run.seed}",
     }
@@ -93,7 +95,7 @@ def _code(kind: str, about: dict[str, Any]) -> list[str]:
         'model = AutoModel.from_pretrained("FOLDER", trust_remote_code=True)',
         'tokenizer = AutoTokenizer.from_pretrained("FOLDER", trust_remote_code=True)',
         *(prompt if about["ends"] == 2 else [f"tokens = model.generate({steps}num_texts=4, seed=0)"]),
-        "print(tokenizer.batch_decode(tokens, skip_special_tokens=True))",
+        f"print(tokenizer.batch_decode(tokens{'' if about['ends'] == 2 else ', skip_special_tokens=True'}))",
         "```",
     ]
 
@@ -162,10 +164,15 @@ def _limits(source: Source, about: dict[str, Any]) -> list[str]:
 
 
 def _chosen(source: Source) -> list[str]:
-    config, origin = source.loaded.config, source.loaded.origin
-    flat = flatten(config)
+    origin, flat, usual = source.loaded.origin, flatten(source.loaded.config), flatten(Config())
     return [
         f"{key}: {json.dumps(flat[key], ensure_ascii=False)}"
         for key in sorted(flat)
-        if key.partition(".")[0] in SHOWN and origin.get(key) != "default"
+        if key.partition(".")[0] in SHOWN and origin.get(key) != "default" and flat[key] != usual[key]
     ]
+
+
+def _before(source: Source) -> str:
+    """Of a flow map, that its training began from a flow's."""
+    found = read_if_whole(source.run / TEACHER_FILE)
+    return f", from a flow of {found['step']:,} steps" if "step" in found else ""

@@ -370,6 +370,8 @@ class MegaFlowModel(PreTrainedModel):
             if mask.shape not in (ids.shape, ids.shape[1:]):
                 raise ValueError(f"the mask has the shape {tuple(mask.shape)}, and the prompt {tuple(ids.shape)}")
             given = mask.expand_as(ids)
+        if self.config.needs_given and not bool(given.any()):
+            raise ValueError(self.config.needs_given)
         if ids.shape[1] > length or ids.shape[1] == length and bool(given.all()):
             raise ValueError(f"the prompt has {ids.shape[1]} tokens, and a text {length}; give less of it")
         if bool(((ids < 0) | (ids >= self.config.vocab_size)).any()):

@@ -108,9 +108,8 @@ class MegaFlow(LM):
         self.draws, self.tolerance, self.seed, self.steps, self.temperature = draws, tolerance, seed, steps, temperature
         manifest, end = self.run.manifest, end_id(self.run.tokenizer)
         self.length = manifest["length"]
-        self.closing = (
-            [end] if manifest["packing"] == "document" and end is not None else []
-        )  # no row of training is without, but full ones
+        # no row of training is without, but full ones
+        self.closing = [end] if manifest["packing"] == "document" and end is not None else []
         self.pairs = bool(manifest["settings"].get("target_field"))
         self.took: list[Took] = []
         self.cut_contexts, self.unheeded = 0, set[str]()

@@ -137,11 +137,15 @@ def _measured(source: Source, group: str) -> list[str]:
         lines.append(f"| {' | '.join([steps, *values])} |")
     for steps, entry in found.get("mauve", {}).get("samples", {}).items():
         if entry["mauve"] is not None:
-            lines += ["", f"MAUVE of {steps} steps: {entry['mauve']:.3f}, of {entry['texts'][0]} texts."]
+            lines += ["", f"MAUVE of texts of {_steps(steps)}: {entry['mauve']:.3f}, of {entry['texts'][0]} texts."]
     for steps, entry in found.get("verify", {}).get("samples", {}).items():
         solved = f"{entry['solved']} of {entry['count']} (95 %: {entry['low']:.3f} to {entry['high']:.3f})"
-        lines += ["", f"Solved problems of {found['verify']['task']}, {steps} steps: {solved}."]
+        lines += ["", f"Solved problems of {found['verify']['task']}, {_steps(steps)}: {solved}."]
     return lines
+
+
+def _steps(name: str) -> str:
+    return f"{name} steps" if name.isdigit() else name
 
 
 def _limits(source: Source, about: dict[str, Any]) -> list[str]:

@@ -461,15 +461,12 @@ def check_words(words: list[str], coming: Collection[str]) -> None:
             evaluation.hashed(text)
         evaluation.check_out(arguments.json if arguments.json and here(arguments.json) else None)
     elif arguments.command == "convert":
-        from megaflow.export.convert import checked, whereto
-        from megaflow.train import checkpoint
+        from megaflow.export.convert import check_place, checked
+        from megaflow.export.source import check_step
 
-        whereto(Path(arguments.out))
-        if arguments.step is not None and here(arguments.run) and (kept := checkpoint.steps(Path(arguments.run))):
-            if arguments.step not in kept:
-                raise UserError(
-                    f"--step: {arguments.run} keeps no checkpoint of step {arguments.step}; it keeps {', '.join(map(str, kept))}"
-                )
+        check_place(Path(arguments.out))
+        if here(arguments.run):
+            check_step(Path(arguments.run), arguments.step)
         model = arguments.weights, arguments.precision, arguments.shard_size
         checked(*model, arguments.step, arguments.to, arguments.processes, arguments.origin)
 

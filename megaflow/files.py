@@ -56,19 +56,20 @@ def read_if_whole(path: Path) -> dict[str, Any]:
 
 def sealed(content: dict[str, Any]) -> str:
     """JSON of an object with a hash of all the rest of it, `sha256`. Raises ValueError of numbers that are not finite."""
-    plain = json.loads(json.dumps(content, allow_nan=False))
-    return json.dumps(plain | {"sha256": _digest(plain)}, ensure_ascii=False, indent=1)
+    plain = json.loads(json.dumps(content, allow_nan=False))  # whose keys are text
+    plain.pop("sha256", None)
+    return json.dumps(plain | {"sha256": hashed(plain)}, ensure_ascii=False, indent=1)
 
 
 def read_if_sealed(path: Path) -> dict[str, Any]:
-    """What `sealed` has written; empty where it is not there, or is not as it was written."""
+    """What `sealed` was given; empty where it is not there, or is not as it was written."""
     found = read_if_whole(path)
-    return found if found.get("sha256") == _digest(found) else {}
+    return found if found.pop("sha256", None) == hashed(found) else {}
 
 
-def _digest(content: dict[str, Any]) -> str:
-    rest = {name: value for name, value in content.items() if name != "sha256"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+def hashed(content: Any) -> str:
+    """The SHA-256 of content as JSON, in the one way in which it is written for that."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def read_json(path: Path, *needed: str) -> dict[str, Any]:

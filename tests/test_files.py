@@ -1,8 +1,10 @@
 """Files that are replaced whole, or not at all."""
 
+import json
+
 import pytest
 
-from megaflow.files import last_line, lines, read_if_whole, replacing, write_atomically
+from megaflow.files import last_line, lines, read_if_sealed, read_if_whole, replacing, sealed, write_atomically
 
 
 def test_another_process_may_write_the_same_file_meanwhile(tmp_path, process):
@@ -42,3 +44,19 @@ def test_what_is_damaged_is_as_good_as_not_there(tmp_path):
     for text, found in (('{"a": 1', {}), ("[1]", {}), ('{"a": 1}', {"a": 1})):
         path.write_text(text)
         assert read_if_whole(path) == found
+
+
+def test_what_was_sealed_is_read_as_it_was_given_or_not_at_all(tmp_path):
+    """Numbers to their last digit, however often it is sealed; not one digit of it may be another, nor the order of its names matter."""
+    path, content = tmp_path / "found.json", {"b": [0.1, 1e-300, None], "a": {"é": 3}}
+    path.write_text(sealed(content))
+    assert read_if_sealed(path) == content and sealed(json.loads(path.read_text())) == path.read_text()
+    found = json.loads(path.read_text())
+    path.write_text(json.dumps(dict(reversed(found.items()))))
+    assert read_if_sealed(path) == content
+    for other in (found | {"b": [0.2, 1e-300, None]}, found | {"c": 1}, content, {}):
+        path.write_text(json.dumps(other))
+        assert read_if_sealed(path) == {}
+    assert read_if_sealed(tmp_path / "nowhere.json") == {}
+    with pytest.raises(ValueError):
+        sealed({"a": float("nan")})

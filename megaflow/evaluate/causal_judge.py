@@ -78,8 +78,8 @@ class Scores(NamedTuple):
 def identity(path: str) -> str:
     """What tells a judge from another: the SHA-256 of a folder's files. Raises UserError."""
     if is_run(Path(path)):
+        check_run(Path(path))
         run = load_run(path)
-        of_run(run)  # refuses what is no judge
         return hashlib.sha256(f"{run.kind} {run.step} {run.weights}".encode()).hexdigest()
     hugging_face.check(Path(path))
     return hugging_face.identity(Path(path))
@@ -88,6 +88,7 @@ def identity(path: str) -> str:
 def open_judge(path: str) -> CausalJudge:
     """A folder of a Hugging Face causal language model, or a run or converted model of model.family=autoregressive. Raises UserError."""
     if is_run(Path(path)):
+        check_run(Path(path))
         return of_run(load_run(path))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return of_folder(hugging_face.open_folder(Path(path), device), device)
@@ -145,10 +146,9 @@ def of_folder(found: hugging_face.Folder, device: torch.device) -> CausalJudge:
 
 
 def of_run(run: Run) -> CausalJudge:
-    """Of our own baseline: rows of its length, whose first token it predicts from a learned start. Raises UserError."""
+    """Of our own baseline: rows of its length, whose first token it predicts from a learned start."""
     network = run.network
-    if not isinstance(network, Autoregressive):
-        raise UserError(f"--judge {run.directory}: this is {run.kind}, which reads no text from its beginning; give an autoregressive run")
+    assert isinstance(network, Autoregressive)  # check_run
     width, end, device = run.manifest["length"], end_id(run.tokenizer), network.weight.device
     closing = end_of_documents(run.config, run.manifest)
 

@@ -109,7 +109,7 @@ def checked(
         size_of(shard_size)
 
 
-def whereto(out: Path) -> None:
+def check_place(out: Path) -> None:
     """Refuse a folder that cannot be made. Raises UserError."""
     above = next(folder for folder in out.absolute().parents if folder.exists())
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):

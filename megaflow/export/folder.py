@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from megaflow.config.schema import Config
 from megaflow.data.shards import unigram_counts
 from megaflow.errors import UserError, reason
-from megaflow.files import no_pickles
+from megaflow.files import hashed, no_pickles
 from megaflow.flow.clock import Clock
 from megaflow.model import build, parts
 from megaflow.model.build import Baseline
@@ -37,7 +37,6 @@ from megaflow.model.parts import Parts
 from megaflow.model.text_dit import TextDiT
 from megaflow.parallel import boxes
 from megaflow.parallel.cut import logical_shape, put
-from megaflow.train import checkpoint as checkpoints
 from megaflow.train import tensor_file
 from megaflow.train.run import read_config
 from megaflow.train.stages import SHARDS
@@ -138,7 +137,7 @@ def made_of(files: dict[str, Any]) -> list[str]:
 
 def identity(manifest: dict[str, Any]) -> str:
     """A hash of all that a network computes by: equal for the same weights, parts and clock in the same files."""
-    return checkpoints.hashed([[name, manifest["files"][name]["sha256"]] for name in made_of(manifest["files"])])
+    return hashed([[name, manifest["files"][name]["sha256"]] for name in made_of(manifest["files"])])
 
 
 def stage(directory: Path) -> dict[str, Tensor]:

@@ -74,8 +74,7 @@ def open_source(run: Path, step: int | None, groups: list[str]) -> Source:
     kept = checkpoints.steps(run)
     if not kept:
         raise UserError(f"{run}: this run has no checkpoint yet; train it first")
-    if step is not None and step not in kept:
-        raise UserError(f"--step: {run} keeps no checkpoint of step {step}; it keeps {', '.join(map(str, kept))}")
+    check_step(run, step)
     try:
         found = checkpoints.open_checkpoint(checkpoints.folder(run, kept[-1] if step is None else step), verify=False)
         network, _ = build_network(run, loaded.config, is_map(loaded.config), torch.device("meta"))
@@ -90,6 +89,13 @@ def open_source(run: Path, step: int | None, groups: list[str]) -> Source:
         raise
     kind = "flow_map" if is_map(loaded.config) else loaded.config.model.family
     return Source(run, loaded, kind, found, shapes)
+
+
+def check_step(run: Path, step: int | None) -> None:
+    """Refuse a step of which a run that has checkpoints keeps none. Raises UserError."""
+    kept = checkpoints.steps(run)
+    if kept and step is not None and step not in kept:
+        raise UserError(f"--step: {run} keeps no checkpoint of step {step}; it keeps {', '.join(map(str, kept))}")
 
 
 def _compare(found: Checkpoint, groups: list[str]) -> None:

@@ -23,7 +23,6 @@ checkpoint_writer.py writes a checkpoint into a folder of another name, which is
 is whole unless the disk has damaged it, and who opens it compares hashes. Reading runs no code of a checkpoint's: JSON and bytes.
 """
 
-import hashlib
 import json
 import math
 import re
@@ -38,7 +37,7 @@ import torch
 from torch import Tensor
 
 from megaflow.errors import UserError
-from megaflow.files import no_pickles
+from megaflow.files import hashed, no_pickles
 from megaflow.parallel import boxes
 from megaflow.parallel.boxes import Box
 from megaflow.train import tensor_file
@@ -196,15 +195,6 @@ def file_of(group: str, rank: int, size: int) -> str:
 def _group(file: str) -> str:
     """The group that a file is of."""
     return file.rsplit("-", 3)[0]
-
-
-def canonical(content: Any) -> str:
-    """The one way in which a manifest's content is written to be hashed."""
-    return json.dumps(content, sort_keys=True, separators=(",", ":"))
-
-
-def hashed(content: Any) -> str:
-    return hashlib.sha256(canonical(content).encode()).hexdigest()
 
 
 def open_checkpoint(path: Path, groups: Collection[str] | None = None, verify: bool = True) -> Checkpoint:

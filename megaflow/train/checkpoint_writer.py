@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from megaflow.errors import UserError
+from megaflow.files import hashed
 from megaflow.parallel import boxes
 from megaflow.parallel.boxes import Box
 from megaflow.train import checkpoint as checkpoints
@@ -307,7 +308,7 @@ def complete(partial: Path, target: Path, parts: list[dict[str, Any]], state: di
         if (size := (partial / name).stat().st_size) != written["bytes"]:
             raise OSError(f"{name} has {size} bytes and not the {written['bytes']} that were written")
     with (partial / checkpoints.MANIFEST).open("w", encoding="utf-8") as file:
-        json.dump({"sha256": checkpoints.hashed(content), "checkpoint": content}, file)
+        json.dump({"sha256": hashed(content), "checkpoint": content}, file)
         file.flush()
         os.fsync(file.fileno())
     for rank in range(len(parts)):
@@ -346,7 +347,7 @@ def manifest(parts: list[dict[str, Any]], state: dict[str, Any], job: str) -> di
         for name, known in sorted(tensors.items())
         if name.partition("/")[0] in checkpoints.SEEN
     ]
-    identity = checkpoints.hashed(seen)
+    identity = hashed(seen)
     return {"version": checkpoints.VERSION, "job": job, "state": state, "content": identity, "files": files, "tensors": tensors}
 
 

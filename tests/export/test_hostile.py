@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megaflow.export.convert import convert
+from megaflow.files import hashed
 from megaflow.train import checkpoint as checkpoints
 
 
@@ -57,7 +58,7 @@ def change_manifest(run: Path, change: Callable[[dict], None]) -> Path:
     folder = checkpoints.folder(run, checkpoints.steps(run)[-1])
     content = json.loads((folder / "manifest.json").read_text())["checkpoint"]
     change(content)
-    (folder / "manifest.json").write_text(json.dumps({"sha256": checkpoints.hashed(content), "checkpoint": content}))
+    (folder / "manifest.json").write_text(json.dumps({"sha256": hashed(content), "checkpoint": content}))
     return folder
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from megaflow.errors import UserError
+from megaflow.files import hashed
 from megaflow.parallel import boxes
 from megaflow.train import checkpoint as checkpoints
 from megaflow.train import checkpoint_writer, tensor_file
@@ -226,7 +227,7 @@ class TestDamage:
         path = checkpoints.folder(run, 20) / "manifest.json"
         content = json.loads(path.read_text())["checkpoint"]
         content["files"]["../step-00000010/" + FILES[0]] = content["files"].pop(FILES[0])
-        path.write_text(json.dumps({"sha256": checkpoints.hashed(content), "checkpoint": content}))
+        path.write_text(json.dumps({"sha256": hashed(content), "checkpoint": content}))
         with pytest.raises(Damaged, match="manifest.json is missing or damaged"):
             checkpoints.open_checkpoint(path.parent)
 
@@ -234,7 +235,7 @@ class TestDamage:
         path = checkpoints.folder(run, 20) / "manifest.json"
         content = json.loads(path.read_text())["checkpoint"]
         content["tensors"]["weights/rows"]["boxes"].pop()
-        path.write_text(json.dumps({"sha256": checkpoints.hashed(content), "checkpoint": content}))
+        path.write_text(json.dumps({"sha256": hashed(content), "checkpoint": content}))
         found = checkpoints.open_checkpoint(path.parent)
         with pytest.raises(Damaged, match="the boxes of weights/rows do not make it up"):
             found.read("weights/rows")

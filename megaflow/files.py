@@ -17,16 +17,14 @@ TAIL = 2**18
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a metrics.jsonl; a last line cut short by a kill is left out."""
+    """The whole lines of a metrics.jsonl, JSON objects; what a kill or a disk has left of others is left out."""
     if not path.exists():
         return []
     found = []
-    for text in path.read_text("utf-8").splitlines():
-        try:
+    for text in path.read_bytes().splitlines():
+        with contextlib.suppress(ValueError):
             found.append(json.loads(text))
-        except ValueError:
-            continue
-    return found
+    return [line for line in found if isinstance(line, dict)]
 
 
 def last_line(path: Path, name: str) -> dict[str, Any]:

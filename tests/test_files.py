@@ -31,6 +31,12 @@ def test_a_last_line_that_a_kill_has_cut_is_left_out(tmp_path):
     assert lines(tmp_path / "metrics.jsonl") == [{"step": 1}, {"step": 2}] and lines(tmp_path / "none.jsonl") == []
 
 
+def test_lines_that_are_no_objects_are_left_out(tmp_path):
+    """As a disk may leave them; a log of which one line is damaged still says the rest."""
+    (tmp_path / "jobs.jsonl").write_bytes(b'{"job": "1"}\nnull\n[3]\n7\n\xff\xfe\x00\n{"job": "\xff"}\n\n{"job": "2"}\n')
+    assert lines(tmp_path / "jobs.jsonl") == [{"job": "1"}, {"job": "2"}]
+
+
 def test_the_last_line_with_a_name(tmp_path):
     path = tmp_path / "metrics.jsonl"
     assert last_line(path, "loss") == {}

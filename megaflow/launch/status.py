@@ -90,7 +90,8 @@ def pools(folder: Path) -> list[int]:
 def summed(sweep: dict[str, Any]) -> str:
     points = ", ".join(f"{count} {state}" for state, count in sweep["states"].items())
     then = "".join(f"; then job {id} {queue}" for id, queue in sweep["jobs"].items())
-    return f"{sweep['sweep']}: {sweep['points']} points, {points}{then}" + (f"\n    {sweep['said']}" if sweep["said"] else "")
+    points = f"{sweep['points']} points, {points}" if points else "its points are not known yet"
+    return f"{sweep['sweep']}: {points}{then}" + (f"\n    {sweep['said']}" if sweep["said"] else "")
 
 
 def found(places: list[Path]) -> tuple[list[Path], list[Path]]:
@@ -116,7 +117,8 @@ def found(places: list[Path]) -> tuple[list[Path], list[Path]]:
 
 
 def is_sweep(path: str | Path) -> bool:
-    return any((Path(path) / "sweeps").glob("*.json"))
+    """The folder of a sweep, also of one that is just measuring how fast its choices train."""
+    return any((Path(path) / "sweeps").glob("*.json")) or bool(pools(Path(path)))
 
 
 def is_run(path: Path) -> bool:
@@ -172,7 +174,7 @@ def state_of(run: Path, jobs: list[dict[str, Any]], queue: dict[str, slurm.Queue
     elif point.get("state") == "failed" and ended is not None and point.get("time", 0.0) > ended["time"]:
         state = "failed"  # and what it was told before is not the last word
     elif ended is not None:
-        state = "stopped" if ended["code"] == STOPPED else "failed"
+        state = "paused" if ended["said"] == outcome.PAUSED else "stopped" if ended["code"] == STOPPED else "failed"
     elif process or not asked:
         state = "unknown"
     elif attempts and attempts[-1]["end"] in ("failed", "stopped"):

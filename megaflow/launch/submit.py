@@ -22,6 +22,7 @@ from megaflow.launch.records import TRAINING
 from megaflow.launch.script import Job, Resources
 from megaflow.show import is_there, known
 from megaflow.train import outcome
+from megaflow.train.run import continued
 
 STAGES = ("prepare", "pretrain", "distill", "evaluate", "convert")
 FLAGS = ("mauve", "frontier")
@@ -152,7 +153,9 @@ def step(stage: str, words: list[str], resources: Resources, run: Path | None, w
     if vocab is None and not waits:
         raise UserError(f"data.path={config.data.path}: no shards are there; submit stage=prepare, and this --after {config.data.path}")
     if vocab is not None and not (stage == "distill" and not is_there(config.distill.teacher)):
-        resolve(loaded, vocab)
+        whole = resolve(loaded, vocab)
+        if (Path(config.run.dir) / "config.yaml").exists():
+            continued(whole, stage)
     if stage == "distill" and not config.distill.teacher:
         raise UserError(f"{path}: distill.teacher is not set; give the run of a flow, distill.teacher=RUN")
     if stage == "distill" and not waits and not is_there(config.distill.teacher):
@@ -179,8 +182,12 @@ def option(stage: str, word: str) -> str:
 
 def in_order(steps: list[Step], after: list[str]) -> None:
     """Refuse a stage that nothing before it makes possible: it would wait for hours to say so. Raises UserError."""
-    made, outs = {os.path.abspath(path) for path in after}, set[str]()
+    made, outs, trained = {os.path.abspath(path) for path in after}, set[str](), set[str]()
     for each in steps:
+        if each.stage in TRAINING:
+            if (run := os.path.abspath(each.directory)) in trained:
+                raise UserError(f"run.dir={each.directory}: two stages train this run; give each its own")
+            trained.add(run)
         if each.stage == "distill":
             teacher = known(each.words[1], each.words[2:])[0].config.distill.teacher
             if os.path.abspath(teacher) == os.path.abspath(each.directory):
@@ -285,6 +292,8 @@ def queued(directory: str, dry_run: bool) -> list[str]:
     if dry_run and not slurm.here():
         return ids[-1:]
     active = list(slurm.waiting_or_running(ids))
+    if any(line["job"] in active and line["stage"] == "next" for line in known_jobs):
+        raise UserError(f"--after {directory}: this sweep submits more as it goes, until it has decided; ask again when it is over")
     if not active and (Path(directory) / "sweeps").is_dir():
         raise UserError(f"--after {directory}: no job of this sweep is in the queue; if it is done, leave --after out")
     if not active and not any((Path(directory) / name).exists() for name in ("summary.json", "prepared.json")):

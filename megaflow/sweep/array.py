@@ -20,12 +20,13 @@ from megaflow.config.load import load
 from megaflow.errors import UserError
 from megaflow.files import write_atomically
 from megaflow.launch import records, script, slurm
+from megaflow.launch.after import SAME
 from megaflow.launch.records import TRAINING
 from megaflow.launch.script import Job, Resources
 from megaflow.launch.submit import apart, limits, named_by, needed
 from megaflow.sweep import filed, gather, halving, points
 from megaflow.sweep.design import Sweep, judges_of
-from megaflow.sweep.points import DONE, FAILED, REFUSED, Placed
+from megaflow.sweep.points import DONE, FAILED, REFUSED, STOPPED, Placed
 from megaflow.train import outcome
 
 PATIENCE = 60.0
@@ -44,6 +45,8 @@ class Cluster:
     retry: bool
     dry_run: bool
     again: list[str]
+    itself: bool = False
+    """Whether the sweep is asked for by a job of its own (`finish`), and not by somebody."""
 
 
 def cluster(
@@ -57,7 +60,9 @@ def cluster(
         raise UserError(f"--limit: {most} is not a positive number")
     words = [word for word in again if word not in ("--retry", "--dry-run")]
     resources = replace(resources, mounts=apart([*read(asked), *resources.mounts]))
-    return Cluster((Path(asked.dir) / "slurm").absolute(), script.folder(templates), resources, most, retry, dry_run, words)
+    place, own = (Path(asked.dir) / "slurm").absolute(), os.environ.get("SLURM_JOB_ID")
+    itself = any(line["job"] == own and "sweep" in line for line in records.jobs(place))
+    return Cluster(place, script.folder(templates), resources, most, retry, dry_run, words, itself)
 
 
 def read(asked: Sweep) -> list[str]:
@@ -174,7 +179,11 @@ def queued(placed: list[Placed]) -> dict[Path, list[str]]:
 
 
 def left(asked: Sweep, placed: list[Placed], how: Cluster, active: dict[Path, list[str]], share: float) -> list[Placed]:
-    """The points that are not done, paused, failed, refused or in the queue already, and whose teachers have not failed."""
+    """The points that are not done, paused, failed, refused or in the queue already, and whose teachers have not failed.
+
+    A sweep that asks for itself leaves out, too, what somebody has cancelled, and calls failed what has left the queue SAME times without a
+    word: it would submit these for ever.
+    """
     found: dict[Path, Placed] = {}
     lost: set[str] = set()
     for each in placed:
@@ -185,6 +194,12 @@ def left(asked: Sweep, placed: list[Placed], how: Cluster, active: dict[Path, li
             lost.add(each.point.name)
             if not how.dry_run:
                 points.note(each, REFUSED if each.refused else FAILED, each.refused or points.why_orphaned(each))
+        elif how.itself and state == STOPPED:
+            lost.add(each.point.name)
+        elif how.itself and len(ids := points.unheard(each.directory)) >= SAME:
+            lost.add(each.point.name)
+            told = f"its jobs {', '.join(ids[-SAME:])} have left the queue before any attempt of theirs could be noted"
+            points.note(each, FAILED, f"{told}; their log has why, megaflow logs {shlex.quote(str(each.directory))}")
         elif state == FAILED and (not how.retry or points.another(each.directory)):
             if points.stands(each.directory, {})[0] == FAILED:  # and not its evaluation alone
                 lost.add(each.point.name)

@@ -54,35 +54,35 @@ def sweep(
             raise UserError(f"{asked.dir}: a sweep runs there on this machine; wait, or megaflow cancel {shlex.quote(asked.dir)}")
         with array.alone(how):
             return submitted(asked, all_points, overrides, how)
-    slots, stop = pool.shares(at_once), list[int]()
-    searching = asked.draw["kind"] == "optuna"
-    if "seconds" in asked.budget and not dry_run and (code := measured(asked, all_points, slots, stop)):
-        return code
-    placed = points.place(asked, all_points, speed.known(asked), dry_run) if not searching or dry_run else []
+    slots = pool.shares(at_once)
     if dry_run:
-        if searching:
+        placed = points.place(asked, all_points, speed.known(asked), listing=True)
+        if asked.draw["kind"] == "optuna":
             print(f"{min(asked.draw['count'], len(design.choices(asked)))} of these choices will be tried, each with all seeds:")
         print("\n".join(listed(placed, asked.evaluate, gone(placed, asked.evaluate))))
         return 0
-    if not searching:
-        filed.keep(asked, placed, overrides)
     jobs = [line["job"] for line in records.jobs(Path(asked.dir) / "slurm")]
     # without a Slurm here nothing of its is trained from here; one that does not answer may be training
     if jobs and slurm.here() and (ids := list(slurm.waiting_or_running(jobs))):
         there = f"{len(ids)} of its jobs are in Slurm's queue ({', '.join(ids[:3])}{', …' if len(ids) > 3 else ''})"
         raise UserError(f"{asked.dir}: {there}, which train its points there; wait, or megaflow cancel {shlex.quote(asked.dir)}")
-    Path(asked.dir).mkdir(parents=True, exist_ok=True)
-    for file in Path(asked.dir).glob(f"{status.POOL}*"):
-        if not status.holder(Path(asked.dir), file.name):  # killed
-            file.unlink(missing_ok=True)
-    mine = Path(asked.dir) / f"{status.POOL}{os.getpid()}"
-    mine.write_text(f"{os.getpid()} on {os.uname().nodename}", "utf-8")  # for megaflow cancel
+    with cancelled_by_name(Path(asked.dir)):
+        return run_here(asked, all_points, overrides, slots, retry)
+
+
+def run_here(asked: Sweep, all_points: list[design.Point], overrides: list[str], slots: list[dict[str, str]], retry: bool) -> int:
+    """Train and evaluate what is left of a sweep in a pool of processes. Returns the exit code. Raises UserError."""
+    searching, stop = asked.draw["kind"] == "optuna", list[int]()
+    if "seconds" in asked.budget and (code := measured(asked, all_points, slots, stop)):
+        return code
+    placed = points.place(asked, all_points, speed.known(asked)) if not searching else []
+    if not searching:
+        filed.keep(asked, placed, overrides)
     with on_signals(stop):
         if searching:
             tally = searched(asked, slots, retry, stop, overrides)
         else:
             tally = trained(asked, placed, slots, retry, stop)
-    mine.unlink(missing_ok=True)
     if not tally.full:
         gather.report(asked.dir, quiet=True)
     unfinished = tally.total - sum(tally.count(state) for state in (DONE, FAILED, REFUSED, EARLY))
@@ -130,6 +130,21 @@ def listed(placed: list[Placed], evaluate: dict[str, Any], gone: set[Path]) -> l
         )
         lines.append(f"{state:<8}  {each.directory}  {' '.join(each.words)}" + (f"  {each.refused}" if each.refused else ""))
     return lines
+
+
+@contextlib.contextmanager
+def cancelled_by_name(folder: Path) -> Iterator[None]:
+    """Have `megaflow cancel` find this process by the sweep's folder while the block runs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in folder.glob(f"{status.POOL}*"):
+        if not status.holder(folder, file.name):  # killed
+            file.unlink(missing_ok=True)
+    mine = folder / f"{status.POOL}{os.getpid()}"
+    mine.write_text(f"{os.getpid()} on {os.uname().nodename}", "utf-8")
+    try:
+        yield
+    finally:
+        mine.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@
     draw: {kind: grid}                    # or {kind: random, count: 20, seed: 0}, {kind: optuna, …} or {kind: halving, …}
     budget: {tokens: 4e6}                 # or flops; train.steps of every point follows
     metric: likelihood.nats_per_token     # of evaluations, or validation_loss
-    lower_is_better: true
+    lower_is_better: true                 # by itself; a speed, or what is solved, is better when higher
     baseline: {flow.clock.name: uniform}  # what others are compared with; the first choice if empty
     evaluate: {steps: "32", samples: 64, rows: 256, draws: 8}   # options of megaflow evaluate; empty: points are only trained
                                           # judge: FOLDER and verify: TASK have more measured
@@ -69,6 +69,8 @@ MACHINE = tuple(name for name in MAY_CHANGE if name not in ("run.dir", "data.pat
 """Keys of the machine, which points of one identity may differ in: as axes they would give the same run several names."""
 SAMPLED = ("judge_bits_per_char", "entropy", "reverse_bits_per_char")
 JUDGED = ("perplexity", "nats_per_char", "entropy")
+HIGHER = ".solved", "tokens_per_second"
+"""Ends of the metrics that are better when they are higher, unless the sweep says otherwise."""
 GIVEN = "first_half", "prefix", "suffix", "infilling", "random", "source", "mixture"
 """What a likelihood may be given, of those of the rest: evaluation.py."""
 PLAIN = "as it is"
@@ -246,12 +248,18 @@ def _sweep(path: str, content: dict[str, Any]) -> Sweep:
     found["baseline"] = {str(key): _worded(str(key), value) for key, value in found.get("baseline", {}).items()}
     if strange := set(found["baseline"]) - set(found["axes"]):
         raise UserError(f"{path}: baseline names {min(strange)}, which is no axis; there are {', '.join(found['axes']) or 'none'}")
-    if not isinstance(found.get("lower_is_better", True), bool) or not isinstance(found.get("metric", ""), str):
+    said = found.get("lower_is_better")
+    if not (said is None or isinstance(said, bool)) or not isinstance(found.get("metric", ""), str):
         raise UserError(f"{path}: metric is the name of a number, and lower_is_better true or false")
     if "metric" not in found and not found.get("evaluate"):
         found["metric"] = "validation_loss"
+    found["lower_is_better"] = said if said is not None else not found.get("metric", "").endswith(HIGHER)
     sweep = Sweep(**found, file=path, start=found["base"])
     _check_evaluation(path, sweep)
+    if said is None and sweep.metric.endswith(".entropy"):
+        raise UserError(
+            f"{path}: metric={sweep.metric} is best near that of real text, neither low nor high; choose another, or say lower_is_better"
+        )
     for condition in sweep.exclude:
         _check_condition(path, sweep, condition)
     return sweep

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megaflow.errors import UserError, reason
-from megaflow.files import lines, read_if_sealed, read_if_whole
+from megaflow.files import lines, read_if_whole
 from megaflow.sweep import points
 from megaflow.sweep.design import JUDGED, SAMPLED, TEACHER, Sweep, judges_of, written
 from megaflow.sweep.points import Placed
@@ -122,7 +122,7 @@ def point_of(directory: Path, member: dict[str, Any], evaluate: dict[str, Any]) 
             held.close()
             state = "stopped"
     summary = read_if_whole(directory / "summary.json")
-    evaluation = points.evaluation_of(directory, evaluate) if evaluate else read_if_sealed(directory / "evaluation.json")
+    evaluation = points.evaluation_of(directory, evaluate) if evaluate else {}
     curve, last = curve_of(directory)
     metrics = last | ({"tokens_per_second": summary["tokens_per_second"]} if "tokens_per_second" in summary else {})
     metrics |= measured(evaluation)

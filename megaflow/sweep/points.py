@@ -58,7 +58,11 @@ def place(sweep: Sweep, all_points: list[Point], speeds: dict[str, float] | None
     shards need not be there. Raises UserError where they must: without them a point is not known again.
     """
     folder = Path(sweep.dir)
-    there = {content["identity"]: path for path, content in recorded(folder).items()}
+    # what was refused has no run, and leaves its name to one that is not
+    refusals = {
+        path for path, content in recorded(folder).items() if content.get("state") == REFUSED and not (path / "config.yaml").exists()
+    }
+    there = {content["identity"]: path for path, content in recorded(folder).items() if path not in refusals}
     by_name: dict[str, tuple[Path, str]] = {}
     missing: list[str] = []
     found: list[Placed] = []
@@ -168,7 +172,7 @@ def steps_of(budget: dict[str, float], loaded: Loaded, vocab: int | None, speed:
         if size is None:
             raise UserError("budget.flops needs the size of the vocabulary, which only shards have; prepare them first")
         whole = resolve(loaded, size).config
-        if why := flops.uncounted(whole):
+        if why := flops.uncounted(whole) or ("train.joint: what a step costs hangs on its clock" if whole.train.joint else ""):
             raise UserError(f"budget.flops has no formula for this config ({why}); use budget.tokens")
         tokens = budget["flops"] / flops.of_step(whole, size, False, 1.0).model
     step = config.train.global_batch * config.data.length
@@ -176,6 +180,16 @@ def steps_of(budget: dict[str, float], loaded: Loaded, vocab: int | None, speed:
         kind, most = next(iter(budget.items()))
         raise UserError(f"budget.{kind}={most:g} is {tokens:,.0f} tokens, and a step of this config has {step:,}; give more")
     return steps
+
+
+def unheard(directory: Path) -> list[str]:
+    """The last jobs of a point that have left the queue and no attempt of theirs is noted, of one stage and in a row: their hosts could not
+    even begin. Of the stage that has most."""
+    place = records.place_of(directory)
+    heard, found = {line["job"] for line in records.attempts(place)}, dict[str, list[str]]()
+    for line in records.jobs(place):
+        found[line["stage"]] = [] if line["job"] in heard else [*found.get(line["stage"], []), line["job"]]
+    return max(found.values(), key=len, default=[])
 
 
 def stands(directory: Path, evaluate: dict[str, Any]) -> tuple[str, str]:

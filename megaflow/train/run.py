@@ -112,6 +112,16 @@ def open_run(loaded: Loaded, stage: str) -> Loaded:
         write_atomically(directory / "origin.json", json.dumps(loaded.origin, indent=1))
         write_atomically(directory / "config.yaml", to_yaml(loaded.config))
         return loaded
+    merged = assemble([("run", continued(loaded, stage))])
+    merged.origin.update(loaded.origin)
+    write_atomically(directory / "config.yaml", to_yaml(merged.config))
+    write_atomically(directory / "origin.json", json.dumps(merged.origin, indent=1))
+    return merged
+
+
+def continued(loaded: Loaded, stage: str) -> dict[str, Any]:
+    """The values with which a resolved config continues the run that is there. Raises ConfigError naming the keys that it may not change."""
+    directory = Path(loaded.config.run.dir)
     recorded, kind = read_config(directory), stage_of(directory)
     if kind != stage:
         raise ConfigError(f"{directory}: this run was started by megaflow {kind}, not by megaflow {stage}; choose another run.dir")
@@ -130,11 +140,7 @@ def open_run(loaded: Loaded, stage: str) -> Loaded:
     if changed:
         listed = ", ".join(f"{name} (was {old[name]!r}, now {new[name]!r})" for name in changed)
         raise ConfigError(f"{directory}: this run was started with other values of {listed}; set them back or choose another run.dir")
-    merged = assemble([("run", new)])
-    merged.origin.update(loaded.origin)
-    write_atomically(directory / "config.yaml", to_yaml(merged.config))
-    write_atomically(directory / "origin.json", json.dumps(merged.origin, indent=1))
-    return merged
+    return new
 
 
 def read_config(directory: str | Path) -> Loaded:

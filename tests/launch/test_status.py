@@ -12,6 +12,8 @@ import pytest
 
 from megaflow.files import last_line
 from megaflow.launch import records, slurm, status
+from megaflow.process import STOPPED
+from megaflow.train import outcome
 
 
 @pytest.fixture
@@ -65,6 +67,15 @@ def test_a_finished_run_and_one_that_failed(copied, cli, tmp_path):
     assert found["state"] == "failed" and found["said"] == "the loss of step 3 is nan"
     lines = cli("status", run).out.splitlines()
     assert lines[0].split() == list(status.COLUMNS) and lines[1].split()[1:3] == ["failed", "40/40"] and lines[2].strip() == found["said"]
+
+
+def test_a_run_that_pauses_is_not_stopped(copied, cli):
+    """As a rung of a halving leaves it."""
+    run = copied("coded")
+    (run / "summary.json").unlink()
+    (run / "ended.json").write_text(json.dumps({"time": 0.0, "code": STOPPED, "said": outcome.PAUSED}))
+    found = state(cli, run)
+    assert found["state"] == "paused" and found["said"] is None
 
 
 def test_a_process_of_another_program_is_not_the_run_s(copied, cli):

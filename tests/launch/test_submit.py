@@ -227,13 +227,39 @@ def test_what_a_run_names_is_seen_wherever_links_lead(trained, tmp_path, monkeyp
             "distill.teacher=runs/typo: no run is there, and nothing that comes before makes it",
         ),
         (("distill", "{map}", "distill.teacher=runs/map", "run.dir=runs/map"), "distill.teacher=runs/map: this is the map's own run.dir"),
+        (("pretrain", "{flow}", "run.dir=runs/f", "train.steps=99"), "run.dir=runs/f: two stages train this run; give each its own"),
         (("convert", "out", "--then", "convert", "out", "to=hf"), "out: two stages convert into this folder; give each its own"),
     ],
 )
 def test_a_chain_that_cannot_come_to_its_end_is_refused(cli, config, tmp_path, monkeypatch, words, said):
     monkeypatch.chdir(tmp_path)
-    words = [word.format(map=config("coded", "flow_map")) for word in words]
+    words = [word.format(map=config("coded", "flow_map"), flow=config("coded")) for word in words]
     told = cli("submit", config("coded"), "run.dir=runs/f", "--dry-run", "--then", *words)
     assert told.code == 2 and told.err.startswith(f"megaflow: {said}") and told.out == ""
     good = ("distill", config("coded", "flow_map"), "distill.teacher=runs/f", "run.dir=runs/map")
     assert cli("submit", config("coded"), "run.dir=runs/f", "--dry-run", "--then", *good).code == 0
+
+
+def test_a_run_that_cannot_go_on_so_gets_no_job(cli, config, copied, trained):
+    run = copied("coded")
+    asked = ("submit", config("coded"), f"run.dir={run}", "--dry-run")
+    assert cli(*asked, "train.steps=60").code == 0
+    for more, said in (
+        (["optim.learning_rate=0.5"], "this run was started with other values of optim.learning_rate (was "),
+        (["train.steps=3"], "train.steps may grow from 40, not shrink to 3"),
+        (["stage=distill", f"distill.teacher={trained('coded')}"], "this run was started by megaflow pretrain, not by megaflow distill"),
+    ):
+        path = config("coded", "flow_map") if "stage=distill" in more else config("coded")
+        told = cli("submit", path, f"run.dir={run}", "--dry-run", *more)
+        assert told.code == 2 and said in told.err and told.err.count("\n") == 1 and told.out == "", told.err
+
+
+def test_nothing_follows_a_sweep_that_submits_more_as_it_goes(tmp_path, monkeypatch):
+    place = tmp_path / "slurm"
+    place.mkdir()
+    records.add_job(place, {"job": "7", "stage": "pretrain"})
+    records.add_job(place, {"job": "8", "stage": "next", "sweep": "h"})
+    monkeypatch.setattr(slurm, "here", lambda: True)
+    monkeypatch.setattr(slurm, "waiting_or_running", lambda ids, *more: dict.fromkeys(ids))
+    with pytest.raises(UserError, match="this sweep submits more as it goes, until it has decided; ask again when it is over"):
+        submit.queued(str(tmp_path), False)

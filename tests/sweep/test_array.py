@@ -1,12 +1,16 @@
 """A sweep as Slurm arrays on a real cluster: an element a point, evaluations behind them, and one page at the end."""
 
 import json
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from megaflow.config.load import load
 from megaflow.files import lines
+from megaflow.launch import records
+from megaflow.launch.script import Resources
 from megaflow.sweep import array, design, points
 
 EVALUATE = {"steps": "1", "samples": 4, "rows": 8, "draws": 2}
@@ -34,6 +38,29 @@ def test_a_container_sees_what_points_read(tmp_path, config):
     path.write_text(f"dir: out\nbase: {config('coded')}\n{axes}\n")
     data = load(config("coded")).config.data.path
     assert array.read(design.read(str(path), [])) == ["out", data, "/data/a", "/data/b", "/models/gpt2", "/models/judge"]
+
+
+def test_a_sweep_that_asks_for_itself_does_so_for_no_point_for_ever(tmp_path, sweep, monkeypatch):
+    """What somebody cancels, and what leaves the queue three times without a word, it leaves out; somebody who asks has it once more."""
+    monkeypatch.chdir(tmp_path)
+    asked = design.read(str(sweep), ["evaluate={}"])
+    placed = points.place(asked, design.points(asked))
+    cancelled, gone, fresh, _ = placed
+    for each, jobs in ((cancelled, ["1_0"]), (gone, ["1_1", "2_0", "3_0"]), (fresh, ["1_2", "2_1"])):
+        points.note(each, "queued")
+        (each.directory / "slurm").mkdir()
+        for job in jobs:
+            records.add_job(each.directory / "slurm", {"job": job, "stage": "pretrain"})
+    ended = {"job": "1_0", "time": time.time() + 1, "decision": "left", "end": "failed", "said": "ended from outside"}
+    records.add_attempt(cancelled.directory / "slurm", ended)
+    how = array.Cluster(tmp_path / "out" / "slurm", tmp_path, Resources(), None, False, False, [])
+    free = {each.directory: [] for each in placed}
+    assert array.left(asked, placed, how, free, 1.0) == placed
+    assert array.left(asked, placed, replace(how, itself=True), free, 1.0) == placed[2:]
+    state, said = points.stands(gone.directory, {})
+    assert state == "failed" and said.startswith("its jobs 1_1, 2_0, 3_0 have left the queue before any attempt of theirs could be noted")
+    assert array.left(asked, placed, how, free, 1.0) == [cancelled, *placed[2:]]
+    assert array.left(asked, placed, replace(how, retry=True), free, 1.0) == placed
 
 
 @pytest.mark.long

@@ -167,6 +167,22 @@ def test_the_baseline_is_a_choice(sweep):
 
 
 @pytest.mark.parametrize(
+    "text, lower",
+    [
+        ("metric: validation_loss", True),
+        ("metric: tokens_per_second", False),
+        ("metric: tokens_per_second\nlower_is_better: true", True),
+        ("metric: validation_loss\nlower_is_better: false", False),
+        ("evaluate: {steps: 4, verify: sums}\nmetric: verify.4.solved", False),
+        ("evaluate: {steps: 4}\nmetric: samples.4.entropy\nlower_is_better: false", False),
+        ("evaluate: {steps: 4}", True),
+    ],
+)
+def test_speeds_and_what_is_solved_are_better_when_higher(sweep, text, lower):
+    assert sweep(text).lower_is_better is lower
+
+
+@pytest.mark.parametrize(
     "text, words",
     [
         ("axis: {}", "a sweep has no axis; did you mean axes?"),
@@ -202,6 +218,7 @@ def test_the_baseline_is_a_choice(sweep):
         ("evaluate: {verify: 3}", "evaluate.verify the name of a task"),
         ("evaluate: {steps: 4, judge: a/gpt2}\nmetric: judges.gpt2.8.perplexity", "did you mean judges.gpt2.4.perplexity?"),
         ("evaluate: {steps: 4}\nmetric: verify.4.solved", "is nothing that a point of this sweep has"),
+        ("evaluate: {steps: 4}\nmetric: samples.4.entropy", "is best near that of real text, neither low nor high"),
         ("metric: likelihood.nats_per_token", "is nothing that a point of this sweep has"),
         ("stage: evaluate", "stage must be one of pretrain, distill"),
         ("teacher: {base: x}", "teacher belongs to stage: distill"),

@@ -1,9 +1,12 @@
 """What the runs of a sweep have come to, as plain data."""
 
+import json
+
 import pytest
 
 from megaflow.config.load import load
 from megaflow.errors import UserError
+from megaflow.files import sealed
 from megaflow.sweep import design, filed, gather, page, points
 
 
@@ -30,6 +33,15 @@ def test_causal_judges_and_solved_problems_are_metrics_by_the_judge_s_name():
         "judges.ar.4.nats_per_char": 0.9, "judges.ar.4.entropy": 4.0,
         "verify.4.solved": 0.25,
     }  # fmt: skip
+
+
+def test_a_sweep_that_evaluates_nothing_shows_no_evaluation(tmp_path):
+    """Somebody's by hand is of options of its own, and not like that of the point beside it."""
+    (tmp_path / "summary.json").write_text(json.dumps({"steps": 4, "tokens_per_second": 7.0}))
+    (tmp_path / "point.json").write_text(json.dumps({"state": "done"}))
+    (tmp_path / "evaluation.json").write_text(sealed({"likelihood": {"nats_per_token": 3.0}}))
+    found = gather.point_of(tmp_path, {"labels": {}, "seed": 0, "refused": ""}, {})
+    assert found["state"] == "done" and found["metrics"] == {"tokens_per_second": 7.0}
 
 
 def test_points_that_other_judges_have_read_do_not_compare(tmp_path):

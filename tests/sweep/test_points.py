@@ -3,12 +3,14 @@
 import dataclasses
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 
 from megaflow.config.load import load
 from megaflow.data.shards import copy_description
 from megaflow.errors import UserError
+from megaflow.launch import records
 from megaflow.sweep import design, filed, gather, page, points, pool
 from megaflow.sweep.points import steps_of
 
@@ -26,6 +28,40 @@ def test_a_budget_of_flops_is_what_a_run_says_that_it_took(trained, config, fami
     assert steps_of({"tokens": 0.6 * step}, loaded, vocab) == 1
     with pytest.raises(UserError, match=f"budget.tokens=1 is 1 tokens, and a step of this config has {step:,}; give more"):
         steps_of({"tokens": 1}, loaded, vocab)
+
+
+def test_flops_of_joint_training_are_not_known_before(config):
+    """A step's depend on the clock, by which rows have hot beliefs."""
+    loaded = load(str(config("coded")), ["train.joint=true"])
+    with pytest.raises(
+        UserError, match=r"budget.flops has no formula for this config \(train.joint: what a step costs .*use budget.tokens"
+    ):
+        steps_of({"flops": 1e9}, loaded, 300)
+    assert steps_of({"tokens": 1280}, loaded, 300) == 10
+
+
+def test_what_was_refused_leaves_its_name_to_what_is_not(placed):
+    """As a choice whose speed could not be measured, and then could."""
+    (each,) = placed("axes: {train.steps: [4]}")
+    points.note(replace(each, identity="another"), points.REFUSED, points.UNMEASURED)
+    (again,) = placed("axes: {train.steps: [4]}")
+    assert again.directory == each.directory
+    points.note(replace(each, identity="another"), "failed")
+    (beside,) = placed("axes: {train.steps: [4]}")
+    assert beside.directory.name == f"{each.directory.name}-{each.identity[:6]}"
+
+
+def test_jobs_of_which_nothing_was_heard(tmp_path):
+    """Of one stage and in a row; one that noted an attempt begins the row anew."""
+    place = tmp_path / "slurm"
+    place.mkdir()
+    for job, stage in (("1", "pretrain"), ("2", "evaluate"), ("3", "pretrain"), ("4", "evaluate"), ("5", "pretrain"), ("6", "evaluate")):
+        records.add_job(place, {"job": job, "stage": stage})
+    assert points.unheard(tmp_path) == ["1", "3", "5"]
+    records.add_attempt(place, {"job": "3", "time": 1.0, "decision": "again"})
+    assert points.unheard(tmp_path) == ["2", "4", "6"]
+    records.add_attempt(place, {"job": "6", "time": 2.0, "decision": "done"})
+    assert points.unheard(tmp_path) == ["5"] and points.unheard(tmp_path / "none") == []
 
 
 def test_points_whose_names_are_one_have_folders_of_their_own(tmp_path, config):

@@ -315,6 +315,18 @@ def test_a_sweep_is_cancelled_with_what_it_trains(sweeping, process, tmp_path):
     assert not any(state == "running" for state in states(sweeping.out).values())
 
 
+@pytest.mark.long
+def test_a_sweep_is_cancelled_while_it_measures(sweeping, process):
+    running = sweeping.start("axes: {model.layers: [1, 2, 3]}\nbudget: {seconds: 1}\nset: {train.validation_rows: 2}", "--jobs", 1)
+    while not list(sweeping.out.glob("speeds/*/run.json")):
+        assert running.poll() is None
+        time.sleep(0.05)
+    told = process("-m", "megaflow", "cancel", sweeping.out)
+    assert told.returncode == 0 and f"process {running.pid}, the sweep {sweeping.out}, is told to end" in told.stdout
+    running.communicate(timeout=60)
+    assert running.returncode == STOPPED and starts(sweeping.out) == {} and not list(sweeping.out.glob(".pool-*"))
+
+
 def test_two_files_of_one_name_in_one_folder_are_two_sweeps(sweeping, tmp_path, monkeypatch):
     """Each with a page, whatever path they are called by; and a file that is moved is still the same."""
     assert sweeping("axes: {model.layers: [1, 2]}", "--dry-run").code == 0

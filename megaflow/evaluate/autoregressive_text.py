@@ -13,6 +13,7 @@ from megaflow.flow.head import Read
 from megaflow.model.autoregressive import Autoregressive
 from megaflow.model.trunk import Cache
 from megaflow.parallel import random
+from megaflow.train.stage import end_of_documents
 
 
 def write(run: Run, settings: Settings, places: list[int], template: Template | None, tick: Callable[[], None]) -> Tensor:
@@ -20,10 +21,10 @@ def write(run: Run, settings: Settings, places: list[int], template: Template | 
     network, cache, width = run.network, Cache(), run.manifest["length"]
     assert isinstance(network, Autoregressive)
     uniform = torch.stack([torch.rand(width, generator=random.generator(settings.seed, "token draws", place)) for place in places])
-    previous, columns = None, []
+    previous, columns, end = None, [], end_of_documents(run.config, run.manifest)
     known, given = (None, None) if template is None else template.rows(places, network.weight.device)
     for position in range(width):
-        hidden = network.step(previous, len(places), cache)
+        hidden = network.step(previous, len(places), cache, end)
         previous, _ = heads.draw(network.head(), Read(hidden), uniform[:, position].to(hidden.device), settings.temperature)
         if known is not None and given is not None:
             previous = torch.where(given[:, position], known[:, position], previous)

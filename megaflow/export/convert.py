@@ -30,6 +30,7 @@ from megaflow.model import parts
 from megaflow.progress import Progress
 from megaflow.train import checkpoint as checkpoints
 from megaflow.train import tensor_file
+from megaflow.train.stage import end_of_documents
 from megaflow.train.stages import SHARDS, TEACHER_FILE
 
 WEIGHTS = {"averaged": "averaged", "live": "weights"}
@@ -264,8 +265,8 @@ def _verify(
 
 
 def _logits(directory: Path) -> Tensor:
-    network, fixed, _, _ = load(directory, "cpu")
-    return verify.logits(network, fixed)
+    network, fixed, _, config = load(directory, "cpu")
+    return verify.logits(network, fixed, end_of_documents(config, shards.read_description(directory / SHARDS)))
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -66,7 +66,7 @@ def into_run(model: Path, out: Path) -> list[str]:
         _write(partial, out, names, read, folder.stage(model), state, 2 * sum(sizes.values()))
         again = open_source(partial, None, list(KINDS))
         verify.compare_blocks(out, ((name, again.found.read(f"{kind}/{name}"), read(name).float()) for kind in KINDS for name in names))
-        before = sized(again, lambda: verify.logits(*folder.load(model, "cpu")[:2]))
+        before = sized(again, lambda: verify.logits(*folder.load(model, "cpu")[:2], again.documents_end))
         compared = verify.compare_logits(out, before, again.network("averaged"), 0.0, "a copy")
     with_what = f"run.dir={out} and the shards of {loaded.config.data.path}, with moments of zero"
     what = f"{about['kind']}, step {source['step']}; training goes on with {with_what}"

@@ -27,6 +27,7 @@ from megaflow.train import checkpoint as checkpoints
 from megaflow.train.checkpoint import HASHERS, Checkpoint, Damaged
 from megaflow.train.checkpoint_writer import flush
 from megaflow.train.run import read_run
+from megaflow.train.stage import end_of_documents
 from megaflow.train.stages import SHARDS
 
 MEGABYTE = 1e6
@@ -48,6 +49,11 @@ class Source:
     def is_flow(self) -> bool:
         """Whether it is a flow or a flow map, and no baseline."""
         return self.kind in ("flow", "flow_map")
+
+    @property
+    def documents_end(self) -> int | None:
+        """The token that ends a document, where documents of a row do not see each other."""
+        return end_of_documents(self.loaded.config, read_description(self.run / SHARDS))
 
     def network(self, group: str) -> Network:
         """The network with the weights of a group, 'weights' or 'averaged', of the checkpoint."""
@@ -112,7 +118,7 @@ def _compare(found: Checkpoint, groups: list[str]) -> None:
 def network_of(directory: Path, source: Source, found: Checkpoint, group: str) -> Network:
     """A network of the source's kind with the weights of a checkpoint; `directory` has its fixed parts."""
 
-    return sized(source, lambda: verify.logits(*_opened(directory, source, found, group, torch.device("cpu"))))
+    return sized(source, lambda: verify.logits(*_opened(directory, source, found, group, torch.device("cpu")), source.documents_end))
 
 
 def _opened(

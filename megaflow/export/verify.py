@@ -24,8 +24,11 @@ from megaflow.model.discrete import Discrete
 from megaflow.model.parts import Parts
 from megaflow.model.text_dit import TextDiT
 from megaflow.parallel import random
+from megaflow.train.stage import documents_of
 
 ROWS, POSITIONS = 3, 32
+ENDS = [8, 9, 20]
+"""Positions at which documents of the probe end, one of them of a single token."""
 TIMES = ((0.0, 1.0), (0.2, 0.6), (0.5, 1.0))
 """Times (s, t) of the rows: a flow is asked at s, a flow map also for the way from s to t."""
 TOLERANCE = {"fp32": 0.0, **{name: 8 * torch.finfo(PRECISIONS[name]).eps for name in ("bf16", "fp16")}}
@@ -81,35 +84,41 @@ def compare_logits(out: Path, before: Network, after: Network, allowed: float, w
 
 
 class Probe(NamedTuple):
-    """Fixed inputs: ids (B, L), times s and t (B,), which tokens are hidden (B, L), noise (B, L, d_c)."""
+    """Fixed inputs: ids (B, L), times s and t (B,), which tokens are hidden (B, L), noise (B, L, d_c), and where documents do not see each
+    other which one every token is of (B, L)."""
 
     ids: Tensor
     s: Tensor
     t: Tensor
     hidden: Tensor
     noise: Tensor
+    documents: Tensor | None
 
 
-def probe(vocab: int, dim: int = 0, seed: int = 0) -> Probe:
-    """Inputs that every network is asked for its logits of; dim: d_c of a flow."""
+def probe(vocab: int, dim: int = 0, end: int | None = None, seed: int = 0) -> Probe:
+    """Inputs that every network is asked for its logits of; dim: d_c of a flow; end: the token that ends a document, where documents do not
+    see each other."""
     source, (s, t) = random.generator(seed, "verification"), torch.tensor(TIMES, dtype=torch.float64).unbind(1)
     ids = torch.randint(vocab, (ROWS, POSITIONS), generator=source)
     hidden = torch.rand(ids.shape, generator=source) < 0.5
-    return Probe(ids, s, t, hidden, torch.randn(ROWS, POSITIONS, dim, generator=source))
+    noise = torch.randn(ROWS, POSITIONS, dim, generator=source)
+    if end is not None:
+        ids[:, ENDS] = end
+    return Probe(ids, s, t, hidden, noise, None if end is None else documents_of(ids, end))
 
 
 @torch.no_grad()
-def logits(network: TextDiT | Baseline, fixed: Parts | None) -> Tensor:
+def logits(network: TextDiT | Baseline, fixed: Parts | None, end: int | None) -> Tensor:
     """(N, V) logits in fp32 of the probe: of the diagonal, and of a flow map also of the ways ahead."""
-    ids, s, t, hidden, noise = probe(len(network.log_prior), 0 if fixed is None else fixed.code.dim)
+    ids, s, t, hidden, noise, documents = probe(len(network.log_prior), 0 if fixed is None else fixed.code.dim, end)
     if isinstance(network, Autoregressive):
-        return heads.logits(network.head(), network.read(network(ids)))
+        return heads.logits(network.head(), network.read(network(ids, documents=documents)))
     if isinstance(network, Discrete):
-        return heads.logits(network.head(), network.read(network(ids, s, hidden)))
+        return heads.logits(network.head(), network.read(network(ids, s, hidden, documents=documents)))
     assert fixed is not None
     y = noisy_state(fixed.path, lookup(network.refresh(), ids), noise, s)
-    found = [heads.logits(network.head(), network.read(network(y, s, end), y, s)) for end in ([None, t] if network.map_time else [None])]
-    return torch.cat(found)
+    ways = [None, t] if network.map_time else [None]
+    return torch.cat([heads.logits(network.head(), network.read(network(y, s, to, documents=documents), y, s)) for to in ways])
 
 
 def told(found: dict[str, Any]) -> list[str]:

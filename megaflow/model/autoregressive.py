@@ -41,11 +41,19 @@ class Autoregressive(TokenNetwork):
         beside = windows(here, self.before, 0, self.axis.rank * (here.shape[1] - self.before), None, documents)
         return self.trunk(F.linear(beside, widen), causal=True, documents=documents)
 
-    def step(self, previous: Tensor | None, batch: int, cache: Cache) -> Tensor:
-        """Hidden state (B, d) of the next position, given the token before it (B,), or None at the first."""
+    def step(self, previous: Tensor | None, batch: int, cache: Cache, end: int | None = None) -> Tensor:
+        """Hidden state (B, d) of the next position, given the token before it (B,), or None at the first. end: the token that ends a
+        document, where documents do not see each other."""
         embedded = self.start.expand(batch, -1) if previous is None else self.embedded(previous)
         recent = (
             F.pad(embedded[:, None], (0, 0, self.before, 0)) if cache.recent is None else torch.cat([cache.recent, embedded[:, None]], 1)
         )
         cache.recent = recent[:, recent.shape[1] - self.before :]
-        return self.trunk(self.widen(recent.flatten(1)[:, None]), causal=True, cache=cache)[:, 0]
+        if end is not None:
+            if previous is None or cache.documents is None:
+                cache.documents = torch.zeros(batch, 1, dtype=torch.int64, device=embedded.device)
+            else:
+                cache.documents = torch.cat([cache.documents, cache.documents[:, -1:] + (previous == end)[:, None]], 1)
+            of = F.pad(cache.documents, (self.before, 0), value=-1)[:, -self.before - 1 :]
+            recent = recent * (of == of[:, -1:])[..., None]
+        return self.trunk(self.widen(recent.flatten(1)[:, None]), causal=True, cache=cache, documents=cache.documents)[:, 0]

@@ -34,6 +34,8 @@ class Cache:
     keys: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
     recent: Tensor | None = None
+    documents: Tensor | None = None
+    """(B, K) which document each position is of, where others' are not seen."""
 
     @property
     def length(self) -> int:

@@ -120,7 +120,7 @@ def open_run(loaded: Loaded, stage: str) -> Loaded:
 
 
 def continued(loaded: Loaded, stage: str) -> dict[str, Any]:
-    """The values with which a resolved config continues the run that is there. Raises ConfigError naming the keys that it may not change."""
+    """The values with which a resolved config continues the run that is there. Raises ConfigError naming keys that may not change."""
     directory = Path(loaded.config.run.dir)
     recorded, kind = read_config(directory), stage_of(directory)
     if kind != stage:

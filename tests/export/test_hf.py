@@ -16,9 +16,12 @@ from transformers import AutoTokenizer
 
 from megaflow.data.tokenizer import decode, encode, load_tokenizer
 from megaflow.errors import UserError
+from megaflow.evaluate import autoregressive_text
 from megaflow.evaluate.evaluation import evaluate
 from megaflow.evaluate.generate import sample
 from megaflow.evaluate.loaded import load_run
+from megaflow.evaluate.settings import Settings
+from megaflow.evaluate.template import Template
 from megaflow.export import hf, load
 from megaflow.export.convert import convert
 from megaflow.export.hf.modeling_megaflow import MegaFlowConfig, MegaFlowModel
@@ -48,8 +51,22 @@ VARIANTS = {
     "masked": ("documents", ["model.family=masked"]),
     "masked untimed": ("coded", ["model.family=masked", "model.time=none", "model.head=tied", "model.belief_dim=auto"]),
     "uniform": ("coded", ["model.family=uniform"]),
+    "apart": ("coded", ["data.mask_documents=true", "flow.context.share=0.5", "model.input=both"]),
+    "autoregressive apart": ("coded", ["data.mask_documents=true", "model.family=autoregressive", "model.softcap=5"]),
+    "masked apart": ("coded", ["data.mask_documents=true", "model.family=masked"]),
 }
-CHECKED = ("documents", "given, recalls", "learned code", "tokens of time", "dirichlet", "masked", "uniform")
+CHECKED = (
+    "apart",
+    "autoregressive apart",
+    "masked apart",
+    "documents",
+    "given, recalls",
+    "learned code",
+    "tokens of time",
+    "dirichlet",
+    "masked",
+    "uniform",
+)
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +114,27 @@ def test_logits_and_texts_are_the_run_s(variant, tmp_path, name):
         told
     )
     same_texts(variant(name), tmp_path / "out", {}, {"steps": None})
+
+
+def test_documents_that_do_not_see_each_other(variant, tmp_path):
+    """The logits that were compared are those of documents apart; and text goes on behind an end as at the beginning of a document."""
+    run = variant("autoregressive apart")
+    convert(run, tmp_path / "out", to="hf")
+    ours, theirs = load_run(run), opened(tmp_path / "out")
+    end = ours.manifest["tokenizer"]["end_id"]
+    assert theirs.config.documents_end == end
+    row, other = torch.tensor([[5, 6, end, end, 7, 8, 9, 10]]), torch.tensor([[11, 12, end, end, 7, 8, 9, 10]])
+    one, two = theirs.row_logits(row)[0], theirs.row_logits(other)[0]
+    torch.testing.assert_close(one[4:], two[4:], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(one[1:3], two[1:3], atol=1e-3)
+    theirs.config.documents_end = None
+    assert not torch.allclose(theirs.row_logits(row)[0, 4:], one[4:], atol=1e-3)
+    theirs.config.documents_end = end
+    known = torch.zeros(2, ours.manifest["length"], dtype=torch.int64)
+    known[:, : row.shape[1]] = row
+    given = (torch.arange(known.shape[1]) < row.shape[1]).expand(2, -1)
+    written = autoregressive_text.write(ours, Settings(None, seed=3), [0, 1], Template(known, given), lambda: None)
+    assert torch.equal(theirs.generate(prompt=row[0], num_texts=2, seed=3), written)
 
 
 def test_another_network_s_logits_are_refused(trained, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ from megaflow.flow import head as heads
 from megaflow.model.autoregressive import Autoregressive
 from megaflow.model.text_dit import Shape
 from megaflow.model.trunk import Cache
+from megaflow.train.stage import documents_of
 
 VOCAB, LENGTH = 9, 7
 
@@ -39,6 +40,17 @@ def test_step_by_step_is_the_full_pass(network, ids):
         found.append(network.step(previous, len(ids), cache))
         previous = ids[:, position]
     torch.testing.assert_close(torch.stack(found, 1), network(ids), rtol=1e-4, atol=1e-5)
+
+
+def test_step_by_step_is_the_full_pass_where_documents_do_not_see_each_other(network, ids):
+    ids[0, [1, 2]], ids[1, 4], ids[2, 0] = 3, 3, 3
+    cache, previous, found = Cache(), None, []
+    for position in range(LENGTH):
+        found.append(network.step(previous, len(ids), cache, end=3))
+        previous = ids[:, position]
+    whole = network(ids, documents=documents_of(ids, 3))
+    torch.testing.assert_close(torch.stack(found, 1), whole, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(whole, network(ids), atol=1e-2)
 
 
 def test_padding_does_not_reach_the_tokens_before_it(network, ids):

@@ -158,6 +158,10 @@ def _limits(source: Source, about: dict[str, Any]) -> list[str]:
         lines.append(f"- No prompt: {about['no_given']}.")
     if about["needs_given"]:
         lines.append(f"- No text without a prompt: {about['needs_given']}.")
+    if about["documents_end"] is not None and source.kind != "autoregressive":
+        lines.append(
+            "- Documents of a row did not see each other in training, which `documents` tells `forward`; text is written as one of them."
+        )
     if source.kind == "autoregressive":
         lines.append("- `forward` takes padding behind a text only.")
     elif source.kind in ("flow", "flow_map"):

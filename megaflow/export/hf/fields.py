@@ -87,6 +87,7 @@ def described(
         "ends": 2 if manifest["settings"].get("target_field") else 1,
         "eos_token_id": end,
         "pad_token_id": end,
+        "documents_end": end if config.data.mask_documents else None,
         "no_given": no_given(config, kind),
         "needs_given": needs_given(config, kind),
         "fixed": {key: [list(value.shape), str(value.dtype).removeprefix("torch.")] for key, value in fixed.items()},

@@ -124,11 +124,20 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, keys: Tensor | None, cap: float) -> Tensor:
-    """keys: (B, K) which may be seen. Scores are capped at cap tanh(score / cap); 0 leaves them as they are."""
+def visible(length: int, past: int, causal: bool, keys: Tensor | None, documents: Tensor | None, device: Any) -> Tensor | None:
+    """Which keys are seen, over (B, H, L, K), by `length` queries behind `past` others: keys (B, K) that are there, earlier ones alone,
+    those of the same of documents (B, K); None where all are."""
     seen = None if keys is None else keys[:, None, None, :]
-    if causal and q.shape[2] > 1:
-        seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - q.shape[2])
+    if causal and length > 1:
+        seen = torch.ones(length, past + length, dtype=torch.bool, device=device).tril(past)
+    if documents is not None:
+        same = (documents[:, past:, None] == documents[:, None, :])[:, None]
+        seen = same if seen is None else seen & same
+    return seen
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, cap: float) -> Tensor:
+    """Scores are capped at cap tanh(score / cap); 0 leaves them as they are."""
     if not cap:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
     scores = cap * torch.tanh(q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]) / cap)
@@ -147,18 +156,18 @@ class Block(nn.Module):
         self.modulation = nn.Linear(CONDITION, 6 * d) if timed else None
         self.gains = None if timed else nn.Parameter(torch.ones(2, d))
 
-    def forward(self, x: Tensor, condition: Tensor | None, angles: Any, causal: bool, keys: Tensor | None, cache: list | None) -> Tensor:
+    def forward(self, x: Tensor, condition: Tensor | None, angles: Any, seen: Tensor | None, cache: list | None) -> Tensor:
         if self.modulation is None:
-            x = x + self.attention(F.layer_norm(x, x.shape[-1:], self.gains[0]), angles, causal, keys, cache)
+            x = x + self.attention(F.layer_norm(x, x.shape[-1:], self.gains[0]), angles, seen, cache)
             return x + self.mlp(F.layer_norm(x, x.shape[-1:], self.gains[1]))
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition).chunk(6, -1)
-        x = x + gate1 * self.attention(shift1 + F.layer_norm(x, x.shape[-1:]) * (1 + scale1), angles, causal, keys, cache)
+        x = x + gate1 * self.attention(shift1 + F.layer_norm(x, x.shape[-1:]) * (1 + scale1), angles, seen, cache)
         return x + gate2 * self.mlp(shift2 + F.layer_norm(x, x.shape[-1:]) * (1 + scale2))
 
     def mlp(self, x: Tensor) -> Tensor:
         return self.down(F.gelu(self.up(x), approximate="tanh"))
 
-    def attention(self, x: Tensor, angles: Any, causal: bool, keys: Tensor | None, cache: list | None) -> Tensor:
+    def attention(self, x: Tensor, angles: Any, seen: Tensor | None, cache: list | None) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         if self.query_gain is not None:
             q, k = F.rms_norm(q, q.shape[-1:], self.query_gain), F.rms_norm(k, k.shape[-1:], self.key_gain)
@@ -166,7 +175,7 @@ class Block(nn.Module):
         if cache is not None:
             k, v = (torch.cat([old, new], 2) for old, new in zip(cache, (k, v), strict=True)) if cache else (k, v)
             cache[:] = [k, v]
-        return self.out(attend(q, k, v, causal, keys, self.cap).transpose(1, 2).flatten(2))
+        return self.out(attend(q, k, v, seen, self.cap).transpose(1, 2).flatten(2))
 
 
 class Trunk(nn.Module):
@@ -185,9 +194,11 @@ class Trunk(nn.Module):
         lengths: Tensor | None = None,
         extra: Tensor | None = None,
         caches: list[list] | None = None,
+        documents: Tensor | None = None,
     ) -> Tensor:
         """x: (B, L, d) after what `caches` hold; condition: (B, c) or (B, L, c); lengths: (B,) positions that may be seen; extra: (B, R, d)
-        tokens beside the text. Returns (B, L, d)."""
+        tokens beside the text; documents: (B, K) which one each position is of, that of the caches too, where others' are not seen.
+        Returns (B, L, d)."""
         past = caches[0][0].shape[2] if caches and caches[0] else 0
         places = torch.arange(past, past + x.shape[1], device=x.device)
         keys = None if lengths is None else places < lengths[:, None]
@@ -200,8 +211,9 @@ class Trunk(nn.Module):
         frequency = 10_000.0 ** (-torch.arange(0, self.head_dim, 2, device=x.device, dtype=torch.float32) / self.head_dim)
         angle = places.float()[:, None] * frequency
         angles = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        seen = visible(x.shape[1], past, causal, keys, documents, x.device)
         for index, block in enumerate(self.blocks):
-            x = block(x, condition, angles, causal, keys, None if caches is None else caches[index])
+            x = block(x, condition, angles, seen, None if caches is None else caches[index])
         if self.last_modulation is None:
             return F.layer_norm(x, x.shape[-1:], self.last_gain)[:, count:]
         shift, scale = self.last_modulation(condition).chunk(2, -1)
@@ -233,12 +245,16 @@ class Reading(nn.Module):
         return F.linear(x.to(self.weight.dtype), self.weight)
 
 
-def windows(x: Tensor, before: int, after: int, lengths: Tensor | None = None) -> Tensor:
-    """(B, L, (before + 1 + after) d): every position beside its neighbours, zeros beyond the ends of a row."""
+def windows(x: Tensor, before: int, after: int, lengths: Tensor | None = None, documents: Tensor | None = None) -> Tensor:
+    """(B, L, (before + 1 + after) d): every position beside its neighbours, zeros beyond the ends of a row or document."""
     if lengths is not None and before + after:
         x = x * (torch.arange(x.shape[1], device=x.device) < lengths[:, None])[..., None]
-    padded = F.pad(x, (0, 0, before, after))
-    return torch.cat([padded[:, i : i + x.shape[1]] for i in range(before + 1 + after)], -1)
+    padded, count = F.pad(x, (0, 0, before, after)), x.shape[1]
+    shifted = [padded[:, i : i + count] for i in range(before + 1 + after)]
+    if documents is not None:
+        of = F.pad(documents, (before, after), value=-1)
+        shifted = [part * (of[:, i : i + count] == documents)[..., None] for i, part in enumerate(shifted)]
+    return torch.cat(shifted, -1)
 
 
 # ---- what all kinds share

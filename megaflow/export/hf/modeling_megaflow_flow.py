@@ -59,20 +59,29 @@ class FlowModel(MegaFlowModel):
         return self.config.kind == "flow_map"
 
     def forward(
-        self, state: Tensor, start: Tensor, end: Tensor | None = None, lengths: Tensor | None = None, said: Tensor | None = None
+        self,
+        state: Tensor,
+        start: Tensor,
+        end: Tensor | None = None,
+        lengths: Tensor | None = None,
+        said: Tensor | None = None,
+        documents: Tensor | None = None,
     ) -> CausalLMOutput:
         """Logits (B, L, V) of psi at states (B, L, code_dim) with times start, (B,) or (B, L), fp64, and of a flow map ends, None for the
-        diagonal. lengths: (B,) positions that there are; said: (B, L, code_dim) what an earlier pass said, of networks that recall."""
+        diagonal. lengths: (B,) positions that there are; said: (B, L, code_dim) what an earlier pass said, of networks that recall;
+        documents: (B, L) which one each token is of, of a network that was trained on documents apart."""
         start, end = start.double(), None if end is None else end.double()
-        hidden = self.hidden(state, start, end, lengths, said).flatten(0, 1)
+        hidden = self.hidden(state, start, end, lengths, said, documents).flatten(0, 1)
         logits = self.logits(hidden, state.flatten(0, 1), self.of_tokens(self.path.level(start), state))
         return CausalLMOutput(logits=logits.unflatten(0, state.shape[:2]))
 
-    def hidden(self, y: Tensor, s: Tensor, t: Tensor | None, lengths: Tensor | None, said: Tensor | None) -> Tensor:
+    def hidden(
+        self, y: Tensor, s: Tensor, t: Tensor | None, lengths: Tensor | None, said: Tensor | None, documents: Tensor | None = None
+    ) -> Tensor:
         n, entering, config = self.config.neighbors, [], self.config
         level = self.path.level(s)
         if self.widen is not None:
-            entering.append(self.widen(windows(self.believed(y, level), n, n, lengths)))
+            entering.append(self.widen(windows(self.believed(y, level), n, n, lengths, documents)))
         if self.state is not None:
             entering.append(self.state(self.sized(y, s)))
         if self.recall is not None and said is not None:
@@ -82,12 +91,12 @@ class FlowModel(MegaFlowModel):
             told = told + self.map_time(s if t is None else t)
         if t is not None and (self.map_state is not None or self.map_widen is not None):
             if self.map_state is not None:
-                ahead = self.map_state(windows(self.sized(y, s), n, n, lengths))
+                ahead = self.map_state(windows(self.sized(y, s), n, n, lengths, documents))
             else:
                 gain = 3.0 / math.sqrt(config.mean_leverage)
                 blunt = (t > s) & (level[..., 0] < gain)
                 sharper = torch.stack([torch.full_like(s, gain), gain * self.path.beta(s)], -1)
-                ahead = self.map_widen(windows(self.believed(y, torch.where(blunt[..., None], sharper, level)), n, n, lengths))
+                ahead = self.map_widen(windows(self.believed(y, torch.where(blunt[..., None], sharper, level)), n, n, lengths, documents))
             share = self.path.move(s, t)[1].to(ahead.dtype)
             entering.append(share.reshape(share.shape + (1,) * (3 - share.ndim)) * ahead)
         told = None if told is None else F.silu(told)
@@ -95,7 +104,7 @@ class FlowModel(MegaFlowModel):
         extra += [] if self.registers is None else [self.registers.expand(len(y), -1, -1)]
         x = sum(entering[1:], entering[0])
         beside = torch.cat(extra, 1).to(x.dtype) if extra else None
-        return self.trunk(x, told if config.timed else None, lengths=lengths, extra=beside)
+        return self.trunk(x, told if config.timed else None, lengths=lengths, extra=beside, documents=documents)
 
     def of_tokens(self, level: Tensor, y: Tensor) -> Tensor:
         """(B L, 2) what the channel is read by, in fp32, from levels of rows or tokens."""

@@ -48,7 +48,11 @@ class CausalModel(TokenModel):
     def row_logits(self, ids: Tensor) -> Tensor:
         """Logits (B, L + 1, V) of every token of rows (B, L) given those before it, and of the one after."""
         embedded = torch.cat([self.start.expand(len(ids), 1, -1), self.embedded(ids)], 1)
-        return self.logits(self.trunk(self.widen(windows(embedded, self.before, 0)), causal=True))
+        documents = None
+        if self.config.documents_end is not None:  # which do not see each other
+            documents = F.pad((ids == self.config.documents_end).cumsum(1), (1, 0))
+        read = self.widen(windows(embedded, self.before, 0, documents=documents))
+        return self.logits(self.trunk(read, causal=True, documents=documents))
 
     def template(self, prompt: Tensor | None, mask: Tensor | None, count: int | None) -> tuple[Tensor, Tensor] | tuple[None, None]:
         known, given = super().template(prompt, mask, count)
@@ -69,12 +73,20 @@ class CausalModel(TokenModel):
         chance = torch.stack([uniform(length, seed, "token draws", place) for place in places]).to(self.device)
         caches: list[list] = [[] for _ in self.trunk.blocks]
         recent = F.pad(self.start.expand(len(places), 1, -1), (0, 0, self.before, 0))
+        closing, documents = self.config.documents_end, None
+        if closing is not None:  # documents do not see each other
+            documents = torch.zeros(len(places), 1, dtype=torch.int64, device=self.device)
         for position in range(length):
-            hidden = self.trunk(self.widen(recent.flatten(1)[:, None]), causal=True, caches=caches)[:, 0]
+            near = recent
+            if documents is not None:
+                near = recent * (F.pad(documents, (self.before, 0), value=-1)[:, -self.before - 1 :] == documents[:, -1:])[..., None]
+            hidden = self.trunk(self.widen(near.flatten(1)[:, None]), causal=True, caches=caches, documents=documents)[:, 0]
             token = draw(self.logits(hidden), chance[:, position], temperature)
             if template is not None:
                 token = torch.where(template[1][:, position], template[0][:, position], token)
             columns.append(token)
+            if documents is not None:
+                documents = torch.cat([documents, documents[:, -1:] + (token == closing)[:, None]], 1)
             recent = torch.cat([recent, self.embedded(token)[:, None]], 1)[:, 1:]
         ids, end = torch.stack(columns, 1), self.config.eos_token_id
         if lengths is None or end is None:
@@ -91,14 +103,22 @@ class DiscreteModel(TokenModel):
         self.mask = nn.Parameter(torch.empty(config.belief_dim)) if config.kind == "masked" else None
         self.post_init()
 
-    def forward(self, input_ids: Tensor, time: Tensor, hidden: Tensor | None = None, lengths: Tensor | None = None) -> CausalLMOutput:
-        """Logits (B, L, V) of the clean tokens; time: (B,); hidden: (B, L) which are hidden, of a masked network."""
+    def forward(
+        self,
+        input_ids: Tensor,
+        time: Tensor,
+        hidden: Tensor | None = None,
+        lengths: Tensor | None = None,
+        documents: Tensor | None = None,
+    ) -> CausalLMOutput:
+        """Logits (B, L, V) of the clean tokens; time: (B,); hidden: (B, L) which are hidden, of a masked network; documents: (B, L) which
+        one each token is of, of a network that was trained on documents apart."""
         embedded = self.embedded(input_ids)
         if self.mask is not None:
             embedded = torch.where(hidden[..., None], self.mask, embedded)
         condition = None if self.time is None else F.silu(self.time(time))
-        x = self.widen(windows(embedded, self.before, self.after, lengths))
-        return CausalLMOutput(logits=self.logits(self.trunk(x, condition, lengths=lengths)))
+        x = self.widen(windows(embedded, self.before, self.after, lengths, documents))
+        return CausalLMOutput(logits=self.logits(self.trunk(x, condition, lengths=lengths, documents=documents)))
 
     def settings(self, num_steps: int | None, given: bool, **options: Any) -> dict[str, Any]:
         if options:

@@ -90,12 +90,13 @@ def quiet() -> Iterator[None]:
 def logits(folder: Path, source: Source) -> Tensor:
     """(N, V) what verify.logits computes, of the network as transformers opens it."""
     model = opened(folder, source.kind)
-    ids, s, t, hidden, noise = verify.probe(model.config.vocab_size, model.config.code_dim if source.is_flow else 0)
+    dim = model.config.code_dim if source.is_flow else 0
+    ids, s, t, hidden, noise, documents = verify.probe(model.config.vocab_size, dim, source.documents_end)
     if source.kind == "autoregressive":
         return model.row_logits(ids)[:, :-1].flatten(0, 1)
     if not source.is_flow:
-        return model(ids, s, hidden).logits.flatten(0, 1)
+        return model(ids, s, hidden, documents=documents).logits.flatten(0, 1)
     path = parts.read(source.run / parts.FILE).path
     y = noisy_state(path, model.codes(ids), noise, s)
-    found = [model(y, s, end).logits for end in ([None, t] if source.kind == "flow_map" else [None])]
+    found = [model(y, s, end, documents=documents).logits for end in ([None, t] if source.kind == "flow_map" else [None])]
     return torch.cat(found).flatten(0, 1)

@@ -14,6 +14,7 @@ This is the only module that needs lm_eval, which calls it: tools/lm_eval_model 
 """
 
 import difflib
+import hashlib
 import logging
 import math
 import sys
@@ -143,16 +144,18 @@ class MegaFlow(LM):
 
     def loglikelihood(self, requests: list) -> list[tuple[float, bool]]:
         rows, begins = [], []
-        questions: dict[Any, list[int]] = {}  # choices of one question have the same noise: what is theirs alone decides
-        for number, request in enumerate(requests):
-            questions.setdefault((request.task_name, number if request.doc_id is None else request.doc_id), []).append(number)
         for context, continuation in (request.args for request in requests):
             whole, count = self.row(context, continuation)
             rows.append(whole[-self.length :])  # of a context that is too long, its end
             begins.append(len(rows[-1]) - count)
             self.count_cut(len(whole) > self.length)
         tasks = [request.task_name or "" for request in requests]
-        found = self.nats(rows, begins, tasks, of_lengths=False, together=list(questions.values()))
+        questions: dict[Any, int] = {}  # choices of one have the same noise: what is theirs alone decides
+        keys = [
+            questions.setdefault((request.task_name, number if request.doc_id is None else request.doc_id), key_of(row))
+            for number, (request, row) in enumerate(zip(requests, rows, strict=True))
+        ]
+        found = self.nats(rows, begins, tasks, keys)
         return list(zip([-each for each in found], self.likeliest(rows, begins), strict=True))
 
     def loglikelihood_rolling(self, requests: list) -> list[float]:
@@ -165,38 +168,37 @@ class MegaFlow(LM):
             of += [number] * -(-len(ids) // self.length)
         sums = [0.0] * len(requests)
         tasks = [requests[number].task_name or "" for number in of]
-        for number, each in zip(of, self.nats(rows, [0] * len(rows), tasks, of_lengths=True), strict=True):
+        for number, each in zip(of, self.nats(rows, [0] * len(rows), tasks), strict=True):
             sums[number] -= each
         return sums
 
-    def nats(
-        self, rows: list[list[int]], begins: list[int], tasks: list[str], of_lengths: bool, together: list[list[int]] | None = None
-    ) -> list[float]:
+    def nats(self, rows: list[list[int]], begins: list[int], tasks: list[str], keys: list[int] | None = None) -> list[float]:
         """-log p of each row from where it begins, given what is before; with more and more draws where the error is too large.
 
-        together: rows, by number, that are measured at the same noise and times: those of one place of all groups at once, and where a
-        group has no more of them its last once more. Each row is a group of its own where that is None.
+        keys: of each row, whose value is a function of it and not of the other rows; those of one key have the same noise, times and number
+        of draws. Without, rows are those of texts, their lengths are priced, and where they stand decides their noise.
         """
         found = [(0.0, Took("", 0.0, 0, 0))] * len(rows)
-        left, draws = [[i] for i in range(len(rows))] if together is None else together, self.draws
+        left, draws = list(range(len(rows))), self.draws
+        of = list(range(len(rows))) if keys is None else keys
         while left:
-            for place in range(max(map(len, left))):
-                some = [group[min(place, len(group) - 1)] for group in left]
-                for i, value, took in zip(some, *self.measured(rows, begins, some, draws, of_lengths), strict=True):
-                    found[i] = value, took._replace(task=tasks[i])
-            left = [group for group in left if draws < MOST_DRAWS and max(found[i][1].error for i in group) > self.tolerance]
+            for i, value, took in zip(left, *self.measured(rows, begins, left, draws, keys), strict=True):
+                found[i] = value, took._replace(task=tasks[i])
+            worse = {of[i] for i in left if found[i][1].error > self.tolerance}
+            left = [i for i in left if draws < MOST_DRAWS and of[i] in worse]
             draws = min(2 * draws, MOST_DRAWS)
         self.took += [took for _, took in found]
         return [value for value, _ in found]
 
     def measured(
-        self, rows: list[list[int]], begins: list[int], some: list[int], draws: int, of_lengths: bool
+        self, rows: list[list[int]], begins: list[int], some: list[int], draws: int, keys: list[int] | None
     ) -> tuple[list[float], list[Took]]:
-        """-log p of `some` of the rows, and what each came at; where a row stands among them decides its noise."""
+        """-log p of `some` of the rows, and what each came at."""
         ids, given = self.padded([rows[i] for i in some], [begins[i] for i in some])
         self.check_given(bool(given.any()))
         text = real_text.made(self.run, ids, [len(rows[i]) for i in some])
-        measured = nats(self.run, text, draws, self.seed, given if bool(given.any()) else None, of_lengths, apart=not of_lengths)
+        own = None if keys is None else [keys[i] for i in some]
+        measured = nats(self.run, text, draws, self.seed, given if bool(given.any()) else None, of_lengths=own is None, keys=own)
         if measured["kind"] == "none":
             raise UserError(f"{self.run.directory}: it has no likelihood ({measured['reason']})")
         each = measured["rows"]
@@ -312,6 +314,11 @@ class MegaFlow(LM):
             names = dict.fromkeys(each.task for each in self.took)
             found["bounds"] = {name: summed([each for each in self.took if each.task == name]) for name in names}
         return {f"megaflow_{key}": value for key, value in found.items()}
+
+
+def key_of(row: list[int]) -> int:
+    """A number that is a function of its tokens."""
+    return int.from_bytes(hashlib.blake2b(repr(row).encode(), digest_size=7).digest(), "little")
 
 
 def summed(took: Sequence[Took]) -> dict[str, float]:

@@ -111,11 +111,17 @@ def likelihood(run: Run, held_out: RealText, draws: int, seed: int) -> dict[str,
 
 
 def nats(
-    run: Run, held_out: RealText, draws: int, seed: int, given: torch.Tensor | None, of_lengths: bool = True, apart: bool = False
+    run: Run,
+    held_out: RealText,
+    draws: int,
+    seed: int,
+    given: torch.Tensor | None,
+    of_lengths: bool = True,
+    keys: list[int] | None = None,
 ) -> dict[str, Any]:
     """The likelihood of the tokens that are not `given` (R, L), given these; of all where that is None. `rows` has nats of each row, their
     error and tokens, for comparisons; `parts` where a bound comes from, see flow.likelihood.Parts. of_lengths: whether a row's length has
-    its own likelihood, or is known. apart: whether rows are questions of their own, see flow.likelihood.estimate."""
+    its own likelihood, or is known. keys: of rows that are questions of their own, see model/bound.py."""
     device = run.network.weight.device
     ids = held_out.ids.to(device)
     lengths = None if held_out.lengths is None else held_out.lengths.to(device)
@@ -139,7 +145,7 @@ def nats(
             "documents": documents,
             "given": given,
             "stretches": STRETCHES,
-            "apart": apart,
+            "keys": keys,
         }
         try:
             bound: Estimate

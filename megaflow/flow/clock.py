@@ -76,7 +76,7 @@ def within(path: Interpolant, clock: Clock, low: float, high: float) -> Clock:
     return closed(times, (tau - tau[0]) / (tau[-1] - tau[0]))
 
 
-def stratified(places: Tensor, total: int, offset: float) -> Tensor:
+def stratified(places: Tensor, total: int, offset: float | Tensor) -> Tensor:
     """Low-discrepancy draws (place + offset) / total modulo 1: one in each of `total` cells. places: (n,) in [0, total)."""
     return ((places.double() + offset) / total).remainder(1.0)
 

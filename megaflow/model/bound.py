@@ -43,7 +43,7 @@ def bound_of_rows(
     total: Callable[[Tensor], Tensor] = lambda value: value,
     given: Tensor | None = None,
     stretches: int = 0,
-    apart: bool = False,
+    keys: list[int] | None = None,
 ) -> Estimate:
     """The bound on rows (R, L), `draws` times and noises each, in nats per counted token.
 
@@ -59,7 +59,8 @@ def bound_of_rows(
     the others (and of the row's length, where that has a law, as if the given tokens told nothing of it).
 
     stretches: into how many of log-SNR the bound is parted besides (one process only).
-    apart: as flow.likelihood.estimate has it.
+    keys: of rows that are questions of their own (one process only): a row's value is then a function of the seed, its key and itself, and
+    not of the rows beside it: its strata of time are its own, and the control variate is not fitted (flow.likelihood.estimate).
 
     The channel's terms are in fp64, or with `double` off in fp32, twice as fast and good for watching a training run.
     Raises flow.likelihood.NoBound where the noise is not Gaussian, or the network has no bound on the flow's range.
@@ -72,24 +73,26 @@ def bound_of_rows(
     whole, counted = counting(ids, lengths, given)
     ours, channel, levels = torch.zeros(3, draws, own, dtype=torch.float64)
     last, last_channel = torch.zeros(2, own, dtype=torch.float64)
-    order, offset = random.permutation(rows * draws, seed, "bound cells"), random.uniform(seed, "bound offset")
+    cells, total_cells, offset = strata(places, rows, draws, seed, keys)
+    noises = places.tolist() if keys is None else keys
     # rare tokens that resolve late make the integrand heavy where the clock is thin
     law = clocks.mixture([clock, clocks.uniform_log_snr(parts.path, parts.bounded.low, parts.bounded.high)], [0.5, 0.5])
     for start in range(0, own, batch):
         part = slice(start, min(start + batch, own))
-        at = places[part]
         some, of, known = (None if x is None else x[part] for x in (lengths, documents, given))
 
         def sums(per_token: Tensor, part: slice = part) -> Tensor:
             return (per_token.view(-1, width) * counted[part]).sum(1).cpu().double()
 
         for draw in range(draws):
-            times, weight = likelihood.integration_times(parts.path, law, parts.bounded, order[at * draws + draw], rows * draws, offset)
-            (_, error), (_, channel_error) = _integrands(network, parts, ids[part], some, of, known, at, times, seed, draw, double)
+            times, weight = likelihood.integration_times(parts.path, law, parts.bounded, cells[draw, part], total_cells, offset[part])
+            (_, error), (_, channel_error) = _integrands(
+                network, parts, ids[part], some, of, known, noises[part], times, seed, draw, double
+            )
             ours[draw, part], channel[draw, part] = sums(error) * weight, sums(channel_error) * weight
             levels[draw, part] = log_snr(parts.path, times)
-        end = time_of(parts.path, torch.full((len(at),), parts.bounded.high, dtype=torch.float64))
-        (nll, _), (channel_nll, _) = _integrands(network, parts, ids[part], some, of, known, at, end, seed, draws, double)
+        end = time_of(parts.path, torch.full((part.stop - start,), parts.bounded.high, dtype=torch.float64))
+        (nll, _), (channel_nll, _) = _integrands(network, parts, ids[part], some, of, known, noises[part], end, seed, draws, double)
         last[part], last_channel[part] = sums(nll), sums(channel_nll)
         if progress is not None:
             progress.update(part.stop)
@@ -104,7 +107,21 @@ def bound_of_rows(
     everyones = torch.zeros(2 * draws + 3, rows, dtype=torch.float64)
     everyones[:, places] = torch.cat([ours + first + last + shape, channel + first + last_channel, unigram[None], tokens[None], last[None]])
     ours, channel, (unigram, tokens, last) = total(everyones).split([draws, draws, 3])
-    return replace(likelihood.estimate(ours, channel, unigram, tokens, (last.sum() / tokens.sum()).item(), apart), parts=told_apart)
+    return replace(
+        likelihood.estimate(ours, channel, unigram, tokens, (last.sum() / tokens.sum()).item(), keys is not None), parts=told_apart
+    )
+
+
+def strata(places: Tensor, rows: int, draws: int, seed: int, keys: list[int] | None) -> tuple[Tensor, int, Tensor]:
+    """Cells of the times of rows (R,), (draws, R), of how many, and the offset within them of each row (R,): the draws of all rows spread
+    over time together, or with keys each row's by itself."""
+    if keys is None:
+        order = random.permutation(rows * draws, seed, "bound cells")
+        offset = torch.full((len(places),), random.uniform(seed, "bound offset"), dtype=torch.float64)
+        return order[places * draws + torch.arange(draws)[:, None]], rows * draws, offset
+    orders = [random.permutation(draws, seed, "bound cells", key) for key in keys]
+    offsets = [random.uniform(seed, "bound offset", key) for key in keys]
+    return torch.stack(orders, 1), draws, torch.tensor(offsets, dtype=torch.float64)
 
 
 def counting(ids: Tensor, lengths: Tensor | None, given: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -145,7 +162,7 @@ def _integrands(
     lengths: Tensor | None,
     documents: Tensor | None,
     given: Tensor | None,
-    places: Tensor,
+    places: list[int],
     times: Tensor,
     seed: int,
     draw: int,
@@ -154,7 +171,7 @@ def _integrands(
     """(cross-entropy, squared error) per token (B L,), of the network and of the channel alone, at the same noisy states."""
     code = parts.code.double() if double else parts.code
     shape, columns = (ids.shape[1], code.dim), codes.columns(code)
-    noise = random.normal(places.tolist(), shape, seed, "bound noise", draw, columns=columns).to(ids.device)
+    noise = random.normal(places, shape, seed, "bound noise", draw, columns=columns).to(ids.device)
     times = told(times.to(ids.device), given)
     y = noisy_state(parts.path, lookup(parts.code, ids), noise, times)
     hidden = network.settled(y, times, lengths, documents)

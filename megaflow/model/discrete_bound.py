@@ -13,7 +13,7 @@ from megaflow.flow import discrete, likelihood, losses
 from megaflow.flow import head as heads
 from megaflow.flow.likelihood import Estimate
 from megaflow.flow.vocabulary import look_up
-from megaflow.model.bound import counting, structure
+from megaflow.model.bound import counting, strata, structure
 from megaflow.model.discrete import Discrete
 from megaflow.parallel import random
 from megaflow.progress import Progress
@@ -67,13 +67,13 @@ def bound_of_rows(
     total: Callable[[Tensor], Tensor] = lambda value: value,
     given: Tensor | None = None,
     stretches: int = 0,
-    apart: bool = False,
+    keys: list[int] | None = None,
 ) -> Estimate:
     """The bound on rows (R, L), `draws` times and noises each, in nats per counted token; arguments as of model/bound.py.
 
     Of a masked network the same draws under the unigram law, whose mean is its entropy, are the control variate; given tokens are never
     hidden, and count for nothing. stretches: into how many of time the bound is parted besides (one process only).
-    apart: as flow.likelihood.estimate has it.
+    keys: as of model/bound.py.
     """
     own = len(ids)
     rows = own if all_rows is None else all_rows
@@ -81,13 +81,14 @@ def bound_of_rows(
     whole, counted = counting(ids, lengths, given)
     nll = -look_up(network.part, network.log_prior, ids).double()
     ours, channel, levels = torch.zeros(3, draws, own, dtype=torch.float64)
-    order, offset = random.permutation(rows * draws, seed, "bound cells"), random.uniform(seed, "bound offset")
+    cells, total_cells, offset = strata(places, rows, draws, seed, keys)
+    noises = places.tolist() if keys is None else keys
     for start in range(0, own, batch):
         part = slice(start, min(start + batch, own))
-        at, some, of = places[part], *(None if x is None else x[part] for x in (lengths, documents))
+        some, of = (None if x is None else x[part] for x in (lengths, documents))
         for draw in range(draws):
-            u = clocks.stratified(order[at * draws + draw], rows * draws, offset)
-            noisy = noised(network, ids[part], u, at.tolist(), seed, "bound noise", draw)
+            u = clocks.stratified(cells[draw, part], total_cells, offset[part])
+            noisy = noised(network, ids[part], u, noises[part], seed, "bound noise", draw)
             if noisy.hidden is not None and given is not None:
                 noisy = noisy._replace(hidden=noisy.hidden & ~given[part])
             found = terms(network, ids[part], noisy, some, of)
@@ -108,4 +109,4 @@ def bound_of_rows(
     everyones = torch.zeros(2 * draws + 2, rows, dtype=torch.float64)
     everyones[:, places] = torch.cat([ours + shape, channel, (nll * counted).sum(1).cpu()[None], tokens[None]])
     ours, channel, (unigram, tokens) = total(everyones).split([draws, draws, 2])
-    return replace(likelihood.estimate(ours, channel, unigram, tokens, 0.0, apart), parts=told_apart)
+    return replace(likelihood.estimate(ours, channel, unigram, tokens, 0.0, keys is not None), parts=told_apart)

@@ -127,6 +127,24 @@ def test_parts_and_rows_add_up_to_it(code):
     assert bound_of_rows(toys.Exact(toy, code).double(), parts, clock, ids[:8], None, draws=2, seed=0).parts is None
 
 
+def test_rows_that_are_questions_of_their_own():
+    """Each is the likelihood on average over keys, within the errors that are said; and what it is alone, whatever is beside it. Few draws
+    have no bias, which a control variate that is fitted to them has."""
+    code = codes.frame(5, 3, torch.Generator().manual_seed(1))
+    toy = toys.make(code, length=2, seed=2, spread=1.5)
+    parts = Parts(code, toy.marginal.mean(0).log(), Range(information_range(code, 0.0).low, 9.0))
+    network, clock = toys.Exact(toy, code).double(), clocks.uniform_log_snr(LINEAR, -6.0, 10.0)
+    text = toys.draw(toy, 1, torch.Generator().manual_seed(0)).expand(2000, 2)
+    every = {"draws": 8, "seed": 0, "batch": 2000, "keys": list(range(2**40, 2**40 + 2000))}
+    found = bound_of_rows(network, parts, clock, text, None, **every)
+    exact = -toy.law[(text[0] * torch.tensor([code.vocab, 1])).sum()].log()
+    assert abs(found.rows.mean() - exact) < 4.0 * (found.rows.std() / 2000**0.5).item() < 0.15
+    assert found.rows.std() < found.errors.square().mean().sqrt() * 1.1
+    some = bound_of_rows(network, parts, clock, text[:3], None, 8, 0, keys=[2**40 + 700, 2**40, 2**40 + 700])
+    torch.testing.assert_close(some.rows, found.rows[[700, 0, 700]])
+    torch.testing.assert_close(some.errors, found.errors[[700, 0, 700]])
+
+
 def test_a_network_that_knows_less_has_a_larger_bound():
     """Random weights in the head: still a bound of these rows' unigram law, and so above its entropy."""
     network, parts, clock, ids = setup("frame of 5")

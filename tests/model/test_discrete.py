@@ -120,6 +120,20 @@ def test_processes_that_share_rows_have_the_bound_of_all(family):
     assert found.mean == pytest.approx(whole.mean, rel=1e-9) and found.tokens == whole.tokens == ROWS * LENGTH
 
 
+@pytest.mark.parametrize("family", ["masked", "uniform"])
+def test_rows_that_are_questions_of_their_own(family):
+    """Each has the value that it has alone; on average over keys that of all draws."""
+    network, rows = make(family), ids()
+    found = bound_of_rows(network, rows, None, draws=4, seed=0, keys=list(range(ROWS)))
+    some = bound_of_rows(network, rows[[5, 2]], None, draws=4, seed=0, keys=[5, 2])
+    torch.testing.assert_close(some.rows, found.rows[[5, 2]], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(some.errors, found.errors[[5, 2]], rtol=1e-3, atol=1e-5)
+    text = rows[:1].expand(400, LENGTH)
+    mine = bound_of_rows(network, text, None, draws=6, seed=0, keys=list(range(400))).rows
+    many = bound_of_rows(network, text, None, draws=40, seed=1)
+    assert abs(mine.mean() - many.rows.mean()) < 4.0 * (mine.std() / 20.0 + many.standard_error * LENGTH)
+
+
 def test_the_head_has_no_entry_for_what_is_hidden():
     network = make("masked")
     mask = torch.ones(ROWS, LENGTH, dtype=torch.bool)

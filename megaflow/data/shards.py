@@ -220,6 +220,10 @@ def read_description(folder: Path) -> dict[str, Any]:
         for name in DESCRIPTION:
             if name in manifest["files"] and sha256(folder / name) != manifest["files"][name]["sha256"]:
                 raise ValueError(f"{name} is not what prepare wrote")
+        if type(length := manifest["length"]) is not int or length < 1:
+            raise ValueError(f"rows of {length!r} tokens")
+        if (counts := length_counts(folder)) is not None and len(counts) != length + 1:
+            raise ValueError(f"rows of {length} tokens, and {LENGTH_COUNTS_FILE} has lengths up to {len(counts) - 1}")
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{folder}: cannot tell what the run was trained on ({reason(error)}); restore this folder of the run") from None
     return manifest

@@ -390,7 +390,7 @@ def written(
         if kind in ("samples", "cooled"):
             entries[way] = numbers
         if kind == "samples":
-            found["repetition"][name] = repetition.measured(rows, others, training)
+            found["repetition"][name] = repetition.measured(rows[: len(real)], others, training)  # whose numbers hang on how many they are
             found["nearest"][name] = nearest(run, rows, training)
             if near is not None:
                 found["mauve"]["samples"][name] = near.against([text_of(run, row) for row in rows], settings["seed"])

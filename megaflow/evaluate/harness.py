@@ -113,7 +113,7 @@ class MegaFlow(LM):
         self.closing = [end] if manifest["packing"] == "document" and end is not None else []
         self.pairs = bool(manifest["settings"].get("target_field"))
         self.took: list[Took] = []
-        self.cut_contexts, self.unheeded = 0, set[str]()
+        self.cut_contexts, self.unheeded, self.bytes = 0, set[str](), dict[str, dict[str, int]]()
 
     def tokens(self, text: str) -> list[int]:
         return encoded(self.run.manifest, self.run.tokenizer, text, "lm_eval") if text else []
@@ -166,6 +166,7 @@ class MegaFlow(LM):
             ids = self.tokens(text) + self.closing
             rows += [ids[start : start + self.length] for start in range(0, len(ids), self.length)]
             of += [number] * -(-len(ids) // self.length)
+            self.count_bytes(requests[number].task_name or "", text, ids)
         sums = [0.0] * len(requests)
         tasks = [requests[number].task_name or "" for number in of]
         for number, each in zip(of, self.nats(rows, [0] * len(rows), tasks), strict=True):
@@ -277,6 +278,21 @@ class MegaFlow(LM):
             texts.append(self.cut(row[len(before) :][:room], how["until"]))
         return texts
 
+    def count_bytes(self, task: str, text: str, ids: list[int]) -> None:
+        """Note how many bytes a text has, and how many of them a run reads; lm_eval's bits per byte are of all."""
+        end = end_id(self.run.tokenizer)
+        read = len(decode(self.run.tokenizer, [token for token in ids if token != end]).encode())
+        sizes = self.bytes.setdefault(task, {"of_the_text": 0, "as_read": 0})
+        if (size := len(text.encode())) != read and sizes["of_the_text"] == sizes["as_read"]:
+            said = (
+                f"{self.run.directory} does not read texts as they are (data.normalize={self.run.manifest['normalize']}, or its tokenizer)"
+            )
+            logging.getLogger(__name__).warning(
+                f"{said}: bits per byte are of bytes that it has not scored; megaflow_bytes has both numbers"
+            )
+        sizes["of_the_text"] += size
+        sizes["as_read"] += read
+
     def count_cut(self, cut: bool) -> None:
         """Of contexts that are too long the end is kept, which is said once, and counted."""
         if cut and not self.cut_contexts:
@@ -310,6 +326,7 @@ class MegaFlow(LM):
         run = self.run
         found: dict[str, Any] = {"path": str(run.directory), "kind": run.kind, "step": run.step, "weights": run.weights, "seed": self.seed}
         found |= {"contexts_cut": self.cut_contexts, "not_heeded": sorted(self.unheeded)}
+        found |= {"bytes": self.bytes} if any(each["of_the_text"] != each["as_read"] for each in self.bytes.values()) else {}
         if self.took and run.kind != "autoregressive":
             names = dict.fromkeys(each.task for each in self.took)
             found["bounds"] = {name: summed([each for each in self.took if each.task == name]) for name in names}

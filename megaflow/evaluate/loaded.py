@@ -79,6 +79,7 @@ def load_run(directory: str | Path) -> Run:
         else:
             network, parts, clock, found = trained_flow(directory, config, is_map, device)
         step, weights, kept = found.state["step"], found.sha256, found.tensors("stage")
+    folder.check_rows(directory, config)
     manifest, tokenizer = read_description(directory / SHARDS), load_tokenizer(directory / SHARDS)
     return Run(directory, config, is_map, network, parts, clock, manifest, tokenizer, step, weights, kept, offsets)
 

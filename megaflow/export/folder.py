@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from megaflow.config.schema import Config
-from megaflow.data.shards import unigram_counts
+from megaflow.data.shards import read_description, unigram_counts
 from megaflow.errors import UserError, reason
 from megaflow.files import hashed, no_pickles
 from megaflow.flow.clock import Clock
@@ -215,8 +215,10 @@ def filled(
 ) -> tuple[TextDiT | Baseline, Parts | None]:
     """A network ready to be evaluated, and a flow's parts with the code that its weights have. Raises UserError where the weights of these
     names and shapes, of `source`, are not the network's."""
+    unmade, _ = build_network(directory, config, is_map, torch.device("meta"))  # before any memory is asked for
+    check_same(shapes_of(unmade), names, source)
     network, fixed = build_network(directory, config, is_map, device)
-    fill(network, names, read, source)
+    fill(network, read, source)
     if fixed is not None and isinstance(network, TextDiT) and network.code_weight is not None:
         fixed = parts.with_trained_code(fixed, config.flow.code, network.code_weight.detach(), config.run.seed)
         network.code = fixed.code
@@ -224,15 +226,22 @@ def filled(
 
 
 @torch.no_grad()
-def fill(network: nn.Module, names: dict[str, tuple[int, ...]], read: Callable[[str], Tensor], source: Path) -> None:
-    """Copy the weights of these names and shapes into a network, one after another. Raises UserError where they are not the network's, or
-    no finite numbers."""
-    check_same(shapes_of(network), names, source)
+def fill(network: nn.Module, read: Callable[[str], Tensor], source: Path) -> None:
+    """Copy its weights into a network, one after another. Raises UserError where they are no finite numbers."""
     for name, p in network.named_parameters():
         value = read(name)
         if not bool(value.isfinite().all()):
             raise UserError(f"{source}: {name} has values that are no finite numbers, and whatever it computes is none; take another model")
         put(p, value)
+
+
+def check_rows(directory: Path, config: Config) -> None:
+    """Refuse a run or a converted model whose rows are not those of its config. Raises UserError."""
+    if (length := read_description(directory / SHARDS)["length"]) != config.data.length:
+        raise UserError(
+            f"{directory}: rows have {length} tokens by shards/prepared.json, and {config.data.length} by config.yaml (data.length); "
+            "restore these files"
+        )
 
 
 def shapes_of(network: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -39,6 +39,7 @@ def into_run(model: Path, out: Path) -> list[str]:
     folder.compare(model, about)
     loaded, is_map = read_config(model), about["kind"] == "flow_map"
     check_tokenizer(model)
+    folder.check_rows(model, loaded.config)
     network, _ = folder.build_network(model, loaded.config, is_map, torch.device("meta"))
     names, read = folder.tensors(model)
     folder.check_same(folder.shapes_of(network), names, model)

@@ -467,3 +467,9 @@ def test_two_evaluations_of_a_run_come_one_after_the_other(cli, copied):
         waits.join()
     assert told.code == 0 and told.err.count(f"{run}: another process evaluates it; this one waits until that is done\n") == 1
     assert "another process" not in cli("evaluate", run, *OPTIONS).err
+
+
+def test_repetition_is_of_as_many_texts_as_there_are_other_real_ones(copied):
+    """More would repeat less of each other, and look better or worse than real text for their number alone."""
+    result = evaluate(copied("char", "autoregressive"), [1], 8, 8, 2, 0)
+    assert {name: entry["texts"] for name, entry in result["repetition"].items()} == {"data": 4, "autoregressive": 4}

@@ -237,6 +237,17 @@ def test_text_is_what_sample_writes(trained, given_run):
     assert once == again  # greedy
 
 
+def test_bytes_that_a_run_does_not_read_are_told(trained, caplog):
+    """lm_eval divides by the bytes of the file, evaluate by those that were scored."""
+    model = MegaFlow(path=str(trained("char", "autoregressive")))
+    model.loglikelihood_rolling([request("And God said, Let there be LIGHT!"), request("it was so")])
+    assert model.get_model_info()["megaflow_bytes"] == {"": {"of_the_text": 33 + 9, "as_read": 31 + 9}}
+    assert sum("bits per byte are of bytes that it has not scored" in record.message for record in caplog.records) == 1
+    lossless = MegaFlow(path=str(trained("documents", "autoregressive")))
+    lossless.loglikelihood_rolling([request("And God said, Let there be LIGHT!")])
+    assert "megaflow_bytes" not in lossless.get_model_info()
+
+
 def test_several_texts_of_one_request_differ(trained):
     """As `repeats` of a task asks for them; the first is the one that it would be alone."""
     model, how = MegaFlow(path=str(trained("documents", "autoregressive"))), {"do_sample": True, "temperature": 1.0, "max_gen_toks": 8}

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import pickle
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -310,6 +311,24 @@ class TestConvertedModels:
         save_file(tensors, file)
         self.announce(model, file.name)
         assert "bias has values that are no finite numbers" in self.refused(cli, model)
+
+    def test_a_config_of_a_network_that_no_machine_holds(self, cli, model):
+        """Its shapes are not those of the files, which is seen before any memory is asked for."""
+        text = (model / "config.yaml").read_text()
+        (model / "config.yaml").write_text(re.sub(r"hidden: \d+", "hidden: 3200000", text))
+        self.announce(model, "config.yaml")
+        assert "these are not the weights of its config.yaml" in self.refused(cli, model)
+
+    def test_rows_of_another_length(self, cli, trained, model, tmp_path):
+        """Of what tells their lengths, where they differ, and of the config."""
+        convert(trained("documents"), tmp_path / "documents")
+        for folder, said in ((tmp_path / "documents", "length_counts.npy has lengths up to"), (model, "rows have 1000000000 tokens by")):
+            file = folder / "shards" / "prepared.json"
+            file.write_text(json.dumps(json.loads(file.read_text()) | {"length": 10**9}))
+            self.announce(folder, "shards/prepared.json")
+            assert said in self.refused(cli, folder)
+            told = cli("convert", folder, tmp_path / "again", "--from", "hf")
+            assert told.code == 2 and said in told.err and not (tmp_path / "again").exists()
 
     def test_a_weight_that_is_missing(self, cli, model):
         file = model / "model.safetensors.index.json"

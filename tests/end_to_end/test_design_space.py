@@ -124,7 +124,7 @@ def test_a_code_from_a_trained_run(config, trained, shards, tmp_path):
         stages.pretrain(str(config("documents")), [f"run.dir={tmp_path / 'other'}", *common])
 
 
-@pytest.mark.parametrize("joint", [False, True], ids=["distilled", "joint"])
+@pytest.mark.parametrize("joint", [pytest.param(False, id="distilled"), pytest.param(True, id="joint", marks=pytest.mark.long)])
 @pytest.mark.parametrize(("name", "value"), MAPS, ids=lambda x: x)
 def test_every_value_of_a_map_trains_goes_on_and_writes(config, trained, tmp_path, name, value, joint):
     directory = tmp_path / "run"

@@ -190,7 +190,7 @@ def test_the_largest_moment_of_a_step(ranks, case):
 
 
 @pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.long), "bf16"])
-@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+@pytest.mark.parametrize("zero", [pytest.param(0, marks=pytest.mark.long), 1, pytest.param(2, marks=pytest.mark.long), 3])
 def test_networks_larger_than_the_buckets_of_gradients(ranks, zero, precision):
     """As most are. Under ZeRO 3 processes differ by a tenth; it is the one that holds most."""
     values = SMALL | WIDE | {"parallel.zero": zero, "train.precision": precision, "train.micro_batch": 64}

@@ -100,6 +100,7 @@ def test_what_trains_ends_with_the_sweep_that_has_started_it(tmp_path):
         time.sleep(0.05)
 
 
+@pytest.mark.long
 def test_a_point_that_is_still_saving_is_waited_for(sweeping, environment, tmp_path):
     """As after a sweep that was killed, asked for again at once: it has not failed, and goes on where it has saved."""
     point = sweeping.out / "model.layers=1-seed=0"

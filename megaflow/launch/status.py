@@ -196,7 +196,7 @@ def state_of(run: Path, jobs: list[dict[str, Any]], queue: dict[str, slurm.Queue
         "said": said(state, ended, attempts, process)
         or later(run, state, jobs, attempts)
         or (point.get("said") or None if state in (EARLY, "failed", "refused") else None),
-        "attempts": len({(line["job"], line.get("attempt")) for line in attempts if line["job"] not in others}) or None,
+        "attempts": len({(line["job"], line["attempt"]) for line in attempts if line["job"] not in others and line.get("attempt")}) or None,
         "jobs": [{"job": id, "stage": stages[id], "state": job.state, "queue": str(job)} for id, job in mine.items()],
     }
 
@@ -326,6 +326,8 @@ def cancel(places: list[str]) -> None:
                 print(f"job {id} of {run} is told to save and end; scancel {id} ends it at once")
             else:
                 slurm.ask("scancel", id)
+                never = {"attempt": 0, "end": "stopped", "decision": "left", "said": "cancelled before it began"}
+                records.add_attempt(place_of(run), {"job": id, "time": time.time(), "step": outcome.newest_step(run), **never})
                 print(f"job {id} of {run} is out of the queue")
             ended += 1
         if holder(run) == "here":

@@ -20,7 +20,7 @@ from megaflow.config.load import load
 from megaflow.errors import UserError
 from megaflow.files import write_atomically
 from megaflow.launch import records, script, slurm
-from megaflow.launch.after import SAME
+from megaflow.launch.after import SAME, fate
 from megaflow.launch.records import TRAINING
 from megaflow.launch.script import Job, Resources
 from megaflow.launch.submit import apart, limits, named_by, needed
@@ -194,7 +194,7 @@ def left(asked: Sweep, placed: list[Placed], how: Cluster, active: dict[Path, li
             lost.add(each.point.name)
             if not how.dry_run:
                 points.note(each, REFUSED if each.refused else FAILED, each.refused or points.why_orphaned(each))
-        elif how.itself and state == STOPPED:
+        elif how.itself and (state == STOPPED or cancelled(each)):
             lost.add(each.point.name)
         elif how.itself and len(ids := points.unheard(each.directory)) >= SAME:
             lost.add(each.point.name)
@@ -206,6 +206,16 @@ def left(asked: Sweep, placed: list[Placed], how: Cluster, active: dict[Path, li
         else:
             found.setdefault(each.directory, each)
     return list(found.values())
+
+
+def cancelled(each: Placed) -> bool:
+    """Whether somebody has cancelled a point's training before it began, as far as Slurm remembers."""
+    place = records.place_of(each.directory)
+    ids, heard = (
+        [line["job"] for line in records.jobs(place) if line["stage"] in TRAINING],
+        {line["job"] for line in records.attempts(place)},
+    )
+    return bool(ids) and ids[-1] not in heard and fate(ids[-1]) == "cancelled"
 
 
 def entry(each: Placed, words: list[str]) -> dict[str, Any]:

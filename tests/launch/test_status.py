@@ -206,6 +206,21 @@ def test_what_trains_here_is_told_also_where_slurm_cannot_be_asked(training, cli
     assert training.wait(timeout=60) == 75
 
 
+def test_what_is_cancelled_before_it_began_is_noted(cli, tmp_path, monkeypatch):
+    """As a sweep that asks for itself has to know: its job has left the queue, and nobody wants it back."""
+    run = tmp_path / "one"
+    (run / "slurm").mkdir(parents=True)
+    records.add_job(run / "slurm", {"job": "5_1", "stage": "pretrain"})
+    queue = {"5_1": slurm.Queued("5_1", "PENDING", "Resources", "", "")}
+    monkeypatch.setattr(slurm, "waiting_or_running", lambda ids, *more: queue if ids else {})
+    monkeypatch.setattr(slurm, "ask", lambda *words, **more: queue.clear() or "")
+    assert "job 5_1 of" in cli("cancel", run).out
+    (attempt,) = records.attempts(run / "slurm")
+    assert (attempt["decision"], attempt["end"], attempt["said"]) == ("left", "stopped", "cancelled before it began")
+    found = state(cli, run)
+    assert found["state"] == "stopped" and found["attempts"] is None
+
+
 def test_a_job_of_a_sweep_is_told_once(cli, tmp_path, monkeypatch):
     asked = []
     sweep = tmp_path / "sweep"

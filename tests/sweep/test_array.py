@@ -56,7 +56,10 @@ def test_a_sweep_that_asks_for_itself_does_so_for_no_point_for_ever(tmp_path, sw
     how = array.Cluster(tmp_path / "out" / "slurm", tmp_path, Resources(), None, False, False, [])
     free = {each.directory: [] for each in placed}
     assert array.left(asked, placed, how, free, 1.0) == placed
+    monkeypatch.setattr(array, "fate", lambda job: "")
     assert array.left(asked, placed, replace(how, itself=True), free, 1.0) == placed[2:]
+    monkeypatch.setattr(array, "fate", lambda job: {"2_1": "cancelled"}.get(job, ""))  # before it began, as Slurm remembers for a while
+    assert array.left(asked, placed, replace(how, itself=True), free, 1.0) == placed[3:]
     state, said = points.stands(gone.directory, {})
     assert state == "failed" and said.startswith("its jobs 1_1, 2_0, 3_0 have left the queue before any attempt of theirs could be noted")
     assert array.left(asked, placed, how, free, 1.0) == [cancelled, *placed[2:]]

@@ -212,7 +212,7 @@ def test_what_is_cancelled_before_it_began_is_noted(cli, tmp_path, monkeypatch):
     (run / "slurm").mkdir(parents=True)
     records.add_job(run / "slurm", {"job": "5_1", "stage": "pretrain"})
     queue = {"5_1": slurm.Queued("5_1", "PENDING", "Resources", "", "")}
-    monkeypatch.setattr(slurm, "waiting_or_running", lambda ids, *more: queue if ids else {})
+    monkeypatch.setattr(slurm, "waiting_or_running", lambda ids, *more: dict(queue) if ids else {})
     monkeypatch.setattr(slurm, "ask", lambda *words, **more: queue.clear() or "")
     assert "job 5_1 of" in cli("cancel", run).out
     (attempt,) = records.attempts(run / "slurm")

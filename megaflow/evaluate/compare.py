@@ -99,6 +99,12 @@ def judges_of(evaluations: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any
     }
 
 
+def moved_data(found: dict[str, Any]) -> str | None:
+    """Where an evaluation was told that the shards are, other than its run says; None where it was not."""
+    made = found.get("made_by", {})
+    return made.get("data") if "--data" in shlex.split(made.get("command", "")) else None
+
+
 def commands(evaluations: dict[str, dict[str, Any]], out: str | None, page: str | None) -> list[str]:
     """The commands that lead to this comparison, as far as the runs and their shards have recorded them and their records are whole."""
     prepared: list[list[str]] = []
@@ -107,7 +113,7 @@ def commands(evaluations: dict[str, dict[str, Any]], out: str | None, page: str 
         with contextlib.suppress(UserError):  # a converted model, or shards that lie elsewhere now
             trained += starts(Path(run))
             prepared.append(["megaflow", *read_json(Path(read_config(run).config.data.path) / SECONDS_FILE, "command")["command"]])
-    judged = [evaluation_command(run, found["settings"]) for run, found in evaluations.items()]
+    judged = [evaluation_command(run, found["settings"], moved_data(found)) for run, found in evaluations.items()]
     written = [word for option, file in (("--json", out), ("--html", page)) if file for word in (option, file)]
     every = [*prepared, *trained, *judged, ["megaflow", "compare", *evaluations, *written]]
     return list(dict.fromkeys(map(shlex.join, every)))

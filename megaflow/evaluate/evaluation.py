@@ -31,7 +31,7 @@ from megaflow.evaluate.gather import evaluation_command, machine
 from megaflow.evaluate.generate import generate
 from megaflow.evaluate.judge import Judge
 from megaflow.evaluate.likelihood import Ode, by_equation, check_ode, likelihood
-from megaflow.evaluate.loaded import Run, documents, load_run, text_of
+from megaflow.evaluate.loaded import Run, documents, load_run, text_of, up_to_end
 from megaflow.evaluate.real_text import RealText, of_file, of_split, spread
 from megaflow.evaluate.repetition import Training
 from megaflow.evaluate.settings import LAST_STEP, Settings, check_temperature, last_step
@@ -47,11 +47,12 @@ from megaflow.train.context import Contexts
 from megaflow.train.run import read_config, source_digest, versions
 from megaflow.train.stages import check_same_shards
 
-MEASURES = 7
+MEASURES = 8
 """What an evaluation holds; one of another number is measured anew."""
 JUDGE_CHARACTERS = 8_000_000
 """The judge is fitted to at most this many characters of the training split, from its beginning."""
-
+AT_ONCE = 1024
+"""Rows of it that are read at once."""
 JUDGE_FILE = "judge.npz"
 COOLED, COOLED_STEPS = (0.7,), 4
 """Texts at temperature 1 are also judged at these, up to this many steps: fewer steps write with less entropy, and so does a lower
@@ -132,7 +133,7 @@ def evaluate(
     with kept.alone(run.directory):
         result = before = kept.read(run.directory)
         if not kept.is_of(result, identity):
-            result = measure(run, identity, began) | {"made_by": made_by(run, settings)}
+            result = measure(run, identity, began) | {"made_by": made_by(run, settings, data)}
             if kept.writable(run.directory):
                 if before and before.get("weights") == run.weights:  # by other settings: hours, maybe
                     write_atomically(run.directory / kept.BEFORE, kept.as_json(before, run.directory))
@@ -144,11 +145,13 @@ def evaluate(
     return result
 
 
-def made_by(run: Run, settings: dict[str, Any]) -> dict[str, Any]:
-    """What an evaluation was made with, to repeat it: the command, in which folder, the shards, versions, device and threads."""
+def made_by(run: Run, settings: dict[str, Any], data: str | None) -> dict[str, Any]:
+    """What an evaluation was made with, to repeat it: the command, in which folder, the shards, versions, device and threads.
+
+    data: where the shards were said to be."""
     device = run.network.weight.device
     return {
-        "command": shlex.join(evaluation_command(str(run.directory), settings)),
+        "command": shlex.join(evaluation_command(str(run.directory), settings, data)),
         "folder": str(Path.cwd()),
         "data": run.config.data.path,
         "versions": versions(),
@@ -236,7 +239,7 @@ def measure(run: Run, identity: dict[str, Any], began: float) -> dict[str, Any]:
     if "verify" in settings:
         answers.check_rows(run, verifiable.task(settings["verify"]), held_out)
     causal = {path: causal_judge.open_judge(path) for path in settings.get("judges", {})}
-    judge, training = fitted_judge(run), Training(*zip(*training_rows(run, "training text"), strict=True))
+    judge, training = fitted_judge(run), training_text(run)
     result: dict[str, Any] = {
         "run": str(run.directory),
         **identity,
@@ -285,17 +288,22 @@ def fitted_judge(run: Run) -> Judge:
     return judge
 
 
+def training_text(run: Run) -> Training:
+    """As one text: runs of tokens go on from one row to the next."""
+    return Training(*([np.concatenate(each)] for each in zip(*training_rows(run, "training text"), strict=True)))
+
+
 def training_rows(run: Run, label: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """The tokens of the training split's first JUDGE_CHARACTERS or so, (n,) each of as many rows as are read at once, and the lengths of
     these."""
     stream, split = TokenStream(run.config.data.path, "train", run.config.run.seed, shuffle=False), run.manifest["splits"]["train"]
     most = math.ceil(JUDGE_CHARACTERS * split["tokens"] / split["characters"])
     progress, tokens = Progress(label, len(stream), "rows"), 0
-    for start in range(0, len(stream), 1024):
-        ids, lengths = stream.rows(torch.arange(start, min(start + 1024, len(stream))))
+    for start in range(0, len(stream), AT_ONCE):
+        ids, lengths = stream.rows(torch.arange(start, min(start + AT_ONCE, len(stream))))
         yield np.concatenate([row[:length] for row, length in zip(ids.numpy(), lengths.tolist(), strict=True)]), lengths.numpy()
         tokens += int(lengths.sum())
-        progress.update(min(start + 1024, len(stream)))
+        progress.update(min(start + AT_ONCE, len(stream)))
         if tokens >= most:
             return
 
@@ -310,6 +318,7 @@ def contexts(held_out: RealText, order: int) -> list[str]:
 def judged(run: Run, rows: list[list[int]], judge: Judge, real: list[str], causal: dict[str, CausalJudge] | None = None) -> dict[str, Any]:
     """Bits per character under the judge and entropy within a text, with their standard errors over texts, bits per character of
     `real` texts under an n-gram of the texts, the same texts under `causal` judges, and the first texts."""
+    rows = [up_to_end(run, row) for row in rows]  # what is judged is what a reader has
     texts = [text_of(run, row) for row in rows]
     per_text = np.array([[judges.bits(judge, text).sum(), len(text)] for text in texts if text])
     mean = float(per_text[:, 0].sum() / per_text[:, 1].sum()) if len(per_text) else None
@@ -379,7 +388,8 @@ def written(
     for kind, count, heat in plan:
         last = None if kind == "even" else last_step(method, count)
         way = Settings(count, method, heat, None, settings["seed"], last)
-        rows = generate(run, settings["samples"], way, template, unbalanced=kind == "unbalanced")
+        drawn = generate(run, settings["samples"], way, template, unbalanced=kind == "unbalanced")
+        rows = [up_to_end(run, row) for row in drawn]
         entry = judged(run, rows, judge, held_out.texts, causal)
         name = "autoregressive" if count is None else str(count)
         numbers = {key: value for key, value in entry.items() if key != "texts"}

@@ -356,8 +356,8 @@ def machine() -> str:
     return f"{platform.system()} {platform.machine()}, {len(os.sched_getaffinity(0))} CPU cores"
 
 
-def evaluation_command(run: str, settings: dict[str, Any]) -> list[str]:
-    """The command of an evaluation with these settings."""
+def evaluation_command(run: str, settings: dict[str, Any], data: str | None = None) -> list[str]:
+    """The command of an evaluation with these settings, on shards at `data` if they are elsewhere than the run says."""
     found = ["megaflow", "evaluate", run, "--steps", ",".join(map(str, settings["steps"]))]
     found += [text for key in ("samples", "rows", "draws", "seed", "temperature") for text in (f"--{key}", str(settings[key]))]
     found += ["--clock", settings["clock"]] if "clock" in settings else []
@@ -366,4 +366,5 @@ def evaluation_command(run: str, settings: dict[str, Any]) -> list[str]:
     found += ["--verify", settings["verify"]] if "verify" in settings else []
     if ode := settings.get("ode"):
         found += ["--ode-likelihood", str(ode["steps"]), "--probes", "exact" if ode["probes"] is None else str(ode["probes"])]
+    found += ["--data", data] if data else []
     return found + (frontier.words(settings["frontier"]) if "frontier" in settings else [])

@@ -49,9 +49,10 @@ HEEDED = {"until", "max_gen_toks", "do_sample", "temperature"}
 
 
 class Took(NamedTuple):
-    """What the bound of a row came at: its error in nats, its tokens, its draws."""
+    """What the bound of a row came at: its error in nats, its tokens, its draws. key: that of its question, whose choices err together."""
 
     task: str
+    key: int
     error: float
     tokens: int
     draws: int
@@ -150,12 +151,12 @@ class MegaFlow(LM):
             begins.append(len(rows[-1]) - count)
             self.count_cut(len(whole) > self.length)
         tasks = [request.task_name or "" for request in requests]
-        questions: dict[Any, int] = {}  # choices of one have the same noise: what is theirs alone decides
-        keys = [
-            questions.setdefault((request.task_name, number if request.doc_id is None else request.doc_id), key_of(row))
-            for number, (request, row) in enumerate(zip(requests, rows, strict=True))
-        ]
-        found = self.nats(rows, begins, tasks, keys)
+        # choices of one question have the same noise, in whatever order they are listed
+        questions = [(request.task_name, number if request.doc_id is None else request.doc_id) for number, request in enumerate(requests)]
+        least: dict[Any, int] = {}
+        for question, row in zip(questions, rows, strict=True):
+            least[question] = min(key_of(row), least.get(question, 2**63))
+        found = self.nats(rows, begins, tasks, [least[question] for question in questions])
         return list(zip([-each for each in found], self.likeliest(rows, begins), strict=True))
 
     def loglikelihood_rolling(self, requests: list) -> list[float]:
@@ -179,12 +180,12 @@ class MegaFlow(LM):
         keys: of each row, whose value is a function of it and not of the other rows; those of one key have the same noise, times and number
         of draws. Without, rows are those of texts, their lengths are priced, and where they stand decides their noise.
         """
-        found = [(0.0, Took("", 0.0, 0, 0))] * len(rows)
+        found = [(0.0, Took("", 0, 0.0, 0, 0))] * len(rows)
         left, draws = list(range(len(rows))), self.draws
         of = list(range(len(rows))) if keys is None else keys
         while left:
             for i, value, took in zip(left, *self.measured(rows, begins, left, draws, keys), strict=True):
-                found[i] = value, took._replace(task=tasks[i])
+                found[i] = value, took._replace(task=tasks[i], key=of[i])
             worse = {of[i] for i in left if found[i][1].error > self.tolerance}
             left = [i for i in left if draws < MOST_DRAWS and of[i] in worse]
             draws = min(2 * draws, MOST_DRAWS)
@@ -203,7 +204,7 @@ class MegaFlow(LM):
         if measured["kind"] == "none":
             raise UserError(f"{self.run.directory}: it has no likelihood ({measured['reason']})")
         each = measured["rows"]
-        return each["nats"], [Took("", error, count, draws) for error, count in zip(each["errors"], each["tokens"], strict=True)]
+        return each["nats"], [Took("", 0, error, count, draws) for error, count in zip(each["errors"], each["tokens"], strict=True)]
 
     def padded(self, rows: Sequence[Sequence[int]], begins: Sequence[int]) -> tuple[Tensor, Tensor]:
         """(N, L) tokens, and which of them stand before where a row begins."""
@@ -339,12 +340,16 @@ def key_of(row: list[int]) -> int:
 
 
 def summed(took: Sequence[Took]) -> dict[str, float]:
-    """Of a task's bounds: how many, their draws, and the error of their sum, and of the worst."""
+    """Of a task's bounds: how many, their draws, and the error of their sum, and of the worst. Those of one question, which have the same
+    noise, are taken as if they erred by the same: at most so."""
     draws, errors = [each.draws for each in took], [each.error for each in took]
+    questions: dict[int, float] = {}
+    for each in took:
+        questions[each.key] = questions.get(each.key, 0.0) + each.error
     return {
         "likelihoods": len(took),
         "draws": sum(draws) / len(draws),
         "draws_most": max(draws),
-        "standard_error_nats_per_token": math.sqrt(sum(error**2 for error in errors)) / sum(each.tokens for each in took),
+        "standard_error_nats_per_token": math.sqrt(sum(error**2 for error in questions.values())) / sum(each.tokens for each in took),
         "standard_error_nats_most": max(errors),
     }

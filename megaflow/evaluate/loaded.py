@@ -97,11 +97,18 @@ def row_lengths(run: Run, places: list[int], seed: int, least: int = 0) -> list[
 def text_of(run: Run, row: list[int]) -> str:
     """Decoded text of a row. A row of one document (packing=document) ends before its end token; what is given of a pair is a line of its
     own."""
+    row, end = up_to_end(run, row), end_id(run.tokenizer)
+    closed = run.manifest["packing"] == "document" and end is not None and row.count(end) >= ends(run)
+    return decode(run.tokenizer, row[:-1] if closed else row)
+
+
+def up_to_end(run: Run, row: list[int]) -> list[int]:
+    """The tokens of a row that are its text, with the end token that closes it: of one document what stands behind that is nothing."""
     end = end_id(run.tokenizer)
-    if run.manifest["packing"] == "document" and end is not None:
-        places = [place for place, token in enumerate(row) if token == end]
-        row = row[: places[ends(run) - 1]] if len(places) >= ends(run) else row
-    return decode(run.tokenizer, row)
+    if run.manifest["packing"] != "document" or end is None:
+        return row
+    places = [place for place, token in enumerate(row) if token == end]
+    return row[: places[ends(run) - 1] + 1] if len(places) >= ends(run) else row
 
 
 def documents(run: Run, row: list[int]) -> list[str]:

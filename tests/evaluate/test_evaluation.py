@@ -19,11 +19,11 @@ from megaflow.data.stream import TokenStream
 from megaflow.data.tokenizer import decode, end_id
 from megaflow.evaluate import judge as judges
 from megaflow.evaluate import kept, repetition
-from megaflow.evaluate.evaluation import COOLED, evaluate, fitted_judge, judged, table
+from megaflow.evaluate.evaluation import COOLED, evaluate, fitted_judge, judged, table, training_rows, training_text
 from megaflow.evaluate.flow_text import grid_clock
 from megaflow.evaluate.generate import generate
 from megaflow.evaluate.likelihood import likelihood, nats
-from megaflow.evaluate.loaded import load_run
+from megaflow.evaluate.loaded import load_run, text_of, up_to_end
 from megaflow.evaluate.real_text import of_split
 from megaflow.evaluate.repetition import Training
 from megaflow.evaluate.settings import LAST_STEP, Settings, last_step
@@ -131,7 +131,7 @@ class TestEveryRun:
         for name in result["samples"]:
             count, method = (None, "autoregressive") if name == "autoregressive" else (int(name), "flow_map" if run.is_map else "ode")
             texts = generate(run, 6, Settings(count, method, last=last_step(method, count)))
-            again = repetition.measured(texts, rows[1::2], training)
+            again = repetition.measured([up_to_end(run, text) for text in texts], rows[1::2], training)
             assert result["repetition"][name] | {"copied": {}} == again | {"copied": {}}
 
     def test_reverse(self, evaluated, trained, kind, family):
@@ -473,3 +473,37 @@ def test_repetition_is_of_as_many_texts_as_there_are_other_real_ones(copied):
     """More would repeat less of each other, and look better or worse than real text for their number alone."""
     result = evaluate(copied("char", "autoregressive"), [1], 8, 8, 2, 0)
     assert {name: entry["texts"] for name, entry in result["repetition"].items()} == {"data": 4, "autoregressive": 4}
+
+
+def test_what_stands_behind_the_end_of_a_document_is_no_text(trained):
+    """Neither for the judge nor for the entropy that stands beside it."""
+    run = load_run(trained("documents"))
+    end = run.manifest["tokenizer"]["end_id"]
+    row = of_split(run, "validation", 1).rows[0][:4]
+    closed, longer = [*row, end], [*row, end, 5, 6, 7, end]
+    assert up_to_end(run, longer) == closed == up_to_end(run, closed) and up_to_end(run, row) == row
+    assert text_of(run, longer) == text_of(run, closed) == text_of(run, row)
+    judge = fitted_judge(run)
+    one, other = (judged(run, [each, each], judge, ["and"]) for each in (closed, longer))
+    assert one == other
+    full = load_run(trained("coded"))
+    assert up_to_end(full, longer) == longer
+
+
+def test_runs_of_the_training_text_go_on_from_one_block_of_rows_to_the_next(trained, monkeypatch):
+    run = load_run(trained("coded"))
+    monkeypatch.setattr("megaflow.evaluate.evaluation.AT_ONCE", 4)
+    pieces = list(training_rows(run, "text"))
+    assert len(pieces) > 2 and len(pieces[0][1]) == 4
+    seam = np.concatenate([pieces[0][0][-8:], pieces[1][0][:8]])
+    training = training_text(run)
+    assert training.copied([seam.tolist()], 16) == 1.0 and training.nearest([seam.tolist()])[0].tokens == 16
+
+
+def test_the_command_of_an_evaluation_says_where_its_shards_were(copied, tmp_path):
+    run = copied("char", "autoregressive")
+    data = Path(load_run(run).config.data.path)
+    shutil.copytree(data, tmp_path / "moved")
+    command = evaluate(run, [1], 2, 8, 2, 0, data=str(tmp_path / "moved"))["made_by"]["command"]
+    assert command.endswith(f" --data {tmp_path / 'moved'}")
+    assert "--data" not in evaluate(run, [1], 2, 16, 2, 0)["made_by"]["command"]

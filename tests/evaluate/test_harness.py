@@ -23,7 +23,7 @@ from tests.evaluate.problems import prepared
 pytest.importorskip("lm_eval")
 from lm_eval.api.instance import Instance  # noqa: E402
 
-from megaflow.evaluate.harness import MegaFlow, key_of  # noqa: E402
+from megaflow.evaluate.harness import MegaFlow, key_of, summed  # noqa: E402
 
 TASKS = {
     "ending": """
@@ -197,6 +197,11 @@ def test_choices_of_a_question_have_the_same_noise(given_run):
     model = MegaFlow(path=str(given_run), draws=4)
     (one, other, again) = model.loglikelihood(asked)
     assert one == again != other and len(model.took) == 3
+    turned = choices(("And God", " xyz"), ("And God", " said"))
+    assert [each for each, _ in MegaFlow(path=str(given_run), draws=4).loglikelihood(turned)] == pytest.approx([other[0], one[0]])
+    # their errors are not independent: at most they add up
+    total = sum(each.tokens for each in model.took)
+    assert summed(model.took)["standard_error_nats_per_token"] == pytest.approx(sum(each.error for each in model.took) / total)
     more = [*asked, *choices(("In the", " beginning"), question=1)]
     errors = [each.error for each in model.took]
     tight = MegaFlow(path=str(given_run), draws=4, tolerance=0.9 * max(errors))

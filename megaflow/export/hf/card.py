@@ -152,8 +152,12 @@ def _limits(source: Source, about: dict[str, Any]) -> list[str]:
     alone = "and from what the weights it began with had learned" if source.loaded.config.model.start else "alone"
     lines = [
         f"- It has learned from the text above {alone}, says what that says, and has been taught nothing about what not to say.",
-        f"- A text has at most {about['max_position_embeddings']} tokens.",
+        *([f"- A text has at most {about['max_position_embeddings']} tokens."] if about["fixed"].get("length_counts") else []),
     ]
+    if source.loaded.config.data.normalize == "letters":
+        lines.append(
+            "- It reads and writes a to z and spaces alone, and `tokenizer` takes no others: lower the letters, and make the rest spaces."
+        )
     if about["no_given"]:
         lines.append(f"- No prompt: {about['no_given']}.")
     if about["needs_given"]:

@@ -84,9 +84,11 @@ CURVES = {
 def report(directory: str | Path) -> None:
     """Write metrics.json and report.html. Raises UserError where DIR holds none of the runs, or an evaluation is of other weights."""
     directory = Path(directory)
+    if not directory.is_dir():
+        raise UserError(f"{directory}: no such folder; give one that holds {', '.join(RUNS)}, or the dir of a sweep")
     found = {name: directory / name for name in RUNS if (directory / name / "summary.json").is_file()}
     if not found:
-        raise UserError(f"{directory}: no finished run among {', '.join(RUNS)}; a report gathers what those runs have written")
+        raise UserError(f"{directory}: no finished run among {', '.join(RUNS)}, and no sweep; give the folder of one of these")
     if not (directory / "data").is_dir():
         raise UserError(f"{directory / 'data'}: there is no folder of this name; a report reads there what the runs were trained on")
     manifest = read_manifest(directory / "data")

@@ -54,6 +54,8 @@ def main() -> int:
     what, before = fate(job), earlier[-1]["time"] if earlier else 0.0
     attempt = ended(log_of(arguments.place, job), directory, arguments.code, arguments.asked, job, before, what)
     attempt["decision"], why = decide(attempt, earlier, what, saves)
+    if attempt["decision"] == "over":
+        attempt["said"] = why if attempt["end"] == "stopped" else attempt["said"]
     noted = records.add_attempt(place, attempt)
     if not noted and attempt["decision"] == "again" and attempt["end"] == "failed" and attempt["attempt"] >= SAME:
         attempt["decision"] = "over"

@@ -54,6 +54,7 @@ def counted(folder: Path, states: list[dict[str, Any]], queue: dict[str, slurm.Q
     names = {member["directory"] for file in (folder / "sweeps").glob("*.json") for member in read_if_whole(file).get("members", [])}
     own = [state for state in states if Path(state["run"]).parent == folder]
     there = {Path(state["run"]).name: LATER if state["state"] == "finished" and state["jobs"] else state["state"] for state in own}
+    said_of = {Path(state["run"]).name: state["said"] for state in own if state["state"] == "finished" and not state["jobs"]}
     here = bool(pools(folder))
     counts: dict[str, int] = {}
     reasons: list[str] = []
@@ -64,7 +65,10 @@ def counted(folder: Path, states: list[dict[str, Any]], queue: dict[str, slurm.Q
         state = there.get(name) or (noted["state"] if failed else "stopped" if killed else BEGUN)  # or one that never became a run
         if state == "finished" and noted.get("state") in ("running", "stopped"):
             state = LATER if here else "stopped"  # its evaluation
-        state = "failed" if failed and state == "finished" else state  # trained, and its evaluation has failed
+        if state == "finished" and (later_said := said_of.get(name)):  # trained, and its evaluation has failed, or was ended
+            state = "failed"
+            reasons.append(later_said)
+        state = "failed" if failed and state == "finished" else state
         counts[state] = counts.get(state, 0) + 1
         if failed and noted.get("said") and state == noted["state"] and (name not in there or there[name] == "finished"):
             reasons.append(noted["said"])
@@ -262,7 +266,7 @@ def later(run: Path, state: str, jobs: list[dict[str, Any]], attempts: list[dict
     """Why what came after training has failed, of a run that is finished; None where it has not, or was done again since."""
     last = attempts[-1] if attempts else {}
     stage = next((line["stage"] for line in jobs if line["job"] == last.get("job")), "")
-    if state != "finished" or last.get("end") != "failed" or stage in TRAINING:
+    if state != "finished" or stage in TRAINING or last.get("end") != "failed" and last.get("decision") not in ("over", "left"):
         return None
     file = run / "evaluation.json"
     again = stage == "evaluate" and file.exists() and file.stat().st_mtime > last["time"]

@@ -17,7 +17,7 @@ from megaflow.config import load
 from megaflow.config.check import batch_split, resolve
 from megaflow.errors import UserError
 from megaflow.files import write_atomically
-from megaflow.launch import records, script, slurm
+from megaflow.launch import records, script, slurm, status
 from megaflow.launch.records import TRAINING
 from megaflow.launch.script import Job, Resources
 from megaflow.show import is_there, known
@@ -305,6 +305,9 @@ def free(each: Step) -> None:
     """Refuse a second job that would train the same run. Raises UserError."""
     if each.stage not in (*TRAINING, "prepare"):
         return
+    if each.stage in TRAINING and status.holder(each.directory) == "here":
+        pid, _, _ = status.owner(each.directory)
+        raise UserError(f"{each.directory}: process {pid} of this host trains it; wait, megaflow cancel it, or choose another run.dir")
     ids = [line["job"] for line in records.jobs(each.place) if line["stage"] == each.stage]
     if active := slurm.waiting_or_running(ids):
         id, job = next(iter(active.items()))

@@ -185,17 +185,19 @@ def left(asked: Sweep, placed: list[Placed], how: Cluster, active: dict[Path, li
     word: it would submit these for ever.
     """
     found: dict[Path, Placed] = {}
-    lost: set[str] = set()
+    lost, halted = set[str](), set[str]()
     for each in placed:
         state, _ = points.stands(each.directory, asked.evaluate)
         if not each.refused and (state == DONE or active[each.directory] or halving.paused(each, share)):
             continue
-        if each.refused or each.point.teacher in lost:
+        if each.point.teacher in halted:
+            halted.add(each.point.name)
+        elif each.refused or each.point.teacher in lost:
             lost.add(each.point.name)
             if not how.dry_run:
                 points.note(each, REFUSED if each.refused else FAILED, each.refused or points.why_orphaned(each))
         elif how.itself and (state == STOPPED or cancelled(each)):
-            lost.add(each.point.name)
+            halted.add(each.point.name)
         elif how.itself and len(ids := points.unheard(each.directory)) >= SAME:
             lost.add(each.point.name)
             told = f"its jobs {', '.join(ids[-SAME:])} have left the queue before any attempt of theirs could be noted"

@@ -57,6 +57,7 @@ def sweep(
     slots = pool.shares(at_once)
     if dry_run:
         placed = points.place(asked, all_points, speed.known(asked), listing=True)
+        halving.check(asked, placed)
         if asked.draw["kind"] == "optuna":
             print(f"{min(asked.draw['count'], len(design.choices(asked)))} of these choices will be tried, each with all seeds:")
         print("\n".join(listed(placed, asked.evaluate, gone(placed, asked.evaluate))))
@@ -76,6 +77,7 @@ def run_here(asked: Sweep, all_points: list[design.Point], overrides: list[str],
     if "seconds" in asked.budget and (code := measured(asked, all_points, slots, stop)):
         return code
     placed = points.place(asked, all_points, speed.known(asked)) if not searching else []
+    halving.check(asked, placed)
     if not searching:
         filed.keep(asked, placed, overrides)
     with on_signals(stop):
@@ -87,7 +89,9 @@ def run_here(asked: Sweep, all_points: list[design.Point], overrides: list[str],
         gather.report(asked.dir, quiet=True)
     unfinished = tally.total - sum(tally.count(state) for state in (DONE, FAILED, REFUSED, EARLY))
     print(
-        f"{asked.dir}: {tally.count(DONE)} of {tally.total} points done" + told(tally) + f"; {page_of(asked)}",
+        f"{asked.dir}: {tally.count(DONE)} of {tally.total} points done"
+        + told(tally)
+        + (f"; {page_of(asked)}" if page_of(asked).exists() else ""),
         file=sys.stderr,
     )
     if refused := next((each for each in placed if each.refused), None):
@@ -98,7 +102,7 @@ def run_here(asked: Sweep, all_points: list[design.Point], overrides: list[str],
     if stop:
         print(f"megaflow: stopped by a signal, {unfinished} points are left; the same command goes on", file=sys.stderr)
         return STOPPED if stop[0] != signal.SIGINT else 130
-    return 1 if tally.count(FAILED) or tally.count(REFUSED) == tally.total else 0
+    return 1 if tally.count(FAILED) or unfinished or tally.count(REFUSED) == tally.total else 0
 
 
 def page_of(asked: Sweep) -> Path:
@@ -106,7 +110,7 @@ def page_of(asked: Sweep) -> Path:
 
 
 def told(tally: Tally) -> str:
-    found = [f", {count} {state}" for state in (FAILED, REFUSED, EARLY, "busy") if (count := tally.count(state))]
+    found = [f", {count} {state}" for state in (FAILED, REFUSED, EARLY, points.STOPPED, "busy") if (count := tally.count(state))]
     return "".join(found) + (" (--retry tries failed ones again)" if tally.count(FAILED) else "")
 
 
@@ -168,6 +172,8 @@ def measured(asked: Sweep, all_points: list[design.Point], slots: list[dict[str,
         if tally.full:
             raise UserError(f"{tally.full}; the same command goes on when there is room")
         speed.keep(asked, new)
+    if stop:
+        print("megaflow: stopped by a signal, while speeds are measured; the same command goes on", file=sys.stderr)
     return STOPPED if stop else 0
 
 
@@ -175,11 +181,17 @@ def trained(asked: Sweep, placed: list[Placed], slots: list[dict[str, str]], ret
     """All points, or those of a halving rung by rung."""
     tally = Tally(len({each.directory for each in placed}))
     for share, alive in halving.rungs(asked, placed):
-        tally.add(pool.run(asked, alive, slots, retry, stop, share))
+        tally.add(pool.run(asked, unstopped(alive, tally), slots, retry, stop, share))
         if stop:
             break
     tally.states |= {str(each.directory): EARLY for each in placed if points.stands(each.directory, asked.evaluate)[0] == EARLY}
     return tally
+
+
+def unstopped(some: list[Placed], tally: Tally) -> list[Placed]:
+    """Without what somebody has stopped while this sweep ran, and without maps of such flows."""
+    halted = {directory for directory, state in tally.states.items() if state == points.STOPPED}
+    return [each for each in some if str(each.directory) not in halted and points.teacher_of(each) not in halted]
 
 
 def searched(asked: Sweep, slots: list[dict[str, str]], retry: bool, stop: list[int], words: list[str]) -> Tally:
@@ -190,7 +202,7 @@ def searched(asked: Sweep, slots: list[dict[str, str]], retry: bool, stop: list[
     def measure(new: list[Choice], chosen: list[Choice]) -> list[float | None]:
         placed = points.place(asked, design.points(asked, chosen))
         filed.keep(asked, placed, words)
-        tally.add(pool.run(asked, of_choices(placed, new), slots, retry, stop))
+        tally.add(pool.run(asked, unstopped(of_choices(placed, new), tally), slots, retry, stop))
         return values(asked, placed, new)
 
     search.search(asked, max(1, len(slots) // len(asked.seeds)), measure, stop)
@@ -218,6 +230,7 @@ def submitted(asked: Sweep, all_points: list[design.Point], words: list[str], cl
         more = searched_there(asked, words, cluster)
     else:
         placed = points.place(asked, all_points, listing=cluster.dry_run)
+        halving.check(asked, placed)
         if not cluster.dry_run:
             filed.keep(asked, placed, words)
         some = [each for each in placed if each.refused]

@@ -210,7 +210,8 @@ def _sweep(path: str, content: dict[str, Any]) -> Sweep:
     for name in content:
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1)
-            raise UserError(f"{path}: a sweep has no {name}" + (f"; did you mean {near[0]}?" if near else ""))
+            known = f"; did you mean {near[0]}?" if near else f"; it has {', '.join(sorted(names))} (a config of one run is for pretrain)"
+            raise UserError(f"{path}: a sweep has no {name}{known}")
     for name in ("dir", "base"):
         if not isinstance(content.get(name), str) or not content[name].strip():
             raise UserError(f"{path}: {name} is missing; name the {'folder of the sweep' if name == 'dir' else 'config of its points'}")

@@ -8,10 +8,11 @@ import math
 import statistics
 from collections.abc import Iterator
 
+from megaflow.errors import UserError
 from megaflow.files import lines
 from megaflow.sweep import design, points
 from megaflow.sweep.design import Sweep
-from megaflow.sweep.points import DONE, EARLY, FAILED, REFUSED, Placed
+from megaflow.sweep.points import DONE, EARLY, FAILED, REFUSED, STOPPED, Placed
 from megaflow.train import outcome
 
 Labels = tuple[tuple[str, str], ...]
@@ -29,6 +30,16 @@ def rungs(asked: Sweep, placed: list[Placed], note: bool = True) -> Iterator[tup
             alive = best(asked, alive, share, note)
 
 
+def check(asked: Sweep, placed: list[Placed]) -> None:
+    """Refuse rungs of which several would pause at one step, and decide on the same. Raises UserError."""
+    count = asked.draw["rungs"] if asked.draw["kind"] == "halving" else 1
+    for each in placed if count > 1 else []:
+        ends = [max(1, round(asked.draw["keep"] ** (count - 1 - rung) * each.steps)) for rung in range(count)]
+        if each.steps and not is_teacher(each) and len(set(ends)) < count:
+            told = f"its {each.steps} steps have rungs that end at {', '.join(map(str, ends))}, some at the same step"
+            raise UserError(f"{asked.file}: draw.rungs={count}, and {each.point.name}: {told}; fewer rungs, a larger keep, or more steps")
+
+
 def best(asked: Sweep, alive: list[Placed], share: float, note: bool) -> list[Placed]:
     """The points of the best choices, of those that are further already without having been measured here, and all teachers."""
     keep, by = asked.draw["keep"], asked.draw["by"]
@@ -37,7 +48,7 @@ def best(asked: Sweep, alive: list[Placed], share: float, note: bool) -> list[Pl
     told = {choice: (place, value) for place, (choice, value) in enumerate(order)}
     for each in alive if note else []:
         choice = choice_of(each)
-        if choice in going or is_teacher(each) or points.stands(each.directory, asked.evaluate)[0] in (DONE, FAILED, REFUSED):
+        if choice in going or is_teacher(each) or points.stands(each.directory, asked.evaluate)[0] in (DONE, FAILED, REFUSED, STOPPED):
             continue
         said = f"one of its seeds has no {by} after {paused_at(each, share)} steps"
         if choice in told:

@@ -115,7 +115,7 @@ def choices_md(data: dict[str, Any]) -> str:
         ]
         apart, digits = found[0].paired, digits_of(by_metric[0])
         difference = pair(apart.difference, apart.error, digits, "+") if apart is not None and choice != base and cells[0] else ""
-        rest = next((f"{point['state']}: {point['said'] or ''}" for point in mine if point["state"] != "done"), "")
+        rest = next((point["state"] + (f": {point['said']}" if point["said"] else "") for point in mine if point["state"] != "done"), "")
         seeds = str(len(done)) if len(done) == len(mine) else f"{len(done)} of {len(mine)}; {rest}"
         lines.append([*(f"`{value}`" for value in choice), seeds, cells[0], difference, *cells[1:]])
     won = statistics.winner(data)

@@ -78,6 +78,8 @@ def place(sweep: Sweep, all_points: list[Point], speeds: dict[str, float] | None
             if sweep.budget:
                 words.append(f"train.steps={steps_of(sweep.budget, loaded, vocab, (speeds or {}).get(kind))}")
                 loaded, vocab = known(point.base, words)
+            if at := loaded.config.train.pause_at:
+                raise UserError(f"train.pause_at={at}: points of a sweep train to their end; leave it out")
             if not point.teacher:
                 contradictions(loaded)
                 if point.stage == "distill" and not loaded.config.distill.teacher:
@@ -272,8 +274,8 @@ def why_orphaned(each: Placed) -> str:
 
 
 def orphaned(each: Placed) -> bool:
-    """Whether a point is a map of a flow that has failed, or was refused."""
-    return bool(each.point.teacher) and stands(Path(teacher_of(each)), {})[0] in (FAILED, REFUSED)
+    """Whether a point is a map of a flow that has failed, was refused, or that somebody has stopped."""
+    return bool(each.point.teacher) and stands(Path(teacher_of(each)), {})[0] in (FAILED, REFUSED, STOPPED)
 
 
 def claim(directory: Path) -> TextIO | None:

@@ -206,6 +206,24 @@ def test_what_trains_here_is_told_also_where_slurm_cannot_be_asked(training, cli
     assert training.wait(timeout=60) == 75
 
 
+@pytest.mark.parametrize("decision, end", [("over", "stopped"), ("left", "stopped"), ("over", "failed")])
+def test_an_evaluation_that_came_to_no_end_is_told(copied, cli, tmp_path, decision, end):
+    """By its time limit, or cancelled: of its run, which is finished, and of the sweep that it is a point of."""
+    sweep = tmp_path / "sweep"
+    (sweep / "sweeps").mkdir(parents=True)
+    (sweep / "sweeps" / "a.json").write_text(json.dumps({"members": [{"directory": "one"}]}))
+    run = copied("coded").rename(sweep / "one")
+    (run / "slurm").mkdir()
+    records.add_job(run / "slurm", {"job": "7_0", "stage": "evaluate"})
+    records.add_attempt(run / "slurm", {"job": "7_0", "time": time.time(), "decision": decision, "end": end, "said": "give it more --time"})
+    (run / "point.json").write_text(json.dumps({"state": "queued"}))
+    (run / "evaluation.json").unlink(missing_ok=True)
+    out = cli("status", sweep).out
+    assert "    evaluate: give it more --time" in out and f"{sweep}: 1 points, 1 failed" in out
+    (run / "evaluation.json").write_text("{}")
+    assert f"{sweep}: 1 points, 1 finished" in cli("status", sweep).out
+
+
 def test_what_is_cancelled_before_it_began_is_noted(cli, tmp_path, monkeypatch):
     """As a sweep that asks for itself has to know: its job has left the queue, and nobody wants it back."""
     run = tmp_path / "one"

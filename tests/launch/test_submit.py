@@ -1,5 +1,6 @@
 """What a submission refuses before anything is submitted, and how it reads what follows what. Without a cluster."""
 
+import os
 import re
 from pathlib import Path
 
@@ -263,3 +264,13 @@ def test_nothing_follows_a_sweep_that_submits_more_as_it_goes(tmp_path, monkeypa
     monkeypatch.setattr(slurm, "waiting_or_running", lambda ids, *more: dict.fromkeys(ids))
     with pytest.raises(UserError, match="this sweep submits more as it goes, until it has decided; ask again when it is over"):
         submit.queued(str(tmp_path), False)
+
+
+def test_a_run_that_trains_here_gets_no_job(cli, config, copied, monkeypatch):
+    run = copied("coded")
+    (run / ".lock").write_text(f"{os.getpid()} on {os.uname().nodename}")
+    monkeypatch.setattr("megaflow.launch.status.command_of", lambda pid: b"megaflow")
+    monkeypatch.setattr(slurm, "waiting_or_running", lambda ids, *more: {})
+    told = cli("submit", config("coded"), f"run.dir={run}", "train.steps=60")
+    sentence = f"megaflow: {run}: process {os.getpid()} of this host trains it; wait, megaflow cancel it, or choose another run.dir"
+    assert told.code == 2 and told.err.strip() == sentence

@@ -60,6 +60,11 @@ def test_a_sweep_that_asks_for_itself_does_so_for_no_point_for_ever(tmp_path, sw
     assert array.left(asked, placed, replace(how, itself=True), free, 1.0) == placed[2:]
     monkeypatch.setattr(array, "fate", lambda job: {"2_1": "cancelled"}.get(job, ""))  # before it began, as Slurm remembers for a while
     assert array.left(asked, placed, replace(how, itself=True), free, 1.0) == placed[3:]
+    # of a flow that was cancelled no map is submitted, nor told to have failed: whoever asks has all of them
+    taught = [replace(fresh, point=replace(fresh.point, teacher=cancelled.point.name))]
+    assert array.left(asked, [cancelled, *taught], replace(how, itself=True), free, 1.0) == []
+    assert points.stands(fresh.directory, {})[0] == "queued"
+    assert array.left(asked, [cancelled, *taught], how, free, 1.0) == [cancelled, *taught]
     state, said = points.stands(gone.directory, {})
     assert state == "failed" and said.startswith("its jobs 1_1, 2_0, 3_0 have left the queue before any attempt of theirs could be noted")
     assert array.left(asked, placed, how, free, 1.0) == [cancelled, *placed[2:]]

@@ -1,10 +1,12 @@
 """Which choices of a halving go on, as a function of what lies in its folder."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from megaflow.errors import UserError
 from megaflow.sweep import halving, points
 from megaflow.sweep.design import TEACHER, Point, Sweep
 from megaflow.sweep.points import Placed
@@ -66,6 +68,26 @@ def test_a_seed_whose_flow_has_failed_is_left_out_of_all(place):
     points.note(flows[1], "failed", "no memory")
     maps = [place(name, seed, {4: loss} if seed == 0 else {}, flows[seed]) for name, loss in (("a", 2.0), ("b", 1.0)) for seed in (0, 1)]
     assert going([*flows, *maps]) == ["flow-0", "flow-1", "b-0", "b-1"]
+
+
+def test_what_somebody_has_stopped_stays_so_and_is_no_reason_against_others(place):
+    """It has not stopped early; and of a flow that was stopped the maps of its seed are left out of all."""
+    found = [place("a", 0, {2: 1.0}), place("b", 0, {4: 2.0}), place("c", 0, {4: 3.0})]
+    points.note(found[0], "stopped", "told to stop")
+    assert going(found) == ["b-0"] and state(found[0]) == ("stopped", "told to stop")
+    flows = [place("flow", seed, {}, labels={TEACHER: "flow"}) for seed in (0, 1)]
+    (flows[0].directory / "summary.json").write_text("{}")
+    points.note(flows[1], "stopped")
+    maps = [place(name, seed, {4: loss} if seed == 0 else {}, flows[seed]) for name, loss in (("d", 2.0), ("e", 1.0)) for seed in (0, 1)]
+    assert going([*flows, *maps]) == ["flow-0", "flow-1", "e-0", "e-1"]
+
+
+def test_rungs_that_end_at_one_step_are_refused(place):
+    found = [place("a", 0, {}), place("b", 0, {})]
+    halving.check(ASKED, found)
+    halving.check(replace(ASKED, draw={"kind": "grid"}), found)
+    with pytest.raises(UserError, match="draw.rungs=6, and choice=a-seed=0: its 8 steps have rungs that end at 1, 1, 1, 2, 4, 8, some at"):
+        halving.check(replace(ASKED, draw=ASKED.draw | {"rungs": 6}), found)
 
 
 def test_what_is_further_already_goes_on(place):

@@ -51,6 +51,12 @@ def test_what_was_refused_leaves_its_name_to_what_is_not(placed):
     assert beside.directory.name == f"{each.directory.name}-{each.identity[:6]}"
 
 
+def test_points_train_to_their_end(placed):
+    """Whatever would have one pause: it would never be done."""
+    (each,) = placed("axes: {train.steps: [4]}\nset: {train.pause_at: 2}")
+    assert each.refused == "train.pause_at=2: points of a sweep train to their end; leave it out"
+
+
 def test_jobs_of_which_nothing_was_heard(tmp_path):
     """Of one stage and in a row; one that noted an attempt begins the row anew."""
     place = tmp_path / "slurm"

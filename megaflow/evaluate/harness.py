@@ -289,7 +289,7 @@ class MegaFlow(LM):
                 f"{self.run.directory} does not read texts as they are (data.normalize={self.run.manifest['normalize']}, or its tokenizer)"
             )
             logging.getLogger(__name__).warning(
-                f"{said}: bits per byte are of bytes that it has not scored; megaflow_bytes has both numbers"
+                f"{said}: bits per byte are of other bytes than it has scored; megaflow_bytes has both numbers"
             )
         sizes["of_the_text"] += size
         sizes["as_read"] += read

@@ -54,6 +54,8 @@ def main() -> int:
     what, before = fate(job), earlier[-1]["time"] if earlier else 0.0
     attempt = ended(log_of(arguments.place, job), directory, arguments.code, arguments.asked, job, before, what)
     attempt["decision"], why = decide(attempt, earlier, what, saves)
+    if attempt["decision"] == "left" and from_outside(attempt, what):
+        attempt["cancelled"] = True  # which a sweep that asks for itself has to know
     if attempt["decision"] == "over":
         attempt["said"] = why if attempt["end"] == "stopped" else attempt["said"]
     noted = records.add_attempt(place, attempt)
@@ -111,7 +113,7 @@ def decide(attempt: dict[str, Any], earlier: list[dict[str, Any]], fate: str, sa
     what = attempt["said"]
     if attempt["end"] == "done":
         return "done", "done"
-    if fate == "cancelled" or attempt["asked"] == "TERM" and fate != "preempted":
+    if from_outside(attempt, fate):
         return "left", f"ended from outside ({what}); if Slurm queues the job again it goes on where it is saved"
     if UNFINISHED in what:
         return "left", f"{what}; submit it again, and this goes on behind it"
@@ -128,6 +130,11 @@ def decide(attempt: dict[str, Any], earlier: list[dict[str, Any]], fate: str, sa
     if stuck >= STUCK:
         return "over", f"gives up after {stuck} attempts without a new checkpoint, the last of which ended so: {what}"
     return "again", f"{what}; attempt {attempt['attempt']} has ended, the job queues again"
+
+
+def from_outside(attempt: dict[str, Any], fate: str) -> bool:
+    """Whether somebody has ended a job."""
+    return fate == "cancelled" or attempt["asked"] == "TERM" and fate != "preempted"
 
 
 def shape(attempt: dict[str, Any]) -> tuple[str, str, int]:

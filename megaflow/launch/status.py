@@ -65,9 +65,10 @@ def counted(folder: Path, states: list[dict[str, Any]], queue: dict[str, slurm.Q
         state = there.get(name) or (noted["state"] if failed else "stopped" if killed else BEGUN)  # or one that never became a run
         if state == "finished" and noted.get("state") in ("running", "stopped"):
             state = LATER if here else "stopped"  # its evaluation
-        if state == "finished" and (later_said := said_of.get(name)):  # trained, and its evaluation has failed, or was ended
+        evaluation = said_of.get(name) or ""
+        if state == "finished" and noted.get("state") != "done" and evaluation.startswith("evaluate: "):  # failed, or was ended
             state = "failed"
-            reasons.append(later_said)
+            reasons.append(evaluation)
         state = "failed" if failed and state == "finished" else state
         counts[state] = counts.get(state, 0) + 1
         if failed and noted.get("said") and state == noted["state"] and (name not in there or there[name] == "finished"):
@@ -314,8 +315,10 @@ def cancel(places: list[str]) -> None:
             os.kill(process, signal.SIGTERM)
             print(f"process {process}, the sweep {folder}, is told to end, and what it trains to save")
             ended += 1
-    for run in [*sweeps, *runs]:
-        jobs, active = records.jobs(place_of(run)), {}
+    # first the jobs that would submit more, then runs, at whose own place it is noted, then what else is of a sweep
+    last = [(sweep, [line for line in records.jobs(place_of(sweep)) if "sweep" in line]) for sweep in sweeps]
+    for run, jobs in [*last, *((run, records.jobs(place_of(run))) for run in [*runs, *sweeps])]:
+        active = {}
         try:
             active = slurm.waiting_or_running([line["job"] for line in jobs]) if jobs else {}
         except slurm.Unreachable as error:
@@ -330,8 +333,9 @@ def cancel(places: list[str]) -> None:
                 print(f"job {id} of {run} is told to save and end; scancel {id} ends it at once")
             else:
                 slurm.ask("scancel", id)
-                never = {"attempt": 0, "end": "stopped", "decision": "left", "said": "cancelled before it began"}
-                records.add_attempt(place_of(run), {"job": id, "time": time.time(), "step": outcome.newest_step(run), **never})
+                if run not in sweeps:
+                    never = {"attempt": 0, "end": "stopped", "decision": "left", "cancelled": True, "said": "cancelled before it began"}
+                    records.add_attempt(place_of(run), {"job": id, "time": time.time(), "step": outcome.newest_step(run), **never})
                 print(f"job {id} of {run} is out of the queue")
             ended += 1
         if holder(run) == "here":

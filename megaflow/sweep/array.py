@@ -26,7 +26,7 @@ from megaflow.launch.script import Job, Resources
 from megaflow.launch.submit import apart, limits, named_by, needed
 from megaflow.sweep import filed, gather, halving, points
 from megaflow.sweep.design import Sweep, judges_of
-from megaflow.sweep.points import DONE, FAILED, REFUSED, STOPPED, Placed
+from megaflow.sweep.points import DONE, FAILED, REFUSED, Placed
 from megaflow.train import outcome
 
 PATIENCE = 60.0
@@ -196,12 +196,15 @@ def left(asked: Sweep, placed: list[Placed], how: Cluster, active: dict[Path, li
             lost.add(each.point.name)
             if not how.dry_run:
                 points.note(each, REFUSED if each.refused else FAILED, each.refused or points.why_orphaned(each))
-        elif how.itself and (state == STOPPED or cancelled(each)):
+        elif how.itself and (points.cancelled(each.directory) or cancelled(each)):
             halted.add(each.point.name)
         elif how.itself and len(ids := points.unheard(each.directory)) >= SAME:
             lost.add(each.point.name)
             told = f"its jobs {', '.join(ids[-SAME:])} have left the queue before any attempt of theirs could be noted"
             points.note(each, FAILED, f"{told}; their log has why, megaflow logs {shlex.quote(str(each.directory))}")
+        elif how.itself and (said := points.stuck(each.directory, SAME)):
+            lost.add(each.point.name)
+            points.note(each, FAILED, said)
         elif state == FAILED and (not how.retry or points.another(each.directory)):
             if points.stands(each.directory, {})[0] == FAILED:  # and not its evaluation alone
                 lost.add(each.point.name)

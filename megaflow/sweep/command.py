@@ -196,16 +196,19 @@ def unstopped(some: list[Placed], tally: Tally) -> list[Placed]:
 
 def searched(asked: Sweep, slots: list[dict[str, str]], retry: bool, stop: list[int], words: list[str]) -> Tally:
     """Adaptive search: as many choices at once as fill the slots with all their seeds."""
-    choices = min(asked.draw["count"], len(design.choices(asked)))
+    choices, seen = min(asked.draw["count"], len(design.choices(asked))), set[Path]()
     tally = Tally(len(asked.seeds) * (choices + bool(asked.teacher.base)))
 
     def measure(new: list[Choice], chosen: list[Choice]) -> list[float | None]:
         placed = points.place(asked, design.points(asked, chosen))
         filed.keep(asked, placed, words)
+        seen.update(each.directory for each in placed)
         tally.add(pool.run(asked, unstopped(of_choices(placed, new), tally), slots, retry, stop))
         return values(asked, placed, new)
 
     search.search(asked, max(1, len(slots) // len(asked.seeds)), measure, stop)
+    if not stop and seen:
+        tally.total = len(seen)  # choices that come to the same are trained once
     return tally
 
 
@@ -233,6 +236,7 @@ def submitted(asked: Sweep, all_points: list[design.Point], words: list[str], cl
         halving.check(asked, placed)
         if not cluster.dry_run:
             filed.keep(asked, placed, words)
+            taken_up(placed, cluster)
         some = [each for each in placed if each.refused]
         if some:
             told = f"{len(some)} of {len(placed)} points are refused, such as {some[0].directory.name}: {some[0].refused}"
@@ -249,6 +253,13 @@ def submitted(asked: Sweep, all_points: list[design.Point], words: list[str], cl
     return 0
 
 
+def taken_up(placed: list[Placed], cluster: Cluster) -> None:
+    """Note that somebody asks for what was cancelled before: of a sweep that asks for itself only what is cancelled later is left out."""
+    for each in placed if not cluster.itself else []:
+        if points.cancelled(each.directory):
+            points.note(each, "pending")
+
+
 def searched_there(asked: Sweep, words: list[str], cluster: Cluster) -> bool:
     """The next choices of a search on a cluster. Returns whether there are any."""
     assert cluster.most is not None
@@ -258,6 +269,7 @@ def searched_there(asked: Sweep, words: list[str], cluster: Cluster) -> bool:
         placed = points.place(asked, design.points(asked, chosen), listing=cluster.dry_run)
         if not cluster.dry_run:
             filed.keep(asked, placed, words)
+            taken_up(placed, cluster)
         if array.submit(asked, of_choices(placed, new), cluster):
             stop.append(0)
         return values(asked, placed, new)

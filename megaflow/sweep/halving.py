@@ -48,7 +48,8 @@ def best(asked: Sweep, alive: list[Placed], share: float, note: bool) -> list[Pl
     told = {choice: (place, value) for place, (choice, value) in enumerate(order)}
     for each in alive if note else []:
         choice = choice_of(each)
-        if choice in going or is_teacher(each) or points.stands(each.directory, asked.evaluate)[0] in (DONE, FAILED, REFUSED, STOPPED):
+        state, _ = points.stands(each.directory, asked.evaluate)
+        if choice in going or is_teacher(each) or state in (DONE, FAILED, REFUSED) or state == STOPPED and not paused(each, share):
             continue
         said = f"one of its seeds has no {by} after {paused_at(each, share)} steps"
         if choice in told:

@@ -194,6 +194,20 @@ def unheard(directory: Path) -> list[str]:
     return max(found.values(), key=len, default=[])
 
 
+def cancelled(directory: Path) -> bool:
+    """Whether the last that became of a point's job, since it was submitted, is that somebody has cancelled it."""
+    attempts = records.attempts(records.place_of(directory))
+    return bool(attempts) and attempts[-1]["time"] > record(directory).get("time", 0.0) and bool(attempts[-1].get("cancelled"))
+
+
+def stuck(directory: Path, times: int) -> str:
+    """What was said last of a point whose jobs have ended so many times one after the other where they could not queue again, with no new
+    checkpoint between; empty of others."""
+    ended = [line for line in records.attempts(records.place_of(directory)) if line["decision"] == "left" and not line.get("cancelled")]
+    alike = len(ended) >= times and len({line.get("step") for line in ended[-times:]}) == 1
+    return f"{ended[-1]['said']}; so {times} times, with no new checkpoint between" if alike else ""
+
+
 def stands(directory: Path, evaluate: dict[str, Any]) -> tuple[str, str]:
     """(state, what was said) of a point by what lies there, whoever has worked on it; 'pending' of one that nobody has begun.
 

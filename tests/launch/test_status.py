@@ -220,8 +220,10 @@ def test_an_evaluation_that_came_to_no_end_is_told(copied, cli, tmp_path, decisi
     (run / "evaluation.json").unlink(missing_ok=True)
     out = cli("status", sweep).out
     assert "    evaluate: give it more --time" in out and f"{sweep}: 1 points, 1 failed" in out
-    (run / "evaluation.json").write_text("{}")
+    (run / "point.json").write_text(json.dumps({"state": "done"}))  # and somebody evaluates it by hand, or converts it
     assert f"{sweep}: 1 points, 1 finished" in cli("status", sweep).out
+    (run / "evaluation.json").write_text("{}")
+    assert "give it more" not in cli("status", sweep).out
 
 
 def test_what_is_cancelled_before_it_began_is_noted(cli, tmp_path, monkeypatch):
@@ -234,6 +236,7 @@ def test_what_is_cancelled_before_it_began_is_noted(cli, tmp_path, monkeypatch):
     monkeypatch.setattr(slurm, "ask", lambda *words, **more: queue.clear() or "")
     assert "job 5_1 of" in cli("cancel", run).out
     (attempt,) = records.attempts(run / "slurm")
+    assert attempt["cancelled"] is True
     assert (attempt["decision"], attempt["end"], attempt["said"]) == ("left", "stopped", "cancelled before it began")
     found = state(cli, run)
     assert found["state"] == "stopped" and found["attempts"] is None
@@ -252,7 +255,7 @@ def test_a_job_of_a_sweep_is_told_once(cli, tmp_path, monkeypatch):
     )
     monkeypatch.setattr(slurm, "ask", lambda *words, **more: asked.append(words) or "")
     told = cli("cancel", sweep)
-    assert told.out.count("job 5_1") == 1
+    assert told.out.count("job 5_1") == 1 and f"job 5_1 of {sweep / 'one'} is told" in told.out
     # the script first, and then what it has started
     assert asked == [("scancel", "--batch", "--signal=TERM", "5_1"), ("scancel", "--signal=TERM", "5_1")]
 

@@ -11,7 +11,7 @@ from megaflow.config.load import load
 from megaflow.files import lines
 from megaflow.launch import records
 from megaflow.launch.script import Resources
-from megaflow.sweep import array, design, points
+from megaflow.sweep import array, command, design, points
 
 EVALUATE = {"steps": "1", "samples": 4, "rows": 8, "draws": 2}
 
@@ -51,7 +51,7 @@ def test_a_sweep_that_asks_for_itself_does_so_for_no_point_for_ever(tmp_path, sw
         (each.directory / "slurm").mkdir()
         for job in jobs:
             records.add_job(each.directory / "slurm", {"job": job, "stage": "pretrain"})
-    ended = {"job": "1_0", "time": time.time() + 1, "decision": "left", "end": "failed", "said": "ended from outside"}
+    ended = {"job": "1_0", "time": time.time() + 1, "decision": "left", "end": "stopped", "said": "", "cancelled": True}
     records.add_attempt(cancelled.directory / "slurm", ended)
     how = array.Cluster(tmp_path / "out" / "slurm", tmp_path, Resources(), None, False, False, [])
     free = {each.directory: [] for each in placed}
@@ -69,6 +69,47 @@ def test_a_sweep_that_asks_for_itself_does_so_for_no_point_for_ever(tmp_path, sw
     assert state == "failed" and said.startswith("its jobs 1_1, 2_0, 3_0 have left the queue before any attempt of theirs could be noted")
     assert array.left(asked, placed, how, free, 1.0) == [cancelled, *placed[2:]]
     assert array.left(asked, placed, replace(how, retry=True), free, 1.0) == placed
+
+
+def test_what_could_not_queue_again_is_submitted_again_and_not_for_ever(tmp_path, sweep, monkeypatch):
+    """By its site, or since its flow was not there: three times with no new checkpoint between it has failed. Nobody has cancelled it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(array, "fate", lambda job: "")
+    asked = design.read(str(sweep), ["evaluate={}"])
+    each, *_ = points.place(asked, design.points(asked))
+    points.note(each, "queued")
+    (each.directory / "slurm").mkdir()
+    how = array.Cluster(tmp_path / "out" / "slurm", tmp_path, Resources(), None, False, False, [], itself=True)
+    steps = (0, 20, 20, 20)
+    for number, step in enumerate(steps):
+        records.add_job(each.directory / "slurm", {"job": f"{number}_0", "stage": "pretrain"})
+        line = {
+            "job": f"{number}_0",
+            "time": time.time() + 1,
+            "decision": "left",
+            "end": "failed",
+            "said": "cannot queue again",
+            "step": step,
+        }
+        records.add_attempt(each.directory / "slurm", line)
+        left = array.left(asked, [each], how, {each.directory: []}, 1.0)
+        assert left == ([each] if number < len(steps) - 1 else [])
+    assert points.record(each.directory)["said"] == "cannot queue again; so 3 times, with no new checkpoint between"
+
+
+def test_who_asks_for_a_sweep_asks_for_what_was_cancelled_before(tmp_path, sweep, monkeypatch):
+    """Also for what is not submitted yet, since its rung comes later."""
+    monkeypatch.chdir(tmp_path)
+    asked = design.read(str(sweep), ["evaluate={}"])
+    each, *_ = points.place(asked, design.points(asked))
+    points.note(each, "queued")
+    (each.directory / "slurm").mkdir()
+    records.add_attempt(each.directory / "slurm", {"job": "1", "time": time.time(), "decision": "left", "cancelled": True, "said": ""})
+    how = array.Cluster(tmp_path / "out" / "slurm", tmp_path, Resources(), None, False, False, [], itself=True)
+    command.taken_up([each], how)
+    assert points.cancelled(each.directory)
+    command.taken_up([each], replace(how, itself=False))
+    assert not points.cancelled(each.directory) and points.stands(each.directory, {})[0] == "pending"
 
 
 @pytest.mark.long

@@ -75,6 +75,9 @@ def test_what_somebody_has_stopped_stays_so_and_is_no_reason_against_others(plac
     found = [place("a", 0, {2: 1.0}), place("b", 0, {4: 2.0}), place("c", 0, {4: 3.0})]
     points.note(found[0], "stopped", "told to stop")
     assert going(found) == ["b-0"] and state(found[0]) == ("stopped", "told to stop")
+    points.note(found[2], "stopped")  # behind this rung already, in another sweep: it does not go on
+    going(found)
+    assert state(found[2])[0] == "stopped early"
     flows = [place("flow", seed, {}, labels={TEACHER: "flow"}) for seed in (0, 1)]
     (flows[0].directory / "summary.json").write_text("{}")
     points.note(flows[1], "stopped")

@@ -5,6 +5,7 @@ Nothing is asked of the processes that train, and nothing of theirs is locked: a
 
 import json
 import os
+import shlex
 import signal
 import sys
 import time
@@ -344,5 +345,10 @@ def cancel(places: list[str]) -> None:
             ended += 1
     if trouble is not None:
         raise UserError(f"jobs are not told: {trouble}")
+    for run in runs:
+        if not ended and point_of(run).get("state") == "running" and (own := pools(run.parent)):
+            of = shlex.quote(str(run.parent))
+            print(f"the sweep {run.parent}, process {own[0]}, evaluates {run.name}; megaflow cancel {of} ends that sweep")
+            ended += 1
     if not ended:
         print("nothing to cancel: no job and no process of this host works on it")

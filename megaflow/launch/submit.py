@@ -150,16 +150,16 @@ def step(stage: str, words: list[str], resources: Resources, run: Path | None, w
         data = Path(loaded.config.data.path)
         return Step(stage, [stage, path, *options], data, data.absolute().with_name(f"{data.absolute().name}.slurm"))
     config = loaded.config
+    if stage == "distill" and not config.distill.teacher:
+        raise UserError(f"{path}: distill.teacher is not set; give the run of a flow, distill.teacher=RUN")
+    if stage == "distill" and not waits and not is_there(config.distill.teacher):
+        raise UserError(f"distill.teacher={config.distill.teacher}: no run is there; submit it first, and this --after it")
     if vocab is None and not waits:
         raise UserError(f"data.path={config.data.path}: no shards are there; submit stage=prepare, and this --after {config.data.path}")
     if vocab is not None and not (stage == "distill" and not is_there(config.distill.teacher)):
         whole = resolve(loaded, vocab)
         if (Path(config.run.dir) / "config.yaml").exists():
             continued(whole, stage)
-    if stage == "distill" and not config.distill.teacher:
-        raise UserError(f"{path}: distill.teacher is not set; give the run of a flow, distill.teacher=RUN")
-    if stage == "distill" and not waits and not is_there(config.distill.teacher):
-        raise UserError(f"distill.teacher={config.distill.teacher}: no run is there; submit it first, and this --after it")
     ranks, tensor = resources.nodes * resources.ranks, config.parallel.tensor
     if ranks % tensor:
         raise UserError(f"{ranks} ranks are no multiple of parallel.tensor={tensor}; ask for other --nodes or --gpus-per-node")

@@ -132,7 +132,7 @@ def point_of(directory: Path, member: dict[str, Any], evaluate: dict[str, Any]) 
         "values": member["labels"],
         "seed": member["seed"],
         "besides": besides(directory),
-        "state": {"stopped": "stopped early", "paused": "stopped early", "queued": "pending"}.get(state, state),
+        "state": "pending" if state == "queued" else state,
         "said": member["refused"] or said or GOES_ON.get(state),
         "metrics": metrics if state == points.DONE else {},
         "curve": curve,

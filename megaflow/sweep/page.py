@@ -35,7 +35,7 @@ COSTS = {
     "seconds": "seconds of training",
     "parameters": "parameters",
 }
-STATES = ("done", "running", "pending", "stopped early", "failed", "refused")
+STATES = ("done", "running", "pending", "paused", "stopped", "stopped early", "failed", "refused")
 NUMBERS = 24_000  # of a page's curves: 300 points stay below 2 MB
 MOST_NUMBERS = 240  # of one curve: more are not seen
 SHOWN = 30  # choices whose curves are all shown at first; of more, the BEST of them
@@ -657,7 +657,7 @@ def _view(data: dict[str, Any], folder: Path | str | None) -> dict[str, Any]:
         "surface": scaling.surface_law(crossed) if crossed else None,
         "laws": [(cost, law, law_figure(law, cost, data["metric"])) for cost, law in laws],
         "sizes": len(sizes),
-        "unfinished": [point for point in data["points"] if point["state"] in ("failed", "refused", "stopped early")],
+        "unfinished": [point for point in data["points"] if point["state"] in ("failed", "refused", "stopped early", "stopped", "paused")],
         "undefined": [point["name"] for point in done if not statistics.measured([point], data["metric"])],
         "waiting": waiting,
         "longest": LONGEST,

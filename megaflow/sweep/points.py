@@ -11,6 +11,7 @@ asks for it, under whatever name.
 
 import fcntl
 import hashlib
+import itertools
 import json
 import time
 from dataclasses import dataclass
@@ -195,17 +196,20 @@ def unheard(directory: Path) -> list[str]:
 
 
 def cancelled(directory: Path) -> bool:
-    """Whether the last that became of a point's job, since it was submitted, is that somebody has cancelled it."""
-    attempts = records.attempts(records.place_of(directory))
+    """Whether the last that became of a point's training, since it was submitted, is that somebody has cancelled it."""
+    place = records.place_of(directory)
+    own = {line["job"] for line in records.jobs(place) if line["stage"] in records.TRAINING}  # and none of what comes after
+    attempts = [line for line in records.attempts(place) if line["job"] in own]
     return bool(attempts) and attempts[-1]["time"] > record(directory).get("time", 0.0) and bool(attempts[-1].get("cancelled"))
 
 
 def stuck(directory: Path, times: int) -> str:
     """What was said last of a point whose jobs have ended so many times one after the other where they could not queue again, with no new
     checkpoint between; empty of others."""
-    ended = [line for line in records.attempts(records.place_of(directory)) if line["decision"] == "left" and not line.get("cancelled")]
-    alike = len(ended) >= times and len({line.get("step") for line in ended[-times:]}) == 1
-    return f"{ended[-1]['said']}; so {times} times, with no new checkpoint between" if alike else ""
+    last = [line for line in reversed(records.attempts(records.place_of(directory))) if line["decision"] != "again"]
+    ended = list(itertools.takewhile(lambda line: line["decision"] == "left" and not line.get("cancelled"), last))
+    alike = len(ended) >= times and len({line.get("step") for line in ended[:times]}) == 1
+    return f"{ended[0]['said']}; so {times} times, with no new checkpoint between" if alike else ""
 
 
 def stands(directory: Path, evaluate: dict[str, Any]) -> tuple[str, str]:

@@ -24,6 +24,7 @@ from megaflow.progress import duration
 from megaflow.sweep import halving, points
 from megaflow.sweep.design import Sweep
 from megaflow.sweep.points import DONE, FAILED, REFUSED, Placed
+from megaflow.train import outcome
 
 PERIOD = 0.2
 SAY = 10.0
@@ -160,7 +161,7 @@ def standing(asked: Sweep, each: Placed, tally: Tally, retry: bool, share: float
             points.note(each, FAILED, points.why_orphaned(each))
             return FAILED
         if its not in (DONE, FAILED):
-            return "wait" if its is None else "busy"
+            return "wait" if its is None else its if its == points.STOPPED else "busy"
     return ""
 
 
@@ -180,7 +181,7 @@ def advance(one: Running, environment: dict[str, str], tally: Tally, stopping: b
         if code is None:
             return False
         one.process = None
-        if code == STOPPED and one.pauses and not stopping:
+        if code == STOPPED and one.pauses and not stopping and paused(one.placed):
             points.note(one.placed, PAUSED)
             tally.states[str(one.placed.directory)] = PAUSED
             return True
@@ -208,6 +209,12 @@ def advance(one: Running, environment: dict[str, str], tally: Tally, stopping: b
             preexec_fn=end_with_parent,
         )
     return False
+
+
+def paused(each: Placed) -> bool:
+    """Whether its last attempt came to where it pauses, and was not told to stop before."""
+    ended = outcome.read(each.directory)
+    return ended is not None and ended["said"] == outcome.PAUSED
 
 
 def left(one: Running, code: int, tally: Tally, stopping: bool) -> bool:

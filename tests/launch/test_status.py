@@ -226,6 +226,15 @@ def test_an_evaluation_that_came_to_no_end_is_told(copied, cli, tmp_path, decisi
     assert "give it more" not in cli("status", sweep).out
 
 
+def test_who_cancels_a_point_that_its_sweep_evaluates_is_told_how(cli, copied, tmp_path, monkeypatch):
+    run = copied("coded")
+    (run / "point.json").write_text(json.dumps({"state": "running"}))
+    (run.parent / f".pool-{os.getpid()}").write_text(f"{os.getpid()} on {os.uname().nodename}")
+    monkeypatch.setattr(status, "command_of", lambda pid: b"megaflow")
+    (run / ".lock").unlink(missing_ok=True)
+    assert f"process {os.getpid()}, evaluates {run.name}; megaflow cancel {run.parent} ends that sweep" in cli("cancel", run).out
+
+
 def test_what_is_cancelled_before_it_began_is_noted(cli, tmp_path, monkeypatch):
     """As a sweep that asks for itself has to know: its job has left the queue, and nobody wants it back."""
     run = tmp_path / "one"

@@ -56,12 +56,13 @@ def test_times_as_slurm_writes_them(text, seconds):
         (("{config}", "--gpus-per-node", "2", "--processes-per-node", "2"), "is of hosts without GPUs"),
         (("{config}", "--sbatch=--exclusive\ntouch x"), "line break"),
         (("{config}", "--then", "distill", "{config}"), "distill.teacher is not set"),
+        (("{map}", "stage=distill", "distill.teacher=nowhere"), "distill.teacher=nowhere: no run is there; submit it first"),
         (("{config}", "--templates", "nowhere"), "there is no job.sbatch"),
     ],
 )
 def test_what_is_refused(cli, config, tmp_path, monkeypatch, words, said):
     monkeypatch.chdir(tmp_path)
-    first, *rest = (word.format(config=config("coded")) for word in words)
+    first, *rest = (word.format(config=config("coded"), map=config("coded", "flow_map")) for word in words)
     told = cli("submit", first, f"run.dir={tmp_path / 'run'}", *rest, "--dry-run")
     if "stage=evaluate" in words:
         told = cli("submit", *words, "--dry-run")

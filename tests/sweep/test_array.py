@@ -95,6 +95,8 @@ def test_what_could_not_queue_again_is_submitted_again_and_not_for_ever(tmp_path
         left = array.left(asked, [each], how, {each.directory: []}, 1.0)
         assert left == ([each] if number < len(steps) - 1 else [])
     assert points.record(each.directory)["said"] == "cannot queue again; so 3 times, with no new checkpoint between"
+    records.add_attempt(each.directory / "slurm", {"job": "9_0", "time": time.time() + 1, "decision": "done", "step": 40})
+    assert points.stuck(each.directory, 3) == ""
 
 
 def test_who_asks_for_a_sweep_asks_for_what_was_cancelled_before(tmp_path, sweep, monkeypatch):
@@ -104,9 +106,14 @@ def test_who_asks_for_a_sweep_asks_for_what_was_cancelled_before(tmp_path, sweep
     each, *_ = points.place(asked, design.points(asked))
     points.note(each, "queued")
     (each.directory / "slurm").mkdir()
+    records.add_job(each.directory / "slurm", {"job": "1", "stage": "pretrain"})
     records.add_attempt(each.directory / "slurm", {"job": "1", "time": time.time(), "decision": "left", "cancelled": True, "said": ""})
     how = array.Cluster(tmp_path / "out" / "slurm", tmp_path, Resources(), None, False, False, [], itself=True)
     command.taken_up([each], how)
+    assert points.cancelled(each.directory)
+    # what becomes of another stage of the run is not the point's
+    records.add_job(each.directory / "slurm", {"job": "2", "stage": "convert"})
+    records.add_attempt(each.directory / "slurm", {"job": "2", "time": time.time(), "decision": "over", "said": "no room"})
     assert points.cancelled(each.directory)
     command.taken_up([each], replace(how, itself=False))
     assert not points.cancelled(each.directory) and points.stands(each.directory, {})[0] == "pending"

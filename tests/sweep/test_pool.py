@@ -19,7 +19,8 @@ from megaflow.files import last_line, lines, sealed
 from megaflow.launch import records, slurm
 from megaflow.launch.host import alive
 from megaflow.process import STOPPED
-from megaflow.sweep import command, design, filed, gather, points
+from megaflow.sweep import command, design, filed, gather, points, pool
+from megaflow.train import outcome
 from megaflow.train.run import load_distill
 
 STEPS = "train.steps: 6, train.validate_every: 6, train.validation_rows: 8"
@@ -123,6 +124,16 @@ def test_a_point_that_is_still_saving_is_waited_for(sweeping, environment, tmp_p
         other.kill()
     out, err = sweep.communicate(timeout=100)
     assert "already working" not in err and states(sweeping.out)["model.layers=1-seed=0"] != "pending"
+
+
+def test_what_was_told_to_stop_has_not_paused(tmp_path):
+    """Both leave with 75: a halving would take one that somebody has cancelled for one that came to the end of its rung."""
+    each = points.Placed(design.Point({}, {}, 0, "pretrain", ""), tmp_path, "", [])
+    assert not pool.paused(each)
+    (tmp_path / "config.yaml").touch()
+    for said, pauses in (("stopped by a signal, saved", False), (outcome.PAUSED, True)):
+        outcome.end(tmp_path, said, STOPPED)
+        assert pool.paused(each) is pauses
 
 
 @pytest.mark.long

@@ -47,8 +47,6 @@ from megaflow.train.context import Contexts
 from megaflow.train.run import read_config, source_digest, versions
 from megaflow.train.stages import check_same_shards
 
-MEASURES = 8
-"""What an evaluation holds; one of another number is measured anew."""
 JUDGE_CHARACTERS = 8_000_000
 """The judge is fitted to at most this many characters of the training split, from its beginning."""
 AT_ONCE = 1024
@@ -124,7 +122,7 @@ def evaluate(
         check_ode(run, ode)
         settings |= {"ode": ode._asdict()}
     identity = {
-        "measures": MEASURES,
+        "measures": kept.MEASURES,
         "step": run.step,
         "weights": run.weights,
         "shards": shards.identity(run.manifest),
@@ -137,7 +135,10 @@ def evaluate(
             if kept.writable(run.directory):
                 if before and before.get("weights") == run.weights:  # by other settings: hours, maybe
                     write_atomically(run.directory / kept.BEFORE, kept.as_json(before, run.directory))
-                    print(f"{run.directory / kept.FILE} was of other settings; it is {kept.BEFORE} now", file=sys.stderr)
+                    print(
+                        f"{run.directory / kept.FILE} was of other settings, or of another version; it is {kept.BEFORE} now",
+                        file=sys.stderr,
+                    )
                 write_atomically(run.directory / kept.FILE, kept.as_json(result, run.directory))
     result["run"] = str(directory)  # the same run may be called by another path
     if out:

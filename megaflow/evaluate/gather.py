@@ -115,12 +115,15 @@ def report(directory: str | Path) -> None:
 
 
 def present_evaluation(run: Path) -> dict[str, Any]:
-    """A run's evaluation, empty where there is none. Raises UserError where it is of other weights than the run has now."""
+    """A run's evaluation, empty where there is none. Raises UserError where it is of other weights than the run has now, or was measured by
+    a version of megaflow whose numbers are not this one's."""
     found = kept.read(run)
     if not found and not (run / kept.FILE).exists():
         return {}
     if not found:
         raise UserError(f"{run}: its evaluation is damaged, or not as it was measured; megaflow evaluate {run} mends it")
+    if found.get("measures") != kept.MEASURES:
+        raise UserError(f"{run}: its evaluation is of another version of megaflow; megaflow evaluate {run} measures it anew")
     newest = kept.newest_weights(run)
     if not kept.is_of(found, newest):
         step, was = newest["step"] if newest else None, found.get("step")

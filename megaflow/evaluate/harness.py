@@ -49,10 +49,10 @@ HEEDED = {"until", "max_gen_toks", "do_sample", "temperature"}
 
 
 class Took(NamedTuple):
-    """What the bound of a row came at: its error in nats, its tokens, its draws. key: that of its question, whose choices err together."""
+    """What the bound of a row came at: its error in nats, its tokens, its draws. question: by number; its choices err together."""
 
     task: str
-    key: int
+    question: int
     error: float
     tokens: int
     draws: int
@@ -152,11 +152,15 @@ class MegaFlow(LM):
             self.count_cut(len(whole) > self.length)
         tasks = [request.task_name or "" for request in requests]
         # choices of one question have the same noise, in whatever order they are listed
-        questions = [(request.task_name, number if request.doc_id is None else request.doc_id) for number, request in enumerate(requests)]
+        questions = [
+            (request.task_name, number if request.doc_id is None else request.doc_id, request.args[0])
+            for number, request in enumerate(requests)
+        ]
         least: dict[Any, int] = {}
         for question, row in zip(questions, rows, strict=True):
             least[question] = min(key_of(row), least.get(question, 2**63))
-        found = self.nats(rows, begins, tasks, [least[question] for question in questions])
+        numbers = {question: number for number, question in enumerate(least)}
+        found = self.nats(rows, begins, tasks, [least[question] for question in questions], [numbers[question] for question in questions])
         return list(zip([-each for each in found], self.likeliest(rows, begins), strict=True))
 
     def loglikelihood_rolling(self, requests: list) -> list[float]:
@@ -174,18 +178,26 @@ class MegaFlow(LM):
             sums[number] -= each
         return sums
 
-    def nats(self, rows: list[list[int]], begins: list[int], tasks: list[str], keys: list[int] | None = None) -> list[float]:
+    def nats(
+        self,
+        rows: list[list[int]],
+        begins: list[int],
+        tasks: list[str],
+        keys: list[int] | None = None,
+        questions: list[int] | None = None,
+    ) -> list[float]:
         """-log p of each row from where it begins, given what is before; with more and more draws where the error is too large.
 
-        keys: of each row, whose value is a function of it and not of the other rows; those of one key have the same noise, times and number
-        of draws. Without, rows are those of texts, their lengths are priced, and where they stand decides their noise.
+        keys: of each row, whose value is a function of it and not of the other rows; those of one key have the same noise and times, those
+        of one of the questions, by number, as many draws. Without, rows are those of texts, their lengths are priced, and where they stand
+        decides their noise.
         """
         found = [(0.0, Took("", 0, 0.0, 0, 0))] * len(rows)
         left, draws = list(range(len(rows))), self.draws
-        of = list(range(len(rows))) if keys is None else keys
+        of = list(range(len(rows))) if questions is None else questions
         while left:
             for i, value, took in zip(left, *self.measured(rows, begins, left, draws, keys), strict=True):
-                found[i] = value, took._replace(task=tasks[i], key=of[i])
+                found[i] = value, took._replace(task=tasks[i], question=of[i])
             worse = {of[i] for i in left if found[i][1].error > self.tolerance}
             left = [i for i in left if draws < MOST_DRAWS and of[i] in worse]
             draws = min(2 * draws, MOST_DRAWS)
@@ -345,7 +357,7 @@ def summed(took: Sequence[Took]) -> dict[str, float]:
     draws, errors = [each.draws for each in took], [each.error for each in took]
     questions: dict[int, float] = {}
     for each in took:
-        questions[each.key] = questions.get(each.key, 0.0) + each.error
+        questions[each.question] = questions.get(each.question, 0.0) + each.error
     return {
         "likelihoods": len(took),
         "draws": sum(draws) / len(draws),

@@ -18,6 +18,8 @@ from megaflow.train import checkpoint as checkpoints
 from megaflow.train.checkpoint import Checkpoint
 
 FILE, BEFORE, LOCK = "evaluation.json", "evaluation.before.json", ".evaluating"
+MEASURES = 8
+"""What an evaluation holds; one of another number is measured anew, and compared with none."""
 
 
 def weights_of(checkpoint: Checkpoint) -> dict[str, Any]:

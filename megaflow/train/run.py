@@ -48,7 +48,7 @@ MAY_CHANGE = (
 """Keys that a continued run may change: of the machine, or of prepare alone (of shards it compares the rows, of a teacher the weights).
 train.steps may grow."""
 
-TEACHER_DATA = tuple(f"data.{name}" for name in ("path", "normalize", "tokenizer", "vocab_size", "length", "packing"))
+TEACHER_DATA = tuple(f"data.{name}" for name in ("path", "normalize", "tokenizer", "vocab_size", "length", "packing", "mask_documents"))
 """Keys of the data that a flow map takes over; those that only prepare reads may differ, if it is distilled on other text."""
 
 PACKAGES = (

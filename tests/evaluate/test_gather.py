@@ -12,6 +12,7 @@ from megaflow.evaluate import kept
 from megaflow.evaluate.evaluation import evaluate
 from megaflow.evaluate.frontier import Asked
 from megaflow.evaluate.gather import commands, curve, likelihoods
+from megaflow.files import read_if_sealed, sealed
 from tests.train.writers import write_anew
 
 STEPS = [1, 2, 4, 16, 64]
@@ -173,6 +174,15 @@ class TestOtherWeights:
         path = part_of("data", "flow")
         write_anew(path / "flow", "averaged", 0.5)
         self.refused(cli, path, "of other weights, not of its newest checkpoint (step 4)")
+
+    def test_one_of_another_version(self, part_of, cli):
+        """Whose numbers may mean something else: not shown, and not compared."""
+        path = part_of("data", "flow")
+        file = path / "flow" / "evaluation.json"
+        file.write_text(sealed(read_if_sealed(file) | {"measures": kept.MEASURES - 1}))
+        for told in (cli("report", path), cli("compare", path / "flow", "--html", path / "compare.html")):
+            said = f"{path / 'flow'}: its evaluation is of another version of megaflow; megaflow evaluate {path / 'flow'} measures it anew"
+            assert told.code == 2 and said in told.err and told.err.count("\n") == 1
 
     def test_a_damaged_evaluation(self, part_of, cli):
         path = part_of("data", "flow")

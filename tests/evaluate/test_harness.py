@@ -224,6 +224,18 @@ def test_a_question_s_value_is_not_another_s(given_run, masked_run, monkeypatch,
     assert tight.loglikelihood(asked)[0] == pytest.approx(one, rel=1e-5) and tight.took[0].draws == 8
 
 
+def test_what_else_a_metric_asks_for_is_no_choice(given_run):
+    """acc_mutual_info asks for the same choices without their context; and two questions of one row err by themselves."""
+    asked = choices(("In the", " beginning"), ("In the", " earth"))
+    wanted = MegaFlow(path=str(given_run), draws=8).loglikelihood(asked)
+    besides = choices(("", " beginning"), ("", " earth"))
+    found = MegaFlow(path=str(given_run), draws=8).loglikelihood([*asked, *besides])
+    assert [value for value, _ in found[:2]] == pytest.approx([value for value, _ in wanted], rel=1e-5)
+    model = MegaFlow(path=str(given_run), draws=8)
+    model.loglikelihood([*asked, *choices(("In the", " beginning"), question=1)])
+    assert [each.question for each in model.took] == [0, 0, 1]
+
+
 def test_draws_have_an_end(given_run, monkeypatch):
     monkeypatch.setattr("megaflow.evaluate.harness.MOST_DRAWS", 24)
     model = MegaFlow(path=str(given_run), draws=8, tolerance=1e-9)

@@ -12,7 +12,7 @@ from statistics import median
 import pytest
 import torch
 
-from megaflow.config.load import load
+from megaflow.config.load import ConfigError, load
 from megaflow.data.prepare import prepare
 from megaflow.data.shards import open_prepared
 from megaflow.model import build, parts
@@ -86,6 +86,16 @@ class TestARun:
         assert parts.same(*(parts.read(trained("char", family) / parts.FILE) for family in ("flow_map", "flow")))
         map_stage, teacher = (checkpoints.newest(trained("char", family)).tensors("stage") for family in ("flow_map", "flow"))
         assert all(torch.equal(map_stage[name], teacher[name]) for name in ("clock_times", "clock_tau"))
+
+    def test_a_map_keeps_documents_apart_where_its_teacher_does(self, copied, config):
+        """It would be asked for what it never saw in training; and a config that says otherwise is refused."""
+        flow = copied("coded")
+        file = flow / "config.yaml"
+        file.write_text(file.read_text().replace("mask_documents: false", "mask_documents: true"))
+        path, words = str(config("coded", "flow_map")), [f"distill.teacher={flow}"]
+        assert runs.load_distill(path, words).config.data.mask_documents is True
+        with pytest.raises(ConfigError, match="data.mask_documents=False contradicts the teacher's True"):
+            runs.load_distill(path, [*words, "data.mask_documents=false"])
 
     def test_a_map_reads_beliefs_by_its_teacher_s_table(self, trained):
         found, teacher = (checkpoints.newest(trained("coded", family)) for family in ("flow_map", "flow"))

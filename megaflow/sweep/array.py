@@ -196,7 +196,7 @@ def left(asked: Sweep, placed: list[Placed], how: Cluster, active: dict[Path, li
             lost.add(each.point.name)
             if not how.dry_run:
                 points.note(each, REFUSED if each.refused else FAILED, each.refused or points.why_orphaned(each))
-        elif how.itself and (points.cancelled(each.directory) or cancelled(each)):
+        elif how.itself and (points.cancelled(each.directory) or cancelled_before_it_began(each)):
             halted.add(each.point.name)
         elif how.itself and len(ids := points.unheard(each.directory)) >= SAME:
             lost.add(each.point.name)
@@ -213,7 +213,7 @@ def left(asked: Sweep, placed: list[Placed], how: Cluster, active: dict[Path, li
     return list(found.values())
 
 
-def cancelled(each: Placed) -> bool:
+def cancelled_before_it_began(each: Placed) -> bool:
     """Whether somebody has cancelled a point's training before it began, as far as Slurm remembers."""
     place = records.place_of(each.directory)
     ids, heard = (

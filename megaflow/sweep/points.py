@@ -60,10 +60,9 @@ def place(sweep: Sweep, all_points: list[Point], speeds: dict[str, float] | None
     """
     folder = Path(sweep.dir)
     # what was refused has no run, and leaves its name to one that is not
-    refusals = {
-        path for path, content in recorded(folder).items() if content.get("state") == REFUSED and not (path / "config.yaml").exists()
-    }
-    there = {content["identity"]: path for path, content in recorded(folder).items() if path not in refusals}
+    noted = recorded(folder)
+    refusals = {path for path, content in noted.items() if content.get("state") == REFUSED and not (path / "config.yaml").exists()}
+    there = {content["identity"]: path for path, content in noted.items() if path not in refusals}
     by_name: dict[str, tuple[Path, str]] = {}
     missing: list[str] = []
     found: list[Placed] = []

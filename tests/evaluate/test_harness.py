@@ -65,23 +65,22 @@ def request(*arguments: object) -> Instance:
     return Instance(request_type="loglikelihood", doc={}, arguments=arguments, idx=0)
 
 
+def of_few_steps(config: Path, path: Path, *words: str) -> Path:
+    """A run of four steps, trained at the first call."""
+    few = ["train.steps=4", "train.checkpoint_every=4", "train.validate_every=4", "train.validation_rows=8"]
+    assert path.exists() or stages.pretrain(str(config), [f"run.dir={path}", *few, *words]) == 0
+    return path
+
+
 @pytest.fixture(scope="module")
 def given_run(config, workspace) -> Path:
-    """A flow of a few steps that is given tokens."""
-    path = workspace / "run-harness-given"
-    if not path.exists():
-        few = ["train.steps=4", "train.checkpoint_every=4", "train.validate_every=4", "train.validation_rows=8", "flow.context.share=0.5"]
-        assert stages.pretrain(str(config("coded")), [f"run.dir={path}", *few]) == 0
-    return path
+    """A flow that is given tokens."""
+    return of_few_steps(config("coded"), workspace / "run-harness-given", "flow.context.share=0.5")
 
 
 @pytest.fixture(scope="module")
 def masked_run(config, workspace) -> Path:
-    path = workspace / "run-harness-masked"
-    if not path.exists():
-        few = ["train.steps=4", "train.checkpoint_every=4", "train.validate_every=4", "train.validation_rows=8", "model.family=masked"]
-        assert stages.pretrain(str(config("coded")), [f"run.dir={path}", *few]) == 0
-    return path
+    return of_few_steps(config("coded"), workspace / "run-harness-masked", "model.family=masked")
 
 
 def run_lm_eval(folder: Path, run: Path, tasks: str, more: str = "") -> dict:
@@ -357,10 +356,7 @@ class TestPairs:
 
 def test_a_flow_of_documents_is_asked_for_the_end_that_closes_its_rows(config, workspace):
     """It is told how long a row is, and in training each of that length has ended there; but full ones."""
-    path = workspace / "run-harness-documents"
-    if not path.exists():
-        few = ["train.steps=4", "train.checkpoint_every=4", "train.validate_every=4", "train.validation_rows=8", "flow.context.share=0.5"]
-        assert stages.pretrain(str(config("documents")), [f"run.dir={path}", *few]) == 0
+    path = of_few_steps(config("documents"), workspace / "run-harness-documents", "flow.context.share=0.5")
     run, model = load_run(path), MegaFlow(path=str(path), draws=8, seed=5)
     end = run.manifest["tokenizer"]["end_id"]
     before, row = model.tokens("And God"), [*model.tokens("And God said"), end]

@@ -305,13 +305,13 @@ def free(each: Step) -> None:
     """Refuse a second job that would train the same run. Raises UserError."""
     if each.stage not in (*TRAINING, "prepare"):
         return
-    if each.stage in TRAINING and status.holder(each.directory) == "here":
-        pid, _, _ = status.owner(each.directory)
-        raise UserError(f"{each.directory}: process {pid} of this host trains it; wait, megaflow cancel it, or choose another run.dir")
     ids = [line["job"] for line in records.jobs(each.place) if line["stage"] == each.stage]
     if active := slurm.waiting_or_running(ids):
         id, job = next(iter(active.items()))
         raise UserError(f"{each.directory}: job {id} is already there for it, {job}; wait, megaflow cancel it, or choose another run.dir")
+    if each.stage in TRAINING and status.holder(each.directory) == "here":  # after the jobs, whose processes may be of this host
+        pid, _, _ = status.owner(each.directory)
+        raise UserError(f"{each.directory}: process {pid} of this host trains it; wait, megaflow cancel it, or choose another run.dir")
 
 
 def sent(each: Step, text: str) -> str:

@@ -275,3 +275,14 @@ def test_a_run_that_trains_here_gets_no_job(cli, config, copied, monkeypatch):
     told = cli("submit", config("coded"), f"run.dir={run}", "train.steps=60")
     sentence = f"megaflow: {run}: process {os.getpid()} of this host trains it; wait, megaflow cancel it, or choose another run.dir"
     assert told.code == 2 and told.err.strip() == sentence
+
+
+def test_a_run_whose_job_is_on_this_host_is_refused_by_that_job(cli, config, copied, monkeypatch):
+    run = copied("coded")
+    (run / ".lock").write_text(f"{os.getpid()} on {os.uname().nodename}")
+    (run / "slurm").mkdir()
+    records.add_job(run / "slurm", {"job": "7", "stage": "pretrain"})
+    monkeypatch.setattr("megaflow.launch.status.command_of", lambda pid: b"megaflow")
+    monkeypatch.setattr(slurm, "waiting_or_running", lambda ids, *more: dict.fromkeys(ids, "RUNNING"))
+    told = cli("submit", config("coded"), f"run.dir={run}", "train.steps=60")
+    assert told.code == 2 and f"{run}: job 7 is already there for it, RUNNING; wait" in told.err

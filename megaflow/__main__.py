@@ -12,7 +12,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NoReturn
 
-from megaflow import __version__, process
+from megaflow import __version__, evaluation_file, process
 from megaflow.errors import UserError
 
 EPILOG = """a.b=c overrides any key of a config; `megaflow config --keys` lists all keys.
@@ -359,7 +359,7 @@ def run(arguments: argparse.Namespace, began: float) -> int:
             "verify": arguments.verify,
             "ode": ode_of(arguments),
         }
-        with process.making(os.path.join(arguments.run, "evaluation.json")):
+        with process.making(os.path.join(arguments.run, evaluation_file.FILE)):
             found = evaluate(arguments.run, steps, *sizes, *asked, began=began, **more)
         print(table(found))
         return 0

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "megaflow"
-SMALL = {"config", "errors", "files", "paired", "progress", "process"}
+SMALL = {"config", "errors", "evaluation_file", "files", "paired", "progress", "process"}
 MAY_IMPORT = {
     "sweep": {"launch", "train", "model", "show"} | SMALL,
     "doctor": {"launch", "plan", "train", "data", "model", "parallel", "show"} | SMALL,

@@ -36,6 +36,7 @@ from megaflow.evaluate.real_text import RealText, of_file, of_split, spread
 from megaflow.evaluate.repetition import Training
 from megaflow.evaluate.settings import LAST_STEP, Settings, check_temperature, last_step
 from megaflow.evaluate.template import Template
+from megaflow.evaluation_file import FILE, MEASURES
 from megaflow.export import one_step
 from megaflow.files import write_atomically
 from megaflow.flow import choice, laws
@@ -122,7 +123,7 @@ def evaluate(
         check_ode(run, ode)
         settings |= {"ode": ode._asdict()}
     identity = {
-        "measures": kept.MEASURES,
+        "measures": MEASURES,
         "step": run.step,
         "weights": run.weights,
         "shards": shards.identity(run.manifest),
@@ -136,10 +137,10 @@ def evaluate(
                 if before and before.get("weights") == run.weights:  # by other settings: hours, maybe
                     write_atomically(run.directory / kept.BEFORE, kept.as_json(before, run.directory))
                     print(
-                        f"{run.directory / kept.FILE} was of other settings, or of another version; it is {kept.BEFORE} now",
+                        f"{run.directory / FILE} was of other settings, or of another version; it is {kept.BEFORE} now",
                         file=sys.stderr,
                     )
-                write_atomically(run.directory / kept.FILE, kept.as_json(result, run.directory))
+                write_atomically(run.directory / FILE, kept.as_json(result, run.directory))
     result["run"] = str(directory)  # the same run may be called by another path
     if out:
         write_atomically(Path(out), kept.as_json(result, run.directory))

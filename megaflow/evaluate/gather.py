@@ -17,6 +17,7 @@ from megaflow.data import shards
 from megaflow.data.shards import SECONDS_FILE, read_manifest
 from megaflow.errors import UserError
 from megaflow.evaluate import frontier, kept
+from megaflow.evaluation_file import FILE, MEASURES
 from megaflow.files import lines, read_json, write_atomically
 from megaflow.train.run import read_config, versions
 from megaflow.train.stages import TEACHER_FILE
@@ -118,11 +119,11 @@ def present_evaluation(run: Path) -> dict[str, Any]:
     """A run's evaluation, empty where there is none. Raises UserError where it is of other weights than the run has now, or was measured by
     a version of megaflow whose numbers are not this one's."""
     found = kept.read(run)
-    if not found and not (run / kept.FILE).exists():
+    if not found and not (run / FILE).exists():
         return {}
     if not found:
         raise UserError(f"{run}: its evaluation is damaged, or not as it was measured; megaflow evaluate {run} mends it")
-    if found.get("measures") != kept.MEASURES:
+    if found.get("measures") != MEASURES:
         raise UserError(f"{run}: its evaluation is of another version of megaflow; megaflow evaluate {run} measures it anew")
     newest = kept.newest_weights(run)
     if not kept.is_of(found, newest):

@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from megaflow.errors import UserError
+from megaflow.evaluation_file import FILE
 from megaflow.export import folder
 from megaflow.files import read_if_sealed, sealed
 from megaflow.train import checkpoint as checkpoints
 from megaflow.train.checkpoint import Checkpoint
 
-FILE, BEFORE, LOCK = "evaluation.json", "evaluation.before.json", ".evaluating"
-MEASURES = 8
-"""What an evaluation holds; one of another number is measured anew, and compared with none."""
+BEFORE, LOCK = "evaluation.before.json", ".evaluating"
 
 
 def weights_of(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -46,7 +45,7 @@ def as_json(result: dict[str, Any], run: Path) -> str:
 
 
 def read(run: Path) -> dict[str, Any]:
-    """The run's evaluation; empty where there is none, or its file is not as it was written, which is as good as none."""
+    """The run's evaluation, of whatever version; empty where there is none, or its file is not as it was written: as good as none."""
     return read_if_sealed(run / FILE)
 
 

@@ -19,7 +19,8 @@ A part or a model that has no place here raises ValueError, since it would be dr
     samples      {"flow" | "flow_map" | "flow_map_even" | "flow_map_unbalanced": {"<steps>": SAMPLES},
                   "autoregressive" | "data" | "unigram": SAMPLES}
                  SAMPLES = {"judge_bits_per_char", "judge_standard_error", "entropy" (nats), "entropy_standard_error",
-                 "reverse_bits_per_char": float, "count": int (texts judged), "texts": [str, …] (from the first drawn on)}
+                 "reverse_bits_per_char": float, "count", "distinct": int (texts judged, and different ones of
+                 them), "texts": [str, …] (from the first drawn on)}
     temperature  float, that `samples` were written at
     cooled       {model: {"<steps>" | "autoregressive": [SAMPLES and "temperature": float, …]}}: lower temperatures, without texts
     judged       {"flow" | "flow_map" | "autoregressive": an evaluation as evaluation.json has it, with causal judges, a frontier or MAUVE}
@@ -41,6 +42,7 @@ from markupsafe import Markup
 from megaflow.evaluate import figures, side_by_side
 from megaflow.evaluate.compare_figures import Style, against_entropy
 from megaflow.evaluate.side_by_side import Judge, Texts
+from megaflow.files import write_atomically
 from megaflow.progress import duration
 
 PARTS = (
@@ -90,7 +92,7 @@ def write_report(data: dict[str, Any], out: Path | str) -> None:
         raise ValueError(f"the report has no place for {', '.join(unknown)}")
     page = environment()
     parts = {part: data.get(part) for part in PARTS}
-    Path(out).write_text(page.get_template("report.html.j2").render(**parts, **_view(data)), encoding="utf-8")
+    write_atomically(Path(out), page.get_template("report.html.j2").render(**parts, **_view(data)))
 
 
 def environment() -> jinja2.Environment:
@@ -160,7 +162,7 @@ def constant_samples(samples: dict[str, Any]) -> set[tuple[str, int]]:
         (family, int(steps))
         for family in FAMILIES
         for steps, entry in (samples.get(family) or {}).items()
-        if len(entry.get("texts") or []) > 1 and len(set(entry["texts"])) == 1
+        if entry.get("distinct") == 1 and entry["count"] > 1
     }
 
 

@@ -46,7 +46,7 @@ def into_run(model: Path, out: Path) -> list[str]:
     with made(out) as partial:
         sizes = {name: 4 * torch.Size(shape).numel() for name, shape in names.items()}
         room(partial, out, 2 * sum(sizes.values()))
-        loaded.config.run.dir = str(out)
+        loaded.config.run.dir, loaded.config.train.pause_at = str(out), 0  # where a run has paused it would go on no step
         (partial / "config.yaml").write_text(to_yaml(loaded.config), "utf-8")
         (partial / "origin.json").write_text(json.dumps(loaded.origin, indent=1), "utf-8")
         source = about["source"]

@@ -18,7 +18,7 @@ from megaflow.data import shards
 from megaflow.errors import UserError
 from megaflow.export import verify
 from megaflow.export.source import MEGABYTE, Source, made, network_of, open_source, room
-from megaflow.files import lines, read_json
+from megaflow.files import lines, read_if_whole, read_json
 from megaflow.model import parts
 from megaflow.parallel import boxes
 from megaflow.parallel.boxes import Box
@@ -105,6 +105,7 @@ def _copy(source: Source, partial: Path, out: Path, processes: int) -> None:
     run, step = source.run, source.found.state["step"]
     config = source.loaded.config
     config.run.dir = str(out)
+    config.train.pause_at = 0  # where it has paused it would go on no step
     shards.copy_description(run / SHARDS, partial / SHARDS)
     (partial / "config.yaml").write_text(to_yaml(config), "utf-8")
     (partial / "origin.json").write_text(json.dumps(source.loaded.origin, indent=1), "utf-8")
@@ -117,7 +118,8 @@ def _copy(source: Source, partial: Path, out: Path, processes: int) -> None:
             kept = [line for line in lines(run / name) if isinstance(line, dict) and line.get("step", 0) <= step]
             (partial / name).write_text("".join(json.dumps(line) + "\n" for line in kept), "utf-8")
     for name in (parts.FILE, TEACHER_FILE, "summary.json"):
-        if (run / name).exists():
+        whole = name != "summary.json" or read_if_whole(run / name).get("steps") == step  # an earlier checkpoint is of no finished run
+        if (run / name).exists() and whole:
             shutil.copyfile(run / name, partial / name)
     for path in partial.rglob("*"):
         if path.is_file():

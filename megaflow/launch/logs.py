@@ -1,5 +1,6 @@
 """`megaflow logs`: what a job has written, or one of its ranks, to its end or as it comes."""
 
+import codecs
 import contextlib
 import shlex
 import sys
@@ -13,6 +14,7 @@ from megaflow.launch import records, slurm, status
 
 PERIOD = 0.5
 """Seconds between looks at a log that is followed."""
+UTF_8 = codecs.getincrementaldecoder("utf-8")
 ASK = 15.0
 """Seconds between questions whether its job is still there."""
 
@@ -85,30 +87,31 @@ def of_rank(place: Path, id: str, rank: int) -> Path:
 def show(newest: Callable[[], Path], ended: Callable[[], bool], follow: bool) -> None:
     """Print a log, or follow it until what writes it has ended; that of a rank is another file in the next attempt. Raises UserError where
     none is there to print."""
-    file, place, asked = None if follow else newest(), 0, -ASK
+    file, place, asked, decoder = None if follow else newest(), 0, -ASK, UTF_8("replace")
     while True:
         over = not follow
         if follow and time.monotonic() > asked + ASK:
             asked, over = time.monotonic(), ended()
         if file is not None:
-            place = printed(file, place)
+            place = printed(file, place, decoder)
         with contextlib.suppress(UserError):  # an attempt whose ranks have not begun
             if follow and (now := newest()) != file:
                 if file is not None:
                     print(f"megaflow: {now}", flush=True)
-                file, place = now, printed(now, 0)
+                decoder = UTF_8("replace")
+                file, place = now, printed(now, 0, decoder)
         if over:
             return
         time.sleep(PERIOD)
 
 
-def printed(file: Path, place: int) -> int:
-    """Print what a file has from a place on; returns the place after it."""
+def printed(file: Path, place: int, decoder: codecs.IncrementalDecoder) -> int:
+    """Print what a file has from a place on, but for a character of which only a part is there; returns the place after it."""
     if file.exists():
         with file.open("rb") as content:
             content.seek(place)
             while block := content.read(2**20):
-                sys.stdout.write(block.decode("utf-8", "replace"))
+                sys.stdout.write(decoder.decode(block))
                 place += len(block)
         sys.stdout.flush()
     return place

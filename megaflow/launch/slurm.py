@@ -11,6 +11,8 @@ from megaflow.errors import UserError
 
 PATIENCE = 10.0
 """Seconds that a question to Slurm may take."""
+AT_ONCE = 2000
+"""Jobs of one question: Linux takes no argument of more than 128 KiB."""
 SUBMISSION = 120.0
 """The same of sbatch: one that is given up may have made a job all the same."""
 
@@ -48,6 +50,8 @@ def ask(*words: str, patience: float = PATIENCE) -> str:
         done = subprocess.run(words, capture_output=True, text=True, errors="replace", timeout=patience, stdin=subprocess.DEVNULL)
     except subprocess.TimeoutExpired:
         raise Unreachable(f"{words[0]} did not answer within {patience:.0f} s; Slurm is slow or away, ask again later") from None
+    except OSError as error:
+        raise Unreachable(f"{words[0]}: {error.strerror}") from None
     if done.returncode:
         said = " ".join((done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}").split())
         raise Unreachable(f"{words[0]}: {said.removeprefix(f'{words[0]}: error: ')}")
@@ -85,19 +89,21 @@ def queue(ids: list[str], patience: float = PATIENCE) -> dict[str, Queued]:
 
     Raises Unreachable.
     """
-    if not ids:
-        return {}
-    # whoever submitted them; of one that it does not know squeue makes an error, of two it does not
-    text = ask(
-        *("squeue", "--noheader", "--array", f"--jobs={','.join([*ids, ids[-1]])}", "--states=all", "--format=%i|%T|%N|%S|%r"),
-        patience=patience,
-    )
-    rows = [line.strip().split("|", 4) for line in text.splitlines() if line.count("|") >= 4]
-    wanted = set(ids)
+    asked = list(dict.fromkeys(ids))
+    rows = []
+    for start in range(0, len(asked), AT_ONCE):
+        some = asked[start : start + AT_ONCE]
+        # whoever submitted them; of one that it does not know squeue makes an error, of two it does not
+        text = ask(
+            *("squeue", "--noheader", "--array", f"--jobs={','.join([*some, some[-1]])}", "--states=all", "--format=%i|%T|%N|%S|%r"),
+            patience=patience,
+        )
+        rows += [line.strip().split("|", 4) for line in text.splitlines() if line.count("|") >= 4]
+    wanted = set(asked)
     found = {}
-    for id, state, nodes, start, reason in rows:
+    for id, state, nodes, begins, reason in rows:
         if id in wanted or id.partition("_")[0] in wanted:
-            found[id] = Queued(id, state, reason, nodes, start)
+            found[id] = Queued(id, state, reason, nodes, begins)
     return found
 
 

@@ -3,6 +3,7 @@
 Nothing is asked of the processes that train, and nothing of theirs is locked: a run is read as it lies there.
 """
 
+import contextlib
 import json
 import os
 import shlex
@@ -14,6 +15,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from megaflow import evaluation_file
 from megaflow.errors import UserError
 from megaflow.files import last_line, read_if_whole
 from megaflow.launch import records, slurm
@@ -115,11 +117,19 @@ def found(places: list[Path]) -> tuple[list[Path], list[Path]]:
             here = [path for path in below if is_run(path)]
             runs += here
             sweeps += [path for path in below if is_sweep(path)]
-            below = [path for folder in below if folder not in here for path in sorted(folder.iterdir()) if path.is_dir()]
+            below = [path for folder in below if folder not in here for path in folders(folder)]
     if not runs and not sweeps:
         told = f"there is no run, nor a job of one, at most {DEPTH - 1} folders below; give the directory of a run, or of several"
         raise UserError(f"{', '.join(map(str, places))}: {told}")
     return list(dict.fromkeys(runs)), list(dict.fromkeys(sweeps))
+
+
+def folders(place: Path) -> list[Path]:
+    """The folders in a folder, in the order of their names, but for those that are closed to us, and none of one that is gone since."""
+    try:
+        return [path for path in sorted(place.iterdir()) if path.is_dir() and os.access(path, os.R_OK | os.X_OK)]
+    except OSError:
+        return []
 
 
 def is_sweep(path: str | Path) -> bool:
@@ -270,7 +280,7 @@ def later(run: Path, state: str, jobs: list[dict[str, Any]], attempts: list[dict
     stage = next((line["stage"] for line in jobs if line["job"] == last.get("job")), "")
     if state != "finished" or stage in TRAINING or last.get("end") != "failed" and last.get("decision") not in ("over", "left"):
         return None
-    file = run / "evaluation.json"
+    file = run / evaluation_file.FILE
     again = stage == "evaluate" and file.exists() and file.stat().st_mtime > last["time"]
     return None if again else f"{stage}: {last['said']}"
 
@@ -308,14 +318,26 @@ def cells(state: dict[str, Any]) -> tuple[str, ...]:
 
 
 def cancel(places: list[str]) -> None:
-    """End the jobs of runs, and their processes on this host: what trains saves before it leaves. Raises UserError."""
-    ended, trouble, told = 0, None, set()
+    """End the jobs of runs, and their processes on this host: what trains saves before it leaves. Raises UserError of those that could not
+    be told, when all others are."""
+    ended, untold, told = 0, [], set()
     runs, sweeps = found([Path(place) for place in places])
+
+    def end(process: int, what: str, said: str) -> int:
+        """Processes that are told to end: 1, or 0 of one that is gone already, or another's."""
+        try:
+            os.kill(process, signal.SIGTERM)
+        except ProcessLookupError:
+            return 0
+        except PermissionError:
+            untold.append(f"process {process} of {what} is not told, for it is of another user")
+            return 0
+        print(f"process {process}{said}")
+        return 1
+
     for folder in sweeps:  # first what would start another point as soon as one has ended
         for process in pools(folder):
-            os.kill(process, signal.SIGTERM)
-            print(f"process {process}, the sweep {folder}, is told to end, and what it trains to save")
-            ended += 1
+            ended += end(process, str(folder), f", the sweep {folder}, is told to end, and what it trains to save")
     # first the jobs that would submit more, then runs, at whose own place it is noted, then what else is of a sweep
     last = [(sweep, [line for line in records.jobs(place_of(sweep)) if "sweep" in line]) for sweep in sweeps]
     for run, jobs in [*last, *((run, records.jobs(place_of(run))) for run in [*runs, *sweeps])]:
@@ -323,28 +345,23 @@ def cancel(places: list[str]) -> None:
         try:
             active = slurm.waiting_or_running([line["job"] for line in jobs]) if jobs else {}
         except slurm.Unreachable as error:
-            trouble = error  # what runs here can be told all the same
+            untold.append(f"jobs are not told: {error}")  # what runs here can be told all the same
         for id, job in active.items():
             if id in told:
                 continue
             told.add(id)
-            if job.state == "RUNNING":
-                slurm.ask("scancel", "--batch", "--signal=TERM", id)  # the script first: what its tasks come to is meant
-                slurm.ask("scancel", "--signal=TERM", id)
-                print(f"job {id} of {run} is told to save and end; scancel {id} ends it at once")
-            else:
-                slurm.ask("scancel", id)
-                if run not in sweeps:
-                    never = {"attempt": 0, "end": "stopped", "decision": "left", "cancelled": True, "said": "cancelled before it began"}
-                    records.add_attempt(place_of(run), {"job": id, "time": time.time(), "step": outcome.newest_step(run), **never})
-                print(f"job {id} of {run} is out of the queue")
-            ended += 1
+            try:
+                cancel_job(run, job, run in sweeps)
+                ended += 1
+            except slurm.Unreachable as error:
+                with contextlib.suppress(slurm.Unreachable):
+                    if not slurm.waiting_or_running([id]):
+                        continue  # over since
+                untold.append(f"job {id} of {run} is not told: {error}")
         if holder(run) == "here":
-            os.kill(owner(run)[0], signal.SIGTERM)
-            print(f"process {owner(run)[0]} of {run} is told to save and end")
-            ended += 1
-    if trouble is not None:
-        raise UserError(f"jobs are not told: {trouble}")
+            ended += end(owner(run)[0], str(run), f" of {run} is told to save and end")
+    if untold:
+        raise UserError("; ".join(dict.fromkeys(untold)))
     for run in runs:
         if not ended and point_of(run).get("state") == "running" and (own := pools(run.parent)):
             of = shlex.quote(str(run.parent))
@@ -352,3 +369,20 @@ def cancel(places: list[str]) -> None:
             ended += 1
     if not ended:
         print("nothing to cancel: no job and no process of this host works on it")
+
+
+def cancel_job(run: Path, job: slurm.Queued, of_sweep: bool) -> None:
+    """Tell a running job to save and end, and take another out of the queue, which is noted at its run. Raises Unreachable."""
+    if job.state == "RUNNING":
+        slurm.ask("scancel", "--batch", "--signal=TERM", job.id)  # the script first: what its tasks come to is meant
+        slurm.ask("scancel", "--signal=TERM", job.id)
+        print(f"job {job.id} of {run} is told to save and end; scancel {job.id} ends it at once")
+        return
+    slurm.ask("scancel", job.id)
+    place = place_of(run)
+    attempts = [line for line in records.attempts(place) if line["job"] == job.id]
+    over = job.state == "COMPLETING" and not (attempts and attempts[-1]["decision"] == "again")  # it has said what became of it
+    if not of_sweep and not over:
+        never = {"attempt": 0, "end": "stopped", "decision": "left", "cancelled": True, "said": "cancelled before it began"}
+        records.add_attempt(place, {"job": job.id, "time": time.time(), "step": outcome.newest_step(run), **never})
+    print(f"job {job.id} of {run} is out of the queue")

@@ -211,8 +211,7 @@ def mounts(each: Step, more: tuple[str, ...] = ()) -> list[str]:
     elif each.stage == "convert":
         files = [os.path.abspath(each.words[2])]
     else:
-        given = dict(word.partition("=")[::2] for word in each.words if word.startswith(("--judge=", "--data=")))
-        found += given.values()
+        found += [word.partition("=")[2] for word in each.words if word.startswith(("--judge=", "--data="))]
         files = [word.partition("=")[2] for word in each.words if word.startswith(("--text=", "--json="))]
     found += [os.path.dirname(os.path.abspath(file)) for file in files if os.path.lexists(os.path.dirname(os.path.abspath(file)))]
     return [path for path in found if path]
@@ -231,7 +230,7 @@ def apart(folders: list[str]) -> tuple[str, ...]:
     anyway."""
     folders = [each for folder in folders for each in (os.path.abspath(folder), os.path.realpath(folder))]
     kept: list[Path] = [Path.cwd()]
-    for folder in sorted({Path(folder) for folder in folders}, key=lambda path: len(path.parts)):
+    for folder in sorted(dict.fromkeys(Path(folder) for folder in folders), key=lambda path: len(path.parts)):
         if not any(folder.is_relative_to(other) for other in kept):
             kept.append(folder)
     return tuple(map(str, kept[1:]))

@@ -141,18 +141,20 @@ def structure(
 ) -> Tensor:
     """What a bound charges besides its tokens, in nats (R,): lengths of rows, and where documents end, as far as a network is told them."""
     cost = torch.zeros(len(ids), dtype=torch.float64) if log_length is None else -torch.from_numpy(log_length)[whole]
-    return cost if documents is None else cost + boundary_cost(ids, documents, part, log_prior, counted)
+    return cost if documents is None else cost + boundary_cost(ids, documents, part, log_prior, whole, counted)
 
 
-def boundary_cost(ids: Tensor, documents: Tensor, part: Vocabulary, log_prior: Tensor, counted: Tensor) -> Tensor:
-    """-log p, in nats (R,), of where documents end within rows, were every token's being an end a coin as likely as the law has it."""
+def boundary_cost(ids: Tensor, documents: Tensor, part: Vocabulary, log_prior: Tensor, whole: Tensor, counted: Tensor) -> Tensor:
+    """-log p, in nats (R,), of where documents end within rows of `whole` tokens, were every token's being an end a coin as likely as the
+    law has it: of those that count, and have one behind them, whose document tells it."""
     last = documents[:, 1:] != documents[:, :-1]
     if not last.any():
         return torch.zeros(len(ids), dtype=torch.float64)
     end = ids[:, :-1][last][:1]
     log_p = look_up(part, log_prior, end).double()
-    cost = torch.where(last, -log_p, -torch.log1p(-log_p.exp())) * counted[:, 1:]
-    return cost.sum(1).cpu()
+    cost = torch.where(last, -log_p, -torch.log1p(-log_p.exp())) * counted[:, :-1]
+    behind = torch.arange(1, ids.shape[1]) < whole[:, None]
+    return (cost.cpu() * behind).sum(1)
 
 
 def _integrands(

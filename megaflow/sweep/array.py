@@ -239,6 +239,7 @@ def one(
         print(text, *(f"# {index}: megaflow {shlex.join(each['words'])}" for index, each in enumerate(entries)), sep="\n", end="\n\n")
         return f"ARRAY-OF-{name}".replace("_", "-")
     write_atomically(tasks, json.dumps(entries, indent=1))
+    asked_at = time.time()
     try:
         id = slurm.submit(text)
     except slurm.Unreachable as error:
@@ -246,16 +247,18 @@ def one(
             told = f"an array of {len(entries)} elements is more than this Slurm takes (MaxArraySize of slurm.conf); ask for fewer points"
             raise UserError(f"{asked.dir}: {told}, and for the others when these are done") from None
         raise
-    records.add_job(how.place, {"job": id, "stage": stage, "time": time.time(), "words": [str(tasks)], "directory": asked.dir})
     for index, each in enumerate(group):
         own = (each.directory / "slurm").absolute()
         own.mkdir(parents=True, exist_ok=True)
         content = {"job": f"{id}_{index}", "stage": stage, "time": time.time(), "words": entries[index]["words"]}
         log = os.path.relpath(how.place.resolve() / f"{id}_{index}.log", own.resolve())  # so that a folder may be moved
         records.add_job(own, content | {"directory": str(each.directory), "log": log})
-        if stage in TRAINING:
-            outcome.begin(each.directory)  # what is said there is of an attempt before
-            points.note(each, "queued")
+        if stage in TRAINING:  # its first elements may have begun
+            if (ended := outcome.read(each.directory)) and ended["time"] < asked_at:
+                outcome.begin(each.directory)  # what is said there is of an attempt before
+            points.note(each, "queued", at=asked_at)
+    # at last: a job whose points are not all noted is one that nobody has noted (alone)
+    records.add_job(how.place, {"job": id, "stage": stage, "time": time.time(), "words": [str(tasks)], "directory": asked.dir})
     (how.place / f"{id}.sbatch").write_text(text, "utf-8")
     print(f"job {id}: {len(entries)} x {stage}, {name}; logs {how.place}/{id}_*.log")
     return id

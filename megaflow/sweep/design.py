@@ -407,8 +407,11 @@ def _spread(path: str, axis: str, spec: dict[str, Any]) -> list[Any]:
     else:
         raise wrong
     whole = all(isinstance(x, int) for x in ends)  # a log-range of them has whole numbers, each once
-    rounded = [round(x) if whole and (kind == "log" or float(x).is_integer()) else float(f"{x:.6g}") for x in found]
-    return list(dict.fromkeys(rounded))
+    if whole and kind == "log":
+        return list(dict.fromkeys(map(round, found)))
+    # six digits make names that one can read, where they tell the values apart and have the ends as they are
+    digits = 6 if all(float(f"{x:.6g}") == x for x in ends) and len({f"{x:.6g}" for x in found}) == len(found) else 15
+    return [round(x) if whole and float(x).is_integer() else float(f"{x:.{digits}g}") for x in found]
 
 
 def _number(value: Any) -> bool:

@@ -18,10 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from megaflow import evaluation_file
 from megaflow.config.check import contradictions, resolve
 from megaflow.config.load import Loaded, load, meant
 from megaflow.errors import UserError
-from megaflow.files import read_if_sealed, read_if_whole, write_atomically
+from megaflow.files import read_if_whole, write_atomically
 from megaflow.launch import records
 from megaflow.model import flops
 from megaflow.show import foreseen, known, rows_of, rows_read
@@ -122,15 +123,15 @@ def record(directory: Path) -> dict[str, Any]:
     return read_if_whole(directory / FILE)
 
 
-def note(placed: Placed, state: str, said: str = "") -> None:
-    """How a point stands now."""
+def note(placed: Placed, state: str, said: str = "", at: float | None = None) -> None:
+    """How a point stands now, or at a time.time() before."""
     point = placed.point
     content = {"identity": placed.identity, "labels": point.labels, "seed": point.seed, "stage": point.stage, "base": point.base}
     content |= {
         "words": placed.words,
         "steps": placed.steps,
         "rows": placed.rows,
-        "time": time.time(),
+        "time": time.time() if at is None else at,
         "state": state,
         "said": said,
     }
@@ -251,10 +252,11 @@ def evaluation_of(directory: Path, evaluate: dict[str, Any]) -> dict[str, Any]:
     wanted["steps"] = [int(part) for part in str(wanted["steps"]).split(",")]
     judges, task = judges_of(evaluate), evaluate.get("verify")
     own = kept_evaluation(directory, evaluate)  # whose name has the options in it
-    for file in (own, directory / "evaluation.json"):
-        found = read_if_sealed(file)
+    step = read_if_whole(directory / "summary.json").get("steps", outcome.newest_step(directory))
+    for file in (own, directory / evaluation_file.FILE):
+        found = evaluation_file.read(file)
         settings = found.get("settings", {})
-        same = settings and all(settings.get(name, "auto") == value for name, value in wanted.items())
+        same = found.get("step") == step and all(settings.get(name, "auto") == value for name, value in wanted.items())
         if same and set(judges) <= set(settings.get("judges", {})) and (file == own or task in (None, settings.get("verify"))):
             return found
     return {}

@@ -219,7 +219,7 @@ def paused(each: Placed) -> bool:
 
 def left(one: Running, code: int, tally: Tally, stopping: bool) -> bool:
     """A point that has not come to its end: stopped, or failed with its last sentence."""
-    said = "" if code == STOPPED else last_sentence(one.placed.directory / points.LOG)
+    said = "" if code in (0, STOPPED) else last_sentence(one.placed.directory / points.LOG)
     full = any(os.strerror(number) in said for number in FULL)
     if full:
         tally.full = said

@@ -134,7 +134,7 @@ def train(config: Config, stage: Stage, mesh: Mesh, began: float, watch: Watch) 
             else:
                 line |= {"skipped": state["skipped"], "first_sample": step * config.train.global_batch}
                 line["last_sample"] = line["first_sample"] + config.train.global_batch - 1
-            if metrics is not None and ((step + 1) % config.log.every == 0 or last or not taken):
+            if metrics is not None and ((step + 1) % config.log.every == 0 or last or step + 1 == pause or not taken):
                 metrics.write(line)
             if mesh.first:
                 progress.update(step + 1, f"loss {loss:.4f}  norm {norm:.3g}  rate {rate:.2e}  {counted / elapsed:,.0f} tokens/s")

@@ -12,6 +12,7 @@ from megaflow.evaluate import kept
 from megaflow.evaluate.evaluation import evaluate
 from megaflow.evaluate.frontier import Asked
 from megaflow.evaluate.gather import commands, curve, likelihoods
+from megaflow.evaluation_file import MEASURES
 from megaflow.files import read_if_sealed, sealed
 from tests.train.writers import write_anew
 
@@ -179,7 +180,7 @@ class TestOtherWeights:
         """Whose numbers may mean something else: not shown, and not compared."""
         path = part_of("data", "flow")
         file = path / "flow" / "evaluation.json"
-        file.write_text(sealed(read_if_sealed(file) | {"measures": kept.MEASURES - 1}))
+        file.write_text(sealed(read_if_sealed(file) | {"measures": MEASURES - 1}))
         for told in (cli("report", path), cli("compare", path / "flow", "--html", path / "compare.html")):
             said = f"{path / 'flow'}: its evaluation is of another version of megaflow; megaflow evaluate {path / 'flow'} measures it anew"
             assert told.code == 2 and said in told.err and told.err.count("\n") == 1

@@ -22,10 +22,12 @@ from megaflow.evaluate.generate import sample
 from megaflow.evaluate.loaded import load_run
 from megaflow.evaluate.settings import Settings
 from megaflow.evaluate.template import Template
+from megaflow.evaluation_file import MEASURES
 from megaflow.export import hf, load
 from megaflow.export.convert import convert
 from megaflow.export.hf.modeling_megaflow import MegaFlowConfig, MegaFlowModel
 from megaflow.export.hf.modeling_megaflow_flow import FlowModel
+from megaflow.files import sealed
 from megaflow.flow import head as heads
 from megaflow.train import stages
 from tests.evaluate.problems import prepared
@@ -299,6 +301,8 @@ class TestTheFolder:
         padded[0, 0] = 0
         with pytest.raises(ValueError, match="padding belongs behind a text"):
             opened(out)(ids, attention_mask=padded)
+        behind = padded.flip(1).bool()
+        torch.testing.assert_close(opened(out)(ids, attention_mask=behind).logits, found.logits)
 
     def test_without_megaflow(self, converted, elsewhere):
         out = converted("char", "flow_map")
@@ -338,14 +342,15 @@ def test_the_card_has_the_figures_of_the_run(copied, tmp_path):
     assert f"| 2 | {texts['judge_bits_per_char']:.2f} | {texts['entropy']:.2f} |" in card and "have not been evaluated" not in card
 
 
-def test_the_card_knows_an_evaluation_that_was_edited(copied, tmp_path):
+def test_the_card_knows_an_evaluation_that_was_edited_and_one_by_other_estimators(copied, tmp_path):
     run = copied("char", "flow_map")
-    evaluate(run, [2], samples=3, rows=8, draws=2, seed=0)
-    content = json.loads((run / "evaluation.json").read_text())
-    content["likelihood"]["bits_per_char"] = 0.5
-    (run / "evaluation.json").write_text(json.dumps(content))
-    convert(run, tmp_path / "out", to="hf")
-    assert "have not been evaluated" in (tmp_path / "out/README.md").read_text()
+    found = evaluate(run, [2], samples=3, rows=8, draws=2, seed=0)
+    as_written = json.loads((run / "evaluation.json").read_text())
+    edited = as_written | {"likelihood": as_written["likelihood"] | {"bits_per_char": 0.5}}
+    for name, content in (("edited", json.dumps(edited)), ("older", sealed(found | {"measures": MEASURES - 1}))):
+        (run / "evaluation.json").write_text(content)
+        convert(run, tmp_path / name, to="hf")
+        assert "have not been evaluated" in (tmp_path / name / "README.md").read_text()
 
 
 def test_a_run_of_pairs_says_what_a_prompt_is(workspace, tmp_path):

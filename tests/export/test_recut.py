@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from megaflow.export.convert import convert
 from megaflow.export.recut import share
 from megaflow.parallel import boxes
+from megaflow.process import STOPPED
 from megaflow.train import checkpoint as checkpoints
 from megaflow.train import run as runs
 from megaflow.train import stages
@@ -95,7 +96,20 @@ def test_a_map_stays_finished_and_what_is_its_own_stays_behind(copied, config, t
 def test_an_earlier_step_ends_the_curve_there(trained, tmp_path):
     convert(trained("coded"), tmp_path / "out", to="run", step=30)
     assert checkpoints.steps(tmp_path / "out") == [30]
+    assert not (tmp_path / "out" / "summary.json").exists()  # it is not finished
     assert max(line["step"] for line in runs.lines(tmp_path / "out" / "metrics.jsonl")) == 30
+
+
+@pytest.mark.parametrize("to", ["run", "hf"])
+def test_a_run_that_paused_goes_on_in_what_it_became(config, tmp_path, to):
+    """As it does from a point that a halving has stopped early."""
+    run, out, words = tmp_path / "run", tmp_path / "out", ["train.steps=6", "train.validate_every=6", "train.validation_rows=8"]
+    assert stages.pretrain(str(config("coded")), [f"run.dir={run}", *words, "train.pause_at=3"]) == STOPPED
+    convert(run, out if to == "run" else tmp_path / "model", to=to)
+    if to == "hf":
+        convert(tmp_path / "model", out, origin="hf")
+    assert stages.pretrain(str(out / "config.yaml"), [f"run.dir={out}"]) == 0
+    assert checkpoints.newest(out).state["step"] == 6
 
 
 def test_nothing_is_left_of_one_that_fails(cli, copied, tmp_path):

@@ -112,3 +112,14 @@ def test_a_point_that_is_trained_here_is_followed_while_it_trains(tmp_path, monk
     for own in ({"rank": 7}, {"job": "99"}):
         with pytest.raises(UserError, match="leave --rank and --job out"):
             logs.logs(str(tmp_path), **own)
+
+
+def test_a_character_that_is_half_written_is_printed_when_it_is_whole(run, monkeypatch, capsys):
+    log = run / "slurm" / "12.log"
+    log.write_bytes("größ".encode()[:-1])
+    monkeypatch.setattr(logs.time, "sleep", lambda seconds: log.write_bytes("größe\n".encode()))
+    monkeypatch.setattr(logs, "ASK", 0.0)
+    seen = iter([False, True])
+    monkeypatch.setattr(logs, "gone", lambda id: next(seen))
+    logs.logs(str(run), follow=True)
+    assert capsys.readouterr().out == "größe\n"

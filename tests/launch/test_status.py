@@ -313,3 +313,71 @@ def test_live_ends_where_what_was_left_out_is_all_that_is_not_finished(copied, c
     assert "2 points, 1 finished, 1 stopped early" in cli("status", tmp_path, "--live").out
     (tmp_path / "a=1" / "point.json").write_text(json.dumps({"state": "stopped"}))  # in its evaluation
     assert "2 points, 1 stopped, 1 stopped early" in cli("status", tmp_path).out
+
+
+def test_many_jobs_are_asked_for_in_parts(monkeypatch):
+    """Linux takes no argument of more than 128 KiB."""
+    asked = []
+
+    def squeue(*words, **more):
+        (jobs,) = [word.partition("=")[2].split(",") for word in words if word.startswith("--jobs=")]
+        asked.append(len(",".join(jobs)))
+        return "".join(f"{id}|RUNNING|n1|N/A|None\n" for id in dict.fromkeys(jobs))
+
+    monkeypatch.setattr(slurm, "ask", squeue)
+    ids = [f"400000_{index}" for index in range(15_000)]
+    assert list(slurm.queue(ids)) == ids and max(asked) < 2**17 and len(asked) == 8
+
+
+def test_a_command_of_slurm_that_cannot_begin_is_away(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: name)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(slurm.Unreachable, match="squeue: No such file"):
+        slurm.ask("squeue")
+
+
+def test_a_folder_that_goes_while_it_is_looked_at_is_left_out(copied, cli, tmp_path, monkeypatch):
+    """As that of a conversion does, which is renamed when it is whole."""
+    run = copied("coded")
+    gone = run.parent / "gone"
+    gone.mkdir()
+    below = status.folders
+    monkeypatch.setattr(status, "folders", lambda place: [*below(place), *([gone] if place == run.parent and not gone.exists() else [])])
+    gone.rmdir()
+    assert [each["run"] for each in json.loads(cli("status", run.parent, "--json").out)["runs"]] == [str(run)]
+
+
+def test_one_that_cannot_be_cancelled_leaves_no_other_alone(cli, tmp_path, monkeypatch):
+    """Of one that is over by then nothing is said."""
+    for name, job in (("a", "1"), ("b", "2"), ("c", "3")):
+        (tmp_path / name / "slurm").mkdir(parents=True)
+        records.add_job(tmp_path / name / "slurm", {"job": job, "stage": "pretrain"})
+    queue = {id: slurm.Queued(id, "RUNNING", "", "n1", "") for id in "123"}
+    told = []
+
+    def scancel(*words, **more):
+        if words[-1] == "1":
+            del queue["1"]
+        if words[-1] in "12":
+            raise slurm.Unreachable("scancel: no")
+        told.append(words[-1])
+        return ""
+
+    monkeypatch.setattr(slurm, "waiting_or_running", lambda ids, *more: {id: queue[id] for id in ids if id in queue})
+    monkeypatch.setattr(slurm, "ask", scancel)
+    said = cli("cancel", tmp_path)
+    assert told == ["3", "3"] and "job 3 of" in said.out
+    assert said.code == 2 and said.err == f"megaflow: job 2 of {tmp_path / 'b'} is not told: scancel: no\n"
+
+
+@pytest.mark.parametrize("decision, noted", [("over", 1), ("again", 2)])
+def test_a_job_that_is_just_over_is_none_that_never_began(cli, tmp_path, monkeypatch, decision, noted):
+    place = tmp_path / "one" / "slurm"
+    place.mkdir(parents=True)
+    records.add_job(place, {"job": "5", "stage": "pretrain"})
+    records.add_attempt(place, {"job": "5", "attempt": 1, "time": 1.0, "end": "done", "decision": decision, "said": ""})
+    ending = {"5": slurm.Queued("5", "COMPLETING", "", "n1", "")}
+    monkeypatch.setattr(slurm, "waiting_or_running", lambda ids, *more: ending if ids else {})
+    monkeypatch.setattr(slurm, "ask", lambda *words, **more: "")
+    assert "job 5 of" in cli("cancel", tmp_path / "one").out
+    assert len(records.attempts(place)) == noted

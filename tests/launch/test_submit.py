@@ -204,10 +204,11 @@ def test_a_job_reads_its_config_as_it_was(cli, config, tmp_path, monkeypatch):
 
 
 def test_a_container_sees_what_an_evaluation_reads():
-    words = ["evaluate", "runs/a", "--judge=/models/judge", "--text=/texts/a.txt", "--steps=4"]
+    words = ["evaluate", "runs/a", "--judge=/models/judge", "--judge=/models/other", "--text=/texts/a.txt"]
     step = submit.Step("evaluate", words, Path("runs/a"), Path("runs/a/slurm"))
-    assert submit.mounts(step, ("/more",)) == ["runs/a", "/more", "/models/judge"]  # the text's folder is not there
-    assert submit.apart(submit.mounts(step, ("/more",))) == ("/more", "/models/judge")  # the run lies below the working directory
+    found = submit.mounts(step, ("/more",))
+    assert found == ["runs/a", "/more", "/models/judge", "/models/other"]  # the text's folder is not there
+    assert submit.apart(found) == ("/more", "/models/judge", "/models/other")  # the run lies below the working directory
 
 
 def test_what_a_run_names_is_seen_wherever_links_lead(trained, tmp_path, monkeypatch):

@@ -1,5 +1,7 @@
 """The bound of a network on rows: exact where the network is, unigram entropy where it knows nothing, blind to padding."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -10,11 +12,13 @@ from megaflow.flow import code as codes
 from megaflow.flow import head as heads
 from megaflow.flow.interpolant import LINEAR, noisy_state, time_of
 from megaflow.flow.likelihood import Range, RangeTooShort, information_range
+from megaflow.flow.vocabulary import Vocabulary
 from megaflow.model import parts as made
-from megaflow.model.bound import bound_of_rows
+from megaflow.model.bound import bound_of_rows, boundary_cost
 from megaflow.model.parts import Parts
 from megaflow.model.text_dit import Shape, TextDiT
 from megaflow.parallel import random
+from megaflow.train.stage import documents_of
 from tests.flow import toy as toys
 from tests.flow.measured import argmax
 
@@ -273,3 +277,19 @@ def test_processes_that_share_rows_all_have_the_bound_of_all(kind):
         found = part(rows, lambda value: sum(said))
         assert found.mean == pytest.approx(whole.mean, rel=1e-6) and found.standard_error == pytest.approx(whole.standard_error, rel=1e-4)
         assert found.tokens == whole.tokens and found.unigram == pytest.approx(whole.unigram, rel=1e-12)
+
+
+def test_where_documents_end_costs_a_coin_at_each_token_that_is_to_be_written_and_has_one_behind_it():
+    """A given token tells its own; the one behind a token that is not given tells whether that ends a document."""
+    log_prior, end = torch.tensor([0.01, 0.49, 0.5]).log(), 0
+    ids, whole = torch.tensor([[1, end, 2, 1], [2, end, 1, end], [1, 1, 2, 0]]), torch.tensor([4, 4, 3])
+    documents = documents_of(ids, end)
+    documents[2, 3] = 1  # of what is only there to fill the row
+    for known in ([0, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 1], [0, 1, 0, 1]):
+        counted = (torch.arange(4) < whole[:, None]).long() * ~torch.tensor(known).bool()
+        wanted = []
+        for row, count in enumerate(whole):
+            free = [i for i in range(int(count) - 1) if not known[i]]
+            wanted.append(sum(-math.log(0.01 if ids[row, i] == end else 0.99) for i in free))
+        found = boundary_cost(ids, documents, Vocabulary(3, 0, 3, 0, 3), log_prior, whole, counted)
+        assert found.tolist() == pytest.approx(wanted, rel=1e-6)

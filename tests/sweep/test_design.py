@@ -63,12 +63,14 @@ def test_ranges_of_whole_numbers(sweep, spec, values):
         ("{log: [1e-4, 1e-2], count: 3}", [1e-4, 1e-3, 1e-2]),
         ("{range: [0.1, 0.4], step: 0.1}", [0.1, 0.2, 0.3, 0.4]),
         ("{log: [0.001, 0.003], count: 2}", [0.001, 0.003]),
+        ("{range: [1000000.0, 1000005.0], step: 2.5}", [1000000.0, 1000002.5, 1000005.0]),
+        ("{range: [3.1415927, 6.2831854], count: 3}", [3.1415927, 4.71238905, 6.2831854]),
         ("{range: [0.1, 0.7], step: 0.1}", [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]),  # of which six steps are 0.6 - 1e-16
     ],
 )
 def test_ranges_of_numbers_have_both_ends(sweep, spec, values):
     found = design.points(sweep(f"axes: {{optim.learning_rate: {spec}}}"))
-    assert [point.overrides["optim.learning_rate"] for point in found] == pytest.approx(values, rel=1e-5)
+    assert [point.overrides["optim.learning_rate"] for point in found] == pytest.approx(values, rel=1e-12)
 
 
 def test_keys_that_go_together_are_one_axis(sweep):

@@ -6,6 +6,7 @@ import pytest
 
 from megaflow.config.load import load
 from megaflow.errors import UserError
+from megaflow.evaluation_file import MEASURES
 from megaflow.files import sealed
 from megaflow.sweep import design, filed, gather, page, points
 
@@ -39,7 +40,7 @@ def test_a_sweep_that_evaluates_nothing_shows_no_evaluation(tmp_path):
     """Somebody's by hand is of options of its own, and not like that of the point beside it."""
     (tmp_path / "summary.json").write_text(json.dumps({"steps": 4, "tokens_per_second": 7.0}))
     (tmp_path / "point.json").write_text(json.dumps({"state": "done"}))
-    (tmp_path / "evaluation.json").write_text(sealed({"likelihood": {"nats_per_token": 3.0}}))
+    (tmp_path / "evaluation.json").write_text(sealed({"measures": MEASURES, "likelihood": {"nats_per_token": 3.0}}))
     found = gather.point_of(tmp_path, {"labels": {}, "seed": 0, "refused": ""}, {})
     assert found["state"] == "done" and found["metrics"] == {"tokens_per_second": 7.0}
 

@@ -10,6 +10,8 @@ import pytest
 from megaflow.config.load import load
 from megaflow.data.shards import copy_description
 from megaflow.errors import UserError
+from megaflow.evaluation_file import MEASURES
+from megaflow.files import sealed
 from megaflow.launch import records
 from megaflow.sweep import design, filed, gather, page, points, pool
 from megaflow.sweep.points import steps_of
@@ -238,3 +240,12 @@ def test_a_base_that_is_not_there_is_said_at_once(cli, tmp_path, words):
     (tmp_path / "sweep.yaml").write_text(f"dir: {tmp_path / 'out'}\nbase: nope.yaml\naxes: {{model.layers: [1, 2]}}\n")
     told = cli("sweep", tmp_path / "sweep.yaml", *words)
     assert (told.code, told.err) == (2, f"megaflow: {tmp_path / 'nope.yaml'}: no such config file\n") and not (tmp_path / "out").exists()
+
+
+def test_an_evaluation_of_an_earlier_step_is_none_of_the_point(copied):
+    """As of a point of a halving that somebody has evaluated where it paused."""
+    run = copied("coded")
+    for step, taken in ((40, True), (30, False)):
+        content = {"measures": MEASURES, "step": step, "settings": design.EVALUATION | {"steps": [1]}}
+        (run / "evaluation.json").write_text(sealed(content))
+        assert points.evaluated(run, {"steps": "1"}) is taken

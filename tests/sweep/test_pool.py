@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 
 from megaflow.config.load import load
+from megaflow.evaluation_file import MEASURES
 from megaflow.files import last_line, lines, sealed
 from megaflow.launch import records, slurm
 from megaflow.launch.host import alive
@@ -288,7 +289,8 @@ def test_a_search_runs_its_choices_with_all_their_seeds(sweeping):
 @pytest.mark.long
 def test_a_budget_of_seconds_is_steps_by_the_speed_of_each_choice(sweeping):
     """Measured once: asked again, or for more seeds, the same steps."""
-    text = "axes: {model.layers: [1, 6]}\nbudget: {seconds: 0.5}\nset: {train.validate_every: 1000, train.validation_rows: 2}"
+    words = "train.validate_every: 1000, train.validation_rows: 2, log.every: 10"
+    text = f"axes: {{model.layers: [1, 6]}}\nbudget: {{seconds: 0.5}}\nset: {{{words}}}"
     done = sweeping(text)
     assert done.code == 0, done.err
     speeds = json.loads((sweeping.out / "speeds.json").read_text())
@@ -388,7 +390,7 @@ def test_a_sweep_keeps_its_numbers_beside_another_of_other_options(sweeping, cop
     run = copied("coded")
     for options, nats in ((one, 1.0), (one | {"rows": 8}, 2.0)):
         settings = {**design.EVALUATION, **options, "steps": [1]}
-        content = sealed({"settings": settings, "likelihood": {"nats_per_token": nats}})
+        content = sealed({"measures": MEASURES, "step": 40, "settings": settings, "likelihood": {"nats_per_token": nats}})
         points.kept_evaluation(run, options).write_text(content)
         (run / "evaluation.json").write_text(content)
     member = {"labels": {}, "seed": 0, "refused": ""}
@@ -397,3 +399,11 @@ def test_a_sweep_keeps_its_numbers_beside_another_of_other_options(sweeping, cop
     (by_hand,) = [points.evaluation_of(run, one | {"rows": 8})]
     points.kept_evaluation(run, one | {"rows": 8}).unlink()
     assert points.evaluation_of(run, one | {"rows": 8}) == by_hand
+
+
+def test_an_evaluation_by_other_estimators_is_measured_anew(copied):
+    run = copied("coded")
+    for measures, taken in ((MEASURES, True), (MEASURES - 1, False)):
+        content = {"measures": measures, "step": 40, "settings": design.EVALUATION | {"steps": [1]}, "likelihood": {"nats_per_token": 1.0}}
+        points.kept_evaluation(run, {"steps": "1"}).write_text(sealed(content))
+        assert points.evaluated(run, {"steps": "1"}) is taken

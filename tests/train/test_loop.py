@@ -17,6 +17,7 @@ from megaflow.data.prepare import prepare
 from megaflow.data.shards import open_prepared
 from megaflow.model import build, parts
 from megaflow.parallel import mesh as meshes
+from megaflow.process import STOPPED
 from megaflow.train import checkpoint as checkpoints
 from megaflow.train import engine, loop, stages
 from megaflow.train import run as runs
@@ -124,6 +125,11 @@ class TestARun:
             assert f"run  step {line['step']}  validation_loss {line['validation_loss']:.4g}  validation_standard_error" in told
         last = [line for line in runs.lines(tmp_path / "run" / "metrics.jsonl") if "loss" in line][-1]
         assert f"loss {last['loss']:.4f}  norm {last['grad_norm']:.3g}  rate {last['learning_rate']:.2e}  " in told and len(checks) == 2
+
+    def test_where_it_pauses_is_a_line(self, train):
+        """A halving decides by it."""
+        found = runs.lines(train("coded", "flow", "train.steps=9", "log.every=4", "train.pause_at=5", code=STOPPED) / "metrics.jsonl")
+        assert [line["step"] for line in found if "loss" in line] == [4, 5]
 
     def test_metrics_every_few_steps(self, train):
         directory = train("coded", "flow", "train.steps=7", "log.every=3")

@@ -5,15 +5,14 @@ import math
 from typing import Any
 
 import megaflow
+from megaflow import evaluation_file
 from megaflow.config.load import flatten
 from megaflow.config.schema import Config
 from megaflow.data import shards
 from megaflow.export.source import Source
-from megaflow.files import read_if_sealed, read_if_whole
+from megaflow.files import read_if_whole
 from megaflow.train.stages import SHARDS, TEACHER_FILE
 
-EVALUATION = "evaluation.json"
-"""Where an evaluation lies in a run: evaluate/kept.py, which imports this room."""
 KINDS = {
     "flow": "A flow language model: it refines every position of a text at once, from noise to tokens, in as many steps as asked for.",
     "flow_map": "A flow map, distilled from a flow language model: it writes every position of a text at once, in one to a few steps.",
@@ -101,7 +100,7 @@ def _code(kind: str, about: dict[str, Any]) -> list[str]:
 
 
 def _measured(source: Source, group: str) -> list[str]:
-    found = read_if_sealed(source.run / EVALUATION)
+    found = evaluation_file.read(source.run / evaluation_file.FILE)
     if group != "averaged" or (found.get("step"), found.get("weights")) != (source.found.state["step"], source.found.sha256):
         return ["Nothing: these weights have not been evaluated (`megaflow evaluate` before `megaflow convert`)."]
     likelihood, reference = found["likelihood"], found["reference"]

@@ -39,7 +39,7 @@ class CausalModel(TokenModel):
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None, **_: Any) -> CausalLMOutput:
         """Logits (B, L, V) of the token after each of input_ids (B, L), which may have padding at their ends; the mean loss of `labels`,
         those of -100 left out, as transformers' own models have it: of the tokens after the first."""
-        if attention_mask is not None and bool((attention_mask.diff(dim=1) > 0).any()):
+        if attention_mask is not None and bool((attention_mask.int().diff(dim=1) > 0).any()):
             raise ValueError("padding belongs behind a text: use a tokenizer with padding_side='right'")
         logits = self.row_logits(input_ids)[:, 1:]
         loss = None if labels is None else F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())

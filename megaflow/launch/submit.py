@@ -315,9 +315,10 @@ def free(each: Step) -> None:
 
 def sent(each: Step, text: str) -> str:
     """Submit a script, note it, and say how to follow it. Returns the job's id. Raises UserError."""
+    new = each.kept is not None and not each.kept[0].exists()  # an earlier job may read it
     try:
         each.place.mkdir(parents=True, exist_ok=True)
-        if each.kept is not None and not each.kept[0].exists():
+        if each.kept is not None and new:
             each.kept[0].parent.mkdir(parents=True, exist_ok=True)
             write_atomically(*each.kept)
         if not os.access(each.place, os.W_OK | os.X_OK):
@@ -328,7 +329,7 @@ def sent(each: Step, text: str) -> str:
         id = slurm.submit(text)
     except UserError:
         with contextlib.suppress(OSError):  # empty folders that were made for it
-            if each.kept is not None:
+            if each.kept is not None and new:
                 each.kept[0].unlink()
                 each.kept[0].parent.rmdir()
                 each.kept[0].parent.parent.rmdir()

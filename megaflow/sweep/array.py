@@ -188,6 +188,8 @@ def left(asked: Sweep, placed: list[Placed], how: Cluster, active: dict[Path, li
     lost, halted = set[str](), set[str]()
     for each in placed:
         state, _ = points.stands(each.directory, asked.evaluate)
+        if state == DONE and not how.dry_run:
+            points.keep_evaluation(each.directory, asked.evaluate)
         if not each.refused and (state == DONE or active[each.directory] or halving.paused(each, share)):
             continue
         if each.point.teacher in halted:

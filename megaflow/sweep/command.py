@@ -219,7 +219,9 @@ def of_choices(placed: list[Placed], some: list[Choice]) -> list[Placed]:
 
 
 def values(asked: Sweep, placed: list[Placed], some: list[Choice]) -> list[float | None]:
-    """The metric of each choice, a mean over its seeds."""
+    """The metric of each choice, a mean over its seeds. Raises UserError of those that do not compare."""
+    if asked.metric == design.BY:
+        gather.check_alike(asked, placed)
     return [gather.mean_of(asked, [each for each in placed if each.point.labels == labels]) for labels, _ in some]
 
 

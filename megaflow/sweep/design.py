@@ -75,6 +75,8 @@ GIVEN = "first_half", "prefix", "suffix", "infilling", "random", "source", "mixt
 """What a likelihood may be given, of those of the rest: evaluation.py."""
 PLAIN = "as it is"
 """What an axis of mappings calls the one that overrides nothing, {}."""
+COLUMNS = "name", "seed", "state", "said", "seeds", "points", "baseline", "best"
+"""Of the tables of a sweep (page.py), besides its axes."""
 TEACHER = "teacher"
 """Label of a flow that is trained for the maps of a sweep, and is no choice of it."""
 Values = dict[str, Any]
@@ -145,7 +147,7 @@ def read(path: str, overrides: list[str] | None = None) -> Sweep:
     if not isinstance(content, dict):
         raise UserError(f"{path}: a sweep is a mapping with dir, base and axes")
     chosen = [word.partition("=")[2] for word in overrides or [] if word.startswith("variant=")]
-    content = _variant(path, {str(key): value for key, value in content.items()}, chosen[-1] if chosen else None)
+    content = _variant(path, _flat(path, content), chosen[-1] if chosen else None)
     for holder in (
         content,
         content.get("teacher"),
@@ -156,6 +158,24 @@ def read(path: str, overrides: list[str] | None = None) -> Sweep:
         if not word.startswith("variant="):
             _override(content, word)
     return _sweep(path, content)
+
+
+def _flat(path: str, content: dict[str, Any]) -> dict[str, Any]:
+    """The file's values, keys of configs in `set` in one spelling, {a.b: c}: what is put over them takes their place. Raises UserError."""
+    found = {str(key): value for key, value in content.items()}
+    if isinstance(values := found.get("set"), dict):
+        flat: Values = {}
+        for key, value in values.items():
+            some = flatten({str(key): value})
+            if twice := sorted(flat.keys() & some.keys()):
+                raise UserError(f"{path}: set has {twice[0]} twice, as one word and within another; leave one out")
+            flat |= some
+        found["set"] = flat
+    if isinstance(teacher := found.get("teacher"), dict):
+        found["teacher"] = _flat(path, teacher)
+    if isinstance(variants := found.get("variants"), dict):
+        found["variants"] = {name: _flat(path, each) if isinstance(each, dict) else each for name, each in variants.items()}
+    return found
 
 
 def _variant(path: str, content: dict[str, Any], name: str | None) -> dict[str, Any]:
@@ -179,10 +199,12 @@ def _override(content: dict[str, Any], word: str) -> None:
     except Exception as error:  # a YAML parser's errors have no common base class that OmegaConf promises
         raise UserError(f"command line: the value of {name} cannot be read: {str(error).splitlines()[0]}") from None
     first, _, rest = name.partition(".")
-    if first in ("set", "axes", "baseline") and rest:  # whose keys have dots of their own
+    if first in ("axes", "baseline") and rest:  # whose keys have dots of their own
         _within(content, first, word)[rest] = parsed
+    elif first == "set" and rest:
+        _within(content, first, word).update(flatten({rest: parsed}))
     elif first == "teacher" and rest.startswith("set."):
-        _within(_within(content, first, word), "set", word)[rest.removeprefix("set.")] = parsed
+        _within(_within(content, first, word), "set", word).update(flatten({rest.removeprefix("set."): parsed}))
     elif rest:
         _within(content, first, word)[rest] = parsed
     else:
@@ -213,6 +235,8 @@ def _sweep(path: str, content: dict[str, Any]) -> Sweep:
             known = f"; did you mean {near[0]}?" if near else f"; it has {', '.join(sorted(names))} (a config of one run is for pretrain)"
             raise UserError(f"{path}: a sweep has no {name}{known}")
     for name in ("dir", "base"):
+        if content.get(name) is not None and not isinstance(content[name], str):
+            raise UserError(f"{path}: {name} must be text, not {content[name]!r}; put it in quotes")
         if not isinstance(content.get(name), str) or not content[name].strip():
             raise UserError(f"{path}: {name} is missing; name the {'folder of the sweep' if name == 'dir' else 'config of its points'}")
     if _read(f"x={content['dir']}") != content["dir"]:
@@ -223,8 +247,8 @@ def _sweep(path: str, content: dict[str, Any]) -> Sweep:
         if name in found and not isinstance(found[name], kind):
             raise UserError(f"{path}: {name} must be a {'list' if kind is list else 'mapping'}, not {found[name]!r}")
     found["set"] = _values(path, "set", found.get("set", {}))
-    if TEACHER in found.get("axes", {}):
-        raise UserError(f"{path}: an axis cannot be called {TEACHER}")
+    if taken := sorted({TEACHER, *COLUMNS} & {str(axis) for axis in found.get("axes", {})}):
+        raise UserError(f"{path}: an axis cannot be called {taken[0]}, which the tables call something else")
     found["axes"] = {str(axis): _axis(path, str(axis), values) for axis, values in found.get("axes", {}).items()}
     found["exclude"] = [_condition(path, entry) for entry in found.get("exclude", [])]
     found["seeds"] = _seeds(path, found.get("seeds", 1))
@@ -247,14 +271,13 @@ def _sweep(path: str, content: dict[str, Any]) -> Sweep:
         raise UserError(f"{path}: budget and set.train.steps both say how long points train; leave one out")
     found["teacher"] = Teacher(str(teacher.get("base", "")), _values(path, "teacher.set", teacher.get("set", {})))
     found["baseline"] = {str(key): _worded(str(key), value) for key, value in found.get("baseline", {}).items()}
-    if strange := set(found["baseline"]) - set(found["axes"]):
-        raise UserError(f"{path}: baseline names {min(strange)}, which is no axis; there are {', '.join(found['axes']) or 'none'}")
     said = found.get("lower_is_better")
     if not (said is None or isinstance(said, bool)) or not isinstance(found.get("metric", ""), str):
         raise UserError(f"{path}: metric is the name of a number, and lower_is_better true or false")
     if "metric" not in found and not found.get("evaluate"):
         found["metric"] = "validation_loss"
     found["lower_is_better"] = said if said is not None else not found.get("metric", "").endswith(HIGHER)
+    found["evaluate"] = _spelled(found.get("evaluate", {}))
     sweep = Sweep(**found, file=path, start=found["base"])
     _check_evaluation(path, sweep)
     if said is None and sweep.metric.endswith(".entropy"):
@@ -262,8 +285,21 @@ def _sweep(path: str, content: dict[str, Any]) -> Sweep:
             f"{path}: metric={sweep.metric} is best near that of real text, neither low nor high; choose another, or say lower_is_better"
         )
     for condition in sweep.exclude:
-        _check_condition(path, sweep, condition)
+        _check_condition(path, sweep, condition, "exclude")
+    _check_condition(path, sweep, sweep.baseline, "baseline")
     return sweep
+
+
+def _spelled(evaluate: Values) -> Values:
+    """Options of an evaluation in one spelling: those that mean the same are the same."""
+    found = {str(name): value for name, value in evaluate.items()}
+    if "steps" in found:
+        found["steps"] = ",".join(part.strip() for part in str(found["steps"]).split(","))
+    if _number(found.get("temperature")):
+        found["temperature"] = float(found["temperature"])
+    if isinstance(judge := found.get("judge"), list) and len(judge) == 1:
+        found["judge"] = judge[0]
+    return found
 
 
 def _check_evaluation(path: str, sweep: Sweep) -> None:
@@ -304,18 +340,18 @@ def judges_of(evaluate: dict[str, Any]) -> list[str]:
     return judges if isinstance(judges, list) else [judges]
 
 
-def _check_condition(path: str, sweep: Sweep, condition: Values) -> None:
-    """Refuse a condition that no choice can meet. Raises UserError."""
+def _check_condition(path: str, sweep: Sweep, condition: Values, what: str) -> None:
+    """Refuse a condition, of `what`, with a key or a value that no axis has. Raises UserError."""
     for key, values in condition.items():
         known = {label for label, _ in sweep.axes.get(key, [])}
         known |= {written(each[key]) for axis in sweep.axes.values() for _, each in axis if key in each}
         known |= {written(sweep.set[key])} if key in sweep.set else set()
         if not known:
-            raise UserError(f"{path}: exclude names {key}, which no axis sets; there are {', '.join(sweep.axes) or 'none'}")
+            raise UserError(f"{path}: {what} names {key}, which no axis sets; there are {', '.join(sweep.axes) or 'none'}")
         for value in values if isinstance(values, list) else [values]:
             if not any(_alike(value, label) for label in known):
                 raise UserError(
-                    f"{path}: exclude has {key}={labelled(value)}, which no axis sets it to; they set {', '.join(sorted(known))}"
+                    f"{path}: {what} has {key}={labelled(value)}, which no axis sets it to; they set {', '.join(sorted(known))}"
                     + _unset(sweep, key)
                 )
 
@@ -345,6 +381,8 @@ def _alike(value: Any, label: str) -> bool:
             return float(label) == float(value)
         except ValueError:
             return False
+    if isinstance(value, dict):  # in whatever order
+        return sorted(labelled(value).split(", ")) == sorted(label.split(", "))
     return labelled(value) == label
 
 
@@ -383,7 +421,7 @@ def _axis(path: str, axis: str, values: Any) -> list[tuple[str, Values]]:
             overrides = _values(path, "axes", {axis: value})
             label = written(overrides.get(axis, value))
         found.append((label, overrides))
-    if len({label for label, _ in found}) < len(found):
+    if any(one == other for (_, one), (_, other) in itertools.combinations(found, 2)):  # also as 1 and 1.0, or in another order
         raise UserError(f"{path}: axes.{axis} names a value twice")
     return found
 
@@ -475,6 +513,7 @@ def choices(sweep: Sweep) -> list[Choice]:
     """The grid's choices, without what is excluded. Raises UserError."""
     whole = list(itertools.product(*([(axis, *value) for value in values] for axis, values in sweep.axes.items())))
     found: list[Choice] = []
+    unmet = list(sweep.exclude)
     for choice in whole:
         labels, overrides = {axis: label for axis, label, _ in choice}, dict(sweep.set)
         seen: dict[str, str] = {}
@@ -484,8 +523,12 @@ def choices(sweep: Sweep) -> list[Choice]:
                     raise UserError(f"{sweep.file}: the axes {seen[key]} and {axis} both set {key}")
                 seen[key] = axis
             overrides |= values
+        unmet = [condition for condition in unmet if not _matches(condition, labels, overrides)]
         if not any(_matches(condition, labels, overrides) for condition in sweep.exclude):
             found.append((labels, overrides))
+    if unmet:
+        told = ", ".join(f"{key}={labelled(value)}" for key, value in unmet[0].items())
+        raise UserError(f"{sweep.file}: exclude has {told}, which no choice has all at once; mend it or take it out")
     if not found:
         raise UserError(f"{sweep.file}: no point is left: exclude leaves none of {len(whole)} choices")
     return found
@@ -528,13 +571,11 @@ def _matches(condition: Values, labels: dict[str, str], overrides: Values) -> bo
 
 def baseline_of(sweep: Sweep, all_points: list[Point]) -> dict[str, str] | None:
     """The labels of the choice that others are compared with. Raises UserError where it is not there."""
-    choices = [point.labels for point in all_points if TEACHER not in point.labels]
-    if not sweep.baseline:
-        return choices[0] if choices else None
-    wanted = {axis: labelled(value) for axis, value in sweep.baseline.items()}
-    found = next((labels for labels in choices if all(labels[axis] == value for axis, value in wanted.items())), None)
-    if found is None:
-        raise UserError(f"{sweep.file}: no point has the baseline {', '.join(f'{axis}={value}' for axis, value in wanted.items())}")
+    choices = [point for point in all_points if TEACHER not in point.labels]
+    found = next((point.labels for point in choices if _matches(sweep.baseline, point.labels, point.overrides)), None)
+    if found is None and sweep.baseline:
+        wanted = ", ".join(f"{key}={labelled(value)}" for key, value in sweep.baseline.items())
+        raise UserError(f"{sweep.file}: no point has the baseline {wanted}")
     return found
 
 
@@ -542,6 +583,8 @@ def written(value: Any) -> str:
     """A value as an override takes it."""
     if isinstance(value, bool):
         return "true" if value else "false"
+    if value is None:
+        return "null"
     if isinstance(value, float):
         return repr(value)
     return json.dumps(value) if isinstance(value, (list, dict)) else str(value)

@@ -78,10 +78,7 @@ def keep(asked: Sweep, placed: list[Placed], words: list[str]) -> None:
         "seeds": list(asked.seeds),
         "metric": asked.metric,
         "lower_is_better": asked.lower_is_better,
-        # of what leaves choices out on the way, the first that is done unless one is asked for
-        "baseline": design.baseline_of(asked, [each.point for each in placed])
-        if asked.baseline or asked.draw["kind"] in ("grid", "random")
-        else None,
+        "baseline": baseline(asked, placed),
         "budget": asked.budget,
         "evaluate": asked.evaluate,
         "members": [member | {"refused": each.refused} for member, each in zip(members, placed, strict=True)],
@@ -90,3 +87,11 @@ def keep(asked: Sweep, placed: list[Placed], words: list[str]) -> None:
     with refused(asked):
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, json.dumps(content, indent=1))
+
+
+def baseline(asked: Sweep, placed: list[Placed]) -> dict[str, str] | None:
+    """The labels of what others are compared with; None of what leaves choices out on the way and asks for none: the first that is done."""
+    if not asked.baseline and asked.draw["kind"] in ("halving", "optuna"):
+        return None
+    search = asked.draw["kind"] == "optuna"  # which has not chosen all of its choices yet
+    return design.baseline_of(asked, design.points(asked) if search else [each.point for each in placed])

@@ -1,6 +1,7 @@
 """`megaflow report SWEEP`: what the runs of a sweep have come to, as plain data, and the page that is made of it."""
 
 import json
+import math
 import os
 import shlex
 import statistics
@@ -8,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from megaflow.errors import UserError, reason
-from megaflow.files import lines, read_if_whole
+from megaflow.files import last_line, lines, read_if_whole
 from megaflow.sweep import points
 from megaflow.sweep.design import JUDGED, SAMPLED, TEACHER, Sweep, judges_of, written
 from megaflow.sweep.points import Placed
+from megaflow.train.run import read_config
 
 ORDER = ("data.", "train.global_batch")
 """Beginnings of keys that decide which samples come in which order: where they are axes, choices differ in that too."""
@@ -21,6 +23,8 @@ GOES_ON = {
     "paused": "waits for the others of its rung; the same command goes on",
 }
 """Of points that say nothing themselves, how they come to be where they are."""
+BOUND = "a bound"
+"""What most validation losses are: a bound on the likelihood, or that itself, in nats a token."""
 CURVE = 400
 """Points of a curve that are kept: more are not seen."""
 
@@ -58,6 +62,8 @@ def gathered(folder: Path, file: Path) -> dict[str, Any]:
     chosen = [member for member in members if TEACHER not in member["labels"]]
     overrides = {axis: {label: stringed(values) for label, values in labels.items()} for axis, labels in content["overrides"].items()}
     base = content["base"] if os.path.isabs(content["base"]) else os.path.relpath(os.path.realpath(folder / content["base"]))
+    made = [point_of(folder / member["directory"], member, content["evaluate"]) for member in chosen]
+    unlike = told_apart(folder, made)
     if asked := judges_of(content["evaluate"]):
         read = {each["directory"]: points.evaluation_of(folder / each["directory"], content["evaluate"]) for each in chosen}
         same_judges(read, asked, folder)
@@ -75,8 +81,8 @@ def gathered(folder: Path, file: Path) -> dict[str, Any]:
         "baseline": content["baseline"],
         "seeds": content["seeds"],
         "commands": [shlex.join(["megaflow", "sweep", content["file"], *content["words"]])],
-        "note": note_of(content),
-        "points": [point_of(folder / member["directory"], member, content["evaluate"]) for member in chosen],
+        "note": f"{note_of(content)} {unlike}".strip(),
+        "points": made,
     }
 
 
@@ -100,7 +106,7 @@ def stringed(values: dict[str, Any]) -> dict[str, str]:
 
 def note_of(content: dict[str, Any]) -> str:
     fixed = ", ".join(f"{key}={value}" for key, value in content["set"].items())
-    budget = ", ".join(f"{value:,.0f} {name}" for name, value in content["budget"].items())
+    budget = ", ".join(f"{value:,.0f} {name}" if value >= 100 else f"{value:g} {name}" for name, value in content["budget"].items())
     teacher = content.get("teacher") or {}
     its = ", ".join(f"{key}={value}" for key, value in teacher.get("set", {}).items())
     flows = f"They are maps of flows of {teacher['base']}{f' with {its}' if its else ''}." if teacher else ""
@@ -126,7 +132,7 @@ def point_of(directory: Path, member: dict[str, Any], evaluate: dict[str, Any]) 
     curve, last = curve_of(directory)
     metrics = last | ({"tokens_per_second": summary["tokens_per_second"]} if "tokens_per_second" in summary else {})
     metrics |= measured(evaluation)
-    flops = summary.get("model_flops_per_token")
+    flops, speed = summary.get("model_flops_per_token"), summary.get("tokens_per_second")
     return {
         "name": directory.name,
         "values": member["labels"],
@@ -139,7 +145,7 @@ def point_of(directory: Path, member: dict[str, Any], evaluate: dict[str, Any]) 
         "cost": {
             "tokens": summary.get("tokens"),
             "flops": flops * summary["tokens"] if flops else None,
-            "seconds": summary.get("seconds"),
+            "seconds": summary["tokens"] / speed if speed and "tokens" in summary else None,
             "parameters": summary.get("parameters"),
         },
     }
@@ -149,7 +155,7 @@ def mean_of(asked: Sweep, placed: list[Placed]) -> float | None:
     """The metric of a choice, a mean over its seeds; None unless all of them have it but for those whose flow has failed."""
     placed = [each for each in placed if not points.orphaned(each)]
     found = [point_of(each.directory, {"labels": {}, "seed": 0, "refused": each.refused}, asked.evaluate)["metrics"] for each in placed]
-    values = [metrics[asked.metric] for metrics in found if asked.metric in metrics]
+    values = [metrics[asked.metric] for metrics in found if math.isfinite(metrics.get(asked.metric, math.nan))]
     return statistics.mean(values) if values and len(values) == len(placed) else None
 
 
@@ -161,6 +167,47 @@ def besides(directory: Path) -> dict[str, str]:
     if "distill.teacher" in found and beside.is_dir():
         found["distill.teacher"] = str(beside.resolve())
     return found
+
+
+def validates(directory: Path) -> str:
+    """What the validation loss of a run is: BOUND, of the likelihood or that itself, else a quantity that compares with its like alone.
+    Empty where it has none."""
+    line = last_line(directory / "metrics.jsonl", "validation_loss")
+    if not line or "validation_standard_error" in line:
+        return BOUND if line else ""
+    try:
+        config = read_config(directory).config
+    except UserError:  # a damaged run: nothing else of it is compared
+        return ""
+    if "validation_divergence" in line:
+        return f"the objective {config.distill.objective}"
+    return BOUND if config.model.family == "autoregressive" else "a cross-entropy at times even in log-SNR"
+
+
+def check_alike(asked: Sweep, placed: list[Placed]) -> None:
+    """Refuse to decide among points by validation losses of several quantities. Raises UserError."""
+    kinds: dict[str, str] = {}
+    for each in placed:
+        if kind := validates(each.directory) if TEACHER not in each.point.labels else "":
+            kinds.setdefault(kind, each.directory.name)
+    if len(kinds) > 1:
+        told = ", ".join(f"{kind} of {name}" for kind, name in kinds.items())
+        raise UserError(
+            f"{asked.file}: validation_loss is {told}, which do not compare; exclude what has another, or draw a grid, with evaluate"
+        )
+
+
+def told_apart(folder: Path, made: list[dict[str, Any]]) -> str:
+    """Where the validation losses of points are of several quantities, give those that are no bound on the likelihood another name, and
+    return a sentence that says so; empty where all are alike."""
+    kinds = {point["name"]: validates(folder / point["name"]) for point in made if "validation_loss" in point["metrics"]}
+    if len(set(kinds.values())) < 2:
+        return ""
+    for point in made:
+        if (kind := kinds.get(point["name"], BOUND)) != BOUND:
+            point["metrics"][f"validation_loss, {kind}"] = point["metrics"].pop("validation_loss")
+    others = sorted(set(kinds.values()) - {BOUND})
+    return f"Validation losses are of several quantities, which do not compare: {' and '.join(others)} have names of their own."
 
 
 def measured(evaluation: dict[str, Any]) -> dict[str, float]:

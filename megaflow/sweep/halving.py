@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from megaflow.errors import UserError
 from megaflow.files import lines
-from megaflow.sweep import design, points
+from megaflow.sweep import design, gather, points
 from megaflow.sweep.design import Sweep
 from megaflow.sweep.points import DONE, EARLY, FAILED, REFUSED, STOPPED, Placed
 from megaflow.train import outcome
@@ -43,6 +43,8 @@ def check(asked: Sweep, placed: list[Placed]) -> None:
 def best(asked: Sweep, alive: list[Placed], share: float, note: bool) -> list[Placed]:
     """The points of the best choices, of those that are further already without having been measured here, and all teachers."""
     keep, by = asked.draw["keep"], asked.draw["by"]
+    if by == design.BY:
+        gather.check_alike(asked, alive)
     order, ahead = ranked(alive, share, by)
     going = {choice for choice, _ in order[: max(1, math.ceil(keep * len(order)))]} | ahead
     told = {choice: (place, value) for place, (choice, value) in enumerate(order)}

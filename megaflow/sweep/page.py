@@ -32,7 +32,7 @@ from megaflow.sweep.statistics import Choice, Design, Effect, Law, Row
 COSTS = {
     "flops": "FLOPs of training",
     "tokens": "tokens read in training",
-    "seconds": "seconds of training",
+    "seconds": "seconds of training steps",
     "parameters": "parameters",
 }
 STATES = ("done", "running", "pending", "paused", "stopped", "stopped early", "failed", "refused")
@@ -40,6 +40,7 @@ NUMBERS = 24_000  # of a page's curves: 300 points stay below 2 MB
 MOST_NUMBERS = 240  # of one curve: more are not seen
 SHOWN = 30  # choices whose curves are all shown at first; of more, the BEST of them
 BEST = 10
+ROUNDING = 1e-9  # an error below is none
 LONGEST = 2000  # characters of an error
 PALETTE = ("#2a7fbf", "#d4622a", "#2e9e78", "#8a5bb0", "#b08a2e", "#c2496e", "#5a7d8c", "#7a9a2e")
 FLAT = re.compile(r",\s*(?=[A-Za-z_]\w*(?:\.\w+)+=)")  # between the keys of 'a.b=c, d.e=f'
@@ -113,7 +114,7 @@ def choices_md(data: dict[str, Any]) -> str:
             pair(row.mean, row.error, digits_of(rows), "") if done and len(row.values) == len(done) else ""
             for row, rows in zip(found, by_metric, strict=True)
         ]
-        apart, digits = found[0].paired, digits_of(by_metric[0])
+        apart, digits = found[0].paired, digits_apart(by_metric[0])
         difference = pair(apart.difference, apart.error, digits, "+") if apart is not None and choice != base and cells[0] else ""
         rest = next((point["state"] + (f": {point['said']}" if point["said"] else "") for point in mine if point["state"] != "done"), "")
         seeds = str(len(done)) if len(done) == len(mine) else f"{len(done)} of {len(mine)}; {rest}"
@@ -244,8 +245,28 @@ def told_apart(values: Sequence[float], form: Callable[[float], str]) -> list[st
 
 def digits_of(rows: Iterable[Row]) -> int:
     """Decimals that show two digits of the middle standard error, or four digits of the values where there is none; 0 to 7."""
-    errors = [row.error for row in rows if row.error]
-    means = [abs(row.mean) for row in rows if row.mean]
+    rows = list(rows)
+    return decimals([row.error for row in rows if row.error], [abs(row.mean) for row in rows if row.mean])
+
+
+def digits_apart(rows: Iterable[Row]) -> int:
+    """Decimals of paired differences, as many as their own errors ask for: pairing leaves less than the seeds differ by."""
+    rows = list(rows)
+    return finer(digits_of(rows), (row.paired.error for row in rows if row.paired is not None))
+
+
+def digits_of_effects(found: Design, digits: int) -> int:
+    """The same of the effects of axes, of numbers that have so many decimals."""
+    return finer(digits, (level.error for effect in found.effects for level in effect.levels))
+
+
+def finer(digits: int, errors: Iterable[float | None]) -> int:
+    """So many decimals, or as many as these errors ask for."""
+    found = [error for error in errors if error and error > ROUNDING]
+    return max(digits, decimals(found, [])) if found else digits
+
+
+def decimals(errors: list[float], means: list[float]) -> int:
     if errors:
         places = 1 - math.floor(math.log10(float(np.median(errors))))
     elif means:
@@ -423,10 +444,13 @@ def curves(data: dict[str, Any], ranked: Sequence[Choice], shown: set[Choice]) -
     if not every:
         return None
     end = max(x for x, _ in every)
-    late = np.array([y for x, y in every if x >= end / 4])
-    low, high = np.quantile(late, [0.25, 0.75])
-    late = late[late <= high + 3 * (high - low)]  # a point that diverged would flatten the others
-    x, whole, close = Scale(0.0, end or 1.0), scale_of((y for _, y in every), room=0.04), scale_of(late.tolist(), room=0.04)
+    late: list[float] = []
+    for kind in "tv":  # apart: validations are few, and lie elsewhere
+        some = np.array([y for found in lines.values() for own, _, line in found for x, y in line if own == kind and x >= end / 4])
+        if len(some):
+            low, high = np.quantile(some, [0.25, 0.75])
+            late += some[some <= high + 3 * (high - low)].tolist()  # a point that diverged would flatten the others
+    x, whole, close = Scale(0.0, end or 1.0), scale_of((y for _, y in every), room=0.04), scale_of(late, room=0.04)
     panel = Panel(760, 380, x, whole)
     panel.rules("all")
     panel.y = close
@@ -613,7 +637,7 @@ def _view(data: dict[str, Any], folder: Path | str | None) -> dict[str, Any]:
     by_cost = {} if crossed else {cost: statistics.by_size(data, cost) for cost in ("flops", "parameters")}
     laws = [(cost, statistics.scaling_law(by_cost[cost])) for cost in [cost for cost in by_cost if by_cost[cost]][:1]]
     done = [point for point in data["points"] if point["state"] == "done"]
-    sizes = {point["cost"].get("parameters") for point in done} - {None}
+    sizes = {point["cost"]["parameters"] for point in done if point["cost"].get("parameters")}
     values = {axis: list(dict.fromkeys([*data["axes"][axis], *(choice[place] for choice in order)])) for place, axis in enumerate(axes)}
     where = {axis: {value: place for place, value in enumerate(found)} for axis, found in values.items()}
     others = [name for name in statistics.metrics(data) if name != data["metric"]]
@@ -634,12 +658,14 @@ def _view(data: dict[str, Any], folder: Path | str | None) -> dict[str, Any]:
         "base": base,
         "ranked": ranked,
         "digits": digits_of(ranked),
+        "apart": digits_apart(ranked),
+        "of_effects": digits_of_effects(found, digits_of(ranked)) if found else 0,
         "bars": [interval_figure(row, Scale(-spread, spread) if spread > 0 else None) for row in ranked],
         "seeds": [(row, sum(point["state"] == "done" for point in groups[row.choice])) for row in ranked],
         "compared": sum(pair.p is not None for pair in pairs),
         "uncompared": [row for row in ranked if row.mean is not None and row.paired is not None and row.paired.p is None],
         "tables": tables,
-        "digits_by": {name: digits_of(rows) for name, rows in tables.items()},
+        "digits_by": {name: (digits_of(rows), digits_apart(rows)) for name, rows in tables.items()},
         "curves": curves(data, order, shown),
         "shown": shown,
         "colours": _colours([f"choice {place}" for place in range(len(order))]),
@@ -656,7 +682,7 @@ def _view(data: dict[str, Any], folder: Path | str | None) -> dict[str, Any]:
         "left_out": sum(0 < len(row.values) < max(len(other.values) for other in ranked) for row in ranked),
         "surface": scaling.surface_law(crossed) if crossed else None,
         "laws": [(cost, law, law_figure(law, cost, data["metric"])) for cost, law in laws],
-        "sizes": len(sizes),
+        "sizes": statistics.count_alike(sizes),
         "unfinished": [point for point in data["points"] if point["state"] in ("failed", "refused", "stopped early", "stopped", "paused")],
         "undefined": [point["name"] for point in done if not statistics.measured([point], data["metric"])],
         "waiting": waiting,

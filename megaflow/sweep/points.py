@@ -9,6 +9,7 @@ A point's identity is what its config says, without what the machine alone has t
 asks for it, under whatever name.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import itertools
@@ -22,7 +23,7 @@ from megaflow import evaluation_file
 from megaflow.config.check import contradictions, resolve
 from megaflow.config.load import Loaded, load, meant
 from megaflow.errors import UserError
-from megaflow.files import read_if_whole, write_atomically
+from megaflow.files import read_if_whole, sealed, write_atomically
 from megaflow.launch import records
 from megaflow.model import flops
 from megaflow.show import foreseen, known, rows_of, rows_read
@@ -260,6 +261,14 @@ def evaluation_of(directory: Path, evaluate: dict[str, Any]) -> dict[str, Any]:
         if same and set(judges) <= set(settings.get("judges", {})) and (file == own or task in (None, settings.get("verify"))):
             return found
     return {}
+
+
+def keep_evaluation(directory: Path, evaluate: dict[str, Any]) -> None:
+    """Keep for this sweep what it has taken of an evaluation by hand, or of another sweep, whose next one would take its place."""
+    own = kept_evaluation(directory, evaluate)
+    if evaluate and not own.exists() and (found := evaluation_of(directory, evaluate)):
+        with contextlib.suppress(OSError):
+            write_atomically(own, sealed(found))
 
 
 def kept_evaluation(directory: Path, evaluate: dict[str, Any]) -> Path:

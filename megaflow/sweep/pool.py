@@ -150,6 +150,8 @@ def standing(asked: Sweep, each: Placed, tally: Tally, retry: bool, share: float
     if state == FAILED and (said := points.another(each.directory)):  # which no retry makes the point again
         points.note(each, FAILED, said)
         return FAILED
+    if state == DONE:
+        points.keep_evaluation(each.directory, asked.evaluate)
     if state == DONE or state == FAILED and not retry:
         return state
     if halving.paused(each, share):

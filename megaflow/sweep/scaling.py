@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.optimize import least_squares, nnls
 
-from megaflow.sweep.statistics import FLATTEST, LAW_CONFIDENCE, MOST_SPREAD, REPLICATES, STEEPEST, choices, measured
+from megaflow.sweep.statistics import FLATTEST, LAW_CONFIDENCE, MOST_SPREAD, REPLICATES, STEEPEST, alike, choices, count_alike, measured
 
 LEVELS = 3
 """Sizes, and lengths of training, without which neither term has an exponent."""
@@ -39,19 +39,22 @@ def triples(data: dict[str, Any]) -> list[tuple[float, float, float]]:
     """(parameters, tokens, metric) of the points that a law is fitted to: of each size and length those of the choice with the best mean,
     of those with as many seeds as any. Empty where they do not vary both, each at three values or more and not together, where a metric is
     not above zero, or where it is better when higher."""
-    cells: dict[tuple[float, float], list[tuple[int, float, list[float]]]] = {}
+    costs = [point["cost"] for point in data["points"] if point["state"] == "done"]
+    size_of, length_of = (alike(float(cost[name]) for cost in costs if cost.get(name)) for name in ("parameters", "tokens"))
+    cells: dict[tuple[float, float], list[tuple[int, float, list[tuple[float, float, float]]]]] = {}
     for points in choices(data).values():
         values = measured(points, data["metric"])
-        there: dict[tuple[float, float], list[float]] = {}
+        there: dict[tuple[float, float], list[tuple[float, float, float]]] = {}
         for point in points:
             cost = point["cost"]
             if point["state"] == "done" and point["seed"] in values and cost.get("parameters") and cost.get("tokens"):
-                there.setdefault((float(cost["parameters"]), float(cost["tokens"])), []).append(values[point["seed"]])
+                n, d = float(cost["parameters"]), float(cost["tokens"])
+                there.setdefault((size_of[n], length_of[d]), []).append((n, d, values[point["seed"]]))
         for cell, own in there.items():
-            cells.setdefault(cell, []).append((-len(own), float(np.mean(own)), own))
-    found = [(n, d, value) for (n, d), group in cells.items() for value in min(group)[2]]
-    sizes, lengths = {n for n, _, _ in found}, {d for _, d, _ in found}
-    crossed = len({(n, d) for n, d, _ in found}) >= len(sizes) + len(lengths)
+            cells.setdefault(cell, []).append((-len(own), float(np.mean([value for _, _, value in own])), own))
+    found = [point for group in cells.values() for point in min(group)[2]]
+    sizes, lengths = {n for n, _ in cells}, {d for _, d in cells}
+    crossed = len(cells) >= len(sizes) + len(lengths)
     enough = min(len(sizes), len(lengths)) >= LEVELS and crossed and len(found) > 5
     if not enough or not data["lower_is_better"] or any(value <= 0 for _, _, value in found):
         return []
@@ -67,6 +70,7 @@ def surface_law(found: Sequence[tuple[float, float, float]], replicates: int = R
     """
     if len(found) <= 5:
         raise ValueError("a law of five numbers takes more than five points")
+    sizes, lengths = (count_alike(values) for values in list(zip(*found, strict=True))[:2])
     n, d, y = (np.log(np.array(column, float)) for column in zip(*found, strict=True))
     n, d, scales = n - n.mean(), d - d.mean(), (float(n.mean()), float(d.mean()))
     best = _fit(n, d, y, _start(n, d, y))
@@ -83,7 +87,7 @@ def surface_law(found: Sequence[tuple[float, float, float]], replicates: int = R
     both = clear["alpha"] and clear["beta"]
     told = {"alpha": clear["alpha"], "A": clear["alpha"], "beta": clear["beta"], "B": clear["beta"], "frontier": both, "size": both}
     told["E"] = both and intervals["E"][0] > 1e-3 * float(np.exp(y.min()))
-    return Surface(named[0], intervals, told, len(y), len(set(n.tolist())), len(set(d.tolist())))
+    return Surface(named[0], intervals, told, len(y), sizes, lengths)
 
 
 def _named(law: np.ndarray, scales: tuple[float, float]) -> dict[str, float]:

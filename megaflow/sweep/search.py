@@ -29,6 +29,8 @@ def search(asked: Sweep, at_once: int, measure: Measure, stop: list[int], keep: 
     before = kept(file)
     elsewhere = [labels for labels in before if key(labels) not in grid]  # of axes that were longer once, and may be again
     chosen = [grid[key(labels)] for labels in before if key(labels) in grid][:total]
+    if asked.baseline and (first := design.baseline_of(asked, design.points(asked))) and grid[key(first)] not in chosen:
+        chosen.insert(0, grid[key(first)])  # all others are compared with it
     values: list[float | None] = []
     while not stop:
         # at first those that an earlier start has chosen, then as many as run at once

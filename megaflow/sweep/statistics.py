@@ -26,6 +26,8 @@ LAW_CONFIDENCE = 0.9
 """Of the intervals of a scaling law."""
 LAW_SIZES = 4
 """Sizes without which no law is fitted: three numbers fit any three points."""
+ALIKE = 1.05
+"""Numbers of parameters, and costs, of which a scaling law makes one."""
 REPLICATES = 400
 """Of the bootstrap of a scaling law."""
 MOST_SPREAD = 1.0
@@ -383,23 +385,40 @@ def _balanced(cells: Sequence[tuple[int, ...]], seeds: Sequence[int]) -> bool:
     return len(counts) == combinations and len(set(counts.values())) == 1
 
 
+def alike(values: Iterable[float]) -> dict[float, float]:
+    """The least of those that each value is as good as: a choice of weighting has some weights more than another, and a budget of FLOPs is
+    kept to a step. Each is at most a factor of ALIKE above its least."""
+    found: dict[float, float] = {}
+    least = math.nan
+    for value in sorted(set(values)):
+        least = least if value <= ALIKE * least else value
+        found[value] = least
+    return found
+
+
+def count_alike(values: Iterable[float]) -> int:
+    return len(set(alike(values).values()))
+
+
 def by_size(data: dict[str, Any], cost: str) -> list[tuple[float, float]]:
-    """(cost, metric) of the points that a scaling law is fitted to: of each number of parameters the choice with the best mean.
+    """(cost, metric) of the points that a scaling law is fitted to: of each number of parameters (alike) the choice with the best mean.
 
     Empty where fewer than LAW_SIZES sizes have both, where a metric is not above zero, or where it is better when higher. Choices with
     fewer seeds than the most of a size are passed over, as in `winner`.
     """
+    counts = [point["cost"].get("parameters") or 0 for point in data["points"] if point["state"] == "done"]
+    size_of = alike(filter(None, counts))
     sizes: dict[float, list[tuple[int, float, list[tuple[float, float]]]]] = {}
     for points in choices(data).values():
         values = measured(points, data["metric"])
         found = [point for point in points if point["state"] == "done" and point["seed"] in values and point["cost"].get(cost)]
         if found and found[0]["cost"].get("parameters"):
             pairs = [(float(point["cost"][cost]), values[point["seed"]]) for point in found]
-            sizes.setdefault(found[0]["cost"]["parameters"], []).append((-len(pairs), float(np.mean([y for _, y in pairs])), pairs))
+            size = size_of[found[0]["cost"]["parameters"]]
+            sizes.setdefault(size, []).append((-len(pairs), float(np.mean([y for _, y in pairs])), pairs))
     chosen = [min(group)[2] for _, group in sorted(sizes.items())]
     kept = [pair for pairs in chosen for pair in pairs]
-    costs = sorted(float(np.mean([x for x, _ in pairs])) for pairs in chosen)
-    distinct = 1 + sum(after > 1.05 * before for before, after in itertools.pairwise(costs))  # a budget of FLOPs is kept to a step
+    distinct = count_alike(float(np.mean([x for x, _ in pairs])) for pairs in chosen)
     if not data["lower_is_better"] or distinct < LAW_SIZES or any(y <= 0 for _, y in kept):
         return []
     return kept
@@ -416,7 +435,7 @@ def scaling_law(pairs: Sequence[tuple[float, float]], replicates: int = REPLICAT
     LAW_SIZES different C, or a number that is not above zero.
     """
     x, y = (np.array(column, float) for column in zip(*pairs, strict=True))
-    sizes = len(set(x.tolist()))
+    sizes = count_alike(x.tolist())
     if sizes < LAW_SIZES or min(x.min(), y.min()) <= 0:
         raise ValueError(f"a scaling law takes at least {LAW_SIZES} different costs, and numbers above zero")
     scale = float(np.exp(np.log(x).mean()))

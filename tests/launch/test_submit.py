@@ -268,6 +268,22 @@ def test_nothing_follows_a_sweep_that_submits_more_as_it_goes(tmp_path, monkeypa
         submit.queued(str(tmp_path), False)
 
 
+def test_a_refused_job_leaves_what_an_earlier_one_reads(cli, config, tmp_path, monkeypatch):
+    run, refused = tmp_path / "run", iter([False, True])
+
+    def sbatch(text):
+        if next(refused):
+            raise slurm.Unreachable("sbatch refuses the job: no")
+        return "7"
+
+    monkeypatch.setattr(slurm, "submit", sbatch)
+    monkeypatch.setattr(slurm, "waiting_or_running", lambda ids, *more: {})
+    words = ("submit", config("coded"), f"run.dir={run}", "train.steps=4")
+    assert cli(*words).code == 0 and cli(*words, "--partition", "bogus").code == 2
+    (kept,) = (run / "slurm" / "configs").glob("*/*.yaml")
+    assert str(kept) in (run / "slurm" / "7.sbatch").read_text()
+
+
 def test_a_run_that_trains_here_gets_no_job(cli, config, copied, monkeypatch):
     run = copied("coded")
     (run / ".lock").write_text(f"{os.getpid()} on {os.uname().nodename}")

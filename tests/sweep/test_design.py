@@ -93,6 +93,28 @@ def test_conditions_go_by_what_values_are(sweep):
     assert design.baseline_of(asked, design.points(asked))["size"] == "model.layers=2, model.hidden=64"
 
 
+def test_a_baseline_goes_by_what_values_are(sweep):
+    axes = "axes: {optim.learning_rate: [1.0, 2.0], s: [{model.layers: 1, model.hidden: 32}, {model.layers: 2, model.hidden: 64}]}"
+    for text in ("{optim.learning_rate: 2, s: {model: {hidden: 64, layers: 2}}}", "{optim.learning_rate: 2, model.hidden: 64}"):
+        asked = sweep(f"{axes}\nbaseline: {text}")
+        wanted = {"optim.learning_rate": "2.0", "s": "model.layers=2, model.hidden=64"}
+        assert design.baseline_of(asked, design.points(asked)) == wanted
+
+
+def test_the_command_line_has_the_last_word_however_keys_are_written(sweep):
+    text = "axes: {model.layers: [1]}\nset: {train: {steps: 20, validate_every: 5}}\nvariants: {large: {set: {train: {steps: 1000}}}}"
+    assert sweep(text, "variant=large").set == {"train.steps": 1000, "train.validate_every": 5}
+    for word in ("set.train.steps=7", "set.train={steps: 7}"):
+        assert sweep(text, "variant=large", word).set == {"train.steps": 7, "train.validate_every": 5}
+    assert sweep("axes: {model.layers: [1]}\nset: {model.hidden: null}").set == {"model.hidden": None} and design.written(None) == "null"
+
+
+def test_options_of_an_evaluation_that_mean_the_same_are_the_same(sweep):
+    ways = ("{steps: 2, temperature: 1, judge: [a]}", '{steps: "2 ", temperature: 1.0, judge: a}')
+    one, other = (sweep(f"axes: {{model.layers: [1]}}\nevaluate: {way}").evaluate for way in ways)
+    assert one == other == {"steps": "2", "temperature": 1.0, "judge": "a"}
+
+
 def test_a_random_draw_of_more_has_that_of_fewer_in_it(sweep):
     axes = "axes: {model.layers: {range: [1, 9], step: 1}, model.hidden: {range: [8, 80], step: 8}}"
     few, more = (design.points(sweep(f"{axes}\ndraw: {{kind: random, count: {count}, seed: 3}}")) for count in (5, 20))
@@ -224,7 +246,15 @@ def test_speeds_and_what_is_solved_are_better_when_higher(sweep, text, lower):
         ("metric: likelihood.nats_per_token", "is nothing that a point of this sweep has"),
         ("stage: evaluate", "stage must be one of pretrain, distill"),
         ("teacher: {base: x}", "teacher belongs to stage: distill"),
-        ("axes: {model.layers: [1]}\nbaseline: {model.hidden: 1}", "is no axis"),
+        ("axes: {model.layers: [1]}\nbaseline: {model.hidden: 1}", "baseline names model.hidden, which no axis sets"),
+        (
+            "axes: {model.layers: [1, 2]}\nbaseline: {model.layers: 3}",
+            "baseline has model.layers=3, which no axis sets it to; they set 1, 2",
+        ),
+        ("axes: {model.layers: [1, 1.0]}", "axes.model.layers names a value twice"),
+        ("axes: {a: [{model.layers: 1, model.hidden: 2}, {model: {hidden: 2, layers: 1}}]}", "axes.a names a value twice"),
+        ("axes: {seed: [{model.layers: 1}]}", "an axis cannot be called seed, which the tables call something else"),
+        ("axes: {model.layers: [1]}\nset: {train.steps: 1, train: {steps: 2}}", "set has train.steps twice"),
         ("exclude: [3]", "an entry of exclude"),
         ("set: 3", "set must be a mapping"),
     ],
@@ -246,9 +276,14 @@ def test_what_is_wrong_with_points(sweep):
         design.points(sweep("axes: {a: [{model.layers: 1}], b: [{model.layers: 2}]}"))
     with pytest.raises(UserError, match="no point is left: exclude leaves none of 2 choices"):
         design.points(sweep("axes: {model.layers: [1, 2]}\nexclude: [{model.layers: [1, 2]}]"))
-    found = sweep("axes: {model.layers: [1, 2]}\nbaseline: {model.layers: 3}")
-    with pytest.raises(UserError, match="no point has the baseline model.layers=3"):
+    found = sweep("axes: {model.layers: [1, 2]}\nbaseline: {model.layers: 2}\nexclude: [{model.layers: 2}]")
+    with pytest.raises(UserError, match="no point has the baseline model.layers=2"):
         design.baseline_of(found, design.points(found))
+    pairs = "axes: {s: [{model.layers: 2, model.hidden: 32}, {model.layers: 3, model.hidden: 64}]}"
+    with pytest.raises(UserError, match="exclude has model.layers=2, model.hidden=64, which no choice has all at once"):
+        design.points(sweep(f"{pairs}\nexclude: [{{model.layers: 2, model.hidden: 64}}]"))
+    with pytest.raises(UserError, match="dir must be text, not 3; put it in quotes"):
+        sweep("axes: {}", "dir=3")
     with pytest.raises(UserError, match="base is missing; name the config of its points"):
         sweep("axes: {}", "base=")
     with pytest.raises(UserError, match="no such sweep file"):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from megaflow.config.load import load
+from megaflow.config.load import load, to_yaml
 from megaflow.errors import UserError
 from megaflow.evaluation_file import MEASURES
 from megaflow.files import sealed
@@ -91,3 +91,40 @@ def test_what_a_seed_shares_is_said_as_far_as_it_does():
 def test_the_flows_of_maps_are_named():
     content = {"set": {}, "budget": {}, "overrides": {}, "teacher": {"base": "flow.yaml", "set": {"train.steps": 10}}}
     assert gather.note_of(content).startswith("They are maps of flows of flow.yaml with train.steps=10. A seed has")
+
+
+def run_of(folder, name: str, line: dict, *words: str):
+    """A run that has validated once, of a config with these words."""
+    run = folder / name
+    run.mkdir()
+    (folder / "empty.yaml").write_text("{}")
+    (run / "metrics.jsonl").write_text(json.dumps({"step": 4, "validation_loss": 1.5} | line))
+    (run / "config.yaml").write_text(to_yaml(load(str(folder / "empty.yaml"), [f"run.dir={run}", *words]).config))
+    (run / "origin.json").write_text("{}")
+    return run
+
+
+def test_validation_losses_of_several_quantities_do_not_compare(tmp_path):
+    """A bound, and the exact likelihood of a baseline; a cross-entropy of a flow that has none; an objective of a map."""
+    run_of(tmp_path, "bound", {"validation_standard_error": 0.1})
+    run_of(tmp_path, "exact", {}, "model.family=autoregressive")
+    run_of(tmp_path, "none", {})
+    run_of(tmp_path, "map", {"validation_divergence": 0.1}, "distill.objective=lsd")
+    made = [{"name": name, "metrics": {"validation_loss": 1.5}} for name in ("bound", "exact", "none", "map")]
+    assert gather.told_apart(tmp_path, made[:2]) == "" == gather.told_apart(tmp_path, made[2:3])
+    said = gather.told_apart(tmp_path, made)
+    assert "a cross-entropy at times even in log-SNR and the objective lsd have names of their own" in said
+    names = [list(point["metrics"]) for point in made]
+    assert names[:2] == [["validation_loss"]] * 2 and names[3] == ["validation_loss, the objective lsd"]
+    assert names[2] == ["validation_loss, a cross-entropy at times even in log-SNR"]
+
+
+def test_nothing_is_decided_among_several_quantities(tmp_path):
+    asked = design.Sweep("", "", file="s.yaml")
+    placed = [
+        points.Placed(design.Point({"a": name}, {}, 0, "pretrain", ""), run_of(tmp_path, name, line), name, [])
+        for name, line in (("one", {"validation_standard_error": 0.1}), ("two", {}))
+    ]
+    gather.check_alike(asked, placed[:1])
+    with pytest.raises(UserError, match="s.yaml: validation_loss is a bound of one, a cross-entropy .* of two, which do not compare"):
+        gather.check_alike(asked, placed)

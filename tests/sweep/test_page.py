@@ -117,8 +117,9 @@ class TestThePage:
         for row in rows.values():
             assert f"{row.mean:.{digits}f} ± {row.error:.{digits}f}" in page.words
         row = rows[("belief", "0.01")]
-        low, high = (sweep_page.signed(value, digits) for value in (row.paired.low, row.paired.high))
-        assert f"{sweep_page.signed(row.paired.difference, digits)} [{low}, {high}]" in page.words
+        apart = sweep_page.digits_apart(rows.values())
+        low, high = (sweep_page.signed(value, apart) for value in (row.paired.low, row.paired.high))
+        assert f"{sweep_page.signed(row.paired.difference, apart)} [{low}, {high}]" in page.words
         assert f"{sweep_page.significance(row.paired.p)} {sweep_page.significance(row.holm)}" in page.words
         assert "the lowest mean of the 6 choices that have as many" in page.words
         assert "18 points of 6 choices, seeds 0, 1, 2: 18 done." in page.words and "5 comparisons were made" in page.words
@@ -372,6 +373,16 @@ class TestDrawing:
         for at in (10.0, 200.0, 340.0, -900.0):
             assert whole(stretch * at + shift) == pytest.approx(close(at), abs=0.02)
 
+    def test_few_validations_are_seen_beside_many_losses(self):
+        data = three()
+        for point in data["points"]:
+            curve = point["curve"]
+            curve["loss"] = [2.0 + 0.01 * (i % 3) for i in range(len(curve["tokens"]))]
+            curve["validation_tokens"], curve["validation_loss"] = [curve["tokens"][-1]], [3.9]
+        text = str(sweep_page.curves(data, [(value,) for value in data["axes"]["flow.clock.name"]], set()))
+        ends = re.search(r'<g class="ticks end">(.*?)</g>', text)[1]
+        assert max(float(value) for value in re.findall(r'text-anchor="end">([\d.]+)<', ends)) >= 3.5
+
     def test_names_in_short(self):
         axes = ["flow.clock.name", "flow.weighting.name", "model.layers", "teacher.layers", "lr"]
         assert [sweep_page.short_name(axis, axes) for axis in axes] == ["clock", "weighting", "model.layers", "teacher.layers", "lr"]
@@ -493,3 +504,11 @@ def test_sizes_by_tokens_have_a_law_of_both():
     words = Page(sweep_page.page(data)).words
     assert "of 3 sizes and 3 lengths" in words and "α, of parameters" in words and "0.34" in words
     assert "both axes logarithmic" not in words
+
+
+def test_differences_have_the_digits_of_their_own_errors():
+    """Pairing leaves less than the seeds differ by."""
+    data = sweep({"a": ["x", "y"]}, [0, 1, 2])
+    for point in data["points"]:
+        point["metrics"][data["metric"]] = 5.0 + 0.3 * point["seed"] + (point["values"]["a"] == "y") * (0.000288 + 0.0004 * point["seed"])
+    assert "+0.00069 ± 0.00023" in sweep_page.choices_md(data) and "5.30 ± 0.17" in sweep_page.choices_md(data)

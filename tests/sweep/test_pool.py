@@ -401,6 +401,17 @@ def test_a_sweep_keeps_its_numbers_beside_another_of_other_options(sweeping, cop
     assert points.evaluation_of(run, one | {"rows": 8}) == by_hand
 
 
+def test_what_a_sweep_takes_of_an_evaluation_by_hand_is_its_own(copied):
+    """Another sweep's next evaluation takes its place in the run."""
+    run, asked = copied("coded"), {"steps": "1"}
+    content = {"measures": MEASURES, "step": 40, "settings": design.EVALUATION | {"steps": [1]}}
+    (run / "evaluation.json").write_text(sealed(content))
+    points.keep_evaluation(run, asked)
+    points.keep_evaluation(run, {"steps": "2"})
+    (run / "evaluation.json").unlink()
+    assert points.evaluation_of(run, asked) == content and not points.kept_evaluation(run, {"steps": "2"}).exists()
+
+
 def test_an_evaluation_by_other_estimators_is_measured_anew(copied):
     run = copied("coded")
     for measures, taken in ((MEASURES, True), (MEASURES - 1, False)):

@@ -125,6 +125,8 @@ def test_other_axes_do_not_enter_the_law():
 def test_which_points_have_such_a_law():
     cells = points(seeds=1)
     assert scaling.triples(sweep(cells)) == cells
+    worse = [(n * 1.001, d, loss + 0.3) for n, d, loss in cells]  # another weighting, of some weights more
+    assert sorted(scaling.triples(sweep([*cells, *worse]))) == sorted(cells)
     assert scaling.triples(sweep(points(seeds=1, lengths=D[:2]))) == []  # of two lengths
     assert scaling.triples(sweep([cell for cell in cells if N.index(cell[0]) == D.index(cell[1])])) == []  # which vary together
     assert scaling.triples(sweep(cells, lower_is_better=False)) == []

@@ -55,6 +55,15 @@ def test_it_finds_better_choices_than_chance(sweep, tmp_path):
     assert sum(found) < 0.5 * sum(chance), (found, chance)
 
 
+def test_the_baseline_is_tried_first_wherever_the_search_has_come_to(sweep):
+    wanted = {"model.layers": "3", "flow.code": "learned"}
+    for count in (3, 5):
+        asked = sweep(count, more="baseline: {model.layers: 3, flow.code: learned}")
+        found = search.search(asked, 1, lambda new, chosen: list(map(loss, new)), [])
+        assert len(found) == count and wanted.items() <= found[0][0].items()
+        assert sum(wanted.items() <= labels.items() for labels, _ in found) >= 1
+
+
 def test_no_choice_is_tried_twice_and_what_is_excluded_never(sweep):
     more = "exclude: [{flow.code: frame, model.layers: [1, 2, 3, 4]}]"
     asked = sweep(60, more=more)

@@ -324,5 +324,14 @@ class TestScalingLaw:
         turned = [point | {"cost": point["cost"] | {"flops": 1e20 / point["cost"]["flops"]}} for point in data["points"]]
         found = statistics.by_size(data | {"points": turned}, "flops")  # of which more parameters take less
         assert [y for _, y in found] == [y for _, y in expected]
+        costs = {key: {name: value * (1.02 if key[1] == "b" else 1.0) for name, value in cost.items()} for key, cost in costs.items()}
+        found = statistics.by_size(sweep(cells, axes, costs=costs), "flops")  # a choice that has some weights more is of the same size
+        assert [y for _, y in found] == [y for _, y in expected] and len(found) == len(expected)
         few = [point for point in data["points"] if point["values"]["size"] != "4"]
         assert statistics.by_size(data | {"points": few}, "flops") == []
+
+
+def test_costs_that_are_nearly_the_same_are_one():
+    found = statistics.alike([100.0, 104.0, 110.0, 108.0, 95.0])
+    assert found == {95.0: 95.0, 100.0: 100.0, 104.0: 100.0, 108.0: 108.0, 110.0: 108.0}  # no chain goes on for ever
+    assert statistics.count_alike([1.0, 1.04, 2.0]) == 2 and statistics.count_alike([]) == 0

@@ -445,7 +445,7 @@ def check_words(words: list[str], coming: Collection[str]) -> None:
     except UserError as error:
         raise UserError(f"{shlex.join(words)}: {error}") from None
     if arguments.command == "evaluate":
-        from megaflow.evaluate import answers, causal_judge, evaluation, hugging_face, mauve_score
+        from megaflow.evaluate import answers, causal_judge, evaluation, hugging_face, kept, mauve_score
 
         steps = [whole(step, "--steps") for step in arguments.steps.split(",")]
         if arguments.verify is not None:
@@ -459,7 +459,7 @@ def check_words(words: list[str], coming: Collection[str]) -> None:
             mauve_score.check(arguments.judge or [])
         for text in filter(here, arguments.text or []):
             evaluation.hashed(text)
-        evaluation.check_out(arguments.json if arguments.json and here(arguments.json) else None)
+        kept.check_out("--json", arguments.json if arguments.json and here(arguments.json) else None)
     elif arguments.command == "convert":
         from megaflow.export.convert import check_place, checked
         from megaflow.export.source import check_step

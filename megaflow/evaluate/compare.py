@@ -16,9 +16,9 @@ from typing import Any
 
 from megaflow.data.shards import SECONDS_FILE
 from megaflow.errors import UserError
-from megaflow.evaluate import side_by_side
+from megaflow.evaluate import kept, side_by_side
 from megaflow.evaluate.gather import alike, evaluation_command, present_evaluation, starts
-from megaflow.files import read_json, write_atomically
+from megaflow.files import read_json
 from megaflow.paired import CONFIDENCE, holm, per_unit, shares
 from megaflow.train.run import read_config
 
@@ -35,18 +35,20 @@ def compare(runs: list[str], out: str | None = None, page: str | None = None) ->
     if len(set(map(_real, runs))) < len(runs) or len(runs) < (1 if page else 2):
         raise UserError("compare takes two different runs or more, megaflow compare RUN RUN …; of one, --html FILE makes a page")
     for option, file in (("--json", out), ("--html", page)):
-        check_file(option, file)
+        kept.check_out(option, file)
+    if out and page and os.path.realpath(out) == os.path.realpath(page):
+        raise UserError(f"--json and --html are one file, {out}; give each its own")
     evaluations = {run: evaluated(run) for run in runs}
     alike(evaluations)
     result = comparison(evaluations) | {"commands": commands(evaluations, out, page)}
     if out:
-        write_atomically(Path(out), json.dumps(result, ensure_ascii=False, indent=1, allow_nan=False))
+        kept.write_out(out, json.dumps(result, ensure_ascii=False, indent=1, allow_nan=False))
     if page:
         with tempfile.TemporaryDirectory() as scratch:
             os.environ.setdefault("MPLCONFIGDIR", scratch)  # matplotlib would write to the home directory
             from megaflow.evaluate.compare_page import html
 
-            write_atomically(Path(page), html(result, evaluations))
+            kept.write_out(page, html(result, evaluations))
     return result
 
 
@@ -73,14 +75,6 @@ def comparison(evaluations: dict[str, dict[str, Any]]) -> dict[str, Any]:
     for part in ("frontier", "mauve", "repetition"):
         result[part] = {run: found[part] for run, found in evaluations.items() if part in found}
     return result
-
-
-def check_file(option: str, file: str | None) -> None:
-    """Refuse a file that cannot be written. Raises UserError."""
-    if file and not Path(file).parent.is_dir():
-        raise UserError(f"{option} {file}: there is no folder {Path(file).parent}; make it first")
-    if file and Path(file).is_dir():
-        raise UserError(f"{option} {file}: this is a folder; give the path of a file")
 
 
 def judges_of(evaluations: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -211,7 +205,7 @@ def table(result: dict[str, Any]) -> str:
             alone = len(result["runs"]) == 1
             against = "" if alone else f", row by row against {next(iter(found))}"
             rows = [row[:-4] if alone else row for row in _likelihoods(found)]  # without differences
-            lines += [f"{title}: nats per token{against}", *_aligned(rows), ""]
+            lines += [f"{title}: nats per token{against}", *_aligned(rows), *side_by_side.one_way(found), ""]
     if result["verify"]:
         task = next(iter(result["runs"].values()))["settings"]["verify"]
         lines += [f"solved problems of {task}, against {next(iter(result['verify']))}", *_aligned(_solved(result["verify"])), ""]

@@ -104,6 +104,7 @@ def levels(result: dict[str, Any], evaluations: dict[str, dict[str, Any]]) -> li
                 "first": next(iter(evaluations)),
                 "entries": entries,
                 "whole": {run: whole[run] for run in entries},
+                "one_way": side_by_side.one_way(entries),
                 "bars": {run: bar(entry["difference"], reach) for run, entry in entries.items() if entry.get("difference")},
             }
         )

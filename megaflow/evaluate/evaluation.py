@@ -143,7 +143,7 @@ def evaluate(
                 write_atomically(run.directory / FILE, kept.as_json(result, run.directory))
     result["run"] = str(directory)  # the same run may be called by another path
     if out:
-        write_atomically(Path(out), kept.as_json(result, run.directory))
+        kept.write_out(out, kept.as_json(result, run.directory))
     return result
 
 
@@ -183,19 +183,7 @@ def check(directory: Path, steps: list[int], samples: int, rows: int, draws: int
         if directory.is_dir() and not kept.writable(directory):
             raise UserError(f"{directory}: this folder is not writable, it cannot keep the result; give --json FILE to write it there")
         return
-    check_out(out)
-
-
-def check_out(out: str | None) -> None:
-    """Refuse a file that the result cannot be written to. Raises UserError."""
-    if not out:
-        return
-    if not Path(out).parent.is_dir():
-        raise UserError(f"--json {out}: there is no folder {Path(out).parent}; make it first")
-    if not kept.writable(Path(out).parent):
-        raise UserError(f"--json {out}: the result cannot be written, {Path(out).parent} is not writable; give a file in another folder")
-    if Path(out).is_dir():
-        raise UserError(f"--json {out}: this is a folder; give the path of a file")
+    kept.check_out("--json", out)
 
 
 def check_numbers(steps: list[int], samples: int, rows: int, draws: int, temperature: float = 1.0, clock: str = "auto") -> None:
@@ -278,15 +266,16 @@ def of_text(run: Run, path: str, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def fitted_judge(run: Run) -> Judge:
-    """The judge of the run's training split, fitted once and kept in the run, if that can be written to; anew if it is damaged."""
-    path = run.directory / JUDGE_FILE
+    """The judge of the run's training split, fitted once and kept in the run, if that can be written to; anew if it is damaged, or of
+    another text."""
+    path, text = run.directory / JUDGE_FILE, f"{shards.identity(run.manifest)}, {JUDGE_CHARACTERS} characters"
     if path.exists():
         with contextlib.suppress(UserError):
-            return judges.load(path)
+            return judges.load(path, text)
     pieces = [decode(run.tokenizer, flat) for flat, _ in training_rows(run, "judge")]
     judge = judges.fit("".join(pieces)[:JUDGE_CHARACTERS])
     if kept.writable(run.directory):
-        judges.save(judge, path)
+        judges.save(judge, path, text)
     return judge
 
 
@@ -545,6 +534,8 @@ def table(result: dict[str, Any]) -> str:
     shown = {}
     for name, entry in result["samples"].items():
         label = f"{name} steps" if name.isdigit() else name
+        if name == "1" and temperature != 1.0 and result["kind"] in METHODS:
+            label = "1 steps, an argmax"  # which no temperature changes
         shown[label] = entry
         shown |= {f"  temperature {cold['temperature']:g} ({label})": cold for cold in result["cooled"].get(name, [])}
         if name in result["even"]:

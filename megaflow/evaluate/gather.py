@@ -140,6 +140,10 @@ def alike(evaluations: dict) -> None:
         if len(set(found.values())) > 1:
             each = ", ".join(f"{value} ({name})" for name, value in found.items())
             raise UserError(f"the runs were evaluated with different --{setting}: {each}; evaluate them alike")
+    clocks = {name: found["settings"].get("clock", "auto") for name, found in evaluations.items() if found["kind"] in ("flow", "flow_map")}
+    if len(set(clocks.values())) > 1:
+        each = ", ".join(f"{value} ({name})" for name, value in clocks.items())
+        raise UserError(f"the texts are written on grids of different --clock: {each}; evaluate them alike")
 
 
 def together(directory: Path, manifest: dict, found: dict[str, Path], evaluations: dict) -> None:

@@ -41,6 +41,7 @@ from megaflow.model.autoregressive import Autoregressive
 from megaflow.model.discrete import Discrete
 
 MOST_DRAWS = 4096
+ARGMAX = "one step is an argmax, which no temperature changes"
 GREEDY = 1e-6
 """Temperature of an autoregressive network that is to write its likeliest tokens."""
 OPTIONS = {"path": str, "draws": int, "tolerance": float, "seed": int, "steps": int, "temperature": float}
@@ -104,6 +105,8 @@ class MegaFlow(LM):
             raise UserError("--model_args: path=RUN_OR_FOLDER is missing")
         if draws < 2:
             raise UserError(f"--model_args: draws={draws} has no error; give 2 or more")
+        if not tolerance > 0.0:
+            raise UserError(f"--model_args: tolerance={tolerance} is not a number of nats above 0")
         if temperature is not None:
             check_temperature(temperature, "--model_args: temperature")
         self.run = load_run(path)
@@ -115,6 +118,9 @@ class MegaFlow(LM):
         self.pairs = bool(manifest["settings"].get("target_field"))
         self.took: list[Took] = []
         self.cut_contexts, self.unheeded, self.bytes = 0, set[str](), dict[str, dict[str, int]]()
+        self.one_step = self.run.parts is not None and (steps or (1 if self.run.is_map else 64)) == 1
+        if self.one_step and temperature not in (None, 1.0):
+            raise UserError(f"--model_args: temperature={temperature}: {ARGMAX}; give steps=2 or more")
 
     def tokens(self, text: str) -> list[int]:
         return encoded(self.run.manifest, self.run.tokenizer, text, "lm_eval") if text else []
@@ -199,6 +205,9 @@ class MegaFlow(LM):
             for i, value, took in zip(left, *self.measured(rows, begins, left, draws, keys), strict=True):
                 found[i] = value, took._replace(task=tasks[i], question=of[i])
             worse = {of[i] for i in left if found[i][1].error > self.tolerance}
+            if worse and draws >= MOST_DRAWS:
+                said = f"{len(worse)} questions have an error above tolerance={self.tolerance:g} after {draws:,} draws, and get no more"
+                logging.getLogger(__name__).warning(f"{said} (megaflow_bounds of the results has the worst)")
             left = [i for i in left if draws < MOST_DRAWS and of[i] in worse]
             draws = min(2 * draws, MOST_DRAWS)
         self.took += [took for _, took in found]
@@ -285,7 +294,8 @@ class MegaFlow(LM):
             self.count_cut(len(before) < len(whole))
             ids, given = self.padded([before], [len(before)])
             self.check_given(bool(before))
-            asked = Settings(self.steps, temperature=self.warmth(how), seed=self.seed + number)  # `repeats` asks for the same several times
+            heat = 1.0 if self.one_step else self.warmth(how)
+            asked = Settings(self.steps, temperature=heat, seed=self.seed + number)  # `repeats` asks for the same several times
             settings = resolved(self.run, asked)
             (row,) = generate(self.run, 1, settings, Template(ids, given) if before else None)
             texts.append(self.cut(row[len(before) :][:room], how["until"]))
@@ -317,10 +327,13 @@ class MegaFlow(LM):
 
     def heed(self, how: dict[str, Any]) -> None:
         """Note, and say once, what a task asks for that no sampler here has."""
-        for name in sorted(how.keys() - HEEDED - self.unheeded):
+        cold = {"temperature"} if self.one_step and self.warmth(how) != 1.0 else set()
+        for name in sorted((how.keys() - HEEDED | cold) - self.unheeded):
             self.unheeded.add(name)
-            said = f"generation_kwargs {name}={how[name]!r} is not heeded; {', '.join(sorted(HEEDED))} are"
-            logging.getLogger(__name__).warning(said)
+            why = f"{', '.join(sorted(HEEDED))} are"
+            if name in HEEDED:
+                why = f"{ARGMAX}; --model_args steps=2 or more has one"
+            logging.getLogger(__name__).warning(f"generation_kwargs {name}={how.get(name)!r} is not heeded; {why}")
 
     def warmth(self, how: dict[str, Any]) -> float:
         """Of a request that draws its own temperature, else that of model_args, else what writes the likeliest."""

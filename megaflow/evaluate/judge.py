@@ -159,9 +159,9 @@ def token_entropy(rows: Sequence[Sequence[int]]) -> float:
     return sum(entropies) / len(entropies) if entropies else math.nan
 
 
-def save(judge: Judge, path: Path | str) -> None:
-    """Write one .npz file, whole or not at all."""
-    arrays = {"order": np.array(judge.order), "alphabet": judge.alphabet}
+def save(judge: Judge, path: Path | str, text: str = "") -> None:
+    """Write one .npz file, whole or not at all; text: what tells the text that it was fitted to from others."""
+    arrays = {"order": np.array(judge.order), "alphabet": judge.alphabet, "text": np.array(text)}
     for name in ("occurrences", "continuations"):
         for k, table in enumerate(getattr(judge, name), start=1):
             arrays |= {f"{name}_{k}_grams": table.grams, f"{name}_{k}_counts": table.counts}
@@ -169,11 +169,11 @@ def save(judge: Judge, path: Path | str) -> None:
         np.savez_compressed(file, **arrays)
 
 
-def load(path: Path | str) -> Judge:
-    """The judge that `save` wrote. Raises UserError if the file is missing or is no judge."""
+def load(path: Path | str, text: str = "") -> Judge:
+    """The judge that `save` wrote. Raises UserError if the file is missing or is no judge, or was fitted to another text."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            order, alphabet = int(file["order"]), file["alphabet"]
+            order, alphabet, of = int(file["order"]), file["alphabet"], str(file["text"])
             width = _bits(alphabet)
             occurrences = [_table(file[f"occurrences_{k}_grams"], file[f"occurrences_{k}_counts"], width) for k in range(1, order + 1)]
             continuations = [_table(file[f"continuations_{k}_grams"], file[f"continuations_{k}_counts"], width) for k in range(1, order)]
@@ -181,6 +181,8 @@ def load(path: Path | str) -> Judge:
         raise UserError(f"There is no judge at {path}: fit one on the training split first.") from None
     except Exception as error:  # numpy raises whatever zip, header or name went wrong
         raise UserError(f"{path} is not a judge of generated text ({error}): delete it and fit it again.") from error
+    if of != text:
+        raise UserError(f"{path} is a judge of another text: delete it and fit it again.")
     return Judge(order, alphabet, occurrences, continuations)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from megaflow.errors import UserError
 from megaflow.evaluation_file import FILE
 from megaflow.export import folder
-from megaflow.files import read_if_sealed, sealed
+from megaflow.files import read_if_sealed, read_if_whole, sealed, write_atomically
 from megaflow.train import checkpoint as checkpoints
 from megaflow.train.checkpoint import Checkpoint
 
@@ -47,6 +47,37 @@ def as_json(result: dict[str, Any], run: Path) -> str:
 def read(run: Path) -> dict[str, Any]:
     """The run's evaluation, of whatever version; empty where there is none, or its file is not as it was written: as good as none."""
     return read_if_sealed(run / FILE)
+
+
+def check_out(option: str, out: str | None) -> None:
+    """Refuse a file that a result cannot be written to, and one that holds something else. Raises UserError."""
+    if not out:
+        return
+    path = Path(out)
+    if not path.parent.is_dir():
+        raise UserError(f"{option} {out}: there is no folder {path.parent}; make it first")
+    if path.is_dir():
+        raise UserError(f"{option} {out}: this is a folder; give the path of a file")
+    target = Path(os.path.realpath(out))  # a link leads to the file
+    if not writable(target.parent):
+        raise UserError(f"{option} {out}: the result cannot be written, {target.parent} is not writable; give a file in another folder")
+    if target.exists() and not (target.is_file() and is_ours(option, target)):
+        raise UserError(f"{option} {out}: something else is there, which would be lost; give another file, or remove it")
+
+
+def is_ours(option: str, file: Path) -> bool:
+    """Whether a file is what --json or --html of ours has written, or is empty."""
+    if file.stat().st_size == 0:
+        return True
+    if option == "--html":
+        return file.read_bytes()[:64].lstrip().lower().startswith(b"<!doctype html")
+    found = read_if_whole(file)
+    return "shards" in found and ("settings" in found or "runs" in found)
+
+
+def write_out(out: str, text: str) -> None:
+    """Replace the file that a link leads to, or a plain one."""
+    write_atomically(Path(os.path.realpath(out)), text)
 
 
 def writable(folder: Path) -> bool:

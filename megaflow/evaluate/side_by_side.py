@@ -203,3 +203,11 @@ def repetition_of(evaluations: dict[str, dict[str, Any]]) -> list[dict[str, Any]
             elif not real:
                 real.append({"run": None, "steps": None, **entry})
     return rows + real
+
+
+def one_way(found: dict[str, dict[str, Any]]) -> list[str]:
+    """What to know of differences from a first run whose value is exact where the others' are bounds, or the other way round."""
+    first, *others = found.values()
+    if not any("difference" in entry and (entry["kind"] == "exact") != (first["kind"] == "exact") for entry in others):
+        return []
+    return ["a bound may lie above what its run would give exactly: against an exact value it decides only where it is the lower one"]

@@ -312,7 +312,8 @@ def _same_teacher(directory: Path, source: Path, found: Checkpoint, mesh: Mesh) 
 
 def trained_flow(directory: Path, config: Config, is_map: bool, device: torch.device) -> tuple[TextDiT, Parts, Clock, Checkpoint]:
     """A run's network with its averaged weights, its fixed parts, its clock and its newest checkpoint. Raises UserError."""
-    fixed, found = parts.read(directory / parts.FILE), trained(directory)
+    found = trained(directory)
+    fixed = parts.read(directory / parts.FILE)
     averaged = found.by_name("averaged")
     fixed = fixed if is_map else with_code(fixed, config, averaged)
     network = build.flow_network(config, fixed, device, is_map, frozen=True)

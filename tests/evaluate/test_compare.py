@@ -86,6 +86,8 @@ def test_a_page_and_what_repeats_it(runs, cli, tmp_path):
     assert "two different runs" in cli("compare", runs[1]).err
     assert "make it first" in cli("compare", *runs, "--html", tmp_path / "nowhere" / "page.html").err
     assert "this is a folder" in cli("compare", *runs, "--html", tmp_path).err
+    assert "something else is there" in cli("compare", *runs, "--json", page).err
+    assert "--json and --html are one file" in cli("compare", *runs, "--html", tmp_path / "x", "--json", tmp_path / "x").err
 
 
 def test_other_texts_are_compared_where_all_have_scored_them(copied, tmp_path):
@@ -100,6 +102,21 @@ def test_other_texts_are_compared_where_all_have_scored_them(copied, tmp_path):
     assert list(found["texts"]) == [str(tmp_path / "one.txt")]
     assert found["texts"][str(tmp_path / "one.txt")][runs[1]]["difference"]["pairs"] == 12
     assert f"{tmp_path / 'one.txt'}: nats per token" in compare.table(found)
+
+
+def test_what_a_bound_says_against_an_exact_value_is_told(runs, cli, tmp_path):
+    told = "bound may lie above what its run would give exactly: against an exact value it decides only where it is the lower one"
+    assert told in cli("compare", *runs, "--html", tmp_path / "page.html").out and told in (tmp_path / "page.html").read_text()
+    assert told not in cli("compare", *runs[1:], "--html", tmp_path / "page.html").out
+    assert told not in (tmp_path / "page.html").read_text()
+
+
+def test_texts_on_grids_of_other_clocks_are_refused(runs, copied):
+    other = copied("coded", "flow")
+    evaluate(other, **QUICK, clock="uniform")
+    with pytest.raises(UserError, match="written on grids of different --clock: auto .*, uniform .*; evaluate them alike"):
+        compare.compare([runs[2], str(other)])
+    compare.compare([runs[0], str(other)])  # a baseline has none
 
 
 def test_what_is_not_of_the_same_tokens_has_no_difference():

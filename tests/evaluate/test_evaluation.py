@@ -276,8 +276,15 @@ class TestComputedOnce:
         directory = copied("coded", "autoregressive")
         whole = (directory / "judge.npz").read_bytes()
         (directory / "judge.npz").write_bytes(whole[: len(whole) // 2])
+        fitted_judge(load_run(directory))
+        assert (directory / "judge.npz").read_bytes() == whole
+
+    def test_a_judge_of_other_text_is_fitted_anew(self, copied, evaluated):
+        evaluated("coded", "autoregressive")
+        directory = copied("coded", "autoregressive")
         judge, text = fitted_judge(load_run(directory)), "In the beginning"
-        assert judges.bits(judge, text).tolist() == judges.bits(judges.load(directory / "judge.npz"), text).tolist()
+        judges.save(judges.fit("another text. " * 99), directory / "judge.npz", "of other shards")
+        assert judges.bits(fitted_judge(load_run(directory)), text).tolist() == judges.bits(judge, text).tolist()
 
     def test_the_same_numbers_from_scratch(self, evaluated, copied, cli):
         """Everything is a function of checkpoint, shards and seed."""
@@ -300,6 +307,29 @@ class TestOptions:
             told = cli("evaluate", directory, *OPTIONS, "--json", tmp_path / name)
             assert told.code == 0 and json.loads((tmp_path / name).read_text())["kind"] == "autoregressive"
             assert (tmp_path / name).read_text() == (directory / "evaluation.json").read_text()
+
+    def test_a_file_that_holds_something_else_is_kept(self, copied, evaluated, cli, tmp_path):
+        evaluated("coded", "autoregressive")
+        directory = copied("coded", "autoregressive")
+        os.mkfifo(tmp_path / "pipe")
+        (tmp_path / "page.html").write_text("<!doctype html>")
+        for file in (directory / "config.yaml", directory / "run.json", tmp_path / "pipe", tmp_path / "page.html"):
+            before = file.stat()
+            told = cli("evaluate", directory, *OPTIONS, "--json", file)
+            assert told.code == 2 and f"--json {file}: something else is there, which would be lost" in told.err
+            assert file.stat().st_mtime_ns == before.st_mtime_ns
+
+    def test_a_link_leads_to_the_file(self, copied, evaluated, cli, tmp_path):
+        evaluated("coded", "autoregressive")
+        (tmp_path / "link.json").symlink_to(tmp_path / "there.json")
+        assert cli("evaluate", copied("coded", "autoregressive"), *OPTIONS, "--json", tmp_path / "link.json").code == 0
+        assert (tmp_path / "link.json").is_symlink() and json.loads((tmp_path / "there.json").read_text())["shards"]
+
+    def test_one_step_is_said_to_be_an_argmax(self, evaluated):
+        found = evaluated("coded")
+        assert "\n1 steps, an argmax" in table(found | {"settings": found["settings"] | {"temperature": 0.5}}) and "\n1 steps  " in table(
+            found
+        )
 
     @pytest.mark.parametrize(
         "options, words",

@@ -1,6 +1,7 @@
 """A run in lm-evaluation-harness, as its users start it: `lm_eval --model megaflow --model_args path=… --tasks …` on local tasks."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -235,11 +236,12 @@ def test_what_else_a_metric_asks_for_is_no_choice(given_run):
     assert [each.question for each in model.took] == [0, 0, 1]
 
 
-def test_draws_have_an_end(given_run, monkeypatch):
+def test_draws_have_an_end(given_run, monkeypatch, caplog):
     monkeypatch.setattr("megaflow.evaluate.harness.MOST_DRAWS", 24)
     model = MegaFlow(path=str(given_run), draws=8, tolerance=1e-9)
     model.loglikelihood([request("And God", " said")])
     assert [each.draws for each in model.took] == [24]
+    assert "1 questions have an error above tolerance=1e-09 after 24 draws, and get no more" in caplog.text
 
 
 def test_text_is_what_sample_writes(trained, given_run):
@@ -299,6 +301,17 @@ def test_a_task_s_settings_of_generation(trained, caplog):
     assert written(top_p=0.9, top_k=3) == greedy and written(top_p=0.9) == greedy
     assert model.get_model_info()["megaflow_not_heeded"] == ["top_k", "top_p"]
     assert caplog.text.count("top_p=0.9 is not heeded; do_sample, max_gen_toks, temperature, until are") == 1
+
+
+def test_one_step_of_a_map_heeds_no_temperature_and_says_so(trained, caplog):
+    run = str(trained("char", "flow_map"))
+    model = MegaFlow(path=run)
+    one, other = (model.generate_until([request("", {"max_gen_toks": 8, **how})]) for how in ({}, {"do_sample": True, "temperature": 0.5}))
+    assert one == other and model.get_model_info()["megaflow_not_heeded"] == ["temperature"]
+    assert "temperature=0.5 is not heeded; one step is an argmax, which no temperature changes; --model_args steps=2 or more" in caplog.text
+    with pytest.raises(UserError, match="temperature=0.5: one step is an argmax"):
+        MegaFlow(path=run, temperature=0.5)
+    MegaFlow(path=run, temperature=0.5, steps=2)
 
 
 def test_a_token_may_reach_over_where_the_continuation_begins(trained):
@@ -385,6 +398,8 @@ class TestRefused:
             ({"path": "x", "draws": "abc"}, "draws=abc is no whole number"),
             ({"path": "x", "steps": 1.5}, "steps=1.5 is no whole number"),
             ({"path": "x", "tolerance": True}, "tolerance=True is no number"),
+            ({"path": "x", "tolerance": math.nan}, "tolerance=nan is not a number of nats above 0"),
+            ({"path": "x", "tolerance": -1}, "tolerance=-1 is not a number of nats above 0"),
             ({"path": "x", "stps": 1}, "there is no stps; did you mean steps?"),
             ({"path": "/no/such"}, "/no/such: no such directory"),
         ],

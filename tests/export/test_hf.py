@@ -10,6 +10,7 @@ import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoTokenizer
@@ -232,7 +233,17 @@ class TestGivenTokens:
             ({"prompt": [1, 2], "mask": [False, True]}, "knows nothing of what comes later"),
             ({"num_steps": 2}, "writes one token after another and takes no num_steps"),
             ({"max_new_tokens": 2}, "takes no max_new_tokens"),
-            ({"num_texts": 0}, "num_texts must be 1 or more, not 0"),
+            ({"num_texts": 0}, "num_texts must be a whole number of 1 or more, not 0"),
+            ({"num_texts": 2.5}, "num_texts must be a whole number of 1 or more, not 2.5"),
+            ({"seed": 1.0}, "seed must be a whole number, not 1.0"),
+            ({"seed": True}, "seed must be a whole number, not True"),
+            ({"seed": None}, "seed must be a whole number, not None"),
+            ({"temperature": "1"}, "temperature must be a finite number above 0, not '1'"),
+            ({"prompt": [40.7, 1.0]}, "the tokens of the prompt must be whole numbers, not torch.float32"),
+            ({"prompt": 5}, r"the prompt has the shape \(\); give tokens"),
+            ({"prompt": [[[1]]]}, r"the prompt has the shape \(1, 1, 1\)"),
+            ({"prompt": []}, "the tokens of the prompt must be whole numbers|the prompt has the shape"),
+            ({"prompt": [1, 2], "mask": [0.5, 1.0]}, "the mask must be whole numbers, not torch.float32"),
             ({"prompt": [1, 2], "mask": [True]}, r"the mask has the shape \(1,\), and the prompt \(1, 2\)"),
             ({"temperature": 0.0}, "temperature must be a finite number above 0"),
             ({"num_steps": 2.5}, "num_steps must be a whole number of 1 or more, not 2.5"),
@@ -243,6 +254,25 @@ class TestGivenTokens:
         with pytest.raises(ValueError, match=said):
             opened(converted("documents", "autoregressive")).generate(**options)
 
+    def test_a_seed_is_its_number_whatever_holds_it(self, converted):
+        model = opened(converted("documents", "autoregressive"))
+        one, *others = (model.generate(seed=seed) for seed in (3, np.int64(3), torch.tensor(3)))
+        assert all(torch.equal(each, one) for each in others)
+
+    def test_one_step_is_an_argmax(self, converted):
+        """As `megaflow sample` has it."""
+        model = opened(converted("char", "flow_map"))
+        with pytest.raises(ValueError, match="one step is an argmax, which no temperature changes: use num_steps=2 or more"):
+            model.generate(temperature=0.3)
+        with pytest.raises(ValueError, match="with one step there is no other for the last one to differ from"):
+            model.generate(num_steps=1, last=0.3)
+        assert model.generate(num_steps=1, method="ancestral", temperature=0.3).shape[0] == 1
+
+    def test_a_masked_network_is_told_what_is_hidden(self, variant, tmp_path):
+        convert(variant("masked"), tmp_path / "out", to="hf")
+        with pytest.raises(ValueError, match="has to be told which tokens are hidden"):
+            opened(tmp_path / "out")(torch.zeros(1, 4, dtype=torch.int64), torch.tensor([0.5]))
+
     def test_lengths(self, converted):
         model = opened(converted("documents", "flow"))
         texts = model.generate(2, num_texts=2, lengths=[9, 5], return_dict_in_generate=True)
@@ -250,6 +280,8 @@ class TestGivenTokens:
         for lengths in ([9], [9, 0], [9, 49]):
             with pytest.raises(ValueError, match="lengths are 2 numbers, one for each text, from 1 to 48"):
                 model.generate(2, num_texts=2, lengths=lengths)
+        with pytest.raises(ValueError, match="lengths must be whole numbers"):
+            model.generate(2, lengths=[9.9])
         with pytest.raises(ValueError, match="all rows of this network have 16 tokens: it takes no lengths"):
             opened(converted("coded", "flow")).generate(2, lengths=[9])
 
@@ -333,13 +365,16 @@ def test_the_card_has_the_figures_of_the_run(copied, tmp_path):
     card = (tmp_path / "before/README.md").read_text()
     assert "AutoModel.from_pretrained" in card and "have not been evaluated" in card
 
-    found = evaluate(run, [2], samples=3, rows=8, draws=2, seed=0)
+    found = evaluate(run, [1, 2], samples=3, rows=8, draws=2, seed=0, temperature=0.5, clock="uniform")
     convert(run, tmp_path / "after", to="hf")
     card = (tmp_path / "after/README.md").read_text()
     texts = found["samples"]["2"]
     error = found["likelihood"]["standard_error_bits_per_char"]
     assert f"at most {found['likelihood']['bits_per_char']:.3f} bits per character ± {error:.3f} of draws" in card
-    assert f"| 2 | {texts['judge_bits_per_char']:.2f} | {texts['entropy']:.2f} |" in card and "have not been evaluated" not in card
+    errors = [f"{texts[key]:.2f}" for key in ("judge_standard_error", "entropy_standard_error")]
+    assert f"| 2 | {texts['judge_bits_per_char']:.2f} ± {errors[0]} | {texts['entropy']:.2f} ± {errors[1]} |" in card
+    assert "3 of each number of steps from --seed 0, at temperature 0.5, steps even on the clock uniform (one step is an argmax" in card
+    assert "have not been evaluated" not in card
 
 
 def test_the_card_knows_an_evaluation_that_was_edited_and_one_by_other_estimators(copied, tmp_path):

@@ -20,6 +20,7 @@ KINDS = {
     "masked": "A masked diffusion language model, a baseline of flow language models: hidden tokens are written, some at every step.",
     "uniform": "A uniform diffusion language model, a baseline of flow language models: random tokens are replaced, some at every step.",
 }
+FLOWS = "flow", "flow_map"
 SHOWN = ("data", "model", "flow", "distill", "optim", "train", "parallel")
 """Sections of the config that say how the network was made."""
 
@@ -121,7 +122,15 @@ def _measured(source: Source, group: str) -> list[str]:
             lines += [f"{what}: {rest['bits_per_char']:.3f} bits per character.", ""]
     judged = found.get("samples", {})
     parts = ", which hold what was given of them too" if given else ""
-    lines += [f"Generated texts{parts}, under a {found['judge']['name']}; always to be read with the entropy beside it:", ""]
+    asked = found["settings"]
+    how = f"{asked['samples']} of each number of steps from --seed {asked['seed']}, at temperature {asked['temperature']:g}"
+    how += f", steps even on the clock {asked['clock']}" if "clock" in asked else ""
+    how += " (one step is an argmax, which no temperature changes)" if asked["temperature"] != 1.0 and source.kind in FLOWS else ""
+    lines += [
+        f"Generated texts{parts}, {how}, under a {found['judge']['name']}; always to be read with the entropy beside it "
+        "(±: one standard error over texts):",
+        "",
+    ]
     judges = list(found.get("judges", {}))
     words = [
         "steps",
@@ -132,7 +141,9 @@ def _measured(source: Source, group: str) -> list[str]:
     lines += [f"| {' | '.join(map(_cell, words))} |", "|---" * len(words) + "|"]
     for steps, texts in [*judged.items(), ("real text", reference["data"])]:
         bits, perplexities = texts["judge_bits_per_char"], [texts["judges"][each]["perplexity"] for each in judges]
-        values = ["none" if value is None else f"{value:,.2f}" for value in (bits, texts["entropy"], *perplexities)]
+        errors = [texts.get("judge_standard_error"), texts.get("entropy_standard_error")]
+        errors += [texts["judges"][each].get("perplexity_standard_error") for each in judges]
+        values = [_with_error(*each) for each in zip((bits, texts["entropy"], *perplexities), errors, strict=True)]
         lines.append(f"| {' | '.join([steps, *values])} |")
     for steps, entry in found.get("mauve", {}).get("samples", {}).items():
         if entry["mauve"] is not None:
@@ -141,6 +152,10 @@ def _measured(source: Source, group: str) -> list[str]:
         solved = f"{entry['solved']} of {entry['count']} (95 %: {entry['low']:.3f} to {entry['high']:.3f})"
         lines += ["", f"Solved problems of {found['verify']['task']}, {_steps(steps)}: {solved}."]
     return lines
+
+
+def _with_error(value: float | None, error: float | None) -> str:
+    return "none" if value is None else f"{value:,.2f}" + ("" if error is None else f" ± {error:,.2f}")
 
 
 def _steps(name: str) -> str:
@@ -166,7 +181,10 @@ def _limits(source: Source, about: dict[str, Any]) -> list[str]:
             "- Documents of a row did not see each other in training, which `documents` tells `forward`; text is written as one of them."
         )
     if source.kind == "autoregressive":
-        lines.append("- `forward` takes padding behind a text only.")
+        lines.append(
+            "- `forward` takes padding behind a text only. Tokens are embedded by a scaled table and no `nn.Embedding`: what asks for "
+            "`get_input_embeddings` finds none."
+        )
     elif source.kind in ("flow", "flow_map"):
         lines.append(
             "- Its likelihood is a bound" + (", and that of the flow: a flow map's texts have none." if source.kind == "flow_map" else ".")

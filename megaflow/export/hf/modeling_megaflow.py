@@ -10,6 +10,7 @@ from the same seed (one step of a map but for its balance, which is found anew).
 
 import hashlib
 import math
+import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -265,6 +266,25 @@ def draw(logits: Tensor, chance: Tensor, temperature: float) -> Tensor:
     return invert(torch.softmax(logits.double() / temperature, -1), chance)
 
 
+def whole(value: Any, name: str, least: int | None = None) -> int:
+    """A whole number, of numpy or torch too, as Python has it. Raises ValueError."""
+    try:
+        found = operator.index(value)
+    except TypeError:
+        found = None
+    if found is None or isinstance(value, bool) or least is not None and found < least:
+        raise ValueError(f"{name} must be a whole number" + ("" if least is None else f" of {least} or more") + f", not {value!r}")
+    return found
+
+
+def numbers(value: Any, name: str, device: Any) -> Tensor:
+    """Whole numbers as a tensor. Raises ValueError."""
+    found = torch.as_tensor(value, device=device)
+    if found.is_floating_point() or found.is_complex():
+        raise ValueError(f"{name} must be whole numbers, not {found.dtype}")
+    return found
+
+
 def invert(weights: Tensor, chance: Tensor) -> Tensor:
     cumulative = weights.cumsum(-1)
     return torch.searchsorted(cumulative, chance[:, None].double() * cumulative[:, -1:], right=True)[:, 0].clamp(max=weights.shape[-1] - 1)
@@ -331,15 +351,16 @@ class MegaFlowModel(PreTrainedModel):
         lengths: (B,) of rows, if they are to be others than the law of training's rows says; what is beyond them is filled with the token
         of config.pad_token_id. Raises ValueError.
         """
-        if not 0.0 < temperature < math.inf:
-            raise ValueError(f"temperature must be a finite number above 0, not {temperature}")
-        if num_steps is not None and not (isinstance(num_steps, int) and num_steps > 0):
-            raise ValueError(f"num_steps must be a whole number of 1 or more, not {num_steps}")
-        if num_texts is not None and num_texts < 1:
-            raise ValueError(f"num_texts must be 1 or more, not {num_texts}")
+        if isinstance(temperature, str) or not 0.0 < temperature < math.inf:
+            raise ValueError(f"temperature must be a finite number above 0, not {temperature!r}")
+        seed, num_steps = whole(seed, "seed"), None if num_steps is None else whole(num_steps, "num_steps", 1)
+        num_texts = None if num_texts is None else whole(num_texts, "num_texts", 1)
         known, given = self.template(prompt, mask, num_texts)
         count = num_texts if num_texts is not None else 1 if known is None else len(known)
-        settings, wanted = self.settings(num_steps, given is not None, **options), self.wanted(lengths, count)
+        settings, wanted = self.settings(num_steps, given is not None, **options), self.wanted(lengths, count, given)
+        if settings.get("argmax") and temperature != 1.0:
+            raise ValueError("one step is an argmax, which no temperature changes: use num_steps=2 or more")
+        settings.pop("argmax", None)
         rows, counts = [], []
         for start in range(0, count, BATCH):
             places = list(range(start, min(start + BATCH, count)))
@@ -354,17 +375,19 @@ class MegaFlowModel(PreTrainedModel):
         sequences = sequences.masked_fill(beyond, self.config.pad_token_id or 0)
         return Texts(sequences, counted) if return_dict_in_generate else sequences
 
-    def wanted(self, lengths: Any, count: int) -> Tensor | None:
-        """(B,) lengths that are asked for. Raises ValueError."""
+    def wanted(self, lengths: Any, count: int, given: Tensor | None) -> Tensor | None:
+        """(B,) lengths that are asked for; given: (B, L) which tokens are. Raises ValueError."""
         if lengths is None:
             return None
         if self.config.kind == "autoregressive":
             raise ValueError("an autoregressive network ends its texts itself and takes no lengths")
         if "length_counts" not in self.config.fixed:
             raise ValueError(f"all rows of this network have {self.config.max_position_embeddings} tokens: it takes no lengths")
-        found, longest = torch.as_tensor(lengths, device=self.device).long(), self.config.max_position_embeddings
+        found, longest = numbers(lengths, "lengths", self.device).long(), self.config.max_position_embeddings
         if found.shape != (count,) or bool(((found < 1) | (found > longest)).any()):
             raise ValueError(f"lengths are {count} numbers, one for each text, from 1 to {longest}")
+        if given is not None and bool((given & (torch.arange(given.shape[1], device=self.device) >= found[:, None])).any()):
+            raise ValueError("lengths end before what is given of a text: ask for as many tokens, or give less of it")
         return found
 
     def template(self, prompt: Tensor | None, mask: Tensor | None, count: int | None) -> tuple[Tensor, Tensor] | tuple[None, None]:
@@ -378,11 +401,13 @@ class MegaFlowModel(PreTrainedModel):
         if refused := self.config.no_given:
             raise ValueError(refused)
         length = self.config.max_position_embeddings
-        ids = torch.as_tensor(prompt, device=self.device).long()
+        ids = numbers(prompt, "the tokens of the prompt", self.device).long()
+        if ids.ndim not in (1, 2) or ids.numel() == 0:
+            raise ValueError(f"the prompt has the shape {tuple(ids.shape)}; give tokens (n,), or (B, n) of B texts")
         ids = ids[None] if ids.ndim == 1 else ids
         given = torch.ones_like(ids, dtype=torch.bool)
         if mask is not None:
-            mask = torch.as_tensor(mask, device=self.device).bool()
+            mask = numbers(mask, "the mask", self.device).bool()
             if mask.shape not in (ids.shape, ids.shape[1:]):
                 raise ValueError(f"the mask has the shape {tuple(mask.shape)}, and the prompt {tuple(ids.shape)}")
             given = mask.expand_as(ids)

@@ -67,9 +67,9 @@ class FlowModel(MegaFlowModel):
         said: Tensor | None = None,
         documents: Tensor | None = None,
     ) -> CausalLMOutput:
-        """Logits (B, L, V) of psi at states (B, L, code_dim) with times start, (B,) or (B, L), fp64, and of a flow map ends, None for the
-        diagonal. lengths: (B,) positions that there are; said: (B, L, code_dim) what an earlier pass said, of networks that recall;
-        documents: (B, L) which one each token is of, of a network that was trained on documents apart."""
+        """Logits (B, L, V) of psi at states (B, L, code_dim) with times start, 0 to 1, (B,) or (B, L), fp64, and of a flow map ends,
+        None for the diagonal. lengths: (B,) positions that there are; said: (B, L, code_dim) what an earlier pass said, of networks that
+        recall; documents: (B, L) which one each token is of, of a network that was trained on documents apart."""
         start, end = start.double(), None if end is None else end.double()
         hidden = self.hidden(state, start, end, lengths, said, documents).flatten(0, 1)
         logits = self.logits(hidden, state.flatten(0, 1), self.of_tokens(self.path.level(start), state))
@@ -181,6 +181,8 @@ class FlowModel(MegaFlowModel):
             raise ValueError("gamma is a number from 0 to 1 of method stochastic")
         if last is not None and not 0.0 < last < 1.0:
             raise ValueError(f"last is a share of the clock between 0 and 1, not {last}")
+        if last is not None and steps == 1:
+            raise ValueError("with one step there is no other for the last one to differ from: use num_steps=2 or more")
         if method == "stochastic" and gamma is None:
             gamma = 0.75
         if method == "flow_map" and steps > 1 and last is None:
@@ -188,7 +190,8 @@ class FlowModel(MegaFlowModel):
         balanced = self.is_map and steps == 1 and method in ("flow_map", "stochastic") and not given
         if balanced and "balance" not in self.config.fixed:
             raise ValueError("this map has no balance for one-step text, it was larger than memory when it was converted: use num_steps=2")
-        return {"steps": steps, "method": method, "gamma": gamma, "last": last, "balanced": balanced}
+        argmax = steps == 1 and method != "ancestral"
+        return {"steps": steps, "method": method, "gamma": gamma, "last": last, "balanced": balanced, "argmax": argmax}
 
     def grid(self, steps: int, last: float | None) -> Tensor:
         """(steps + 1,) times from 0 to 1, even on the clock that training was fitted to but for the last step."""

@@ -114,6 +114,8 @@ class DiscreteModel(TokenModel):
         """Logits (B, L, V) of the clean tokens; time: (B,); hidden: (B, L) which are hidden, of a masked network; documents: (B, L) which
         one each token is of, of a network that was trained on documents apart."""
         embedded = self.embedded(input_ids)
+        if self.mask is not None and hidden is None:
+            raise ValueError("a masked network has to be told which tokens are hidden: give hidden, (B, L)")
         if self.mask is not None:
             embedded = torch.where(hidden[..., None], self.mask, embedded)
         condition = None if self.time is None else F.silu(self.time(time))

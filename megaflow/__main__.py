@@ -459,7 +459,7 @@ def check_words(words: list[str], coming: Collection[str]) -> None:
             mauve_score.check(arguments.judge or [])
         for text in filter(here, arguments.text or []):
             evaluation.hashed(text)
-        kept.check_out("--json", arguments.json if arguments.json and here(arguments.json) else None)
+        kept.check_out("--json", arguments.json if arguments.json and here(arguments.json) else None, "evaluation", Path(arguments.run))
     elif arguments.command == "convert":
         from megaflow.export.convert import check_place, checked
         from megaflow.export.source import check_step

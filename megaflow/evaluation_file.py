@@ -6,7 +6,7 @@ from typing import Any
 from megaflow.files import read_if_sealed
 
 FILE = "evaluation.json"
-MEASURES = 8
+MEASURES = 9
 """What an evaluation holds, and by which estimators; one of another number is measured anew, and compared with none."""
 
 

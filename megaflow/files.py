@@ -1,5 +1,6 @@
 """Files of a run as anybody reads and writes them: JSON, lines of JSON, and contents that are replaced whole."""
 
+import argparse
 import contextlib
 import hashlib
 import json
@@ -22,7 +23,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
         return []
     found = []
     for text in path.read_bytes().splitlines():
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             found.append(json.loads(text))
     return [line for line in found if isinstance(line, dict)]
 
@@ -36,7 +37,7 @@ def last_line(path: Path, name: str) -> dict[str, Any]:
     except OSError:
         return {}
     for row in reversed(rows):
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             line = json.loads(row)
             if isinstance(line, dict) and name in line:
                 return line
@@ -47,7 +48,7 @@ def read_if_whole(path: Path) -> dict[str, Any]:
     """A JSON object; empty where the file is not there, or damaged, which is as good as not there to who calls this."""
     try:
         found = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -74,12 +75,19 @@ def read_json(path: Path, *needed: str) -> dict[str, Any]:
     """A JSON object that has the `needed` names. Raises UserError where the file is missing or something else."""
     try:
         found = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({reason(error)}); the run directory is damaged, start it afresh elsewhere") from None
     if not isinstance(found, dict) or (missing := [name for name in needed if name not in found]):
         what = f"lacks {', '.join(missing)}" if isinstance(found, dict) else "is not a JSON object"
         raise UserError(f"{path}: it {what}; the run directory is damaged, start it afresh elsewhere")
     return found
+
+
+def out_file(text: str) -> Path:
+    """A file of a command line that is to be written at the end: a type for argparse, which says it at the beginning if it cannot be."""
+    if not Path(text).parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: there is no folder {Path(text).parent}; make it first")
+    return Path(text)
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -8,6 +8,7 @@ from megaflow.config.check import contradictions, doubts, of_shards, resolve
 from megaflow.config.load import ConfigError, Loaded, describe, flatten, load
 from megaflow.config.schema import keys
 from megaflow.errors import UserError
+from megaflow.files import read_if_whole
 from megaflow.train.run import load_distill
 
 
@@ -46,6 +47,12 @@ def rows_of(path: str) -> str:
     from megaflow.data.shards import identity, read_manifest
 
     return identity(read_manifest(path))
+
+
+def tokenizer_of(path: str) -> str:
+    """What tells the tokenizer of shards from others; empty where nothing is there yet, or damaged."""
+    found = read_if_whole(Path(path) / "prepared.json").get("tokenizer")
+    return str(found.get("hash", "")) if isinstance(found, dict) else ""
 
 
 def rows_read(run: Path) -> str:

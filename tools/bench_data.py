@@ -39,6 +39,7 @@ import torch  # noqa: E402
 
 from megaflow.data import convert, formats, shards, tokenizer  # noqa: E402
 from megaflow.data.stream import TokenStream, epoch_order, read_ahead  # noqa: E402
+from megaflow.files import out_file, write_atomically  # noqa: E402
 from megaflow.progress import Progress  # noqa: E402
 
 ROWS, LENGTH, BATCH, VOCAB = 16_384, 1024, 32, 50_257
@@ -217,7 +218,7 @@ def data_wait(format: str, folder: Path, steps: int = 200) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", metavar="FILE", help="write the figures to FILE too")
+    parser.add_argument("--json", type=out_file, metavar="FILE", help="write the figures to FILE too")
     parser.add_argument("--seconds", type=float, default=30.0, help="budget of the rounds (default 30)")
     arguments = parser.parse_args()
     found: dict[str, Any] = {
@@ -243,7 +244,7 @@ def main() -> None:
     for name, value in found.items():
         print(f"{name:<46}{value:.3g}" if isinstance(value, float) else f"{name:<46}{value}")
     if arguments.json:
-        Path(arguments.json).write_text(json.dumps(found, indent=1))
+        write_atomically(arguments.json, json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

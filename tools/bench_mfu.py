@@ -26,6 +26,8 @@ process.settle()
 
 import torch  # noqa: E402
 
+from megaflow.files import out_file, write_atomically  # noqa: E402
+
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -97,7 +99,7 @@ def fitting(config: Any, vocab: int, most: int) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sizes", nargs="*", metavar="SIZE", help="files of configs/model, without .yaml")
-    parser.add_argument("--json", metavar="FILE", help="write the figures to FILE too")
+    parser.add_argument("--json", type=out_file, metavar="FILE", help="write the figures to FILE too")
     parser.add_argument("--rows", type=int, default=None, help="most rows of a step (default 16 on a GPU, 2 on a CPU)")
     parser.add_argument("--length", type=int, default=None, help="tokens of a row (default 1024 on a GPU, 128 on a CPU)")
     parser.add_argument("--vocab", type=int, default=None, help="vocabulary (default 50257 on a GPU, 4096 on a CPU)")
@@ -126,7 +128,7 @@ def main() -> None:
                     lines.append(pool.apply(measure, work))
                 show(lines[-1])
     if arguments.json:
-        Path(arguments.json).write_text(json.dumps({"device": device, "torch": torch.__version__, "lines": lines}, indent=1))
+        write_atomically(arguments.json, json.dumps({"device": device, "torch": torch.__version__, "lines": lines}, indent=1))
 
 
 def show(line: dict[str, Any]) -> None:

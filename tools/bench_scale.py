@@ -35,6 +35,7 @@ import torch.distributed as dist  # noqa: E402
 from megaflow.config.check import resolve  # noqa: E402
 from megaflow.config.load import assemble, load  # noqa: E402
 from megaflow.config.schema import Config  # noqa: E402
+from megaflow.files import out_file, write_atomically  # noqa: E402
 from megaflow.flow import code as codes  # noqa: E402
 from megaflow.flow.likelihood import Range  # noqa: E402
 from megaflow.model import build, parts  # noqa: E402
@@ -193,7 +194,7 @@ def stall(path: str, vocab: int, saves: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", metavar="FILE", help="write the figures to FILE too")
+    parser.add_argument("--json", type=out_file, metavar="FILE", help="write the figures to FILE too")
     parser.add_argument("--seconds", type=float, default=120.0, help="budget of the steps (default 120)")
     parser.add_argument("--processes", type=int, default=None, help="most processes (default: GPUs, or cores, 4 at least)")
     parser.add_argument("--config", default="configs/model/145m.yaml", help="model of checkpoint_stall (default configs/model/145m.yaml)")
@@ -212,7 +213,7 @@ def main() -> None:
     for name, value in found.items():
         print(f"{name:<36}{value:.4f}" if isinstance(value, float) else f"{name:<36}{value}")
     if arguments.json:
-        Path(arguments.json).write_text(json.dumps(found, indent=1))
+        write_atomically(arguments.json, json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from megaflow.config.check import resolve  # noqa: E402
 from megaflow.config.load import assemble  # noqa: E402
+from megaflow.files import out_file, write_atomically  # noqa: E402
 from megaflow.flow import code as codes  # noqa: E402
 from megaflow.flow.likelihood import Range  # noqa: E402
 from megaflow.model import build  # noqa: E402
@@ -206,7 +207,7 @@ def _status(field: str) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", metavar="FILE", help="write the figures to FILE too")
+    parser.add_argument("--json", type=out_file, metavar="FILE", help="write the figures to FILE too")
     parser.add_argument(
         "--seconds", type=float, default=90.0, help="budget of the small comparison; the large has twice as much (default 90)"
     )
@@ -228,7 +229,7 @@ def main() -> None:
     for name, value in found.items():
         print(f"{name:<46}{value:.3f}" if isinstance(value, float) else f"{name:<46}{value}")
     if arguments.json:
-        Path(arguments.json).write_text(json.dumps(found, indent=1))
+        write_atomically(arguments.json, json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

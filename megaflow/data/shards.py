@@ -224,7 +224,7 @@ def read_description(folder: Path) -> dict[str, Any]:
             raise ValueError(f"rows of {length!r} tokens")
         if (counts := length_counts(folder)) is not None and len(counts) != length + 1:
             raise ValueError(f"rows of {length} tokens, and {LENGTH_COUNTS_FILE} has lengths up to {len(counts) - 1}")
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(f"{folder}: cannot tell what the run was trained on ({reason(error)}); restore this folder of the run") from None
     return manifest
 
@@ -304,16 +304,19 @@ def length_counts(folder: str | Path) -> np.ndarray | None:
     return _read_counts(path) if path.exists() else None
 
 
-def drawn_lengths(folder: str | Path, chances: list[float], least: int = 0) -> list[int] | None:
-    """Lengths of rows of single documents by the law of the training rows that are longer than `least`, or the whole width where there is
-    none; None where every row is full. chances: a draw of [0, 1) for each."""
+def drawn_lengths(folder: str | Path, chances: list[float], least: list[int] | None = None) -> list[int] | None:
+    """Lengths of rows of single documents by the law of the training rows that are longer than `least`, of each, or the whole width where
+    there is none; None where every row is full. chances: a draw of [0, 1) for each."""
     counts = length_counts(folder)
     if counts is None:
         return None
-    counts = np.where(np.arange(len(counts)) > least, counts, 0)
-    counts[-1] += not counts.any()
-    cumulative = np.cumsum(counts / counts.sum())
-    return [min(int(np.searchsorted(cumulative, chance, side="right")), len(counts) - 1) for chance in chances]
+
+    def drawn(chance: float, beyond: int) -> int:
+        longer = np.where(np.arange(len(counts)) > beyond, counts, 0)
+        longer[-1] += not longer.any()
+        return min(int(np.searchsorted(np.cumsum(longer / longer.sum()), chance, side="right")), len(counts) - 1)
+
+    return [drawn(*each) for each in zip(chances, least or [0] * len(chances), strict=True)]
 
 
 def log_length_law(folder: str | Path) -> np.ndarray | None:

@@ -34,8 +34,8 @@ def compare(runs: list[str], out: str | None = None, page: str | None = None) ->
     given. One run has a page alone. Raises UserError."""
     if len(set(map(_real, runs))) < len(runs) or len(runs) < (1 if page else 2):
         raise UserError("compare takes two different runs or more, megaflow compare RUN RUN …; of one, --html FILE makes a page")
-    for option, file in (("--json", out), ("--html", page)):
-        kept.check_out(option, file)
+    kept.check_out("--json", out, "comparison")
+    kept.check_out("--html", page, "page")
     if out and page and os.path.realpath(out) == os.path.realpath(page):
         raise UserError(f"--json and --html are one file, {out}; give each its own")
     evaluations = {run: evaluated(run) for run in runs}

@@ -13,7 +13,7 @@ import numpy as np
 from markupsafe import Markup
 
 from megaflow.evaluate import compare_figures as drawn
-from megaflow.evaluate import side_by_side
+from megaflow.evaluate import kept, side_by_side
 from megaflow.evaluate.report import environment, judge_figures
 from megaflow.train.run import versions
 
@@ -30,6 +30,7 @@ def html(result: dict[str, Any], evaluations: dict[str, dict[str, Any]]) -> str:
     style = drawn.styles(list(evaluations))
     judges = side_by_side.judges_of(evaluations)
     return page.get_template("compare.html.j2").render(
+        generator=Markup(kept.GENERATOR),
         result=result,
         evaluations=evaluations,
         names=side_by_side.short_names(list(evaluations)),

@@ -183,7 +183,7 @@ def check(directory: Path, steps: list[int], samples: int, rows: int, draws: int
         if directory.is_dir() and not kept.writable(directory):
             raise UserError(f"{directory}: this folder is not writable, it cannot keep the result; give --json FILE to write it there")
         return
-    kept.check_out("--json", out)
+    kept.check_out("--json", out, "evaluation", directory)
 
 
 def check_numbers(steps: list[int], samples: int, rows: int, draws: int, temperature: float = 1.0, clock: str = "auto") -> None:
@@ -253,7 +253,7 @@ def measure(run: Run, identity: dict[str, Any], began: float) -> dict[str, Any]:
     result |= written(run, settings, judge, held_out, training, causal, result["reference"]["data"]["entropy"])
     if run.parts is not None:
         result["profile"] = profile(run)
-        result["trajectory"] = trajectory(run, seed)
+        result["trajectory"] = trajectory(run, seed, given_of(run, held_out))
     result["seconds"] = time.monotonic() - began
     result["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return result
@@ -262,7 +262,8 @@ def measure(run: Run, identity: dict[str, Any], began: float) -> dict[str, Any]:
 def of_text(run: Run, path: str, settings: dict[str, Any]) -> dict[str, Any]:
     """The likelihood of another text file, which the run was not trained on, in rows of the run's own. Raises UserError."""
     text, counts = of_file(run, path, settings["rows"])
-    return counts | likelihood(run, text, settings["draws"], settings["seed"])
+    found = likelihood(run, text, settings["draws"], settings["seed"])
+    return counts | found | ({"scored_tokens": found["tokens"]} if "tokens" in found else {})  # but what is given
 
 
 def fitted_judge(run: Run) -> Judge:
@@ -462,8 +463,9 @@ def profile(run: Run) -> dict[str, Any] | None:
     return found
 
 
-def trajectory(run: Run, seed: int, steps: int = 16) -> dict[str, Any]:
-    """One text on its way: at every step the most likely token of every position and its probability."""
+def trajectory(run: Run, seed: int, template: Template | None = None, steps: int = 16) -> dict[str, Any]:
+    """One text on its way, of which something is given where the run asks for that: at every step the most likely token of every position
+    and its probability."""
     times, tokens, confidence = [], [], []
 
     def see(step: int, time: float, posterior: Any) -> None:
@@ -472,7 +474,7 @@ def trajectory(run: Run, seed: int, steps: int = 16) -> dict[str, Any]:
         confidence.append([round(p, 4) for p in posterior.confidence[0].tolist()])
 
     method = "flow_map" if run.is_map else "ode"
-    generate(run, 1, Settings(steps, method, seed=seed, last=last_step(method, steps)), callback=see)
+    generate(run, 1, Settings(steps, method, seed=seed, last=last_step(method, steps)), template, callback=see)
     return {"times": times, "tokens": tokens, "confidence": confidence}
 
 
@@ -527,6 +529,7 @@ def table(result: dict[str, Any]) -> str:
                 f"{entry['bits_per_char']:.4f} bits/char, {entry['bits_per_byte']:.4f} bits/byte, {entry['nats_per_token']:.4f} nats/token"
             )
             measured = f"{units}, unigram entropy {entry['unigram_nats_per_token']:.4f}"
+        measured += f", of what is not given by flow.context.law={entry['given']}" if "given" in entry else ""
         lines.append(f"{path}: {measured}; {entry['scored_tokens']:,} of {entry['file_tokens']:,} tokens")
     lines.append(f"judge             {result['judge']['name']}; sums to one within {result['judge']['sum_error']:.0e}")
     lines.append("reverse           real text under an n-gram of the texts, bits/char: what they leave out")

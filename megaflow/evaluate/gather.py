@@ -285,7 +285,7 @@ def likelihoods(evaluations: dict) -> dict[str, Any]:
     Where a run writes nothing without being given some, and others can be given the same, all are of what is written then.
     """
     table: dict[str, Any] = {}
-    over_rows, notes = [], []
+    over_rows, notes, bounds = [], [], []
     laws = {law for evaluation in evaluations.values() if (law := evaluation["likelihood"].get("given"))}
     for name, evaluation in evaluations.items():
         entry, who = evaluation["likelihood"], name.replace("_", " ")
@@ -306,13 +306,14 @@ def likelihoods(evaluations: dict) -> dict[str, Any]:
         if abs(table["unigram"]["nats_per_token"] - unigram["nats_per_token"]) > SAME_TOKENS:
             notes.append(f"Of the tokens that the {who}'s is of the unigram entropy is {unigram['nats_per_token']:.3f} nats.")
         if entry["kind"] == "bound":
-            table["note"] = (
-                f"Of {entry['tokens']:,} validation tokens, with averaged weights. A bound is the mean over "
-                f"{evaluation['settings']['draws']} draws of noise and time per row, paired with the unigram channel at the same draws; "
-                "its error is that of the draws."
-            )
+            bounds.append(f"{entry['tokens']:,} validation tokens and {evaluation['settings']['draws']} draws ({who})")
             if (error := entry.get("row_error_bits_per_char")) is not None:
                 over_rows.append(f"{error:.3f} ({who})")
+    if bounds:
+        table["note"] = (
+            "With averaged weights. A bound is the mean over draws of noise and time, so many of each row, paired with the unigram channel "
+            f"at the same draws; its error is that of the draws. They are of {', '.join(bounds)}."
+        )
     if over_rows:
         table["note"] += f" Over rows of text, the error of bound minus unigram entropy is {', '.join(over_rows)} bits per character."
     if notes:

@@ -132,7 +132,7 @@ def generate(
     rows: list[list[int]] = []
     for start in range(0, count, flow_text.BATCH):
         places = list(range(start, min(start + flow_text.BATCH, count)))
-        lengths = row_lengths(run, places, settings.seed, 0 if template is None else template.longest)
+        lengths = row_lengths(run, places, settings.seed, None if template is None else template.ends(places))
         if template is not None and template.lengths is not None:
             lengths = [template.lengths[place % len(template.lengths)] for place in places]
         if run.kind == "autoregressive":

@@ -30,7 +30,7 @@ from torch import Tensor
 from megaflow.data.tokenizer import decode, end_id
 from megaflow.errors import UserError
 from megaflow.evaluate import real_text
-from megaflow.evaluate.generate import generate
+from megaflow.evaluate.generate import check_given, generate
 from megaflow.evaluate.likelihood import nats
 from megaflow.evaluate.loaded import load_run
 from megaflow.evaluate.settings import Settings, check_temperature, resolved
@@ -218,7 +218,8 @@ class MegaFlow(LM):
     ) -> tuple[list[float], list[Took]]:
         """-log p of `some` of the rows, and what each came at."""
         ids, given = self.padded([rows[i] for i in some], [begins[i] for i in some])
-        self.check_given(bool(given.any()))
+        for begin in set(begins[i] > 0 for i in some):
+            self.check_given(begin)
         text = real_text.made(self.run, ids, [len(rows[i]) for i in some])
         own = None if keys is None else [keys[i] for i in some]
         measured = nats(self.run, text, draws, self.seed, given if bool(given.any()) else None, of_lengths=own is None, keys=own)
@@ -235,16 +236,18 @@ class MegaFlow(LM):
         return ids, torch.arange(self.length) < torch.tensor(begins)[:, None]
 
     def check_given(self, given: bool) -> None:
-        if not given or self.run.kind in ("autoregressive", "masked"):
-            return
-        if self.run.kind == "uniform":
-            raise UserError(
-                f"{self.run.directory} replaces tokens by random ones and is given none: tasks with a context need another network"
-            )
-        if self.run.config.flow.context.share == 0.0:
+        """Refuse a context, or that there is none, which the run was not trained for. Raises UserError."""
+        if given and self.run.parts is not None and self.run.config.flow.context.share == 0.0:
             raise UserError(
                 f"{self.run.directory} was trained without given tokens (flow.context.share=0): it has a likelihood of whole texts "
                 "(rolling tasks), and none of a continuation"
+            )
+        if given:
+            check_given(self.run, "--prompt", "lm_eval, a task with a context")
+        elif self.run.parts is not None and self.run.config.flow.context.share == 1.0:
+            raise UserError(
+                f"{self.run.directory} writes nothing without being given some (flow.context.share=1): it has no likelihood of whole "
+                "texts; give tasks with a context"
             )
 
     @torch.no_grad()

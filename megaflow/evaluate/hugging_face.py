@@ -13,7 +13,7 @@ from megaflow.errors import UserError
 from megaflow.export.hf import quiet
 from megaflow.files import PICKLES
 
-INDEX = "model.safetensors.index.json"
+INDEX, ADAPTER = "model.safetensors.index.json", "adapter_config.json"
 READ = ("*.json", "*.safetensors", "*.txt", "*.model")
 """What a model and its tokenizer are made of, and so what identifies them."""
 CAUSALITY = 8
@@ -45,6 +45,8 @@ def check(path: Path) -> None:
         raise UserError(f"--judge {path}: no such folder; give that of a causal language model, or of an autoregressive run")
     if not (path / "config.json").is_file():
         raise UserError(f"--judge {path}: no model is here (no config.json) and no run; give a folder that save_pretrained has written")
+    if (path / ADAPTER).is_file():
+        raise UserError(f"--judge {path}: {ADAPTER} would load another model's weights; merge the adapter, and save the whole model")
     if not any(path.glob("*.safetensors")):
         pickles = sorted(file.name for file in path.iterdir() if file.suffix in PICKLES)
         if pickles:
@@ -55,7 +57,7 @@ def check(path: Path) -> None:
     if (path / INDEX).is_file():
         try:
             named = set(json.loads((path / INDEX).read_text("utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError, OSError):
+        except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError):
             raise UserError(f"--judge {path}: {INDEX} is damaged; copy the model anew") from None
         if outside := sorted(name for name in map(str, named) if Path(name).name != name):
             raise UserError(f"--judge {path}: {INDEX} names {outside[0]}, which is outside of the folder; copy the model anew")

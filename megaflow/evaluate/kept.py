@@ -5,6 +5,7 @@
 
 import contextlib
 import fcntl
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -19,6 +20,10 @@ from megaflow.train import checkpoint as checkpoints
 from megaflow.train.checkpoint import Checkpoint
 
 BEFORE, LOCK = "evaluation.before.json", ".evaluating"
+
+
+GENERATOR = '<meta name="generator" content="megaflow">'
+"""What the pages of comparisons have in their heads."""
 
 
 def weights_of(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -39,9 +44,14 @@ def newest_weights(run: Path) -> dict[str, Any] | None:
 def as_json(result: dict[str, Any], run: Path) -> str:
     """The content of an evaluation's file, with its own hash. Raises UserError of numbers that are none."""
     try:
-        return sealed(result)
+        text = sealed(result)
     except ValueError:
         raise UserError(f"{run}: some of what was measured is no finite number; its weights are too large for that") from None
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # a path that is no UTF-8
+        return json.dumps(json.loads(text), indent=1)
+    return text
 
 
 def read(run: Path) -> dict[str, Any]:
@@ -49,8 +59,9 @@ def read(run: Path) -> dict[str, Any]:
     return read_if_sealed(run / FILE)
 
 
-def check_out(option: str, out: str | None) -> None:
-    """Refuse a file that a result cannot be written to, and one that holds something else. Raises UserError."""
+def check_out(option: str, out: str | None, kind: str, run: Path | None = None) -> None:
+    """Refuse a file that a result cannot be written to, and one that holds something else than such a result: kind is 'evaluation', of
+    `run`, 'comparison' or 'page'. Raises UserError."""
     if not out:
         return
     path = Path(out)
@@ -61,18 +72,19 @@ def check_out(option: str, out: str | None) -> None:
     target = Path(os.path.realpath(out))  # a link leads to the file
     if not writable(target.parent):
         raise UserError(f"{option} {out}: the result cannot be written, {target.parent} is not writable; give a file in another folder")
-    if target.exists() and not (target.is_file() and is_ours(option, target)):
+    another = target.name in (FILE, BEFORE) and (run is None or target.parent != run.resolve())  # what a run keeps of itself
+    if target.exists() and (another or not (target.is_file() and is_ours(kind, target))):
         raise UserError(f"{option} {out}: something else is there, which would be lost; give another file, or remove it")
 
 
-def is_ours(option: str, file: Path) -> bool:
-    """Whether a file is what --json or --html of ours has written, or is empty."""
-    if file.stat().st_size == 0:
+def is_ours(kind: str, file: Path) -> bool:
+    """Whether a file is one of this kind, or what a sweep calls its own, or is empty."""
+    if file.stat().st_size == 0 or kind == "evaluation" and file.name.startswith("evaluation-"):
         return True
-    if option == "--html":
-        return file.read_bytes()[:64].lstrip().lower().startswith(b"<!doctype html")
+    if kind == "page":
+        return GENERATOR.encode() in file.read_bytes()[:4096]
     found = read_if_whole(file)
-    return "shards" in found and ("settings" in found or "runs" in found)
+    return "runs" in found and "shards" in found if kind == "comparison" else "measures" in found
 
 
 def write_out(out: str, text: str) -> None:

@@ -59,7 +59,11 @@ def by_equation(run: Run, held_out: RealText, asked: Ode, seed: int) -> dict[str
     ids, end = held_out.ids.to(device), end_of_documents(run.config, run.manifest)
     progress = Progress(f"equation {run.directory.name}", len(ids) * ode_bound.DRAWS, "draws")
     facts: dict[str, Any] = {"progress": progress, "log_length": shards.log_length_law(run.directory / SHARDS)}
-    facts |= {"documents": None if end is None else documents_of(ids, end), "given": None if given is None else given.to(device)}
+    facts |= {
+        "documents": None if end is None else documents_of(ids, end),
+        "closing": end,
+        "given": None if given is None else given.to(device),
+    }
     ragged = None if held_out.lengths is None else held_out.lengths.to(device)
     try:
         bound = ode_bound.ode_bound_of_rows(*run.flow, ids, ragged, asked.steps, asked.probes, seed, **facts)
@@ -143,6 +147,7 @@ def nats(
             "progress": progress,
             "log_length": law,
             "documents": documents,
+            "closing": end,
             "given": given,
             "stretches": STRETCHES,
             "keys": keys,

@@ -70,7 +70,8 @@ def load_run(directory: str | Path) -> Run:
         about = folder.read_manifest(directory)
         step, weights, kept = about["source"]["step"], folder.identity(about), folder.stage(directory)
         network, parts, clock, config = folder.load(directory, device)
-        is_map, offsets = about["kind"] == "flow_map", folder.balance(directory, device)
+        is_map, vocab = about["kind"] == "flow_map", 0 if parts is None else parts.code.part.size
+        offsets = folder.balance(directory, device, vocab)
     else:
         config = read_run(directory).config
         is_map = check.is_map(config)
@@ -89,7 +90,7 @@ def ends(run: Run) -> int:
     return 2 if run.manifest["settings"].get("target_field") else 1
 
 
-def row_lengths(run: Run, places: list[int], seed: int, least: int = 0) -> list[int] | None:
+def row_lengths(run: Run, places: list[int], seed: int, least: list[int] | None = None) -> list[int] | None:
     """Lengths of rows, drawn by their places as shards.drawn_lengths has it; None where every row is full."""
     return drawn_lengths(run.directory / SHARDS, [random.uniform(seed, "length", place) for place in places], least)
 

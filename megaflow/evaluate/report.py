@@ -172,7 +172,7 @@ def _view(data: dict[str, Any]) -> dict[str, Any]:
     constant = constant_samples(samples)
     unigram = ((data.get("likelihood") or {}).get("unigram") or {}).get("nats_per_token")
     panels: dict[str, Any] = {}
-    panels["learning"] = [(NAMES[name], _safe(figures.learning(name, curves[name]))) for name in NAMES if curves.get(name)]
+    panels["learning"] = [(NAMES[name], _safe(figures.learning(name, curves[name]))) for name in NAMES if curves.get(name, {}).get("loss")]
     panels["cross_entropy"] = _safe(figures.cross_entropy(profile, unigram)) if profile.get("cross_entropy") else None
     panels["clock"] = _safe(figures.clock(profile)) if profile.get("clock_cdf") else None
     for field, error, label in (

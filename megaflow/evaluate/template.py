@@ -33,11 +33,10 @@ class Template:
         index = torch.tensor(places) % len(self.ids)
         return self.ids[index].to(device), self.given[index].to(device)
 
-    @property
-    def longest(self) -> int:
-        """One more than the last given position of any row."""
-        places = torch.arange(1, self.given.shape[1] + 1)
-        return int((places * self.given).max())
+    def ends(self, places: list[int]) -> list[int]:
+        """One more than the last given position of texts by their numbers."""
+        given = self.given[torch.tensor(places) % len(self.given)]
+        return (torch.arange(1, given.shape[1] + 1) * given).amax(1).tolist()
 
 
 def of_prompt(manifest: dict[str, Any], tokenizer: Any, prompt: str) -> Template:

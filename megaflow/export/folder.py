@@ -74,7 +74,11 @@ def load(directory: str | Path, device: torch.device | str) -> tuple[TextDiT | B
     kept = stage(directory)
     if missing := {"clock_times", "clock_tau"} - kept.keys():
         raise UserError(f"{directory / STAGE}: it has no {' and no '.join(sorted(missing))}; {DAMAGED}")
-    return network, fixed, Clock(kept["clock_times"], kept["clock_tau"]), config
+    times, tau = kept["clock_times"], kept["clock_tau"]
+    alike = times.ndim == 1 and times.shape == tau.shape and len(times) > 1
+    if not (alike and bool((times.diff() >= 0).all()) and bool((tau.diff() >= 0).all()) and bool(torch.isfinite(times + tau).all())):
+        raise UserError(f"{directory / STAGE}: its clock is none (times that rise, and their shares); {DAMAGED}")
+    return network, fixed, Clock(times, tau), config
 
 
 def is_model(directory: str | Path) -> bool:
@@ -145,9 +149,11 @@ def stage(directory: Path) -> dict[str, Tensor]:
     return _all(directory / STAGE)
 
 
-def balance(directory: Path, device: torch.device) -> Tensor | None:
+def balance(directory: Path, device: torch.device, vocab: int) -> Tensor | None:
     """The offsets (V,) of a map's one-step text; None of what has none. Raises UserError."""
     found = _all(directory / BALANCE).get("offsets")
+    if found is not None and (found.shape != (vocab,) or not bool(torch.isfinite(found).all())):
+        raise UserError(f"{directory / BALANCE}: its offsets are no {vocab} numbers, one for each token; {DAMAGED}")
     return None if found is None else found.to(device)
 
 
@@ -157,7 +163,7 @@ def _all(file: Path) -> dict[str, Tensor]:
         return {}
     try:
         return {name: tensor_file.read(file, entry, boxes.full(entry.shape)) for name, entry in tensor_file.entries(file).items()}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, RuntimeError) as error:
         raise UserError(f"{file}: cannot be read ({reason(error)}); {DAMAGED}") from None
 
 
@@ -167,6 +173,8 @@ def tensors(directory: Path) -> tuple[dict[str, tuple[int, ...]], Callable[[str]
         place = _places(directory)
         entries = {file: tensor_file.entries(directory / file) for file in set(place.values())}
         found = {name: entries[file][name] for name, file in place.items()}
+        if whole := [name for name, entry in found.items() if not entry.dtype.is_floating_point]:
+            raise ValueError(f"{whole[0]} has whole numbers")
     except (OSError, KeyError, ValueError) as error:
         raise UserError(f"{directory}: its weights cannot be read ({reason(error)}); {DAMAGED}") from None
 
@@ -215,6 +223,7 @@ def filled(
 ) -> tuple[TextDiT | Baseline, Parts | None]:
     """A network ready to be evaluated, and a flow's parts with the code that its weights have. Raises UserError where the weights of these
     names and shapes, of `source`, are not the network's."""
+    check_layers(config, names, source)
     unmade, _ = build_network(directory, config, is_map, torch.device("meta"))  # before any memory is asked for
     check_same(shapes_of(unmade), names, source)
     network, fixed = build_network(directory, config, is_map, device)
@@ -223,6 +232,12 @@ def filled(
         fixed = parts.with_trained_code(fixed, config.flow.code, network.code_weight.detach(), config.run.seed)
         network.code = fixed.code
     return network.eval(), fixed
+
+
+def check_layers(config: Config, names: dict[str, tuple[int, ...]], source: Path) -> None:
+    """Refuse a config of more layers than there are weights, of which each has some: making it would take for ever. Raises UserError."""
+    if config.model.layers > len(names):
+        raise UserError(f"{source}: these are not the weights of its config.yaml, which has {config.model.layers:,} layers; {DAMAGED}")
 
 
 @torch.no_grad()

@@ -40,8 +40,9 @@ def into_run(model: Path, out: Path) -> list[str]:
     loaded, is_map = read_config(model), about["kind"] == "flow_map"
     check_tokenizer(model)
     folder.check_rows(model, loaded.config)
-    network, _ = folder.build_network(model, loaded.config, is_map, torch.device("meta"))
     names, read = folder.tensors(model)
+    folder.check_layers(loaded.config, names, model)
+    network, _ = folder.build_network(model, loaded.config, is_map, torch.device("meta"))
     folder.check_same(folder.shapes_of(network), names, model)
     with made(out) as partial:
         sizes = {name: 4 * torch.Size(shape).numel() for name, shape in names.items()}

@@ -50,7 +50,7 @@ def write(source: Source, partial: Path, out: Path, model: Any) -> str:
         raise UserError(f"--to onnx: {source.run} takes more memory than is free; convert it on a machine with more")
     model.whole = True  # one product over all tokens, or the number of texts would be a number of the graph
     one_step = OneStep(model).eval()
-    y, lengths = model.noise(list(range(CHECKED)), 0, "initial noise") / model.path.scale, model.drawn_lengths(list(range(CHECKED)), 0, 0)
+    y, lengths = model.noise(list(range(CHECKED)), 0, "initial noise") / model.path.scale, model.drawn_lengths(list(range(CHECKED)), 0)
     inputs = {"noise": y} | ({} if lengths is None else {"lengths": lengths})
     texts = torch.export.Dim("texts", min=1, max=2**20)
     with quiet():

@@ -8,6 +8,7 @@ PLACE is RUN/slurm; beside a folder of shards, which prepare makes whole, it is 
 """
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -49,5 +50,8 @@ def add_attempt(place: Path, content: dict[str, Any]) -> bool:
 
 
 def _add(path: Path, content: dict[str, Any]) -> None:
-    with naming(path), path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(content) + "\n")
+    with naming(path), path.open("ab+") as file:
+        ends = file.seek(0, os.SEEK_END)
+        file.seek(max(0, ends - 1))
+        cut = file.read(1) not in (b"", b"\n")  # a disk that was full has half a line, which is not to swallow this one
+        file.write((b"\n" if cut else b"") + json.dumps(content).encode() + b"\n")

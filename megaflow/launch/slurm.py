@@ -21,6 +21,10 @@ class Unreachable(UserError):
     """Slurm is not here, does not answer in time, or refuses."""
 
 
+class Unanswered(Unreachable):
+    """An sbatch that was given up, and may have made a job all the same."""
+
+
 @dataclass(frozen=True)
 class Queued:
     """A job as squeue has it. `id` is what scancel takes, '12' or '12_3' of an array."""
@@ -69,7 +73,7 @@ def submit(script: str) -> str:
         )
     except subprocess.TimeoutExpired:
         told = f"sbatch did not answer within {SUBMISSION:.0f} s; see by squeue whether the job is there before you try again"
-        raise Unreachable(told) from None
+        raise Unanswered(told) from None
     if done.returncode:
         said = " ".join(done.stderr.replace("sbatch: error: ", "").split())
         raise Unreachable(f"sbatch refuses the job: {said}")

@@ -4,6 +4,7 @@ Nothing is asked of the processes that train, and nothing of theirs is locked: a
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import shlex
@@ -54,7 +55,9 @@ def status(places: list[str], as_json: bool = False, live: bool = False) -> None
 def counted(folder: Path, states: list[dict[str, Any]], queue: dict[str, slurm.Queued]) -> dict[str, Any]:
     """Of a sweep's folder: {'sweep', 'points', 'states': {state: how many}, 'jobs': those that come after all others, 'said': why the last
     of these failed, or most points of which nothing else is said}; points that nobody has begun are among the states."""
-    names = {member["directory"] for file in (folder / "sweeps").glob("*.json") for member in read_if_whole(file).get("members", [])}
+    sweeps = [read_if_whole(file) for file in (folder / "sweeps").glob("*.json")]
+    names = {member["directory"] for each in sweeps for member in each.get("members", [])}
+    evaluates = any(each.get("evaluate") for each in sweeps)
     own = [state for state in states if Path(state["run"]).parent == folder]
     there = {Path(state["run"]).name: LATER if state["state"] == "finished" and state["jobs"] else state["state"] for state in own}
     said_of = {Path(state["run"]).name: state["said"] for state in own if state["state"] == "finished" and not state["jobs"]}
@@ -66,7 +69,7 @@ def counted(folder: Path, states: list[dict[str, Any]], queue: dict[str, slurm.Q
         failed = noted.get("state") in ("failed", "refused")
         killed = noted.get("state") == "stopped" or noted.get("state") == "running" and not here
         state = there.get(name) or (noted["state"] if failed else "stopped" if killed else BEGUN)  # or one that never became a run
-        if state == "finished" and noted.get("state") in ("running", "stopped"):
+        if state == "finished" and noted.get("state") in ("running", "stopped") and evaluates:
             state = LATER if here else "stopped"  # its evaluation
         evaluation = said_of.get(name) or ""
         if state == "finished" and noted.get("state") != "done" and evaluation.startswith("evaluate: "):  # failed, or was ended
@@ -91,8 +94,7 @@ def point_of(run: Path) -> dict[str, Any]:
 
 def pools(folder: Path) -> list[int]:
     """The processes of this host that train the points of a sweep."""
-    files = [path.name for path in folder.glob(f"{POOL}*")]
-    return [owner(folder, name)[0] for name in files if holder(folder, name) == "here"]
+    return [pid for path in folder.glob(f"{POOL}*") if (pid := here(folder, path.name))]
 
 
 def summed(sweep: dict[str, Any]) -> str:
@@ -126,10 +128,10 @@ def found(places: list[Path]) -> tuple[list[Path], list[Path]]:
 
 def folders(place: Path) -> list[Path]:
     """The folders in a folder, in the order of their names, but for those that are closed to us, and none of one that is gone since."""
-    try:
-        return [path for path in sorted(place.iterdir()) if path.is_dir() and os.access(path, os.R_OK | os.X_OK)]
-    except OSError:
-        return []
+    found: list[Path] = []
+    with contextlib.suppress(OSError):
+        found = sorted(place.iterdir())
+    return [path for path in found if os.path.isdir(path) and os.access(path, os.R_OK | os.X_OK)]
 
 
 def is_sweep(path: str | Path) -> bool:
@@ -173,7 +175,8 @@ def state_of(run: Path, jobs: list[dict[str, Any]], queue: dict[str, slurm.Queue
     loss, valid = (last_line(run / "metrics.jsonl", name) for name in ("loss", "validation_loss"))
     step = int(loss.get("step", 0))
     ended, point = outcome.read(run), point_of(run)
-    done = (run / "summary.json").exists() and steps is not None and step >= steps
+    # whose last steps may have been passed over, and have no loss
+    done = steps is not None and max(step, read_if_whole(run / "summary.json").get("steps", 0)) >= steps and (run / "summary.json").exists()
     prepared = run.suffix == ".slurm" and bool(attempts) and attempts[-1]["end"] == "done" and not mine
     running = [job for job in mine.values() if job.state in ("RUNNING", "COMPLETING")]
     training = [job for job in running if stages[job.id] in TRAINING]
@@ -238,7 +241,25 @@ def holder(run: Path, file: str = ".lock") -> str:
         return ""
     if host != os.uname().nodename:
         return f"on {host}"
-    return "here" if b"megaflow" in command_of(pid) else ""
+    return "here" if b"megaflow" in command_of(pid) and held(run / file) else ""
+
+
+def here(run: Path, file: str = ".lock") -> int:
+    """The process of this host that works on a run; 0 where there is none."""
+    pid = owner(run, file)[0]
+    return pid if pid > 0 and holder(run, file) == "here" else 0
+
+
+def held(file: Path) -> bool:
+    """Whether a process holds a lock: one that has ended has let go of it, whatever process has its number now."""
+    try:
+        with file.open(encoding="utf-8") as opened:
+            fcntl.flock(opened, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # a file system without locks
+        return True
+    return False
 
 
 def owner(run: Path, file: str = ".lock") -> tuple[int, str, str]:
@@ -340,26 +361,29 @@ def cancel(places: list[str]) -> None:
             ended += end(process, str(folder), f", the sweep {folder}, is told to end, and what it trains to save")
     # first the jobs that would submit more, then runs, at whose own place it is noted, then what else is of a sweep
     last = [(sweep, [line for line in records.jobs(place_of(sweep)) if "sweep" in line]) for sweep in sweeps]
-    for run, jobs in [*last, *((run, records.jobs(place_of(run))) for run in [*runs, *sweeps])]:
-        active = {}
+    for places_jobs in (last, [(run, records.jobs(place_of(run))) for run in [*runs, *sweeps]]):
+        active: dict[str, slurm.Queued] = {}
         try:
-            active = slurm.waiting_or_running([line["job"] for line in jobs]) if jobs else {}
+            ids = [line["job"] for _, jobs in places_jobs for line in jobs]
+            active = slurm.waiting_or_running(ids) if ids and not untold else {}
         except slurm.Unreachable as error:
             untold.append(f"jobs are not told: {error}")  # what runs here can be told all the same
-        for id, job in active.items():
-            if id in told:
-                continue
-            told.add(id)
-            try:
-                cancel_job(run, job, run in sweeps)
-                ended += 1
-            except slurm.Unreachable as error:
-                with contextlib.suppress(slurm.Unreachable):
-                    if not slurm.waiting_or_running([id]):
-                        continue  # over since
-                untold.append(f"job {id} of {run} is not told: {error}")
-        if holder(run) == "here":
-            ended += end(owner(run)[0], str(run), f" of {run} is told to save and end")
+        for run, jobs in places_jobs:
+            its = {line["job"] for line in jobs}
+            for id, job in active.items():
+                if id in told or not its & {id, id.partition("_")[0]}:
+                    continue
+                told.add(id)
+                try:
+                    cancel_job(run, job, run in sweeps)
+                    ended += 1
+                except slurm.Unreachable as error:
+                    with contextlib.suppress(slurm.Unreachable):
+                        if not slurm.waiting_or_running([id]):
+                            continue  # over since
+                    untold.append(f"job {id} of {run} is not told: {error}")
+            if pid := here(run):
+                ended += end(pid, str(run), f" of {run} is told to save and end")
     if untold:
         raise UserError("; ".join(dict.fromkeys(untold)))
     for run in runs:

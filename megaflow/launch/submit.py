@@ -141,7 +141,8 @@ def step(stage: str, words: list[str], resources: Resources, run: Path | None, w
         if stage == "convert" and os.path.lexists(plain[1]):
             raise UserError(f"{plain[1]}: this is there already, and nothing is written over; give a new folder, or remove it")
         return Step(stage, [stage, as_argument(directory), *plain[1:], *given], directory, records.place_of(directory))
-    plain, options = [word for word in words if "=" not in word], [word for word in words if "=" in word]
+    plain = [word for word in words if "=" not in word or Path(word).is_file()]  # points of a sweep have a = in their names
+    options = [word for word in words if word not in plain]
     if len(plain) != 1:
         raise UserError(f"{stage} takes a CONFIG and overrides a.b=c, not {shlex.join(words) or 'nothing'}")
     path = plain[0]
@@ -304,12 +305,16 @@ def free(each: Step) -> None:
     """Refuse a second job that would train the same run. Raises UserError."""
     if each.stage not in (*TRAINING, "prepare"):
         return
+    if each.place.is_dir():
+        with contextlib.suppress(slurm.Unreachable):  # whose own sentence is sbatch's
+            if strange := slurm.logging_to(each.place.absolute()) - {line["job"] for line in records.jobs(each.place)}:
+                told = f"job {min(strange)} writes its log there and is not noted (its sbatch did not answer in time, or was killed)"
+                raise UserError(f"{each.place}: {told}; scancel {' '.join(sorted(strange))} and ask again")
     ids = [line["job"] for line in records.jobs(each.place) if line["stage"] == each.stage]
     if active := slurm.waiting_or_running(ids):
         id, job = next(iter(active.items()))
         raise UserError(f"{each.directory}: job {id} is already there for it, {job}; wait, megaflow cancel it, or choose another run.dir")
-    if each.stage in TRAINING and status.holder(each.directory) == "here":  # after the jobs, whose processes may be of this host
-        pid, _, _ = status.owner(each.directory)
+    if each.stage in TRAINING and (pid := status.here(each.directory)):  # after the jobs, whose processes may be of this host
         raise UserError(f"{each.directory}: process {pid} of this host trains it; wait, megaflow cancel it, or choose another run.dir")
 
 
@@ -327,7 +332,9 @@ def sent(each: Step, text: str) -> str:
         raise UserError(f"{each.place}: cannot be written to ({error.strerror}); choose another place for the run") from None
     try:
         id = slurm.submit(text)
-    except UserError:
+    except UserError as error:
+        if isinstance(error, slurm.Unanswered):  # the job may be there, and read them
+            raise
         with contextlib.suppress(OSError):  # empty folders that were made for it
             if each.kept is not None and new:
                 each.kept[0].unlink()
@@ -339,9 +346,9 @@ def sent(each: Step, text: str) -> str:
     if each.stage in TRAINING:
         outcome.begin(each.directory)  # what is said there is of an attempt before
     print(f"\njob {id}: {each.stage} {each.directory}", flush=True)
-    (each.place / f"{id}.sbatch").write_text(text, "utf-8")
     content = {"job": id, "stage": each.stage, "time": time.time(), "words": each.words, "directory": str(each.directory)}
     records.add_job(each.place, content)
+    (each.place / f"{id}.sbatch").write_text(text, "utf-8")
     of = shlex.quote(str(each.directory))
     print(f"  log     {each.place / f'{id}.log'}    megaflow logs {of} -f --job {id}")
     print(f"  state   megaflow status {of}\n  end it  megaflow cancel {of}\n")

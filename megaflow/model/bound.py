@@ -38,6 +38,7 @@ def bound_of_rows(
     progress: Progress | None = None,
     log_length: np.ndarray | None = None,
     documents: Tensor | None = None,
+    closing: int | None = None,
     places: Tensor | None = None,
     all_rows: int | None = None,
     total: Callable[[Tensor], Tensor] = lambda value: value,
@@ -52,8 +53,8 @@ def bound_of_rows(
 
     The network is told how long a row is, by what it may attend to. Where rows differ in length a bound of -log p(row) therefore has
     -log p(length) too: log_length (L + 1,), of data.shards. Without it the bound is that of rows whose lengths are known. In the same
-    way documents (B, L) tell where one ends, and -log p of that is that of a coin at each token but the last, as likely to fall as an
-    end is frequent.
+    way documents (B, L) tell where one ends, by the token `closing`, and -log p of that is that of a coin at each token but the last, as
+    likely to fall as that token is frequent.
 
     given: (R, L) tokens that are known from the start: the bound is then one of -log p of the others, given these, in nats per token of
     the others (and of the row's length, where that has a law, as if the given tokens told nothing of it).
@@ -99,7 +100,7 @@ def bound_of_rows(
     first = (likelihood.prior_term(parts.code, ids, parts.bounded) * counted).sum(1).cpu().double()
     unigram = -(look_up(parts.code.part, parts.log_prior, ids).double() * counted).sum(1).cpu()
     tokens = counted.sum(1).cpu()
-    shape = structure(ids, whole, counted, log_length, documents, parts.code.part, parts.log_prior)
+    shape = structure(ids, whole, counted, log_length, closing, parts.code.part, parts.log_prior)
     told_apart = None
     if stretches:
         edges = torch.linspace(parts.bounded.low, parts.bounded.high, stretches + 1, dtype=torch.float64)
@@ -135,24 +136,20 @@ def structure(
     whole: Tensor,
     counted: Tensor,
     log_length: np.ndarray | None,
-    documents: Tensor | None,
+    closing: int | None,
     part: Vocabulary,
     log_prior: Tensor,
 ) -> Tensor:
     """What a bound charges besides its tokens, in nats (R,): lengths of rows, and where documents end, as far as a network is told them."""
     cost = torch.zeros(len(ids), dtype=torch.float64) if log_length is None else -torch.from_numpy(log_length)[whole]
-    return cost if documents is None else cost + boundary_cost(ids, documents, part, log_prior, whole, counted)
+    return cost if closing is None else cost + boundary_cost(ids, closing, part, log_prior, whole, counted)
 
 
-def boundary_cost(ids: Tensor, documents: Tensor, part: Vocabulary, log_prior: Tensor, whole: Tensor, counted: Tensor) -> Tensor:
+def boundary_cost(ids: Tensor, closing: int, part: Vocabulary, log_prior: Tensor, whole: Tensor, counted: Tensor) -> Tensor:
     """-log p, in nats (R,), of where documents end within rows of `whole` tokens, were every token's being an end a coin as likely as the
     law has it: of those that count, and have one behind them, whose document tells it."""
-    last = documents[:, 1:] != documents[:, :-1]
-    if not last.any():
-        return torch.zeros(len(ids), dtype=torch.float64)
-    end = ids[:, :-1][last][:1]
-    log_p = look_up(part, log_prior, end).double()
-    cost = torch.where(last, -log_p, -torch.log1p(-log_p.exp())) * counted[:, :-1]
+    log_p = look_up(part, log_prior, torch.full((1,), closing, device=ids.device)).double()
+    cost = torch.where(ids[:, :-1] == closing, -log_p, -torch.log1p(-log_p.exp())) * counted[:, :-1]
     behind = torch.arange(1, ids.shape[1]) < whole[:, None]
     return (cost.cpu() * behind).sum(1)
 

@@ -62,6 +62,7 @@ def bound_of_rows(
     progress: Progress | None = None,
     log_length: np.ndarray | None = None,
     documents: Tensor | None = None,
+    closing: int | None = None,
     places: Tensor | None = None,
     all_rows: int | None = None,
     total: Callable[[Tensor], Tensor] = lambda value: value,
@@ -101,7 +102,7 @@ def bound_of_rows(
         if progress is not None:
             progress.update(part.stop)
     tokens = counted.sum(1).cpu()
-    shape = structure(ids, whole, counted, log_length, documents, network.part, network.log_prior)
+    shape = structure(ids, whole, counted, log_length, closing, network.part, network.log_prior)
     told_apart = None
     if stretches:
         edges = torch.linspace(0.0, 1.0, stretches + 1, dtype=torch.float64)

@@ -73,6 +73,7 @@ def ode_bound_of_rows(
     progress: Progress | None = None,
     log_length: np.ndarray | None = None,
     documents: Tensor | None = None,
+    closing: int | None = None,
     given: Tensor | None = None,
 ) -> OdeEstimate:
     """The bound on rows (R, L) by `steps` steps of Heun's method, an even number of 4 or more, and `probes` of Hutchinson's at every
@@ -118,7 +119,7 @@ def ode_bound_of_rows(
                 progress.update(start * draws + (draw + 1) * len(at))
     tokens = counted.sum(1).cpu()
     total = int(tokens.sum())
-    shape = structure(ids, whole, counted, log_length, documents, parts.code.part, parts.log_prior)
+    shape = structure(ids, whole, counted, log_length, closing, parts.code.part, parts.log_prior)
     unigram = -(look_up(parts.code.part, parts.log_prior, ids).double() * counted).sum().item()
     rows, apart = fine.mean(0) + shape, fine - coarse
     errors, steps_errors = ((x.var(0) / draws).sqrt() for x in (fine, apart))

@@ -185,13 +185,17 @@ def read(path: Path) -> Parts:
     try:
         with safe_open(path, "pt") as file:
             meta, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if meta is None:
+            raise ValueError("it has no metadata, which says what its numbers are")
         code = codes.make(len(tensors["leverage"]), int(meta["dim"]), tensors.get("code"), tensors["leverage"])
         code = replace(code, mixing=tensors.get("mixing"))
         reach = Range(float(meta["reach_low"]), float(meta["reach_high"])) if "reach_low" in meta else None
         found = Parts(code, tensors["log_prior"], Range(float(meta["low"]), float(meta["high"])), reach=reach)
         return with_noise(found, meta.get("interpolant", "linear"), meta.get("prior", "gaussian"))
     except Exception as error:  # safetensors raises several unrelated classes
-        raise UserError(f"{path}: cannot read the flow's code and prior ({error}); restore the file or start the run afresh") from None
+        raise UserError(
+            f"{path}: cannot read the flow's code and prior ({error}); restore the file, or train or convert it afresh"
+        ) from None
 
 
 def to(parts: Parts, device: torch.device) -> Parts:

@@ -95,8 +95,8 @@ def alone(how: Cluster) -> Iterator[None]:
                     told = f"another command has been submitting its points for {PATIENCE:.0f} s; ask again when it is over"
                     raise UserError(f"{how.place.parent}: {told}") from None
                 time.sleep(0.5)
-        if strange := slurm.logging_to(how.place) - {line["job"] for line in records.jobs(how.place)}:
-            told = f"job {min(strange)} writes its log there and is not noted (its sbatch did not answer in time, or was killed)"
+        if strange := slurm.logging_to(how.place) - {line["job"] for line in records.jobs(how.place) if not line.get("noting")}:
+            told = f"job {min(strange)} writes its log there and is not noted as a whole (its sbatch did not answer, or was killed)"
             raise UserError(f"{how.place}: {told}; scancel {' '.join(sorted(strange))} and ask again")
         yield
 
@@ -249,6 +249,8 @@ def one(
             told = f"an array of {len(entries)} elements is more than this Slurm takes (MaxArraySize of slurm.conf); ask for fewer points"
             raise UserError(f"{asked.dir}: {told}, and for the others when these are done") from None
         raise
+    whole = {"job": id, "stage": stage, "time": time.time(), "words": [str(tasks)], "directory": asked.dir}
+    records.add_job(how.place, whole | {"noting": True})
     for index, each in enumerate(group):
         own = (each.directory / "slurm").absolute()
         own.mkdir(parents=True, exist_ok=True)
@@ -259,8 +261,7 @@ def one(
             if (ended := outcome.read(each.directory)) and ended["time"] < asked_at:
                 outcome.begin(each.directory)  # what is said there is of an attempt before
             points.note(each, "queued", at=asked_at)
-    # at last: a job whose points are not all noted is one that nobody has noted (alone)
-    records.add_job(how.place, {"job": id, "stage": stage, "time": time.time(), "words": [str(tasks)], "directory": asked.dir})
+    records.add_job(how.place, whole)  # and all its points are noted
     (how.place / f"{id}.sbatch").write_text(text, "utf-8")
     print(f"job {id}: {len(entries)} x {stage}, {name}; logs {how.place}/{id}_*.log")
     return id

@@ -6,6 +6,8 @@ what comes next and looks at what that has come to; on a cluster it ends where i
 """
 
 import contextlib
+import errno
+import fcntl
 import os
 import shlex
 import signal
@@ -67,6 +69,10 @@ def sweep(
     if jobs and slurm.here() and (ids := list(slurm.waiting_or_running(jobs))):
         there = f"{len(ids)} of its jobs are in Slurm's queue ({', '.join(ids[:3])}{', …' if len(ids) > 3 else ''})"
         raise UserError(f"{asked.dir}: {there}, which train its points there; wait, or megaflow cancel {shlex.quote(asked.dir)}")
+    with filed.refused(asked):
+        Path(asked.dir).mkdir(parents=True, exist_ok=True)
+        if not os.access(asked.dir, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, "it is not writable")
     with cancelled_by_name(Path(asked.dir)):
         return run_here(asked, all_points, overrides, slots, retry)
 
@@ -144,11 +150,14 @@ def cancelled_by_name(folder: Path) -> Iterator[None]:
         if not status.holder(folder, file.name):  # killed
             file.unlink(missing_ok=True)
     mine = folder / f"{status.POOL}{os.getpid()}"
-    mine.write_text(f"{os.getpid()} on {os.uname().nodename}", "utf-8")
-    try:
-        yield
-    finally:
-        mine.unlink(missing_ok=True)
+    with mine.open("w", encoding="utf-8") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)  # let go of where this process dies
+        held.write(f"{os.getpid()} on {os.uname().nodename}")
+        held.flush()
+        try:
+            yield
+        finally:
+            mine.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

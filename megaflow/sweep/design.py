@@ -77,6 +77,8 @@ PLAIN = "as it is"
 """What an axis of mappings calls the one that overrides nothing, {}."""
 COLUMNS = "name", "seed", "state", "said", "seeds", "points", "baseline", "best"
 """Of the tables of a sweep (page.py), besides its axes."""
+METRICS = "cost_", "validation_loss", "tokens_per_second", "likelihood.", "given.", "samples.", "judges.", "verify."
+"""Beginnings of the others of them."""
 TEACHER = "teacher"
 """Label of a flow that is trained for the maps of a sweep, and is no choice of it."""
 Values = dict[str, Any]
@@ -186,7 +188,8 @@ def _variant(path: str, content: dict[str, Any], name: str | None) -> dict[str, 
     if name is not None and name not in variants:
         raise UserError(f"{path}: there is no variant {name}; there are {', '.join(map(str, variants)) or 'none'}")
     for key, value in variants[name].items() if name is not None else []:
-        content[key] = content.get(key, {}) | value if key in ("axes", "set") and isinstance(value, dict) else value
+        joined = key in ("axes", "set") and isinstance(value, dict) and isinstance(content.get(key), dict)
+        content[key] = content[key] | value if joined else value
     return content
 
 
@@ -247,7 +250,7 @@ def _sweep(path: str, content: dict[str, Any]) -> Sweep:
         if name in found and not isinstance(found[name], kind):
             raise UserError(f"{path}: {name} must be a {'list' if kind is list else 'mapping'}, not {found[name]!r}")
     found["set"] = _values(path, "set", found.get("set", {}))
-    if taken := sorted({TEACHER, *COLUMNS} & {str(axis) for axis in found.get("axes", {})}):
+    if taken := sorted(axis for axis in map(str, found.get("axes", {})) if axis in (TEACHER, *COLUMNS) or axis.startswith(METRICS)):
         raise UserError(f"{path}: an axis cannot be called {taken[0]}, which the tables call something else")
     found["axes"] = {str(axis): _axis(path, str(axis), values) for axis, values in found.get("axes", {}).items()}
     found["exclude"] = [_condition(path, entry) for entry in found.get("exclude", [])]
@@ -277,7 +280,7 @@ def _sweep(path: str, content: dict[str, Any]) -> Sweep:
     if "metric" not in found and not found.get("evaluate"):
         found["metric"] = "validation_loss"
     found["lower_is_better"] = said if said is not None else not found.get("metric", "").endswith(HIGHER)
-    found["evaluate"] = _spelled(found.get("evaluate", {}))
+    found["evaluate"] = _spelled(path, found.get("evaluate", {}))
     sweep = Sweep(**found, file=path, start=found["base"])
     _check_evaluation(path, sweep)
     if said is None and sweep.metric.endswith(".entropy"):
@@ -287,16 +290,32 @@ def _sweep(path: str, content: dict[str, Any]) -> Sweep:
     for condition in sweep.exclude:
         _check_condition(path, sweep, condition, "exclude")
     _check_condition(path, sweep, sweep.baseline, "baseline")
+    _check_rungs(path, sweep)
     return sweep
 
 
-def _spelled(evaluate: Values) -> Values:
-    """Options of an evaluation in one spelling: those that mean the same are the same."""
+def _check_rungs(path: str, sweep: Sweep) -> None:
+    """Refuse a halving by losses that are of other quantities for other choices, as far as their keys say so. Raises UserError."""
+    if sweep.draw["kind"] != "halving":
+        return
+    varied = sorted({key for axis in sweep.axes.values() for _, values in axis for key in values})
+    by = sweep.draw["by"]
+    of_loss = ("flow.", "distill.", "model.family") if by == "loss" else ("distill.",)
+    if unlike := [key for key in varied if key.startswith(of_loss)]:
+        raise UserError(f"{path}: draw.by={by} is another quantity at every {unlike[0]}, and decides nothing; draw a grid, with evaluate")
+
+
+def _spelled(path: str, evaluate: Values) -> Values:
+    """Options of an evaluation in one spelling: those that mean the same are the same. Raises UserError."""
     found = {str(name): value for name, value in evaluate.items()}
     if "steps" in found:
         found["steps"] = ",".join(part.strip() for part in str(found["steps"]).split(","))
     if _number(found.get("temperature")):
         found["temperature"] = float(found["temperature"])
+    elif "temperature" in found:
+        raise UserError(f"{path}: evaluate.temperature must be a number, not {found['temperature']!r}")
+    if "seed" in found and type(found["seed"]) is not int:
+        raise UserError(f"{path}: evaluate.seed must be a whole number, not {found['seed']!r}")
     if isinstance(judge := found.get("judge"), list) and len(judge) == 1:
         found["judge"] = judge[0]
     return found
@@ -421,7 +440,8 @@ def _axis(path: str, axis: str, values: Any) -> list[tuple[str, Values]]:
             overrides = _values(path, "axes", {axis: value})
             label = written(overrides.get(axis, value))
         found.append((label, overrides))
-    if any(one == other for (_, one), (_, other) in itertools.combinations(found, 2)):  # also as 1 and 1.0, or in another order
+    # also as 1 and 1.0, or in another order; of what is called the same no page could tell
+    if any(one[0] == other[0] or one[1] == other[1] for one, other in itertools.combinations(found, 2)):
         raise UserError(f"{path}: axes.{axis} names a value twice")
     return found
 

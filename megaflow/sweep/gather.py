@@ -8,6 +8,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from megaflow.config.load import flatten
 from megaflow.errors import UserError, reason
 from megaflow.files import last_line, lines, read_if_whole
 from megaflow.sweep import points
@@ -37,14 +38,21 @@ def report(directory: str | Path, quiet: bool = False) -> None:
     files = sorted((folder / "sweeps").glob("*.json"))
     if not files:
         raise UserError(f"{folder}: no sweep was run here; give the dir of a sweep")
+    wrong: list[str] = []
     for file in files:
         out = place_of(folder, file.stem)
         out.mkdir(parents=True, exist_ok=True)
-        page.write(gathered(folder, file), out)
+        try:
+            page.write(gathered(folder, file), out)
+        except UserError as error:  # the others have pages all the same
+            wrong.append(str(error))
+            continue
         if not quiet:
             print("\n".join(str(out / name) for name in WRITTEN if (out / name).exists()))
     for name in WRITTEN if len(files) > 1 else ():
         (folder / name).unlink(missing_ok=True)  # of the time when there was one sweep
+    if wrong:
+        raise UserError("; ".join(wrong))
 
 
 def place_of(folder: Path, name: str) -> Path:
@@ -170,18 +178,27 @@ def besides(directory: Path) -> dict[str, str]:
 
 
 def validates(directory: Path) -> str:
-    """What the validation loss of a run is: BOUND, of the likelihood or that itself, else a quantity that compares with its like alone.
-    Empty where it has none."""
+    """What the validation loss of a run is: BOUND, of the likelihood or that itself, else a quantity that compares with its like alone,
+    with a hash of what it hangs on. Empty where it has none."""
     line = last_line(directory / "metrics.jsonl", "validation_loss")
-    if not line or "validation_standard_error" in line:
-        return BOUND if line else ""
+    if not line:
+        return ""
     try:
         config = read_config(directory).config
     except UserError:  # a damaged run: nothing else of it is compared
         return ""
+    values = flatten(config)
     if "validation_divergence" in line:
-        return f"the objective {config.distill.objective}"
-    return BOUND if config.model.family == "autoregressive" else "a cross-entropy at times even in log-SNR"
+        own = {key: value for key, value in values.items() if key.startswith("distill.") and key != "distill.teacher"}
+        return f"the objective {config.distill.objective} ({points.hashed(own)[:4]})"
+    if config.model.family == "flow" and config.flow.context.share == 1.0:
+        given = f", given some by flow.context.law={config.flow.context.law}"
+    else:
+        given = ""
+    if "validation_standard_error" in line or config.model.family == "autoregressive":
+        return f"{BOUND}{given}"
+    own = {key: values[key] for key in sorted(values) if key.startswith(("flow.interpolant", "flow.prior", "flow.code"))}
+    return f"a cross-entropy at times even in log-SNR{given} ({points.hashed(own)[:4]})"
 
 
 def check_alike(asked: Sweep, placed: list[Placed]) -> None:

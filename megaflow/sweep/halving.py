@@ -46,7 +46,7 @@ def best(asked: Sweep, alive: list[Placed], share: float, note: bool) -> list[Pl
     if by == design.BY:
         gather.check_alike(asked, alive)
     order, ahead = ranked(alive, share, by)
-    going = {choice for choice, _ in order[: max(1, math.ceil(keep * len(order)))]} | ahead
+    going = {choice for choice, _ in order[: max(1, math.ceil(keep * len(order) - 1e-9))]} | ahead
     told = {choice: (place, value) for place, (choice, value) in enumerate(order)}
     for each in alive if note else []:
         choice = choice_of(each)
@@ -62,8 +62,9 @@ def best(asked: Sweep, alive: list[Placed], share: float, note: bool) -> list[Pl
 
 
 def ranked(alive: list[Placed], share: float, by: str) -> tuple[list[tuple[Labels, float]], set[Labels]]:
-    """(choice, mean over its seeds of what was measured where it paused), the least first; and the choices that came past that step in
-    another sweep, which measured nothing there. Choices of which a seed has neither are left out, seeds whose flow has failed in all."""
+    """(choice, mean over its seeds of what was measured where it paused), the least first; and the choices that came to that step or
+    past it in another sweep, which measured nothing there. Choices of which a seed has neither are left out, seeds whose flow has
+    failed in all."""
     values: dict[Labels, list[float]] = {}
     ahead: set[Labels] = set()
     for each in alive:
@@ -72,7 +73,7 @@ def ranked(alive: list[Placed], share: float, by: str) -> tuple[list[tuple[Label
         step = paused_at(each, share)
         written = [line[by] for line in lines(each.directory / "metrics.jsonl") if line.get("step") == step and by in line]
         values.setdefault(choice_of(each), []).append(written[-1] if written else math.inf)
-        if not written and outcome.newest_step(each.directory) > step:
+        if not written and outcome.newest_step(each.directory) >= step:
             ahead.add(choice_of(each))
     means = [(choice, statistics.mean(some)) for choice, some in values.items()]
     return sorted((pair for pair in means if math.isfinite(pair[1])), key=lambda pair: pair[1]), ahead

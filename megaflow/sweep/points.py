@@ -26,8 +26,8 @@ from megaflow.errors import UserError
 from megaflow.files import read_if_whole, sealed, write_atomically
 from megaflow.launch import records
 from megaflow.model import flops
-from megaflow.show import foreseen, known, rows_of, rows_read
-from megaflow.sweep.design import BESIDES, EVALUATION, Point, Sweep, judges_of, slug, written
+from megaflow.show import foreseen, known, rows_of, rows_read, tokenizer_of
+from megaflow.sweep.design import BESIDES, BYS, EVALUATION, TEACHER, Point, Sweep, judges_of, slug, written
 from megaflow.train import outcome
 from megaflow.train.run import MAY_CHANGE, read_run
 
@@ -67,6 +67,7 @@ def place(sweep: Sweep, all_points: list[Point], speeds: dict[str, float] | None
     there = {content["identity"]: path for path, content in noted.items() if path not in refusals}
     by_name: dict[str, tuple[Path, str]] = {}
     missing: list[str] = []
+    tokenizers: dict[str, str] = {}
     found: list[Placed] = []
     taken = {path.name for path in there.values()} | {file.parent.name for file in folder.glob("*/config.yaml")}  # or runs of no sweep
     for point in all_points:
@@ -90,6 +91,8 @@ def place(sweep: Sweep, all_points: list[Point], speeds: dict[str, float] | None
                 resolve(loaded, vocab)
             if vocab is None and not point.teacher and not listing:
                 missing.append(loaded.config.data.path)
+            if TEACHER not in point.labels and (tokens := tokenizer_of(loaded.config.data.path)):
+                tokenizers.setdefault(tokens, point.name)
             of = by_name[point.teacher][1] if point.teacher else weights_of(loaded) if point.stage == "distill" else ""
             identity, steps = identity_of(loaded, point.stage, teacher=of), loaded.config.train.steps
             rows = rows_of(loaded.config.data.path) if point.stage == "pretrain" and vocab is not None else ""
@@ -104,6 +107,10 @@ def place(sweep: Sweep, all_points: list[Point], speeds: dict[str, float] | None
             taken.add(name)
         by_name[point.name] = directory, identity
         found.append(Placed(point, directory, identity, words, refused, steps, kind, rows))
+    deciding = [name for name in (sweep.draw.get("by", ""), sweep.metric) if name in BYS or name.endswith("nats_per_token")]
+    if len(tokenizers) > 1 and deciding:
+        told = f"{deciding[0]} is nats a token, and the shards of {' and '.join(list(tokenizers.values())[:2])} have other tokens"
+        raise UserError(f"{sweep.file}: {told}; choose metric=likelihood.bits_per_char, with evaluate, and no halving")
     if missing:
         raise UserError(f"data.path={missing[0]}: no shards are there, on which points are to be trained; prepare them first")
     return found
@@ -266,7 +273,7 @@ def evaluation_of(directory: Path, evaluate: dict[str, Any]) -> dict[str, Any]:
 def keep_evaluation(directory: Path, evaluate: dict[str, Any]) -> None:
     """Keep for this sweep what it has taken of an evaluation by hand, or of another sweep, whose next one would take its place."""
     own = kept_evaluation(directory, evaluate)
-    if evaluate and not own.exists() and (found := evaluation_of(directory, evaluate)):
+    if evaluate and (found := evaluation_of(directory, evaluate)) and evaluation_file.read(own) != found:
         with contextlib.suppress(OSError):
             write_atomically(own, sealed(found))
 

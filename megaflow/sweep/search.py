@@ -30,7 +30,11 @@ def search(asked: Sweep, at_once: int, measure: Measure, stop: list[int], keep: 
     elsewhere = [labels for labels in before if key(labels) not in grid]  # of axes that were longer once, and may be again
     chosen = [grid[key(labels)] for labels in before if key(labels) in grid][:total]
     if asked.baseline and (first := design.baseline_of(asked, design.points(asked))) and grid[key(first)] not in chosen:
+        if len(chosen) == total:
+            raise UserError(f"{asked.file}: the search has tried its {total} choices, and none is the baseline; give a larger draw.count")
         chosen.insert(0, grid[key(first)])  # all others are compared with it
+        if keep:
+            note(file, chosen, elsewhere)
     values: list[float | None] = []
     while not stop:
         # at first those that an earlier start has chosen, then as many as run at once
@@ -41,10 +45,15 @@ def search(asked: Sweep, at_once: int, measure: Measure, stop: list[int], keep: 
             new = proposed(optuna, asked, grid, chosen, values, min(at_once, total - len(chosen)))
             chosen += new
             if keep:
-                file.parent.mkdir(parents=True, exist_ok=True)
-                write_atomically(file, json.dumps([*(labels for labels, _ in chosen), *elsewhere], indent=1))
+                note(file, chosen, elsewhere)
         values += measure(new, chosen)
     return chosen
+
+
+def note(file: Path, chosen: list[Choice], elsewhere: list[dict[str, str]]) -> None:
+    """Keep what has been chosen, in its order, and what was of axes that are shorter now."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, json.dumps([*(labels for labels, _ in chosen), *elsewhere], indent=1))
 
 
 def proposed(

@@ -332,7 +332,8 @@ def design(data: dict[str, Any]) -> Design | None:
 
     parts: dict[str, np.ndarray] = {"": np.hstack([np.ones((len(y), 1)), column(seeds)])}
     parts |= {axis: _coded(found[0], len(found[1])) for axis, found in told.items()}
-    additive, pure = _Fit(np.hstack(list(parts.values())), y), _Fit(np.hstack([parts[""], column(cells)]), y)
+    # a choice is its values themselves, of which a bin holds several
+    additive, pure = _Fit(np.hstack(list(parts.values())), y), _Fit(np.hstack([parts[""], column([choice for choice, _, _ in seen])]), y)
     source = "seeds" if balanced and pure.freedom > 0 else "fit" if additive.freedom > 0 else ""
     model = _Model(told, parts, y, middle, additive, pure, source)
     effects = [_effect(model, axis) for axis in told]
@@ -418,7 +419,7 @@ def by_size(data: dict[str, Any], cost: str) -> list[tuple[float, float]]:
             sizes.setdefault(size, []).append((-len(pairs), float(np.mean([y for _, y in pairs])), pairs))
     chosen = [min(group)[2] for _, group in sorted(sizes.items())]
     kept = [pair for pairs in chosen for pair in pairs]
-    distinct = count_alike(float(np.mean([x for x, _ in pairs])) for pairs in chosen)
+    distinct = min(count_alike(float(np.mean([x for x, _ in pairs])) for pairs in chosen), count_alike(x for x, _ in kept))
     if not data["lower_is_better"] or distinct < LAW_SIZES or any(y <= 0 for _, y in kept):
         return []
     return kept

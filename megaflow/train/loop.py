@@ -284,7 +284,7 @@ def validation_rows(config: Config, mesh: Mesh, end: int | None, contexts: Conte
     some, peers = lengths.to(mesh.device) if padded else None, parts if config.parallel.zero == 3 else 1
     given = contexts.validation(ids, lengths, torch.arange(first, first + len(ids)))
     given = None if given is None else given.to(mesh.device)
-    return validation_batch(ids.to(mesh.device), some, documents, first, rows, total, peers, given), total
+    return validation_batch(ids.to(mesh.device), some, documents, first, rows, total, peers, given, end), total
 
 
 def announce(config: Config, stage: Stage, step: int, mesh: Mesh) -> None:

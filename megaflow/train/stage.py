@@ -29,7 +29,8 @@ class Batch(NamedTuple):
     ids: (B, L) tokens; lengths: (B,) counted tokens of each row, None where all are; places: (B,) places in the run's global order;
     step: optimizer step; rows: rows of the global batch; weight: (B L,) one over the global batch's counted tokens, 0 for padding;
     documents: (B, L) which document of its row a token is of, None where they see each other; given: (B, L) which tokens are not to be
-    written, but known from the start, and weigh nothing, None of stages that have none; peers: how many processes, with rows of their
+    written, but known from the start, and weigh nothing, None of stages that have none; closing: the token that ends a document, where
+    they do not see each other; peers: how many processes, with rows of their
     own, make every pass of the network together with this one, as ZeRO 3 asks: each must make as many.
     """
 
@@ -42,6 +43,7 @@ class Batch(NamedTuple):
     documents: Tensor | None = None
     peers: int = 1
     given: Tensor | None = None
+    closing: int | None = None
 
     def of(self, rows: Tensor) -> "Batch":
         """Some of its rows, by their indices, or all in another order."""
@@ -70,13 +72,14 @@ def validation_batch(
     total: Total = alone,
     peers: int = 1,
     given: Tensor | None = None,
+    closing: int | None = None,
 ) -> Batch:
     """Validation rows, those from `first` on of `rows` in all, as a batch whose draws are the same at every validation."""
     counted = torch.ones_like(ids) if lengths is None else (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None])
     counted = counted if given is None else counted * ~given
     weight = (counted / total(counted.sum().double())).flatten().float()
     places = torch.arange(first, first + len(ids))
-    return Batch(ids, lengths, places, -1, len(ids) if rows is None else rows, weight, documents, peers, given)
+    return Batch(ids, lengths, places, -1, len(ids) if rows is None else rows, weight, documents, peers, given, closing)
 
 
 class Stage(Protocol):
@@ -145,6 +148,7 @@ def validation_bound(config: Config, network: TextDiT, parts: Parts, clock: Cloc
         double=False,
         log_length=log_length_law(config.data.path),
         documents=batch.documents,
+        closing=batch.closing,
         places=batch.places,
         all_rows=batch.rows,
         total=total,

@@ -43,6 +43,7 @@ class DiscreteStage:
             seed=self.config.run.seed,
             log_length=log_length_law(self.config.data.path),
             documents=batch.documents,
+            closing=batch.closing,
             places=batch.places,
             all_rows=batch.rows,
             total=total,

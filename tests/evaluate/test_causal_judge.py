@@ -308,8 +308,14 @@ class TestHostileFolders:
         made = save_judge(tmp_path / "judge")
         (made / hugging_face.INDEX).write_text(json.dumps({"weight_map": {"a": name}}))
         refused(made, words)
-        (made / hugging_face.INDEX).write_text("{")
-        refused(made, "is damaged")
+        for damaged in ("{", "[" * 100_000):
+            (made / hugging_face.INDEX).write_text(damaged)
+            refused(made, "is damaged")
+
+    def test_an_adapter_is_of_a_model_elsewhere(self, tmp_path):
+        made = save_judge(tmp_path / "judge")
+        (made / hugging_face.ADAPTER).write_text('{"base_model_name_or_path": "/elsewhere"}')
+        refused(made, "adapter_config.json would load another model's weights; merge the adapter")
 
 
 def test_the_identity_is_of_what_is_in_the_files(tmp_path, folder):

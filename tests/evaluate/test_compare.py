@@ -86,7 +86,11 @@ def test_a_page_and_what_repeats_it(runs, cli, tmp_path):
     assert "two different runs" in cli("compare", runs[1]).err
     assert "make it first" in cli("compare", *runs, "--html", tmp_path / "nowhere" / "page.html").err
     assert "this is a folder" in cli("compare", *runs, "--html", tmp_path).err
-    assert "something else is there" in cli("compare", *runs, "--json", page).err
+    assert cli("compare", *runs, "--html", page, "--json", tmp_path / "c.json").code == 0  # over its like
+    assert cli("compare", *runs, "--json", tmp_path / "c.json").code == 0
+    (tmp_path / "index.html").write_text("<!doctype html><title>somebody's</title>")
+    for words in (("--json", page), ("--html", tmp_path / "index.html"), ("--json", f"{runs[0]}/evaluation.json")):
+        assert "something else is there" in cli("compare", *runs, *words).err
     assert "--json and --html are one file" in cli("compare", *runs, "--html", tmp_path / "x", "--json", tmp_path / "x").err
 
 

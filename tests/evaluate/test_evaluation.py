@@ -313,11 +313,19 @@ class TestOptions:
         directory = copied("coded", "autoregressive")
         os.mkfifo(tmp_path / "pipe")
         (tmp_path / "page.html").write_text("<!doctype html>")
-        for file in (directory / "config.yaml", directory / "run.json", tmp_path / "pipe", tmp_path / "page.html"):
+        other = copied("coded")
+        (other / "evaluation.json").write_text((directory / "evaluation.json").read_text())
+        others = (tmp_path / "pipe", tmp_path / "page.html", other / "evaluation.json")
+        for file in (directory / "config.yaml", directory / "run.json", *others):
             before = file.stat()
             told = cli("evaluate", directory, *OPTIONS, "--json", file)
             assert told.code == 2 and f"--json {file}: something else is there, which would be lost" in told.err
             assert file.stat().st_mtime_ns == before.st_mtime_ns
+
+    def test_a_path_that_is_no_text_is_written_all_the_same(self):
+        content = {"settings": {"texts": {"caf\udce9.txt": "é"}}}
+        text = kept.as_json(content, Path("run"))
+        assert text.isascii() and {key: json.loads(text)[key] for key in content} == content
 
     def test_a_link_leads_to_the_file(self, copied, evaluated, cli, tmp_path):
         evaluated("coded", "autoregressive")

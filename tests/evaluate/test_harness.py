@@ -384,6 +384,18 @@ def test_a_flow_of_documents_is_asked_for_the_end_that_closes_its_rows(config, w
 
 
 class TestRefused:
+    def test_what_a_flow_was_not_trained_for(self, config, workspace):
+        """Texts from nothing, of one that is always given some; a beginning, of one that was given ends alone."""
+        always = of_few_steps(config("coded"), workspace / "run-harness-always", "flow.context.share=1.0", "flow.context.law=prefix")
+        model = MegaFlow(path=str(always), draws=2)
+        for ask, words in ((model.loglikelihood_rolling, ("And God",)), (model.loglikelihood, ("", "And God"))):
+            with pytest.raises(UserError, match="writes nothing without being given some .* give tasks with a context"):
+                ask([request(*words)])
+        assert model.loglikelihood([request("And God", " said")])[0][0] < 0.0
+        ends = of_few_steps(config("coded"), workspace / "run-harness-ends", "flow.context.share=0.5", "flow.context.law=suffix")
+        with pytest.raises(UserError, match="lm_eval, a task with a context: .* knows what is written before an end alone"):
+            MegaFlow(path=str(ends), draws=2).loglikelihood([request("And God", " said")])
+
     def test_a_flow_without_given_tokens_has_no_continuation(self, trained):
         with pytest.raises(UserError, match="none of a continuation"):
             MegaFlow(path=str(trained("coded"))).loglikelihood([request("And God", " said")])

@@ -24,7 +24,7 @@ def described(shards):
 def test_a_prompt_is_the_beginning_and_the_rest_is_written(described, kind):
     manifest, tokenizer = described(kind)
     found, tokens = of_prompt(manifest, tokenizer, "and god"), encode(tokenizer, "and god")
-    assert found.ids.shape == found.given.shape == (1, manifest["length"]) and found.longest == len(tokens)
+    assert found.ids.shape == found.given.shape == (1, manifest["length"]) and found.ends([0]) == [len(tokens)]
     assert found.ids[0, : len(tokens)].tolist() == tokens and found.given[0].tolist() == [
         place < len(tokens) for place in range(manifest["length"])
     ]
@@ -34,7 +34,7 @@ def test_a_prompt_is_the_beginning_and_the_rest_is_written(described, kind):
 def test_a_prompt_is_normalized_as_the_text_was(described):
     manifest, tokenizer = described("char")
     found = of_prompt(manifest, tokenizer, "And GOD, said: ")
-    assert decode(tokenizer, found.ids[0, : found.longest].tolist()) == "and god said "
+    assert decode(tokenizer, found.ids[0, : found.ends([0])[0]].tolist()) == "and god said "
 
 
 def test_blanks_are_so_many_tokens_each(described):

@@ -238,11 +238,13 @@ class TestGivenTokens:
             ({"seed": 1.0}, "seed must be a whole number, not 1.0"),
             ({"seed": True}, "seed must be a whole number, not True"),
             ({"seed": None}, "seed must be a whole number, not None"),
-            ({"temperature": "1"}, "temperature must be a finite number above 0, not '1'"),
+            ({"temperature": "1"}, "temperature must be a number, not '1'"),
+            ({"temperature": None}, "temperature must be a number, not None"),
+            ({"temperature": True}, "temperature must be a number, not True"),
             ({"prompt": [40.7, 1.0]}, "the tokens of the prompt must be whole numbers, not torch.float32"),
             ({"prompt": 5}, r"the prompt has the shape \(\); give tokens"),
             ({"prompt": [[[1]]]}, r"the prompt has the shape \(1, 1, 1\)"),
-            ({"prompt": []}, "the tokens of the prompt must be whole numbers|the prompt has the shape"),
+            ({"prompt": []}, r"the prompt has the shape \(0,\)"),
             ({"prompt": [1, 2], "mask": [0.5, 1.0]}, "the mask must be whole numbers, not torch.float32"),
             ({"prompt": [1, 2], "mask": [True]}, r"the mask has the shape \(1,\), and the prompt \(1, 2\)"),
             ({"temperature": 0.0}, "temperature must be a finite number above 0"),
@@ -282,6 +284,21 @@ class TestGivenTokens:
                 model.generate(2, num_texts=2, lengths=lengths)
         with pytest.raises(ValueError, match="lengths must be whole numbers"):
             model.generate(2, lengths=[9.9])
+        heeds = opened(converted("documents", "flow"))
+        heeds.config.no_given = ""  # as of one that was trained with given tokens
+        with pytest.raises(ValueError, match="lengths end before what is given of a text"):
+            heeds.generate(2, prompt=[5] * 9, lengths=[3])
+        with pytest.raises(ValueError, match="lengths leave nothing to write"):
+            heeds.generate(2, prompt=[5] * 9, lengths=[9])
+        assert heeds.generate(2, prompt=[5] * 9, lengths=[12]).shape == (1, 48)
+
+    def test_a_length_is_a_function_of_its_own_text(self, converted):
+        """And no row's of what is given of the others."""
+        model = opened(converted("documents", "flow"))
+        least = torch.tensor([0, 30, 5, 0])
+        together = model.drawn_lengths([0, 1, 2, 3], 7, least)
+        alone = [model.drawn_lengths([place], 7, least[place : place + 1])[0] for place in range(4)]
+        assert together.tolist() == [int(x) for x in alone] and bool((together > least).all())
         with pytest.raises(ValueError, match="all rows of this network have 16 tokens: it takes no lengths"):
             opened(converted("coded", "flow")).generate(2, lengths=[9])
 
@@ -329,10 +346,15 @@ class TestTheFolder:
             nll = heads.negative_log_likelihood(run.network.head(), run.network.read(run.network(ids)), ids.flatten()).view(2, 48)
             found = opened(out)(ids, labels=ids)
         torch.testing.assert_close(found.loss, nll[:, 1:].mean(), rtol=1e-5, atol=0.0)
+        parts = [opened(out)(some, labels=some, num_items_in_batch=2 * 47).loss for some in ids.split(1)]  # of a step in two passes
+        torch.testing.assert_close(sum(parts), found.loss, rtol=1e-5, atol=0.0)
         padded = torch.ones_like(ids)
         padded[0, 0] = 0
         with pytest.raises(ValueError, match="padding belongs behind a text"):
             opened(out)(ids, attention_mask=padded)
+        for words in ({"past_key_values": ((),)}, {"output_hidden_states": True}, {"atention_mask": 1}):
+            with pytest.raises(ValueError, match=f"takes input_ids, attention_mask and labels, and no {next(iter(words))}"):
+                opened(out)(ids, **words)
         behind = padded.flip(1).bool()
         torch.testing.assert_close(opened(out)(ids, attention_mask=behind).logits, found.logits)
 

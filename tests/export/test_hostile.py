@@ -226,6 +226,8 @@ class TestSafetensors:
             {"bias": {"dtype": "F32", "shape": ["300"], "data_offsets": [0, 1200]}},
             {"bias": {"dtype": "F32", "shape": [2**62, 4], "data_offsets": [0, 1200]}},
             {"bias": {"dtype": "F32", "shape": [-1, -300], "data_offsets": [0, 1200]}},
+            {"bias": {"dtype": "F32", "shape": [1.5, 200], "data_offsets": [0, 1200]}},
+            {"bias": {"dtype": "F32", "shape": [0, 2**62, 4], "data_offsets": [0, 0]}},
             {"bias": {"dtype": "F32", "shape": [300], "data_offsets": ["0", "1200"]}},
             {"bias": [1, 2]},
         ],
@@ -319,6 +321,21 @@ class TestConvertedModels:
         self.announce(model, "config.yaml")
         assert "these are not the weights of its config.yaml" in self.refused(cli, model)
 
+    def test_a_config_of_more_layers_than_weights(self, cli, model, tmp_path):
+        text = (model / "config.yaml").read_text()
+        (model / "config.yaml").write_text(re.sub(r"layers: \d+", "layers: 2000000", text))
+        self.announce(model, "config.yaml")
+        assert "these are not the weights of its config.yaml, which has 2,000,000 layers" in self.refused(cli, model)
+        told = cli("convert", model, tmp_path / "again", "--from", "hf")
+        assert told.code == 2 and "2,000,000 layers" in told.err
+
+    def test_weights_that_are_whole_numbers(self, cli, model):
+        file = next(path for path in sorted(model.glob("model-*.safetensors")) if "bias" in load_file(path))
+        tensors = load_file(file)
+        save_file(tensors | {"bias": tensors["bias"].long()}, file)
+        self.announce(model, file.name)
+        assert "bias has whole numbers" in self.refused(cli, model)
+
     def test_rows_of_another_length(self, cli, trained, model, tmp_path):
         """Of what tells their lengths, where they differ, and of the config."""
         convert(trained("documents"), tmp_path / "documents")
@@ -329,6 +346,28 @@ class TestConvertedModels:
             assert said in self.refused(cli, folder)
             told = cli("convert", folder, tmp_path / "again", "--from", "hf")
             assert told.code == 2 and said in told.err and not (tmp_path / "again").exists()
+
+    @pytest.mark.parametrize(
+        "clock",
+        [(torch.zeros(1), torch.zeros(1)), (torch.tensor([0.0, torch.nan]), torch.tensor([0.0, 1.0])), (torch.ones(3), torch.ones(2))],
+    )
+    def test_a_clock_that_is_none(self, cli, model, clock):
+        kept = load_file(model / "stage.safetensors")
+        times, tau = (x.to(kept["clock_times"]) for x in clock)
+        save_file(kept | {"clock_times": times, "clock_tau": tau}, model / "stage.safetensors")
+        self.announce(model, "stage.safetensors")
+        assert "its clock is none" in self.refused(cli, model)
+
+    def test_offsets_of_other_tokens(self, cli, trained, tmp_path):
+        convert(trained("char", "flow_map"), tmp_path / "map")
+        save_file({"offsets": torch.zeros(1)}, tmp_path / "map" / "balance.safetensors")
+        self.announce(tmp_path / "map", "balance.safetensors")
+        assert "its offsets are no " in self.refused(cli, tmp_path / "map")
+
+    def test_a_description_without_end(self, cli, model):
+        (model / "shards" / "prepared.json").write_text("[" * 100_000)
+        self.announce(model, "shards/prepared.json")
+        self.refused(cli, model)
 
     def test_a_weight_that_is_missing(self, cli, model):
         file = model / "model.safetensors.index.json"

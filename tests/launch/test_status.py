@@ -7,13 +7,16 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from megaflow.files import last_line
 from megaflow.launch import records, slurm, status
 from megaflow.process import STOPPED
+from megaflow.sweep.command import cancelled_by_name
 from megaflow.train import outcome
+from megaflow.train.run import lock
 
 
 @pytest.fixture
@@ -92,6 +95,54 @@ def test_a_process_of_another_program_is_not_the_run_s(copied, cli):
         other.wait()
 
 
+def test_a_process_that_holds_no_lock_is_not_the_run_s(copied, cli, monkeypatch):
+    """Nor that of another run, which has the number now."""
+    run = copied("coded")
+    monkeypatch.setattr(status, "command_of", lambda pid: b"megaflow")
+    with lock(run):
+        assert status.here(run) == os.getpid()
+    assert (run / ".lock").read_text().startswith(str(os.getpid())) and status.here(run) == 0 == status.here(run / "nowhere")
+    assert "nothing to cancel" in cli("cancel", run).out
+
+
+def test_a_run_whose_last_step_was_passed_over_is_finished(copied, cli):
+    run = copied("coded")
+    lines = [line for line in (run / "metrics.jsonl").read_text().splitlines() if json.loads(line)["step"] < 40]
+    (run / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines) + '{"step": 40, "tokens": 5, "skipped": 1}\n')
+    assert state(cli, run)["state"] == "finished"
+
+
+def test_one_folder_that_cannot_be_looked_at_hides_no_other(tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    may = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "b" and may(path, mode))
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere" / "else")
+    assert status.folders(tmp_path) == [tmp_path / "a"] and status.folders(tmp_path / "nowhere") == []
+
+
+def test_a_line_that_was_cut_swallows_no_other(tmp_path):
+    records.add_job(tmp_path, {"job": "1"})
+    with (tmp_path / "jobs.jsonl").open("a") as file:
+        file.write('{"job": "2", "sta')
+    records.add_job(tmp_path, {"job": "3"})
+    assert [line["job"] for line in records.jobs(tmp_path)] == ["1", "3"]
+
+
+def test_slurm_is_asked_once_for_all_that_is_cancelled(cli, tmp_path, monkeypatch):
+    for name in "abc":
+        (tmp_path / name / "slurm").mkdir(parents=True)
+        records.add_job(tmp_path / name / "slurm", {"job": name, "stage": "pretrain"})
+    asked = []
+
+    def away(ids, *more):
+        asked.append(ids)
+        raise slurm.Unreachable("squeue is away")
+
+    monkeypatch.setattr(slurm, "waiting_or_running", away)
+    assert cli("cancel", tmp_path).err == "megaflow: jobs are not told: squeue is away\n" and asked == [["a", "b", "c"]]
+
+
 def test_all_runs_below_a_folder(copied, cli, tmp_path):
     shutil.move(copied("coded"), tmp_path / "all" / "deep" / "one")
     shutil.copytree(tmp_path / "all" / "deep" / "one", tmp_path / "all" / "two")
@@ -130,13 +181,15 @@ def test_a_sweep_of_which_nothing_has_begun_is_one(cli, tmp_path):
 
 def test_every_pool_of_a_sweep_is_found(tmp_path):
     """Two sweeps may share a folder; a process that is no more is none."""
-    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)  # megaflow"])
+    holds = "import sys, time; from pathlib import Path; from megaflow.sweep.command import cancelled_by_name\n"
+    holds += "with cancelled_by_name(Path(sys.argv[1])): time.sleep(60)"
+    other = subprocess.Popen([sys.executable, "-c", holds, tmp_path])
     try:
-        while b"megaflow" not in status.command_of(other.pid):  # it is just becoming what it is to be
-            time.sleep(0.01)
-        for process in (other.pid, os.getpid(), 2**22 - 1):
-            (tmp_path / f"{status.POOL}{process}").write_text(f"{process} on {os.uname().nodename}")
-        assert other.pid in status.pools(tmp_path) and 2**22 - 1 not in status.pools(tmp_path)
+        while not status.pools(tmp_path):
+            time.sleep(0.05)
+        (tmp_path / f"{status.POOL}{2**22 - 1}").write_text(f"{2**22 - 1} on {os.uname().nodename}")
+        (tmp_path / f"{status.POOL}{other.pid}0").write_text(f"{other.pid} on {os.uname().nodename}")  # whose lock nobody holds
+        assert status.pools(tmp_path) == [other.pid]
     finally:
         other.kill()
         other.wait()
@@ -229,10 +282,10 @@ def test_an_evaluation_that_came_to_no_end_is_told(copied, cli, tmp_path, decisi
 def test_who_cancels_a_point_that_its_sweep_evaluates_is_told_how(cli, copied, tmp_path, monkeypatch):
     run = copied("coded")
     (run / "point.json").write_text(json.dumps({"state": "running"}))
-    (run.parent / f".pool-{os.getpid()}").write_text(f"{os.getpid()} on {os.uname().nodename}")
     monkeypatch.setattr(status, "command_of", lambda pid: b"megaflow")
     (run / ".lock").unlink(missing_ok=True)
-    assert f"process {os.getpid()}, evaluates {run.name}; megaflow cancel {run.parent} ends that sweep" in cli("cancel", run).out
+    with cancelled_by_name(run.parent):
+        assert f"process {os.getpid()}, evaluates {run.name}; megaflow cancel {run.parent} ends that sweep" in cli("cancel", run).out
 
 
 def test_what_is_cancelled_before_it_began_is_noted(cli, tmp_path, monkeypatch):
@@ -305,7 +358,8 @@ def test_a_point_whose_sweep_was_killed_before_it_was_a_run_is_stopped(cli, tmp_
 
 def test_live_ends_where_what_was_left_out_is_all_that_is_not_finished(copied, cli, tmp_path):
     (tmp_path / "sweeps").mkdir()
-    (tmp_path / "sweeps" / "s.json").write_text(json.dumps({"members": [{"directory": "a=1"}, {"directory": "a=2"}]}))
+    members = [{"directory": "a=1"}, {"directory": "a=2"}]
+    (tmp_path / "sweeps" / "s.json").write_text(json.dumps({"members": members, "evaluate": {"rows": 4}}))
     shutil.move(copied("coded"), tmp_path / "a=1")
     (tmp_path / "a=2").mkdir()
     (tmp_path / "a=2" / "run.json").write_text("{}")

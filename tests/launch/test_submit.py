@@ -10,6 +10,7 @@ from megaflow.config.load import load, load_recorded
 from megaflow.errors import UserError
 from megaflow.launch import records, slurm, submit
 from megaflow.launch.script import Resources
+from megaflow.train.run import lock
 
 
 @pytest.mark.parametrize(
@@ -279,27 +280,62 @@ def test_a_refused_job_leaves_what_an_earlier_one_reads(cli, config, tmp_path, m
     monkeypatch.setattr(slurm, "submit", sbatch)
     monkeypatch.setattr(slurm, "waiting_or_running", lambda ids, *more: {})
     words = ("submit", config("coded"), f"run.dir={run}", "train.steps=4")
+    monkeypatch.setattr(slurm, "logging_to", lambda place: set())
     assert cli(*words).code == 0 and cli(*words, "--partition", "bogus").code == 2
     (kept,) = (run / "slurm" / "configs").glob("*/*.yaml")
     assert str(kept) in (run / "slurm" / "7.sbatch").read_text()
 
 
+def test_an_sbatch_that_was_given_up_may_have_made_a_job(cli, config, tmp_path, monkeypatch):
+    """What that would read stays, and it is found at the next submission."""
+    run = tmp_path / "run"
+
+    def sbatch(text):
+        raise slurm.Unanswered("sbatch did not answer within 120 s")
+
+    monkeypatch.setattr(slurm, "submit", sbatch)
+    words = ("submit", config("coded"), f"run.dir={run}", "train.steps=4")
+    assert cli(*words).code == 2 and list((run / "slurm" / "configs").glob("*/*.yaml"))
+    monkeypatch.setattr(slurm, "logging_to", lambda place: {"9"} if place == run / "slurm" else set())
+    assert "job 9 writes its log there and is not noted" in cli(*words).err
+
+
 def test_a_run_that_trains_here_gets_no_job(cli, config, copied, monkeypatch):
     run = copied("coded")
-    (run / ".lock").write_text(f"{os.getpid()} on {os.uname().nodename}")
+    own = lock(run)  # until it is closed
     monkeypatch.setattr("megaflow.launch.status.command_of", lambda pid: b"megaflow")
     monkeypatch.setattr(slurm, "waiting_or_running", lambda ids, *more: {})
     told = cli("submit", config("coded"), f"run.dir={run}", "train.steps=60")
     sentence = f"megaflow: {run}: process {os.getpid()} of this host trains it; wait, megaflow cancel it, or choose another run.dir"
     assert told.code == 2 and told.err.strip() == sentence
+    own.close()
 
 
 def test_a_run_whose_job_is_on_this_host_is_refused_by_that_job(cli, config, copied, monkeypatch):
     run = copied("coded")
-    (run / ".lock").write_text(f"{os.getpid()} on {os.uname().nodename}")
+    own = lock(run)  # until it is closed
     (run / "slurm").mkdir()
     records.add_job(run / "slurm", {"job": "7", "stage": "pretrain"})
     monkeypatch.setattr("megaflow.launch.status.command_of", lambda pid: b"megaflow")
     monkeypatch.setattr(slurm, "waiting_or_running", lambda ids, *more: dict.fromkeys(ids, "RUNNING"))
     told = cli("submit", config("coded"), f"run.dir={run}", "train.steps=60")
     assert told.code == 2 and f"{run}: job 7 is already there for it, RUNNING; wait" in told.err
+    own.close()
+
+
+def test_a_config_may_lie_where_a_name_has_an_equals_sign(cli, config, tmp_path):
+    """As those of the points of a sweep do."""
+    place = tmp_path / "a=b"
+    place.mkdir()
+    (place / "flow.yaml").write_text(f"base: {config('coded')}\n")
+    told = cli("submit", place / "flow.yaml", f"run.dir={tmp_path / 'run'}", "train.steps=4", "--dry-run")
+    assert told.code == 0 and "a=b/flow.yaml" not in told.err and "train.steps=4" in told.out
+
+
+@pytest.mark.parametrize(
+    "option, said",
+    [("--output=/tmp/q.log", "megaflow sets that itself"), ("--time=1", "give --time"), ("--no-requeue", "megaflow sets that")],
+)
+def test_an_option_of_sbatch_that_is_ours_is_refused(cli, config, tmp_path, option, said):
+    told = cli("submit", config("coded"), f"run.dir={tmp_path / 'run'}", "--dry-run", f"--sbatch={option}")
+    assert told.code == 2 and f"--sbatch={option}: {said}" in told.err

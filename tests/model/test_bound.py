@@ -18,7 +18,6 @@ from megaflow.model.bound import bound_of_rows, boundary_cost
 from megaflow.model.parts import Parts
 from megaflow.model.text_dit import Shape, TextDiT
 from megaflow.parallel import random
-from megaflow.train.stage import documents_of
 from tests.flow import toy as toys
 from tests.flow.measured import argmax
 
@@ -279,17 +278,21 @@ def test_processes_that_share_rows_all_have_the_bound_of_all(kind):
         assert found.tokens == whole.tokens and found.unigram == pytest.approx(whole.unigram, rel=1e-12)
 
 
+def rows_apart(ids, end, whole, counted):
+    return [((ids[i : i + 1], end), (whole[i : i + 1], counted[i : i + 1])) for i in range(len(ids))]
+
+
 def test_where_documents_end_costs_a_coin_at_each_token_that_is_to_be_written_and_has_one_behind_it():
     """A given token tells its own; the one behind a token that is not given tells whether that ends a document."""
     log_prior, end = torch.tensor([0.01, 0.49, 0.5]).log(), 0
-    ids, whole = torch.tensor([[1, end, 2, 1], [2, end, 1, end], [1, 1, 2, 0]]), torch.tensor([4, 4, 3])
-    documents = documents_of(ids, end)
-    documents[2, 3] = 1  # of what is only there to fill the row
+    ids, whole = torch.tensor([[1, end, 2, 1], [2, end, 1, end], [1, 1, 2, 0], [1, 2, 1, 2]]), torch.tensor([4, 4, 3, 4])
     for known in ([0, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 1], [0, 1, 0, 1]):
         counted = (torch.arange(4) < whole[:, None]).long() * ~torch.tensor(known).bool()
         wanted = []
         for row, count in enumerate(whole):
             free = [i for i in range(int(count) - 1) if not known[i]]
             wanted.append(sum(-math.log(0.01 if ids[row, i] == end else 0.99) for i in free))
-        found = boundary_cost(ids, documents, Vocabulary(3, 0, 3, 0, 3), log_prior, whole, counted)
+        found = boundary_cost(ids, end, Vocabulary(3, 0, 3, 0, 3), log_prior, whole, counted)
         assert found.tolist() == pytest.approx(wanted, rel=1e-6)
+        alone = [boundary_cost(*x, Vocabulary(3, 0, 3, 0, 3), log_prior, *y) for x, y in rows_apart(ids, end, whole, counted)]
+        assert torch.cat(alone).tolist() == found.tolist()  # whatever the rows beside it hold

@@ -104,6 +104,8 @@ def test_a_baseline_goes_by_what_values_are(sweep):
 def test_the_command_line_has_the_last_word_however_keys_are_written(sweep):
     text = "axes: {model.layers: [1]}\nset: {train: {steps: 20, validate_every: 5}}\nvariants: {large: {set: {train: {steps: 1000}}}}"
     assert sweep(text, "variant=large").set == {"train.steps": 1000, "train.validate_every": 5}
+    empty = "axes:\nset:\nvariants: {large: {axes: {model.layers: [1]}, set: {train.steps: 3}}}"
+    assert sweep(empty, "variant=large").set == {"train.steps": 3}
     for word in ("set.train.steps=7", "set.train={steps: 7}"):
         assert sweep(text, "variant=large", word).set == {"train.steps": 7, "train.validate_every": 5}
     assert sweep("axes: {model.layers: [1]}\nset: {model.hidden: null}").set == {"model.hidden": None} and design.written(None) == "null"
@@ -253,6 +255,18 @@ def test_speeds_and_what_is_solved_are_better_when_higher(sweep, text, lower):
         ),
         ("axes: {model.layers: [1, 1.0]}", "axes.model.layers names a value twice"),
         ("axes: {a: [{model.layers: 1, model.hidden: 2}, {model: {hidden: 2, layers: 1}}]}", "axes.a names a value twice"),
+        ("axes: {validation_loss: [{model.layers: 1}]}", "an axis cannot be called validation_loss"),
+        ('axes: {model.layers: [2, "2"]}', "axes.model.layers names a value twice"),
+        ('axes: {model.layers: [1]}\nevaluate: {temperature: "0.8"}', "evaluate.temperature must be a number, not '0.8'"),
+        ('axes: {model.layers: [1]}\nevaluate: {seed: "3"}', "evaluate.seed must be a whole number, not '3'"),
+        (
+            "axes: {flow.weighting: [none, learned]}\ndraw: {kind: halving, by: loss}",
+            "draw.by=loss is another quantity at every flow.weighting, and decides nothing",
+        ),
+        (
+            "stage: distill\naxes: {distill.objective: [psd, lsd]}\ndraw: {kind: halving}",
+            "draw.by=validation_loss is another quantity at every distill.objective",
+        ),
         ("axes: {seed: [{model.layers: 1}]}", "an axis cannot be called seed, which the tables call something else"),
         ("axes: {model.layers: [1]}\nset: {train.steps: 1, train: {steps: 2}}", "set has train.steps twice"),
         ("exclude: [3]", "an entry of exclude"),

@@ -113,10 +113,39 @@ def test_validation_losses_of_several_quantities_do_not_compare(tmp_path):
     made = [{"name": name, "metrics": {"validation_loss": 1.5}} for name in ("bound", "exact", "none", "map")]
     assert gather.told_apart(tmp_path, made[:2]) == "" == gather.told_apart(tmp_path, made[2:3])
     said = gather.told_apart(tmp_path, made)
-    assert "a cross-entropy at times even in log-SNR and the objective lsd have names of their own" in said
+    assert "a cross-entropy at times even in log-SNR (" in said and "the objective lsd (" in said and "have names of their own" in said
     names = [list(point["metrics"]) for point in made]
-    assert names[:2] == [["validation_loss"]] * 2 and names[3] == ["validation_loss, the objective lsd"]
-    assert names[2] == ["validation_loss, a cross-entropy at times even in log-SNR"]
+    assert names[:2] == [["validation_loss"]] * 2 and names[3][0].startswith("validation_loss, the objective lsd (")
+    assert names[2][0].startswith("validation_loss, a cross-entropy at times even in log-SNR (")
+
+
+@pytest.mark.parametrize(
+    "line, ones, others, alike",
+    [
+        ({"validation_divergence": 1}, ["distill.weighting=none"], ["distill.weighting=adaptive"], False),
+        ({"validation_divergence": 1}, ["distill.teacher=a", "optim.learning_rate=0.1"], ["distill.teacher=b"], True),
+        ({}, ["flow.prior=vertices"], ["flow.prior=dirichlet"], False),
+        ({}, ["flow.prior=vertices"], ["flow.prior=vertices", "model.layers=7"], True),
+        ({"validation_standard_error": 1}, ["flow.context.share=1.0"], ["flow.context.share=0.5"], False),
+        ({"validation_standard_error": 1}, ["flow.context.share=1.0"], ["flow.context.share=1.0", "flow.context.law=suffix"], False),
+        ({"validation_standard_error": 1}, ["flow.prior=gaussian"], ["flow.interpolant=trigonometric"], True),
+    ],
+)
+def test_what_a_validation_loss_is_of(tmp_path, line, ones, others, alike):
+    kinds = [gather.validates(run_of(tmp_path, name, line, *words)) for name, words in (("one", ones), ("other", others))]
+    assert (kinds[0] == kinds[1]) is alike
+
+
+def test_a_sweep_that_cannot_be_read_keeps_no_other_from_its_page(tmp_path, monkeypatch):
+    (tmp_path / "sweeps").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "sweeps" / f"{name}.json").write_text("{" if name == "a" else "{}")
+    read = gather.gathered
+    monkeypatch.setattr(gather, "gathered", lambda folder, file: {} if file.stem == "b" else read(folder, file))
+    monkeypatch.setattr(page, "write", lambda data, out: (out / "report.html").write_text("made"))
+    with pytest.raises(UserError, match="a.json: cannot be read"):
+        gather.report(tmp_path)
+    assert (tmp_path / "reports" / "b" / "report.html").read_text() == "made"
 
 
 def test_nothing_is_decided_among_several_quantities(tmp_path):

@@ -101,6 +101,13 @@ def test_what_is_further_already_goes_on(place):
     assert state(found[3])[0] == "done"
 
 
+def test_what_stands_there_without_a_measurement_goes_on(place):
+    """As a grid's point that was killed just there."""
+    found = [place("a", 0, {4: 1.0}), place("b", 0, {4: 2.0}), place("c", 0, {4: 3.0})]
+    (found[2].directory / "metrics.jsonl").write_text("")
+    assert going(found) == ["a-0", "c-0"]
+
+
 def test_of_other_draws_all_points_train_to_their_end(place):
     found = [place("a", 0, {}), place("b", 0, {})]
     assert list(halving.rungs(Sweep("", ""), found)) == [(1.0, found)]

@@ -407,6 +407,8 @@ def test_what_a_sweep_takes_of_an_evaluation_by_hand_is_its_own(copied):
     content = {"measures": MEASURES, "step": 40, "settings": design.EVALUATION | {"steps": [1]}}
     (run / "evaluation.json").write_text(sealed(content))
     points.keep_evaluation(run, asked)
+    points.kept_evaluation(run, asked).write_text(sealed(content | {"step": 30}))  # of before it went on
+    points.keep_evaluation(run, asked)
     points.keep_evaluation(run, {"steps": "2"})
     (run / "evaluation.json").unlink()
     assert points.evaluation_of(run, asked) == content and not points.kept_evaluation(run, {"steps": "2"}).exists()

@@ -57,11 +57,14 @@ def test_it_finds_better_choices_than_chance(sweep, tmp_path):
 
 def test_the_baseline_is_tried_first_wherever_the_search_has_come_to(sweep):
     wanted = {"model.layers": "3", "flow.code": "learned"}
-    for count in (3, 5):
-        asked = sweep(count, more="baseline: {model.layers: 3, flow.code: learned}")
-        found = search.search(asked, 1, lambda new, chosen: list(map(loss, new)), [])
-        assert len(found) == count and wanted.items() <= found[0][0].items()
-        assert sum(wanted.items() <= labels.items() for labels, _ in found) >= 1
+    baseline = "baseline: {model.layers: 3, flow.code: learned}"
+    before = search.search(sweep(3), 1, lambda new, chosen: list(map(loss, new)), [])
+    assert not any(wanted.items() <= labels.items() for labels, _ in before)
+    with pytest.raises(UserError, match="the search has tried its 3 choices, and none is the baseline; give a larger draw.count"):
+        search.search(sweep(3, more=baseline), 1, lambda new, chosen: list(map(loss, new)), [])
+    for _ in range(2):
+        found = search.search(sweep(5, more=baseline), 1, lambda new, chosen: list(map(loss, new)), [])
+        assert len(found) == 5 and wanted.items() <= found[0][0].items() and found[1:4] == before
 
 
 def test_no_choice_is_tried_twice_and_what_is_excluded_never(sweep):

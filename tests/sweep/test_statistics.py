@@ -335,3 +335,14 @@ def test_costs_that_are_nearly_the_same_are_one():
     found = statistics.alike([100.0, 104.0, 110.0, 108.0, 95.0])
     assert found == {95.0: 95.0, 100.0: 100.0, 104.0: 100.0, 108.0: 108.0, 110.0: 108.0}  # no chain goes on for ever
     assert statistics.count_alike([1.0, 1.04, 2.0]) == 2 and statistics.count_alike([]) == 0
+
+
+def test_the_error_of_an_axis_in_bins_is_what_its_seeds_say():
+    """A bin holds several choices, which differ by more than their seeds do."""
+    rng = np.random.default_rng(0)
+    cells = {(str(value),): {seed: 0.1 * value + 1e-4 * rng.standard_normal() for seed in range(3)} for value in range(18)}
+    found = statistics.design(sweep(cells, {"a": [str(value) for value in range(18)]}))
+    assert found.error_from == "seeds" and found.effects[0].binned
+    assert all(level.error < 1e-3 for level in found.effects[0].levels)
+    alone = {choice: {0: values[0]} for choice, values in cells.items()}
+    assert statistics.design(sweep(alone, {"a": [str(value) for value in range(18)]})).error_from != "seeds"

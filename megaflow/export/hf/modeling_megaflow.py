@@ -5,7 +5,7 @@
                                 masked, uniform   tokens, some hidden or replaced, and their time -> logits
 
 Here is what these share: the config, the draws, the path, the trunk, and `generate`, which writes the texts that `megaflow sample` writes
-from the same seed (one step of a map but for its balance, which is found anew). Times go from 0, noise, to 1, text.
+from the same seed. Times go from 0, noise, to 1, text.
 """
 
 import hashlib
@@ -277,6 +277,16 @@ def whole(value: Any, name: str, least: int | None = None) -> int:
     return found
 
 
+def real(value: Any, name: str) -> float:
+    """A number, of numpy or torch too, as Python has it. Raises ValueError."""
+    try:
+        if not isinstance(value, (str, bool)):
+            return float(value)
+    except (TypeError, ValueError):
+        pass
+    raise ValueError(f"{name} must be a number, not {value!r}")
+
+
 def numbers(value: Any, name: str, device: Any) -> Tensor:
     """Whole numbers as a tensor. Raises ValueError."""
     found = torch.as_tensor(value, device=device)
@@ -318,16 +328,17 @@ class MegaFlowModel(PreTrainedModel):
     def embedding(self) -> Tensor:
         return self.weight if self.table is None else self.table
 
-    def drawn_lengths(self, places: list[int], seed: int, least: Any) -> Tensor | None:
-        """(B,) lengths of rows, by the law of those of training that are longer than `least`; None where all rows are full."""
+    def drawn_lengths(self, places: list[int], seed: int, least: Tensor | None = None) -> Tensor | None:
+        """(B,) lengths of rows, by the law of those of training that are longer than `least` (B,); None where all rows are full."""
         if "length_counts" not in self.config.fixed:
             return None
-        counts = self.fixed.length_counts.cpu().double().clone()
-        counts[: int(least) + 1] = 0.0
-        counts[-1] += not counts.any()
-        cumulative = (counts / counts.sum()).cumsum(0)
+        counts = self.fixed.length_counts.cpu().double()
+        beyond = torch.zeros(len(places), dtype=torch.int64) if least is None else least.cpu()
+        counts = counts * (torch.arange(len(counts)) > beyond[:, None])
+        counts[:, -1] += ~counts.any(1)
+        cumulative = (counts / counts.sum(1, keepdim=True)).cumsum(1)
         chance = torch.stack([uniform((), seed, "length", place, dtype=torch.float64) for place in places])
-        return torch.searchsorted(cumulative, chance, right=True).clamp(max=len(counts) - 1).to(self.device)
+        return torch.searchsorted(cumulative, chance[:, None], right=True)[:, 0].clamp(max=counts.shape[1] - 1).to(self.device)
 
     @torch.no_grad()
     def generate(
@@ -351,7 +362,7 @@ class MegaFlowModel(PreTrainedModel):
         lengths: (B,) of rows, if they are to be others than the law of training's rows says; what is beyond them is filled with the token
         of config.pad_token_id. Raises ValueError.
         """
-        if isinstance(temperature, str) or not 0.0 < temperature < math.inf:
+        if not 0.0 < real(temperature, "temperature") < math.inf:
             raise ValueError(f"temperature must be a finite number above 0, not {temperature!r}")
         seed, num_steps = whole(seed, "seed"), None if num_steps is None else whole(num_steps, "num_steps", 1)
         num_texts = None if num_texts is None else whole(num_texts, "num_texts", 1)
@@ -365,7 +376,7 @@ class MegaFlowModel(PreTrainedModel):
         for start in range(0, count, BATCH):
             places = list(range(start, min(start + BATCH, count)))
             some = None if known is None else (known[places], given[places])
-            least = 0 if some is None else (torch.arange(1, some[1].shape[1] + 1, device=self.device) * some[1]).max()
+            least = None if some is None else (torch.arange(1, some[1].shape[1] + 1, device=self.device) * some[1]).amax(1)
             length = self.drawn_lengths(places, seed, least) if wanted is None else wanted[places]
             ids, length = self.write(places, length, some, temperature=temperature, seed=seed, **settings)
             rows.append(ids)
@@ -388,6 +399,8 @@ class MegaFlowModel(PreTrainedModel):
             raise ValueError(f"lengths are {count} numbers, one for each text, from 1 to {longest}")
         if given is not None and bool((given & (torch.arange(given.shape[1], device=self.device) >= found[:, None])).any()):
             raise ValueError("lengths end before what is given of a text: ask for as many tokens, or give less of it")
+        if given is not None and bool((given.sum(1) >= found).any()):
+            raise ValueError("lengths leave nothing to write: ask for more tokens than are given")
         return found
 
     def template(self, prompt: Tensor | None, mask: Tensor | None, count: int | None) -> tuple[Tensor, Tensor] | tuple[None, None]:
@@ -401,7 +414,8 @@ class MegaFlowModel(PreTrainedModel):
         if refused := self.config.no_given:
             raise ValueError(refused)
         length = self.config.max_position_embeddings
-        ids = numbers(prompt, "the tokens of the prompt", self.device).long()
+        ids = torch.as_tensor(prompt, device=self.device)
+        ids = ids.long() if ids.numel() == 0 else numbers(ids, "the tokens of the prompt", self.device).long()
         if ids.ndim not in (1, 2) or ids.numel() == 0:
             raise ValueError(f"the prompt has the shape {tuple(ids.shape)}; give tokens (n,), or (B, n) of B texts")
         ids = ids[None] if ids.ndim == 1 else ids

@@ -18,6 +18,7 @@ from .modeling_megaflow import (
     TimeEmbedding,
     Trunk,
     draw,
+    real,
     source,
     uniform,
     windows,
@@ -177,6 +178,7 @@ class FlowModel(MegaFlowModel):
             raise ValueError("this is a flow and no flow map: use method ode, stochastic or ancestral")
         if method in ("stochastic", "ancestral") and self.config.prior["law"] != "gaussian":
             raise ValueError(f"method {method} adds Gaussian noise, and this flow starts from another: use ode or flow_map")
+        gamma, last = (None if x is None else real(x, name) for x, name in ((gamma, "gamma"), (last, "last")))
         if gamma is not None and (method != "stochastic" or not 0.0 <= gamma <= 1.0):
             raise ValueError("gamma is a number from 0 to 1 of method stochastic")
         if last is not None and not 0.0 < last < 1.0:

@@ -36,13 +36,30 @@ class CausalModel(TokenModel):
         self.start = nn.Parameter(torch.empty(config.belief_dim))
         self.post_init()
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None, **_: Any) -> CausalLMOutput:
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_items_in_batch: Any = None,
+        use_cache: bool | None = None,
+        **others: Any,
+    ) -> CausalLMOutput:
         """Logits (B, L, V) of the token after each of input_ids (B, L), which may have padding at their ends; the mean loss of `labels`,
-        those of -100 left out, as transformers' own models have it: of the tokens after the first."""
+        those of -100 left out, as transformers' own models have it: of the tokens after the first, and over num_items_in_batch where that
+        is given, of the passes of a step together. There is no cache to use. Raises ValueError of anything else that is asked for."""
+        if asked := sorted(name for name, value in others.items() if value not in (None, False) and (name, value) != ("return_dict", True)):
+            raise ValueError(f"forward takes input_ids, attention_mask and labels, and no {', '.join(asked)}")
+        if others.get("return_dict") is False:
+            raise ValueError("forward returns an output with names: leave return_dict away")
         if attention_mask is not None and bool((attention_mask.int().diff(dim=1) > 0).any()):
             raise ValueError("padding belongs behind a text: use a tokenizer with padding_side='right'")
         logits = self.row_logits(input_ids)[:, 1:]
-        loss = None if labels is None else F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        loss = None
+        if labels is not None:
+            how = "mean" if num_items_in_batch is None else "sum"
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction=how)
+            loss = loss if num_items_in_batch is None else loss / num_items_in_batch
         return CausalLMOutput(loss=loss, logits=logits)
 
     def row_logits(self, ids: Tensor) -> Tensor:

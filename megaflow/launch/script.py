@@ -84,19 +84,8 @@ def directive(option: str, value: object = None) -> str:
     return f'#SBATCH --{option}="{escaped}"'
 
 
-OURS = dict.fromkeys(("job-name", "output", "error", "open-mode", "requeue", "no-requeue", "signal", "dependency", "array"), "") | {
-    "nodes": "give --nodes",
-    "ntasks": "give --processes-per-node, or --gpus-per-node",
-    "ntasks-per-node": "give --processes-per-node, or --gpus-per-node",
-    "gpus-per-node": "give --gpus-per-node",
-    "cpus-per-task": "give --cpus-per-node",
-    "time": "give --time",
-    "partition": "give --partition",
-    "account": "give --account",
-    "qos": "give --qos",
-    "constraint": "give --constraint",
-}
-"""Options of sbatch that have one of ours, and what is not to be changed at all."""
+KEPT = "no-requeue", "array", "ntasks", "time"
+"""Options of sbatch that are not to be given beside ours, whether or not these are: --time is checked, and ranks are counted."""
 
 
 def directives(job: Job) -> str:
@@ -128,11 +117,11 @@ def directives(job: Job) -> str:
     lines += [directive(option, value) for option, value in optional.items() if value != ""]
     if job.dependency:
         lines.append(directive("kill-on-invalid-dep", "yes"))  # what waits for a job that failed would wait for ever
+    ours = {*KEPT, *(line.removeprefix("#SBATCH --").partition("=")[0] for line in lines)}
     for word in resources.more:
         option, equals, value = word.removeprefix("--").partition("=")
-        if option in OURS:
-            other = OURS[option] or "megaflow sets that itself"
-            raise UserError(f"--sbatch={word}: {other}; leave it out")
+        if option in ours:
+            raise UserError(f"--sbatch={word}: megaflow says that itself, by its own options (--time, --nodes, …); leave it out")
         if not word.startswith("--") or not option:
             raise UserError(f"--sbatch {word}: an option of sbatch is written --name or --name=value")
         lines.append(directive(option, value if equals else None))

@@ -76,7 +76,8 @@ def submit(script: str) -> str:
         raise Unanswered(told) from None
     if done.returncode:
         said = " ".join(done.stderr.replace("sbatch: error: ", "").split())
-        raise Unreachable(f"sbatch refuses the job: {said}")
+        unsure = any(words in said.lower() for words in ("timed out", "unable to contact"))
+        raise (Unanswered if unsure else Unreachable)(f"sbatch {'got no answer' if unsure else 'refuses the job'}: {said}")
     return done.stdout.strip().partition(";")[0]
 
 

@@ -1,6 +1,6 @@
 """`megaflow status` and `megaflow cancel`: how runs are doing, from what they write and from Slurm's queue, here or on other hosts.
 
-Nothing is asked of the processes that train, and nothing of theirs is locked: a run is read as it lies there.
+Nothing is asked of the processes that train: a run is read as it lies there, and its lock is tried for a moment alone.
 """
 
 import contextlib
@@ -57,7 +57,7 @@ def counted(folder: Path, states: list[dict[str, Any]], queue: dict[str, slurm.Q
     of these failed, or most points of which nothing else is said}; points that nobody has begun are among the states."""
     sweeps = [read_if_whole(file) for file in (folder / "sweeps").glob("*.json")]
     names = {member["directory"] for each in sweeps for member in each.get("members", [])}
-    evaluates = any(each.get("evaluate") for each in sweeps)
+    evaluated = {member["directory"] for each in sweeps if each.get("evaluate") for member in each.get("members", [])}
     own = [state for state in states if Path(state["run"]).parent == folder]
     there = {Path(state["run"]).name: LATER if state["state"] == "finished" and state["jobs"] else state["state"] for state in own}
     said_of = {Path(state["run"]).name: state["said"] for state in own if state["state"] == "finished" and not state["jobs"]}
@@ -69,7 +69,7 @@ def counted(folder: Path, states: list[dict[str, Any]], queue: dict[str, slurm.Q
         failed = noted.get("state") in ("failed", "refused")
         killed = noted.get("state") == "stopped" or noted.get("state") == "running" and not here
         state = there.get(name) or (noted["state"] if failed else "stopped" if killed else BEGUN)  # or one that never became a run
-        if state == "finished" and noted.get("state") in ("running", "stopped") and evaluates:
+        if state == "finished" and noted.get("state") in ("running", "stopped") and name in evaluated:
             state = LATER if here else "stopped"  # its evaluation
         evaluation = said_of.get(name) or ""
         if state == "finished" and noted.get("state") != "done" and evaluation.startswith("evaluate: "):  # failed, or was ended
@@ -128,10 +128,10 @@ def found(places: list[Path]) -> tuple[list[Path], list[Path]]:
 
 def folders(place: Path) -> list[Path]:
     """The folders in a folder, in the order of their names, but for those that are closed to us, and none of one that is gone since."""
-    found: list[Path] = []
+    there: list[Path] = []
     with contextlib.suppress(OSError):
-        found = sorted(place.iterdir())
-    return [path for path in found if os.path.isdir(path) and os.access(path, os.R_OK | os.X_OK)]
+        there = sorted(place.iterdir())
+    return [path for path in there if os.path.isdir(path) and os.access(path, os.R_OK | os.X_OK)]
 
 
 def is_sweep(path: str | Path) -> bool:
@@ -173,10 +173,11 @@ def state_of(run: Path, jobs: list[dict[str, Any]], queue: dict[str, slurm.Queue
     others = {line["job"] for line in jobs if line["stage"] not in (*TRAINING, "prepare")}  # behind it
     steps, process = wanted(run), holder(run)
     loss, valid = (last_line(run / "metrics.jsonl", name) for name in ("loss", "validation_loss"))
-    step = int(loss.get("step", 0))
+    summed_up = read_if_whole(run / "summary.json").get("steps")
+    # the last steps may have been passed over, and have no loss
+    step = max(int(loss.get("step", 0)), summed_up if isinstance(summed_up, int) else 0)
     ended, point = outcome.read(run), point_of(run)
-    # whose last steps may have been passed over, and have no loss
-    done = steps is not None and max(step, read_if_whole(run / "summary.json").get("steps", 0)) >= steps and (run / "summary.json").exists()
+    done = (run / "summary.json").exists() and steps is not None and step >= steps
     prepared = run.suffix == ".slurm" and bool(attempts) and attempts[-1]["end"] == "done" and not mine
     running = [job for job in mine.values() if job.state in ("RUNNING", "COMPLETING")]
     training = [job for job in running if stages[job.id] in TRAINING]
@@ -255,9 +256,9 @@ def held(file: Path) -> bool:
     try:
         with file.open(encoding="utf-8") as opened:
             fcntl.flock(opened, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # a file system without locks
+    except FileNotFoundError:
+        return False
+    except OSError:  # held, or a file system without locks
         return True
     return False
 
@@ -341,7 +342,9 @@ def cells(state: dict[str, Any]) -> tuple[str, ...]:
 def cancel(places: list[str]) -> None:
     """End the jobs of runs, and their processes on this host: what trains saves before it leaves. Raises UserError of those that could not
     be told, when all others are."""
-    ended, untold, told = 0, [], set()
+    ended, away = 0, False
+    untold: list[str] = []
+    told: dict[str, str] = {}
     runs, sweeps = found([Path(place) for place in places])
 
     def end(process: int, what: str, said: str) -> int:
@@ -359,31 +362,45 @@ def cancel(places: list[str]) -> None:
     for folder in sweeps:  # first what would start another point as soon as one has ended
         for process in pools(folder):
             ended += end(process, str(folder), f", the sweep {folder}, is told to end, and what it trains to save")
-    # first the jobs that would submit more, then runs, at whose own place it is noted, then what else is of a sweep
-    last = [(sweep, [line for line in records.jobs(place_of(sweep)) if "sweep" in line]) for sweep in sweeps]
-    for places_jobs in (last, [(run, records.jobs(place_of(run))) for run in [*runs, *sweeps]]):
-        active: dict[str, slurm.Queued] = {}
+
+    def tell(place: Path, id: str, job: slurm.Queued) -> None:
+        nonlocal ended
         try:
-            ids = [line["job"] for _, jobs in places_jobs for line in jobs]
-            active = slurm.waiting_or_running(ids) if ids and not untold else {}
+            cancel_job(place, job, place in sweeps)
+            ended += 1
         except slurm.Unreachable as error:
-            untold.append(f"jobs are not told: {error}")  # what runs here can be told all the same
-        for run, jobs in places_jobs:
-            its = {line["job"] for line in jobs}
-            for id, job in active.items():
-                if id in told or not its & {id, id.partition("_")[0]}:
-                    continue
-                told.add(id)
-                try:
-                    cancel_job(run, job, run in sweeps)
-                    ended += 1
-                except slurm.Unreachable as error:
-                    with contextlib.suppress(slurm.Unreachable):
-                        if not slurm.waiting_or_running([id]):
-                            continue  # over since
-                    untold.append(f"job {id} of {run} is not told: {error}")
-            if pid := here(run):
-                ended += end(pid, str(run), f" of {run} is told to save and end")
+            with contextlib.suppress(slurm.Unreachable):
+                if not slurm.waiting_or_running([id]):
+                    return  # over since
+            untold.append(f"job {id} of {place} is not told: {error}")
+
+    def jobs_of(places: list[tuple[Path, list[dict[str, Any]]]]) -> None:
+        """Tell all jobs of these; one that waited and has begun meanwhile is told as one that runs."""
+        nonlocal away
+        place_of_job: dict[str, Path] = {}
+        for place, lines in places:
+            for line in lines:
+                place_of_job.setdefault(line["job"], place)
+        for _ in range(2):
+            try:
+                active = slurm.waiting_or_running(list(place_of_job)) if place_of_job and not away else {}
+            except slurm.Unreachable as error:
+                away = True
+                untold.append(f"jobs are not told: {error}")  # what runs here can be told all the same
+                return
+            new = {id: job for id, job in active.items() if told.get(id) not in ("RUNNING", job.state)}
+            for id, job in new.items():
+                told[id] = job.state
+                tell(place_of_job.get(id) or place_of_job[id.partition("_")[0]], id, job)
+            if not any(job.state == "PENDING" for job in new.values()):
+                return
+
+    # first the jobs that would submit more, then runs, at whose own place it is noted, then what else is of a sweep
+    jobs_of([(sweep, [line for line in records.jobs(place_of(sweep)) if "sweep" in line]) for sweep in sweeps])
+    jobs_of([(place, records.jobs(place_of(place))) for place in [*runs, *sweeps]])
+    for run in runs:
+        if pid := here(run):
+            ended += end(pid, str(run), f" of {run} is told to save and end")
     if untold:
         raise UserError("; ".join(dict.fromkeys(untold)))
     for run in runs:
@@ -402,7 +419,8 @@ def cancel_job(run: Path, job: slurm.Queued, of_sweep: bool) -> None:
         slurm.ask("scancel", "--signal=TERM", job.id)
         print(f"job {job.id} of {run} is told to save and end; scancel {job.id} ends it at once")
         return
-    slurm.ask("scancel", job.id)
+    waits = ["--state=PENDING"] if job.state == "PENDING" else []  # one that has begun since is to save
+    slurm.ask("scancel", *waits, job.id)
     place = place_of(run)
     attempts = [line for line in records.attempts(place) if line["job"] == job.id]
     over = job.state == "COMPLETING" and not (attempts and attempts[-1]["decision"] == "again")  # it has said what became of it

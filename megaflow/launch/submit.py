@@ -309,7 +309,7 @@ def free(each: Step) -> None:
         with contextlib.suppress(slurm.Unreachable):  # whose own sentence is sbatch's
             if strange := slurm.logging_to(each.place.absolute()) - {line["job"] for line in records.jobs(each.place)}:
                 told = f"job {min(strange)} writes its log there and is not noted (its sbatch did not answer in time, or was killed)"
-                raise UserError(f"{each.place}: {told}; scancel {' '.join(sorted(strange))} and ask again")
+                raise UserError(f"{each.place}: {told}; if nobody is just submitting it, scancel {' '.join(sorted(strange))} and ask again")
     ids = [line["job"] for line in records.jobs(each.place) if line["stage"] == each.stage]
     if active := slurm.waiting_or_running(ids):
         id, job = next(iter(active.items()))
@@ -332,9 +332,9 @@ def sent(each: Step, text: str) -> str:
         raise UserError(f"{each.place}: cannot be written to ({error.strerror}); choose another place for the run") from None
     try:
         id = slurm.submit(text)
-    except UserError as error:
-        if isinstance(error, slurm.Unanswered):  # the job may be there, and read them
-            raise
+    except slurm.Unanswered:  # the job may be there, and read what was kept for it
+        raise
+    except UserError:
         with contextlib.suppress(OSError):  # empty folders that were made for it
             if each.kept is not None and new:
                 each.kept[0].unlink()

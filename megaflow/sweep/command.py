@@ -50,6 +50,7 @@ def sweep(
         check(words, [asked.dir])
     all_points = design.points(asked)
     design.baseline_of(asked, all_points)
+    points.check_tokens(asked, all_points)
     if resources is not None:
         how = array.cluster(asked, resources, at_once, retry, dry_run, templates, same or [])
         if status.pools(Path(asked.dir)):
@@ -147,11 +148,12 @@ def cancelled_by_name(folder: Path) -> Iterator[None]:
     """Have `megaflow cancel` find this process by the sweep's folder while the block runs."""
     folder.mkdir(parents=True, exist_ok=True)
     for file in folder.glob(f"{status.POOL}*"):
-        if not status.holder(folder, file.name):  # killed
+        if not status.holder(folder, file.name) and file.read_bytes():  # killed; one that is empty is just being made
             file.unlink(missing_ok=True)
     mine = folder / f"{status.POOL}{os.getpid()}"
     with mine.open("w", encoding="utf-8") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)  # let go of where this process dies
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(held, fcntl.LOCK_EX)  # let go of where this process dies
         held.write(f"{os.getpid()} on {os.uname().nodename}")
         held.flush()
         try:

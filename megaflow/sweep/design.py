@@ -58,6 +58,13 @@ BESIDES = ("judge", "verify")
 BY = "validation_loss"
 BYS = (BY, "loss")
 """What the rungs of a halving may decide by: a number of metrics.jsonl, the less the better."""
+OF_OBJECTIVES = tuple(
+    f"distill.{name}"
+    for name in "objective weighting adaptive_power adaptive_constant anchor times between diagonal_fraction boundary_fraction".split()
+)
+"""Keys that a map's loss is another quantity by."""
+OF_FLOWS = "flow.objective", "flow.weighting", "flow.clock", "flow.interpolant", "flow.prior", "flow.code", "flow.context"
+"""The same of a flow's training loss."""
 DRAWS: dict[str, dict[str, Any]] = {
     "grid": {},
     "random": {"count": 20, "seed": 0},
@@ -298,9 +305,10 @@ def _check_rungs(path: str, sweep: Sweep) -> None:
     """Refuse a halving by losses that are of other quantities for other choices, as far as their keys say so. Raises UserError."""
     if sweep.draw["kind"] != "halving":
         return
-    varied = sorted({key for axis in sweep.axes.values() for _, values in axis for key in values})
+    named = {key for axis in sweep.axes.values() for _, values in axis for key in values}
+    varied = sorted(key for key in named if len({written(overrides.get(key)) for _, overrides in choices(sweep)}) > 1)
     by = sweep.draw["by"]
-    of_loss = ("flow.", "distill.", "model.family") if by == "loss" else ("distill.",)
+    of_loss = (*OF_OBJECTIVES, *OF_FLOWS, "model.family", "train.joint") if by == "loss" else OF_OBJECTIVES
     if unlike := [key for key in varied if key.startswith(of_loss)]:
         raise UserError(f"{path}: draw.by={by} is another quantity at every {unlike[0]}, and decides nothing; draw a grid, with evaluate")
 

@@ -8,10 +8,11 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from megaflow.config.load import flatten
+from megaflow.config.load import meant
 from megaflow.errors import UserError, reason
 from megaflow.files import last_line, lines, read_if_whole
-from megaflow.sweep import points
+from megaflow.show import tokenizer_of
+from megaflow.sweep import design, points
 from megaflow.sweep.design import JUDGED, SAMPLED, TEACHER, Sweep, judges_of, written
 from megaflow.sweep.points import Placed
 from megaflow.train.run import read_config
@@ -187,18 +188,23 @@ def validates(directory: Path) -> str:
         config = read_config(directory).config
     except UserError:  # a damaged run: nothing else of it is compared
         return ""
-    values = flatten(config)
+    values = meant(config)
     if "validation_divergence" in line:
-        own = {key: value for key, value in values.items() if key.startswith("distill.") and key != "distill.teacher"}
-        return f"the objective {config.distill.objective} ({points.hashed(own)[:4]})"
+        own = {key: values.get(key) for key in design.OF_OBJECTIVES}
+        if config.train.joint or config.distill.anchor == "data":
+            own |= {key: value for key, value in values.items() if key.startswith(design.OF_FLOWS)}
+        return f"the objective {config.distill.objective} ({points.hashed(own)[:8]})"
+    given = ""
     if config.model.family == "flow" and config.flow.context.share == 1.0:
-        given = f", given some by flow.context.law={config.flow.context.law}"
-    else:
-        given = ""
+        given = f", given some by flow.context.law={config.flow.context.law} ({points.hashed(meant_laws(values))[:8]})"
     if "validation_standard_error" in line or config.model.family == "autoregressive":
         return f"{BOUND}{given}"
-    own = {key: values[key] for key in sorted(values) if key.startswith(("flow.interpolant", "flow.prior", "flow.code"))}
-    return f"a cross-entropy at times even in log-SNR{given} ({points.hashed(own)[:4]})"
+    own = {key: value for key, value in values.items() if key.startswith(("flow.interpolant", "flow.prior", "flow.code"))}
+    return f"a cross-entropy at times even in log-SNR{given} ({points.hashed(own)[:8]})"
+
+
+def meant_laws(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key.startswith("flow.context.law")}
 
 
 def check_alike(asked: Sweep, placed: list[Placed]) -> None:
@@ -217,6 +223,13 @@ def check_alike(asked: Sweep, placed: list[Placed]) -> None:
 def told_apart(folder: Path, made: list[dict[str, Any]]) -> str:
     """Where the validation losses of points are of several quantities, give those that are no bound on the likelihood another name, and
     return a sentence that says so; empty where all are alike."""
+    tokens = {point["name"]: tokenizer_of(str(folder / point["name"] / "shards")) for point in made if point["metrics"]}
+    if len({each for each in tokens.values() if each}) > 1:
+        for point in made:
+            own = [name for name in point["metrics"] if name == "validation_loss" or name.endswith("nats_per_token")]
+            for name in own:
+                point["metrics"][f"{name}, of tokens {tokens[point['name']][:8]}"] = point["metrics"].pop(name)
+        return "Points have several tokenizers, whose nats a token do not compare and have names of their own; bits a character do."
     kinds = {point["name"]: validates(folder / point["name"]) for point in made if "validation_loss" in point["metrics"]}
     if len(set(kinds.values())) < 2:
         return ""

@@ -71,9 +71,11 @@ def ranked(alive: list[Placed], share: float, by: str) -> tuple[list[tuple[Label
         if is_teacher(each) or points.orphaned(each):
             continue
         step = paused_at(each, share)
-        written = [line[by] for line in lines(each.directory / "metrics.jsonl") if line.get("step") == step and by in line]
+        there = [line for line in lines(each.directory / "metrics.jsonl") if line.get("step") == step]
+        written = [line[by] for line in there if by in line]
         values.setdefault(choice_of(each), []).append(written[-1] if written else math.inf)
-        if not written and outcome.newest_step(each.directory) >= step:
+        unmeasured = not written and not any("skipped" in line for line in there)  # it did not pause there, nor pass that step over
+        if unmeasured and outcome.newest_step(each.directory) >= step and points.stands(each.directory, {})[0] != FAILED:
             ahead.add(choice_of(each))
     means = [(choice, statistics.mean(some)) for choice, some in values.items()]
     return sorted((pair for pair in means if math.isfinite(pair[1])), key=lambda pair: pair[1]), ahead

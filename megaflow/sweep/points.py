@@ -67,7 +67,6 @@ def place(sweep: Sweep, all_points: list[Point], speeds: dict[str, float] | None
     there = {content["identity"]: path for path, content in noted.items() if path not in refusals}
     by_name: dict[str, tuple[Path, str]] = {}
     missing: list[str] = []
-    tokenizers: dict[str, str] = {}
     found: list[Placed] = []
     taken = {path.name for path in there.values()} | {file.parent.name for file in folder.glob("*/config.yaml")}  # or runs of no sweep
     for point in all_points:
@@ -91,8 +90,6 @@ def place(sweep: Sweep, all_points: list[Point], speeds: dict[str, float] | None
                 resolve(loaded, vocab)
             if vocab is None and not point.teacher and not listing:
                 missing.append(loaded.config.data.path)
-            if TEACHER not in point.labels and (tokens := tokenizer_of(loaded.config.data.path)):
-                tokenizers.setdefault(tokens, point.name)
             of = by_name[point.teacher][1] if point.teacher else weights_of(loaded) if point.stage == "distill" else ""
             identity, steps = identity_of(loaded, point.stage, teacher=of), loaded.config.train.steps
             rows = rows_of(loaded.config.data.path) if point.stage == "pretrain" and vocab is not None else ""
@@ -107,13 +104,21 @@ def place(sweep: Sweep, all_points: list[Point], speeds: dict[str, float] | None
             taken.add(name)
         by_name[point.name] = directory, identity
         found.append(Placed(point, directory, identity, words, refused, steps, kind, rows))
-    deciding = [name for name in (sweep.draw.get("by", ""), sweep.metric) if name in BYS or name.endswith("nats_per_token")]
-    if len(tokenizers) > 1 and deciding:
-        told = f"{deciding[0]} is nats a token, and the shards of {' and '.join(list(tokenizers.values())[:2])} have other tokens"
-        raise UserError(f"{sweep.file}: {told}; choose metric=likelihood.bits_per_char, with evaluate, and no halving")
     if missing:
         raise UserError(f"data.path={missing[0]}: no shards are there, on which points are to be trained; prepare them first")
     return found
+
+
+def check_tokens(sweep: Sweep, all_points: list[Point]) -> None:
+    """Refuse a halving or a search that would decide by nats of other tokens. Raises UserError."""
+    deciding = [name for name in (sweep.draw.get("by", ""), sweep.metric) if name in BYS or name.endswith("nats_per_token")]
+    if sweep.draw["kind"] not in ("halving", "optuna") or not deciding:
+        return
+    usual = load(sweep.base).config.data.path
+    paths = dict.fromkeys(str(point.overrides.get("data.path", usual)) for point in all_points if TEACHER not in point.labels)
+    if len({tokens for path in paths if (tokens := tokenizer_of(path))}) > 1:
+        told = f"{deciding[0]} is nats a token, and {' and '.join(list(paths)[:2])} have other tokens"
+        raise UserError(f"{sweep.file}: {told}; choose metric=likelihood.bits_per_char with evaluate, and no halving")
 
 
 def recorded(folder: Path) -> dict[Path, dict[str, Any]]:

@@ -113,11 +113,17 @@ def test_a_run_whose_last_step_was_passed_over_is_finished(copied, cli):
 
 
 def test_one_folder_that_cannot_be_looked_at_hides_no_other(tmp_path, monkeypatch):
-    (tmp_path / "a").mkdir()
-    (tmp_path / "b").mkdir()
-    may = os.access
-    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "b" and may(path, mode))
-    (tmp_path / "link").symlink_to(tmp_path / "nowhere" / "else")
+    """As a link does that leads into a folder of somebody else."""
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    look = os.stat
+
+    def stat(path, *more, **named):
+        if Path(path).name == "b":
+            raise PermissionError(13, "closed", str(path))
+        return look(path, *more, **named)
+
+    monkeypatch.setattr(os, "stat", stat)
     assert status.folders(tmp_path) == [tmp_path / "a"] and status.folders(tmp_path / "nowhere") == []
 
 
@@ -141,6 +147,45 @@ def test_slurm_is_asked_once_for_all_that_is_cancelled(cli, tmp_path, monkeypatc
 
     monkeypatch.setattr(slurm, "waiting_or_running", away)
     assert cli("cancel", tmp_path).err == "megaflow: jobs are not told: squeue is away\n" and asked == [["a", "b", "c"]]
+
+
+@pytest.mark.parametrize("job", ["50", "51"], ids=["that submits more", "of a point"])
+def test_what_cannot_be_told_keeps_no_job_from_being_asked_for(cli, tmp_path, monkeypatch, job):
+    """Neither a process of another user, nor a job that Slurm refuses to end."""
+    sweep = tmp_path / "sweep"
+    (sweep / "sweeps").mkdir(parents=True)
+    (sweep / "sweeps" / "a.json").write_text(json.dumps({"members": [{"directory": "one"}]}))
+    for place, content in ((sweep, {"job": "50", "stage": "next", "sweep": "a"}), (sweep / "one", {"job": "51", "stage": "pretrain"})):
+        (place / "slurm").mkdir(parents=True)
+        records.add_job(place / "slurm", content)
+    told = []
+
+    def scancel(*words, **more):
+        if words[-1] == job:
+            raise slurm.Unreachable("scancel: no")
+        told.append(words[-1])
+        return ""
+
+    def closed(process, number):
+        raise PermissionError
+
+    monkeypatch.setattr(status, "pools", lambda folder: [1])
+    monkeypatch.setattr(status.os, "kill", closed)
+    queue = {id: slurm.Queued(id, "RUNNING", "", "n1", "") for id in ("50", "51")}
+    monkeypatch.setattr(slurm, "waiting_or_running", lambda ids, *more: {id: queue[id] for id in ids if id in queue})
+    monkeypatch.setattr(slurm, "ask", scancel)
+    said = cli("cancel", sweep).err
+    assert set(told) == {"50", "51"} - {job} and f"job {job} of" in said and "process 1 of" in said
+
+
+def test_what_has_begun_since_it_was_asked_for_is_to_save(cli, tmp_path, monkeypatch):
+    (tmp_path / "one" / "slurm").mkdir(parents=True)
+    records.add_job(tmp_path / "one" / "slurm", {"job": "5", "stage": "pretrain"})
+    states, asked = iter(["PENDING", "RUNNING"]), []
+    monkeypatch.setattr(slurm, "waiting_or_running", lambda ids, *more: {"5": slurm.Queued("5", next(states), "", "", "")})
+    monkeypatch.setattr(slurm, "ask", lambda *words, **more: asked.append(words) or "")
+    assert "job 5 of" in cli("cancel", tmp_path / "one").out
+    assert asked == [("scancel", "--state=PENDING", "5"), ("scancel", "--batch", "--signal=TERM", "5"), ("scancel", "--signal=TERM", "5")]
 
 
 def test_all_runs_below_a_folder(copied, cli, tmp_path):
@@ -185,7 +230,9 @@ def test_every_pool_of_a_sweep_is_found(tmp_path):
     holds += "with cancelled_by_name(Path(sys.argv[1])): time.sleep(60)"
     other = subprocess.Popen([sys.executable, "-c", holds, tmp_path])
     try:
+        until = time.monotonic() + 60.0
         while not status.pools(tmp_path):
+            assert other.poll() is None and time.monotonic() < until
             time.sleep(0.05)
         (tmp_path / f"{status.POOL}{2**22 - 1}").write_text(f"{2**22 - 1} on {os.uname().nodename}")
         (tmp_path / f"{status.POOL}{other.pid}0").write_text(f"{other.pid} on {os.uname().nodename}")  # whose lock nobody holds

@@ -334,7 +334,11 @@ def test_a_config_may_lie_where_a_name_has_an_equals_sign(cli, config, tmp_path)
 
 @pytest.mark.parametrize(
     "option, said",
-    [("--output=/tmp/q.log", "megaflow sets that itself"), ("--time=1", "give --time"), ("--no-requeue", "megaflow sets that")],
+    [
+        ("--output=/tmp/q.log", "megaflow says that itself"),
+        ("--time=1", "megaflow says that itself, by its own options"),
+        ("--no-requeue", "megaflow says that"),
+    ],
 )
 def test_an_option_of_sbatch_that_is_ours_is_refused(cli, config, tmp_path, option, said):
     told = cli("submit", config("coded"), f"run.dir={tmp_path / 'run'}", "--dry-run", f"--sbatch={option}")

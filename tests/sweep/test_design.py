@@ -111,6 +111,15 @@ def test_the_command_line_has_the_last_word_however_keys_are_written(sweep):
     assert sweep("axes: {model.layers: [1]}\nset: {model.hidden: null}").set == {"model.hidden": None} and design.written(None) == "null"
 
 
+def test_a_halving_by_the_loss_is_of_axes_that_change_no_loss(sweep):
+    """By keys that vary, and not by those that are only named."""
+    draw = "draw: {kind: halving, by: loss}"
+    sweep(f"axes: {{model.layers: [1, 2], flow.code: [learned], flow.skip: ['on', 'off']}}\n{draw}")
+    sweep(f"axes: {{a: [{{flow.weighting: none, model.layers: 1}}, {{flow.weighting: none, model.layers: 2}}]}}\n{draw}")
+    with pytest.raises(UserError, match="draw.by=loss is another quantity at every train.joint"):
+        sweep(f"axes: {{train.joint: [true, false]}}\n{draw}")
+
+
 def test_options_of_an_evaluation_that_mean_the_same_are_the_same(sweep):
     ways = ("{steps: 2, temperature: 1, judge: [a]}", '{steps: "2 ", temperature: 1.0, judge: a}')
     one, other = (sweep(f"axes: {{model.layers: [1]}}\nevaluate: {way}").evaluate for way in ways)

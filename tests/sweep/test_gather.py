@@ -124,6 +124,9 @@ def test_validation_losses_of_several_quantities_do_not_compare(tmp_path):
     [
         ({"validation_divergence": 1}, ["distill.weighting=none"], ["distill.weighting=adaptive"], False),
         ({"validation_divergence": 1}, ["distill.teacher=a", "optim.learning_rate=0.1"], ["distill.teacher=b"], True),
+        ({"validation_divergence": 1}, ["distill.surgery=true"], ["distill.state_input=linear"], True),
+        ({"validation_divergence": 1, "j": 1}, ["train.joint=true"], ["train.joint=true", "flow.objective=likelihood"], False),
+        ({}, ["flow.prior=dirichlet"], ["flow.prior=dirichlet:temperature=1.0"], True),
         ({}, ["flow.prior=vertices"], ["flow.prior=dirichlet"], False),
         ({}, ["flow.prior=vertices"], ["flow.prior=vertices", "model.layers=7"], True),
         ({"validation_standard_error": 1}, ["flow.context.share=1.0"], ["flow.context.share=0.5"], False),
@@ -134,6 +137,20 @@ def test_validation_losses_of_several_quantities_do_not_compare(tmp_path):
 def test_what_a_validation_loss_is_of(tmp_path, line, ones, others, alike):
     kinds = [gather.validates(run_of(tmp_path, name, line, *words)) for name, words in (("one", ones), ("other", others))]
     assert (kinds[0] == kinds[1]) is alike
+
+
+def test_nats_of_other_tokens_have_names_of_their_own(tmp_path):
+    """On a page, which decides nothing by them; bits a character compare."""
+    metrics = {"validation_loss": 2.0, "likelihood.nats_per_token": 2.0, "likelihood.bits_per_char": 1.0}
+    made = [{"name": name, "metrics": dict(metrics)} for name in ("a", "b")]
+    for name, tokens in (("a", "1" * 16), ("b", "2" * 16)):
+        (tmp_path / name / "shards").mkdir(parents=True)
+        (tmp_path / name / "shards" / "prepared.json").write_text(json.dumps({"tokenizer": {"hash": tokens}}))
+    assert gather.told_apart(tmp_path, made).startswith("Points have several tokenizers")
+    assert sorted(made[1]["metrics"]) == [
+        "likelihood.bits_per_char", "likelihood.nats_per_token, of tokens 22222222", "validation_loss, of tokens 22222222",
+    ]  # fmt: skip
+    assert gather.told_apart(tmp_path, made[:1]) == ""
 
 
 def test_a_sweep_that_cannot_be_read_keeps_no_other_from_its_page(tmp_path, monkeypatch):

@@ -108,6 +108,15 @@ def test_what_stands_there_without_a_measurement_goes_on(place):
     assert going(found) == ["a-0", "c-0"]
 
 
+@pytest.mark.parametrize("how", ["passed over", "failed"])
+def test_what_was_passed_over_there_or_has_failed_does_not_go_on(place, how):
+    found = [place("a", 0, {4: 1.0}), place("b", 0, {4: 2.0}), place("c", 0, {4: 3.0})]
+    (found[2].directory / "metrics.jsonl").write_text('{"step": 4, "skipped": 1}\n' if how == "passed over" else "")
+    if how == "failed":
+        points.note(found[2], "failed", "the loss is nan")
+    assert going(found) == ["a-0"]
+
+
 def test_of_other_draws_all_points_train_to_their_end(place):
     found = [place("a", 0, {}), place("b", 0, {})]
     assert list(halving.rungs(Sweep("", ""), found)) == [(1.0, found)]

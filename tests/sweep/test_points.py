@@ -243,16 +243,17 @@ def test_a_base_that_is_not_there_is_said_at_once(cli, tmp_path, words):
 
 
 def test_nats_of_other_tokens_decide_nothing(shards, config, tmp_path):
-    characters = {"data.tokenizer": "characters", "data.normalize": "letters", "data.length": 32}
-    kinds = [{"data.path": str(shards("coded"))}, {"data.path": str(shards("char"))} | characters]
-    axes = {"data": [(f"data.path={each['data.path']}", each) for each in kinds]}
-    asked = design.Sweep(str(tmp_path), str(config("coded")), axes=axes, file="s.yaml", metric="likelihood.bits_per_char")
-    points.place(asked, design.points(asked))
-    for other in ({"metric": "likelihood.nats_per_token"}, {"draw": {"kind": "halving", "by": "validation_loss", "keep": 0.5, "rungs": 2}}):
-        with pytest.raises(
-            UserError, match="s.yaml: .* is nats a token, and the shards of .* have other tokens; choose metric=likelihood.bits"
-        ):
-            points.place(dataclasses.replace(asked, **other), design.points(asked))
+    kinds = [{"data.path": str(shards(kind))} for kind in ("coded", "char")]
+    axes = {"data": [(each["data.path"], each) for each in kinds]}
+    asked = design.Sweep(str(tmp_path), str(config("coded")), axes=axes, file="s.yaml", draw={"kind": "optuna", "count": 2, "seed": 0})
+    fine = {"metric": "likelihood.bits_per_char"}
+    for more in (fine, {"draw": {"kind": "grid"}}, fine | {"axes": {"data": [axes["data"][0]]}}):
+        each = dataclasses.replace(asked, **more)
+        points.check_tokens(each, design.points(each))
+    for other in ({}, fine | {"draw": {"kind": "halving", "by": "validation_loss", "keep": 0.5, "rungs": 2}}):
+        each = dataclasses.replace(asked, **other)
+        with pytest.raises(UserError, match="s.yaml: .* is nats a token, and .* have other tokens; choose metric=likelihood.bits_per_char"):
+            points.check_tokens(each, design.points(each))
 
 
 def test_an_evaluation_of_an_earlier_step_is_none_of_the_point(copied):

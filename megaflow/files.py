@@ -85,15 +85,18 @@ def read_json(path: Path, *needed: str) -> dict[str, Any]:
 
 def out_file(text: str) -> Path:
     """A file of a command line that is to be written at the end: a type for argparse, which says it at the beginning if it cannot be."""
-    if not Path(text).parent.is_dir():
-        raise argparse.ArgumentTypeError(f"{text}: there is no folder {Path(text).parent}; make it first")
-    return Path(text)
+    path = Path(os.path.realpath(text))  # a link leads to the file
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: there is no folder {path.parent}; make it first")
+    if path.exists() and not path.is_file():
+        raise argparse.ArgumentTypeError(f"{text}: this is no file; give the path of one")
+    return path
 
 
 def write_atomically(path: Path, text: str) -> None:
     """Replace a file by new content such that a reader, or a kill, sees the old or the new one."""
     with replacing(path) as partial:
-        partial.write_text(text, "utf-8")
+        partial.write_text(text, "utf-8", errors="backslashreplace")  # of a path that is no UTF-8, which is also how JSON escapes it
 
 
 @contextlib.contextmanager

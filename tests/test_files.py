@@ -21,9 +21,15 @@ def test_another_process_may_write_the_same_file_meanwhile(tmp_path, process):
 def test_what_fails_leaves_the_old_content_and_nothing_beside_it(tmp_path):
     path = tmp_path / "run.json"
     write_atomically(path, "old")
-    with pytest.raises(UnicodeEncodeError):
-        write_atomically(path, "half \ud800")
+    with pytest.raises(TypeError), replacing(path) as partial:
+        partial.write_text("half")
+        partial.write_text(None)
     assert path.read_text() == "old" and [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_path_that_is_no_utf_8_is_written_as_json_escapes_it(tmp_path):
+    write_atomically(tmp_path / "a.json", json.dumps({"a": "caf\udce9 é"}, ensure_ascii=False))
+    assert json.loads((tmp_path / "a.json").read_text("utf-8")) == {"a": "caf\udce9 é"}
 
 
 def test_a_last_line_that_a_kill_has_cut_is_left_out(tmp_path):

@@ -529,7 +529,7 @@ def table(result: dict[str, Any]) -> str:
                 f"{entry['bits_per_char']:.4f} bits/char, {entry['bits_per_byte']:.4f} bits/byte, {entry['nats_per_token']:.4f} nats/token"
             )
             measured = f"{units}, unigram entropy {entry['unigram_nats_per_token']:.4f}"
-        measured += f", of what is not given by flow.context.law={entry['given']}" if "given" in entry else ""
+            measured += f", of what is not given by flow.context.law={entry['given']}" if "given" in entry else ""
         lines.append(f"{path}: {measured}; {entry['scored_tokens']:,} of {entry['file_tokens']:,} tokens")
     lines.append(f"judge             {result['judge']['name']}; sums to one within {result['judge']['sum_error']:.0e}")
     lines.append("reverse           real text under an n-gram of the texts, bits/char: what they leave out")

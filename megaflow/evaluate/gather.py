@@ -306,13 +306,13 @@ def likelihoods(evaluations: dict) -> dict[str, Any]:
         if abs(table["unigram"]["nats_per_token"] - unigram["nats_per_token"]) > SAME_TOKENS:
             notes.append(f"Of the tokens that the {who}'s is of the unigram entropy is {unigram['nats_per_token']:.3f} nats.")
         if entry["kind"] == "bound":
-            bounds.append(f"{entry['tokens']:,} validation tokens and {evaluation['settings']['draws']} draws ({who})")
+            bounds.append(f"{who} {entry['tokens']:,} tokens, {evaluation['settings']['draws']} draws")
             if (error := entry.get("row_error_bits_per_char")) is not None:
                 over_rows.append(f"{error:.3f} ({who})")
     if bounds:
         table["note"] = (
-            "With averaged weights. A bound is the mean over draws of noise and time, so many of each row, paired with the unigram channel "
-            f"at the same draws; its error is that of the draws. They are of {', '.join(bounds)}."
+            f"Of validation rows, with averaged weights: {'; '.join(bounds)}. A bound is the mean over so many draws of noise and time of "
+            "each row, paired with the unigram channel at the same draws; its error is that of the draws."
         )
     if over_rows:
         table["note"] += f" Over rows of text, the error of bound minus unigram entropy is {', '.join(over_rows)} bits per character."

@@ -72,9 +72,8 @@ def given_text(run: Run, prompt: str | None, infill: str | None, blank: int | No
     """What `megaflow sample` is given of every text. Raises UserError."""
     if blank is not None and infill is None:
         raise UserError("--blank is the size of the blanks of --infill; give both")
-    laws = context.laws(run.config.flow.context.law)
     if prompt is None and infill is None:
-        if run.parts is not None and run.config.flow.context.share == 1.0 and laws == {"source"}:
+        if needs_source(run):
             raise UserError(
                 f"{run.directory} writes what belongs to a source, which every row of its training had; give one, --prompt TEXT"
             )
@@ -89,6 +88,11 @@ def given_text(run: Run, prompt: str | None, infill: str | None, blank: int | No
         return templates.of_blanks(run.manifest, run.tokenizer, infill, BLANK if blank is None else blank)
     assert prompt is not None
     return templates.of_prompt(run.manifest, run.tokenizer, prompt)
+
+
+def needs_source(run: Run) -> bool:
+    """Whether a flow was never without a source."""
+    return run.parts is not None and run.config.flow.context.share == 1.0 and context.laws(run.config.flow.context.law) == {"source"}
 
 
 def check_given(run: Run, form: str, option: str) -> None:

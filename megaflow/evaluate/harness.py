@@ -30,7 +30,7 @@ from torch import Tensor
 from megaflow.data.tokenizer import decode, end_id
 from megaflow.errors import UserError
 from megaflow.evaluate import real_text
-from megaflow.evaluate.generate import check_given, generate
+from megaflow.evaluate.generate import check_given, generate, needs_source
 from megaflow.evaluate.likelihood import nats
 from megaflow.evaluate.loaded import load_run
 from megaflow.evaluate.settings import Settings, check_temperature, resolved
@@ -218,8 +218,8 @@ class MegaFlow(LM):
     ) -> tuple[list[float], list[Took]]:
         """-log p of `some` of the rows, and what each came at."""
         ids, given = self.padded([rows[i] for i in some], [begins[i] for i in some])
-        for begin in set(begins[i] > 0 for i in some):
-            self.check_given(begin)
+        for there in {begins[i] > 0 for i in some}:
+            self.check_given(there)
         text = real_text.made(self.run, ids, [len(rows[i]) for i in some])
         own = None if keys is None else [keys[i] for i in some]
         measured = nats(self.run, text, draws, self.seed, given if bool(given.any()) else None, of_lengths=own is None, keys=own)
@@ -236,7 +236,7 @@ class MegaFlow(LM):
         return ids, torch.arange(self.length) < torch.tensor(begins)[:, None]
 
     def check_given(self, given: bool) -> None:
-        """Refuse a context, or that there is none, which the run was not trained for. Raises UserError."""
+        """Refuse a context, or a likelihood without one, which the run was not trained for. Raises UserError."""
         if given and self.run.parts is not None and self.run.config.flow.context.share == 0.0:
             raise UserError(
                 f"{self.run.directory} was trained without given tokens (flow.context.share=0): it has a likelihood of whole texts "
@@ -246,8 +246,8 @@ class MegaFlow(LM):
             check_given(self.run, "--prompt", "lm_eval, a task with a context")
         elif self.run.parts is not None and self.run.config.flow.context.share == 1.0:
             raise UserError(
-                f"{self.run.directory} writes nothing without being given some (flow.context.share=1): it has no likelihood of whole "
-                "texts; give tasks with a context"
+                f"{self.run.directory} was given some tokens of every text (flow.context.share=1): its likelihood is of the others, as "
+                "`evaluate` has it, and none of a whole text; give tasks with contexts that leave room in a row"
             )
 
     @torch.no_grad()
@@ -296,7 +296,10 @@ class MegaFlow(LM):
             before = whole[-(self.length - room) :]
             self.count_cut(len(before) < len(whole))
             ids, given = self.padded([before], [len(before)])
-            self.check_given(bool(before))
+            if before:
+                self.check_given(True)
+            elif needs_source(self.run):
+                raise UserError(f"lm_eval: {self.run.directory} writes what belongs to a source, and a request has no context")
             heat = 1.0 if self.one_step else self.warmth(how)
             asked = Settings(self.steps, temperature=heat, seed=self.seed + number)  # `repeats` asks for the same several times
             settings = resolved(self.run, asked)

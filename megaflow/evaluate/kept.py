@@ -5,8 +5,8 @@
 
 import contextlib
 import fcntl
-import json
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +22,8 @@ from megaflow.train.checkpoint import Checkpoint
 BEFORE, LOCK = "evaluation.before.json", ".evaluating"
 
 
+SWEEPS = r"evaluation-[0-9a-f]{6}\.json"
+"""Names of what sweeps keep of a run (sweep/points.py), however damaged."""
 GENERATOR = '<meta name="generator" content="megaflow">'
 """What the pages of comparisons have in their heads."""
 
@@ -44,14 +46,9 @@ def newest_weights(run: Path) -> dict[str, Any] | None:
 def as_json(result: dict[str, Any], run: Path) -> str:
     """The content of an evaluation's file, with its own hash. Raises UserError of numbers that are none."""
     try:
-        text = sealed(result)
+        return sealed(result)
     except ValueError:
         raise UserError(f"{run}: some of what was measured is no finite number; its weights are too large for that") from None
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # a path that is no UTF-8
-        return json.dumps(json.loads(text), indent=1)
-    return text
 
 
 def read(run: Path) -> dict[str, Any]:
@@ -72,14 +69,17 @@ def check_out(option: str, out: str | None, kind: str, run: Path | None = None) 
     target = Path(os.path.realpath(out))  # a link leads to the file
     if not writable(target.parent):
         raise UserError(f"{option} {out}: the result cannot be written, {target.parent} is not writable; give a file in another folder")
-    another = target.name in (FILE, BEFORE) and (run is None or target.parent != run.resolve())  # what a run keeps of itself
-    if target.exists() and (another or not (target.is_file() and is_ours(kind, target))):
+    of_a_run = any((target.parent / name).is_file() for name in ("run.json", folder.FILE))
+    of_this_run = of_a_run and run is not None and target.parent == run.resolve()
+    own = of_this_run and re.fullmatch(rf"{re.escape(FILE)}|{SWEEPS}", target.name)
+    another = of_a_run and (target.name == BEFORE or target.name == FILE and not of_this_run)  # what it keeps of itself
+    if target.exists() and (another or not (target.is_file() and (own or is_ours(kind, target)))):
         raise UserError(f"{option} {out}: something else is there, which would be lost; give another file, or remove it")
 
 
 def is_ours(kind: str, file: Path) -> bool:
-    """Whether a file is one of this kind, or what a sweep calls its own, or is empty."""
-    if file.stat().st_size == 0 or kind == "evaluation" and file.name.startswith("evaluation-"):
+    """Whether a file is one of this kind, or is empty."""
+    if file.stat().st_size == 0:
         return True
     if kind == "page":
         return GENERATOR.encode() in file.read_bytes()[:4096]

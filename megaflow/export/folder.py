@@ -75,10 +75,17 @@ def load(directory: str | Path, device: torch.device | str) -> tuple[TextDiT | B
     if missing := {"clock_times", "clock_tau"} - kept.keys():
         raise UserError(f"{directory / STAGE}: it has no {' and no '.join(sorted(missing))}; {DAMAGED}")
     times, tau = kept["clock_times"], kept["clock_tau"]
-    alike = times.ndim == 1 and times.shape == tau.shape and len(times) > 1
-    if not (alike and bool((times.diff() >= 0).all()) and bool((tau.diff() >= 0).all()) and bool(torch.isfinite(times + tau).all())):
-        raise UserError(f"{directory / STAGE}: its clock is none (times that rise, and their shares); {DAMAGED}")
+    if not is_clock(times, tau):
+        raise UserError(f"{directory / STAGE}: its clock is none (times from 0 to 1 that rise, and their shares); {DAMAGED}")
     return network, fixed, Clock(times, tau), config
+
+
+def is_clock(times: Tensor, tau: Tensor) -> bool:
+    """Whether these are what flow.clock.Clock takes."""
+    if times.ndim != 1 or times.shape != tau.shape or len(times) < 2:
+        return False
+    ends = torch.stack([times[[0, -1]], tau[[0, -1]]]).double() - torch.tensor([0.0, 1.0], dtype=torch.float64)
+    return bool((times.diff() > 0).all() and (tau.diff() >= 0).all() and (ends.abs() < 1e-9).all())
 
 
 def is_model(directory: str | Path) -> bool:

@@ -71,6 +71,7 @@ def bound_of_rows(
     own, width = ids.shape
     rows = own if all_rows is None else all_rows
     places = torch.arange(own) if places is None else places
+    assert (documents is None) == (closing is None)
     whole, counted = counting(ids, lengths, given)
     ours, channel, levels = torch.zeros(3, draws, own, dtype=torch.float64)
     last, last_channel = torch.zeros(2, own, dtype=torch.float64)

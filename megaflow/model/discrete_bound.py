@@ -79,6 +79,7 @@ def bound_of_rows(
     own = len(ids)
     rows = own if all_rows is None else all_rows
     places = torch.arange(own) if places is None else places
+    assert (documents is None) == (closing is None)
     whole, counted = counting(ids, lengths, given)
     nll = -look_up(network.part, network.log_prior, ids).double()
     ours, channel, levels = torch.zeros(3, draws, own, dtype=torch.float64)

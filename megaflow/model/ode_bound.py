@@ -89,6 +89,7 @@ def ode_bound_of_rows(
         raise ValueError(f"{steps} steps and {draws} draws: the steps are even and 4 or more, the draws 2 or more")
     if (probes is None and parts.code.dim * width > EXACT) or (probes is not None and probes < 1):
         raise ValueError(f"{probes} probes of {parts.code.dim * width} dimensions")
+    assert (documents is None) == (closing is None)
     whole, counted = counting(ids, lengths, given)
     law = clocks.mixture([clock, clocks.uniform_log_snr(parts.path, parts.bounded.low, parts.bounded.high)], [0.5, 0.5])
     times = ode_likelihood.nodes(parts.path, law, parts.bounded, steps)

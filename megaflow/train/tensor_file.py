@@ -117,8 +117,9 @@ def entries(path: Path) -> dict[str, Entry]:
             }
             ends = [8 + length + entry["data_offsets"][1] for entry in header.values()]
             for (name, entry), end in zip(found.items(), ends, strict=True):
-                if not all(type(count) is int and 0 <= count < 2**63 for count in (*entry.shape, math.prod(map(abs, entry.shape)))):
-                    raise ValueError(f"the shape of {name} is none")
+                whole = all(type(x) is int and x >= 0 for x in (*entry.shape, entry.start, end))
+                if not whole or math.prod(max(size, 1) for size in entry.shape) >= 2**63:
+                    raise ValueError(f"the shape or the place of {name} is none")
                 if not 8 + length <= entry.start <= end <= size or end - entry.start != entry.dtype.itemsize * math.prod(entry.shape):
                     raise ValueError(f"the place of {name} is wrong")
         except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:

@@ -28,6 +28,7 @@ from megaflow.evaluate.real_text import of_split
 from megaflow.evaluate.repetition import Training
 from megaflow.evaluate.settings import LAST_STEP, Settings, last_step
 from megaflow.export import one_step
+from megaflow.files import read_if_sealed
 from megaflow.train import run as runs
 from tests.train.writers import write_anew
 
@@ -322,10 +323,22 @@ class TestOptions:
             assert told.code == 2 and f"--json {file}: something else is there, which would be lost" in told.err
             assert file.stat().st_mtime_ns == before.st_mtime_ns
 
-    def test_a_path_that_is_no_text_is_written_all_the_same(self):
+    def test_a_path_that_is_no_text_is_written_all_the_same(self, tmp_path):
         content = {"settings": {"texts": {"caf\udce9.txt": "é"}}}
-        text = kept.as_json(content, Path("run"))
-        assert text.isascii() and {key: json.loads(text)[key] for key in content} == content
+        kept.write_out(str(tmp_path / "out.json"), kept.as_json(content, Path("run")))
+        assert read_if_sealed(tmp_path / "out.json") == content
+
+    def test_what_it_has_written_it_writes_again(self, copied, evaluated, cli, tmp_path):
+        """Under whatever name, and what a run keeps of itself however damaged; notes that begin like that are somebody's."""
+        evaluated("coded", "autoregressive")
+        directory = copied("coded", "autoregressive")
+        own = directory / "evaluation-0a1b2c.json"
+        own.write_text("{")
+        for file in (tmp_path / "evaluation.json", tmp_path / "evaluation.json", own, directory / "evaluation.json"):
+            assert cli("evaluate", directory, *OPTIONS, "--json", file).code == 0
+        for file in (tmp_path / "evaluation-notes.txt", directory / "evaluation.before.json"):
+            file.write_text("notes")
+            assert "something else is there" in cli("evaluate", directory, *OPTIONS, "--json", file).err
 
     def test_a_link_leads_to_the_file(self, copied, evaluated, cli, tmp_path):
         evaluated("coded", "autoregressive")

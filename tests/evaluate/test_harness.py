@@ -389,9 +389,10 @@ class TestRefused:
         always = of_few_steps(config("coded"), workspace / "run-harness-always", "flow.context.share=1.0", "flow.context.law=prefix")
         model = MegaFlow(path=str(always), draws=2)
         for ask, words in ((model.loglikelihood_rolling, ("And God",)), (model.loglikelihood, ("", "And God"))):
-            with pytest.raises(UserError, match="writes nothing without being given some .* give tasks with a context"):
+            with pytest.raises(UserError, match="was given some tokens of every text .* give tasks with contexts"):
                 ask([request(*words)])
         assert model.loglikelihood([request("And God", " said")])[0][0] < 0.0
+        assert model.generate_until([request("", {"max_gen_toks": 4})])  # as `sample` writes without a prompt
         ends = of_few_steps(config("coded"), workspace / "run-harness-ends", "flow.context.share=0.5", "flow.context.law=suffix")
         with pytest.raises(UserError, match="lm_eval, a task with a context: .* knows what is written before an end alone"):
             MegaFlow(path=str(ends), draws=2).loglikelihood([request("And God", " said")])

@@ -291,6 +291,8 @@ class TestGivenTokens:
         with pytest.raises(ValueError, match="lengths leave nothing to write"):
             heeds.generate(2, prompt=[5] * 9, lengths=[9])
         assert heeds.generate(2, prompt=[5] * 9, lengths=[12]).shape == (1, 48)
+        with pytest.raises(ValueError, match="all rows of this network have 16 tokens: it takes no lengths"):
+            opened(converted("coded", "flow")).generate(2, lengths=[9])
 
     def test_a_length_is_a_function_of_its_own_text(self, converted):
         """And no row's of what is given of the others."""
@@ -299,8 +301,6 @@ class TestGivenTokens:
         together = model.drawn_lengths([0, 1, 2, 3], 7, least)
         alone = [model.drawn_lengths([place], 7, least[place : place + 1])[0] for place in range(4)]
         assert together.tolist() == [int(x) for x in alone] and bool((together > least).all())
-        with pytest.raises(ValueError, match="all rows of this network have 16 tokens: it takes no lengths"):
-            opened(converted("coded", "flow")).generate(2, lengths=[9])
 
     @pytest.mark.parametrize("kind, family", [("coded", "flow"), ("char", "flow_map")])
     def test_an_option_that_there_is_not(self, converted, kind, family):
@@ -352,7 +352,12 @@ class TestTheFolder:
         padded[0, 0] = 0
         with pytest.raises(ValueError, match="padding belongs behind a text"):
             opened(out)(ids, attention_mask=padded)
-        for words in ({"past_key_values": ((),)}, {"output_hidden_states": True}, {"atention_mask": 1}):
+        tokenizer = AutoTokenizer.from_pretrained(out)
+        asked = tokenizer(["And God said"], return_tensors="pt") | {"token_type_ids": torch.zeros(1, 4, dtype=torch.int64)}
+        assert opened(out)(**asked, use_cache=False, return_dict=True, output_attentions=None).logits.shape[0] == 1
+        assert set(tokenizer(["And"])) == {"input_ids", "attention_mask"}
+        others = ({"position_ids": torch.zeros(1, 1, dtype=torch.int64)}, {"inputs_embeds": torch.zeros(1)}, {"return_dict": False})
+        for words in (*others, {"past_key_values": ((),)}, {"output_hidden_states": True}, {"atention_mask": 1}):
             with pytest.raises(ValueError, match=f"takes input_ids, attention_mask and labels, and no {next(iter(words))}"):
                 opened(out)(ids, **words)
         behind = padded.flip(1).bool()

@@ -349,7 +349,13 @@ class TestConvertedModels:
 
     @pytest.mark.parametrize(
         "clock",
-        [(torch.zeros(1), torch.zeros(1)), (torch.tensor([0.0, torch.nan]), torch.tensor([0.0, 1.0])), (torch.ones(3), torch.ones(2))],
+        [
+            (torch.zeros(1), torch.zeros(1)),
+            (torch.zeros(3), torch.zeros(3)),
+            (torch.tensor([0.0, torch.nan]), torch.tensor([0.0, 1.0])),
+            (torch.tensor([5.0, 9.0]), torch.tensor([-3.0, 7.0])),
+            (torch.tensor([0.0, 0.5, 1.0]), torch.tensor([0.0, 1.0])),
+        ],
     )
     def test_a_clock_that_is_none(self, cli, model, clock):
         kept = load_file(model / "stage.safetensors")

@@ -108,7 +108,7 @@ def test_what_is_saved_comes_back_bit_equal(kind, tmp_path):
 def test_a_missing_or_damaged_file_is_one_sentence(tmp_path, content):
     if content is not None:
         (tmp_path / made.FILE).write_bytes(content)
-    with pytest.raises(UserError, match=r"flow.safetensors: cannot read the flow's code and prior \(.*restore the file or start the run"):
+    with pytest.raises(UserError, match=r"flow.safetensors: cannot read the flow's code and prior \(.*restore the file, or train or"):
         made.read(tmp_path / made.FILE)
 
 

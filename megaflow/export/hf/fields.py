@@ -142,6 +142,7 @@ def tokenizer_files(folder: Path) -> dict[str, str]:
         "clean_up_tokenization_spaces": False,
         "split_special_tokens": True,
         "padding_side": "right",
+        "model_input_names": ["input_ids", "attention_mask"],
         "eos_token": name,
         "pad_token": name,
     }

@@ -280,9 +280,9 @@ def whole(value: Any, name: str, least: int | None = None) -> int:
 def real(value: Any, name: str) -> float:
     """A number, of numpy or torch too, as Python has it. Raises ValueError."""
     try:
-        if not isinstance(value, (str, bool)):
+        if not isinstance(value, (str, bytes, bool)):
             return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         pass
     raise ValueError(f"{name} must be a number, not {value!r}")
 

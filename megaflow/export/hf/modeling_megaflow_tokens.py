@@ -43,15 +43,16 @@ class CausalModel(TokenModel):
         labels: Tensor | None = None,
         num_items_in_batch: Any = None,
         use_cache: bool | None = None,
+        token_type_ids: Tensor | None = None,
         **others: Any,
     ) -> CausalLMOutput:
         """Logits (B, L, V) of the token after each of input_ids (B, L), which may have padding at their ends; the mean loss of `labels`,
         those of -100 left out, as transformers' own models have it: of the tokens after the first, and over num_items_in_batch where that
-        is given, of the passes of a step together. There is no cache to use. Raises ValueError of anything else that is asked for."""
-        if asked := sorted(name for name, value in others.items() if value not in (None, False) and (name, value) != ("return_dict", True)):
+        is given, of the passes of a step together. There is no cache to use, and tokens have no types. Raises ValueError of anything else
+        that is asked for."""
+        unasked = {name for name, value in others.items() if value is None or value is (name == "return_dict")}
+        if asked := sorted(others.keys() - unasked):
             raise ValueError(f"forward takes input_ids, attention_mask and labels, and no {', '.join(asked)}")
-        if others.get("return_dict") is False:
-            raise ValueError("forward returns an output with names: leave return_dict away")
         if attention_mask is not None and bool((attention_mask.int().diff(dim=1) > 0).any()):
             raise ValueError("padding belongs behind a text: use a tokenizer with padding_side='right'")
         logits = self.row_logits(input_ids)[:, 1:]
@@ -59,6 +60,8 @@ class CausalModel(TokenModel):
         if labels is not None:
             how = "mean" if num_items_in_batch is None else "sum"
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction=how)
+            if isinstance(num_items_in_batch, Tensor):  # of another device, maybe
+                num_items_in_batch = num_items_in_batch.to(loss.device)
             loss = loss if num_items_in_batch is None else loss / num_items_in_batch
         return CausalLMOutput(loss=loss, logits=logits)
 

@@ -342,9 +342,7 @@ def cells(state: dict[str, Any]) -> tuple[str, ...]:
 def cancel(places: list[str]) -> None:
     """End the jobs of runs, and their processes on this host: what trains saves before it leaves. Raises UserError of those that could not
     be told, when all others are."""
-    ended, away = 0, False
-    untold: list[str] = []
-    told: dict[str, str] = {}
+    ended, untold, told = 0, list[str](), dict[str, str]()
     runs, sweeps = found([Path(place) for place in places])
 
     def end(process: int, what: str, said: str) -> int:
@@ -363,41 +361,13 @@ def cancel(places: list[str]) -> None:
         for process in pools(folder):
             ended += end(process, str(folder), f", the sweep {folder}, is told to end, and what it trains to save")
 
-    def tell(place: Path, id: str, job: slurm.Queued) -> None:
-        nonlocal ended
-        try:
-            cancel_job(place, job, place in sweeps)
-            ended += 1
-        except slurm.Unreachable as error:
-            with contextlib.suppress(slurm.Unreachable):
-                if not slurm.waiting_or_running([id]):
-                    return  # over since
-            untold.append(f"job {id} of {place} is not told: {error}")
-
-    def jobs_of(places: list[tuple[Path, list[dict[str, Any]]]]) -> None:
-        """Tell all jobs of these; one that waited and has begun meanwhile is told as one that runs."""
-        nonlocal away
-        place_of_job: dict[str, Path] = {}
-        for place, lines in places:
-            for line in lines:
-                place_of_job.setdefault(line["job"], place)
-        for _ in range(2):
-            try:
-                active = slurm.waiting_or_running(list(place_of_job)) if place_of_job and not away else {}
-            except slurm.Unreachable as error:
-                away = True
-                untold.append(f"jobs are not told: {error}")  # what runs here can be told all the same
-                return
-            new = {id: job for id, job in active.items() if told.get(id) not in ("RUNNING", job.state)}
-            for id, job in new.items():
-                told[id] = job.state
-                tell(place_of_job.get(id) or place_of_job[id.partition("_")[0]], id, job)
-            if not any(job.state == "PENDING" for job in new.values()):
-                return
-
     # first the jobs that would submit more, then runs, at whose own place it is noted, then what else is of a sweep
-    jobs_of([(sweep, [line for line in records.jobs(place_of(sweep)) if "sweep" in line]) for sweep in sweeps])
-    jobs_of([(place, records.jobs(place_of(place))) for place in [*runs, *sweeps]])
+    more = [(sweep, [line for line in records.jobs(place_of(sweep)) if "sweep" in line]) for sweep in sweeps]
+    try:
+        ended += cancel_jobs(more, told, untold)
+        ended += cancel_jobs([(place, records.jobs(place_of(place))) for place in [*runs, *sweeps]], told, untold)
+    except slurm.Unreachable as error:
+        untold.append(f"jobs are not told: {error}")  # what runs here can be told all the same
     for run in runs:
         if pid := here(run):
             ended += end(pid, str(run), f" of {run} is told to save and end")
@@ -412,7 +382,31 @@ def cancel(places: list[str]) -> None:
         print("nothing to cancel: no job and no process of this host works on it")
 
 
-def cancel_job(run: Path, job: slurm.Queued, of_sweep: bool) -> None:
+def cancel_jobs(places: list[tuple[Path, list[dict[str, Any]]]], told: dict[str, str], untold: list[str]) -> int:
+    """End the jobs that are noted at runs and sweeps, but those told already, {id: its state then}; one that waited and has begun meanwhile
+    is told as one that runs. Returns how many; a sentence of each that cannot be told goes into `untold`. Raises Unreachable where Slurm
+    cannot be asked which there are."""
+    ended, at = 0, dict[str, Path]()
+    for place, jobs in places:
+        for line in jobs:
+            at.setdefault(line["job"], place)
+    for _ in range(2 if at else 0):
+        active = slurm.waiting_or_running(list(at))
+        new = {id: job for id, job in active.items() if told.get(id) not in ("RUNNING", job.state)}
+        for id, job in new.items():
+            told[id], place = job.state, at.get(id) or at[id.partition("_")[0]]
+            try:
+                cancel_job(place, job)
+                ended += 1
+            except slurm.Unreachable as error:
+                if slurm.waiting_or_running([id]):  # and not over since
+                    untold.append(f"job {id} of {place} is not told: {error}")
+        if not any(job.state == "PENDING" for job in new.values()):
+            break
+    return ended
+
+
+def cancel_job(run: Path, job: slurm.Queued) -> None:
     """Tell a running job to save and end, and take another out of the queue, which is noted at its run. Raises Unreachable."""
     if job.state == "RUNNING":
         slurm.ask("scancel", "--batch", "--signal=TERM", job.id)  # the script first: what its tasks come to is meant
@@ -424,7 +418,7 @@ def cancel_job(run: Path, job: slurm.Queued, of_sweep: bool) -> None:
     place = place_of(run)
     attempts = [line for line in records.attempts(place) if line["job"] == job.id]
     over = job.state == "COMPLETING" and not (attempts and attempts[-1]["decision"] == "again")  # it has said what became of it
-    if not of_sweep and not over:
+    if not is_sweep(run) and not over:
         never = {"attempt": 0, "end": "stopped", "decision": "left", "cancelled": True, "said": "cancelled before it began"}
         records.add_attempt(place, {"job": job.id, "time": time.time(), "step": outcome.newest_step(run), **never})
     print(f"job {job.id} of {run} is out of the queue")

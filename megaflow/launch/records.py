@@ -1,6 +1,7 @@
 """What is known of jobs beside the thing that they work on: the jobs that were submitted and the attempts that they made.
 
-PLACE/jobs.jsonl      a line a job: its id, stage, time, words, and the run
+PLACE/jobs.jsonl      a line a job: its id, stage, time, words, and the run; of a sweep's array a line with `noting` comes before, and the
+                      other when its points have noted it too
 PLACE/ID.sbatch       the script as it was submitted, PLACE/ID.log its log
 PLACE/attempts.jsonl  a line an attempt, see after.py
 

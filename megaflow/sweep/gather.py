@@ -230,7 +230,8 @@ def told_apart(folder: Path, made: list[dict[str, Any]]) -> str:
             for name in own:
                 point["metrics"][f"{name}, of tokens {tokens[point['name']][:8]}"] = point["metrics"].pop(name)
         return "Points have several tokenizers, whose nats a token do not compare and have names of their own; bits a character do."
-    kinds = {point["name"]: validates(folder / point["name"]) for point in made if "validation_loss" in point["metrics"]}
+    names = [point["name"] for point in made if "validation_loss" in point["metrics"]]
+    kinds = {name: kind for name in names if (kind := validates(folder / name))}
     if len(set(kinds.values())) < 2:
         return ""
     for point in made:

@@ -29,7 +29,8 @@ def place_of(directory: str | Path) -> Path:
 
 
 def jobs(place: Path) -> list[dict[str, Any]]:
-    return [line for line in lines(place / JOBS) if "job" in line]
+    """The last line of each job, in the order in which they were submitted."""
+    return list({line["job"]: line for line in lines(place / JOBS) if "job" in line}.values())
 
 
 def attempts(place: Path) -> list[dict[str, Any]]:

@@ -180,15 +180,15 @@ def test_a_halving_goes_on_by_itself_rung_by_rung(cluster, megaflow, config, tmp
     assert here.code == 2 and "in Slurm's queue" in here.err
     (told,) = json.loads(megaflow("status", out, "--json").out)["sweeps"]
     assert told["points"] == 4 and list(told["jobs"]) == [done.jobs[-1]]
-    cluster.until(lambda: len(lines(out / "slurm" / "jobs.jsonl")) >= 6, 200.0)
-    jobs = lines(out / "slurm" / "jobs.jsonl")
+    cluster.until(lambda: len(records.jobs(out / "slurm")) >= 6, 200.0)
+    jobs = records.jobs(out / "slurm")
     assert [job["stage"] for job in jobs] == ["pretrain", "next"] * 3
     assert cluster.over(jobs[-1]["job"]) == "COMPLETED"
     assert [len(json.loads(Path(job["words"][0]).read_text())) for job in jobs[::2]] == [4, 2, 1]
     steps = {run.name: max(line["step"] for line in lines(run / "metrics.jsonl")) for run in points.recorded(out)}
     assert sorted(steps.values()) == [6, 6, 12, 24] and (out / "report.html").exists()
     assert sorted(points.stands(run, {})[0] for run in points.recorded(out)) == ["done"] + ["stopped early"] * 3
-    assert len(lines(out / "slurm" / "jobs.jsonl")) == 6 and "nothing to submit, every point is over" in megaflow("logs", out).out
+    assert len(records.jobs(out / "slurm")) == 6 and "nothing to submit, every point is over" in megaflow("logs", out).out
     here = megaflow("sweep", path, f"dir={tmp_path / 'here'}")
     assert here.code == 0, here.err
     assert {run.name: losses(run) for run in points.recorded(out)} == {run.name: losses(run) for run in points.recorded(tmp_path / "here")}
@@ -204,9 +204,9 @@ def test_a_search_goes_on_by_itself(cluster, megaflow, config, tmp_path):
     done = megaflow("sweep", path, "--slurm", "--limit", 4)
     assert done.code == 0, done.err
     out = tmp_path / "out"
-    cluster.until(lambda: len(lines(out / "slurm" / "jobs.jsonl")) >= 4, 200.0)
-    assert cluster.over(lines(out / "slurm" / "jobs.jsonl")[-1]["job"]) == "COMPLETED"
-    assert len(lines(out / "slurm" / "jobs.jsonl")) == 4
+    cluster.until(lambda: len(records.jobs(out / "slurm")) >= 4, 200.0)
+    assert cluster.over(records.jobs(out / "slurm")[-1]["job"]) == "COMPLETED"
+    assert len(records.jobs(out / "slurm")) == 4
     assert [points.stands(run, {})[0] for run in points.recorded(out)] == ["done"] * 6
     assert (out / "points.csv").read_text().count("\n") == 7
 

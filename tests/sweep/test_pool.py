@@ -241,7 +241,7 @@ def test_points_are_listed_before_anything_runs(sweeping):
 
 @pytest.mark.long
 def test_maps_wait_for_their_flows(sweeping, config, tmp_path):
-    text = f"stage: distill\naxes: {{distill.between: [middle, uniform]}}\nteacher: {{base: {config('coded')}, set: {{{STEPS}}}}}"
+    text = f"stage: distill\naxes: {{optim.learning_rate: [0.001, 0.002]}}\nteacher: {{base: {config('coded')}, set: {{{STEPS}}}}}"
     done = sweeping(text, f"base={config('coded', 'flow_map')}")
     assert done.code == 0, done.err
     assert set(states(sweeping.out).values()) == {"done"} and len(states(sweeping.out)) == 3

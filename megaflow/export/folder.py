@@ -170,7 +170,7 @@ def _all(file: Path) -> dict[str, Tensor]:
         return {}
     try:
         return {name: tensor_file.read(file, entry, boxes.full(entry.shape)) for name, entry in tensor_file.entries(file).items()}
-    except (OSError, ValueError, TypeError, RuntimeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{file}: cannot be read ({reason(error)}); {DAMAGED}") from None
 
 

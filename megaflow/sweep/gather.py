@@ -196,15 +196,12 @@ def validates(directory: Path) -> str:
         return f"the objective {config.distill.objective} ({points.hashed(own)[:8]})"
     given = ""
     if config.model.family == "flow" and config.flow.context.share == 1.0:
-        given = f", given some by flow.context.law={config.flow.context.law} ({points.hashed(meant_laws(values))[:8]})"
+        own = {key: value for key, value in values.items() if key.startswith("flow.context.law")}
+        given = f", given some by flow.context.law={config.flow.context.law} ({points.hashed(own)[:8]})"
     if "validation_standard_error" in line or config.model.family == "autoregressive":
         return f"{BOUND}{given}"
     own = {key: value for key, value in values.items() if key.startswith(("flow.interpolant", "flow.prior", "flow.code"))}
     return f"a cross-entropy at times even in log-SNR{given} ({points.hashed(own)[:8]})"
-
-
-def meant_laws(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if key.startswith("flow.context.law")}
 
 
 def check_alike(asked: Sweep, placed: list[Placed]) -> None:

@@ -30,8 +30,8 @@ class Batch(NamedTuple):
     step: optimizer step; rows: rows of the global batch; weight: (B L,) one over the global batch's counted tokens, 0 for padding;
     documents: (B, L) which document of its row a token is of, None where they see each other; given: (B, L) which tokens are not to be
     written, but known from the start, and weigh nothing, None of stages that have none; closing: the token that ends a document, where
-    they do not see each other; peers: how many processes, with rows of their
-    own, make every pass of the network together with this one, as ZeRO 3 asks: each must make as many.
+    they do not see each other; peers: how many processes, with rows of their own, make every pass of the network together with this one,
+    as ZeRO 3 asks: each must make as many.
     """
 
     ids: Tensor

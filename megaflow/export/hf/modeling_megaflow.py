@@ -369,9 +369,8 @@ class MegaFlowModel(PreTrainedModel):
         known, given = self.template(prompt, mask, num_texts)
         count = num_texts if num_texts is not None else 1 if known is None else len(known)
         settings, wanted = self.settings(num_steps, given is not None, **options), self.wanted(lengths, count, given)
-        if settings.get("argmax") and temperature != 1.0:
+        if settings.get("method", "ancestral") != "ancestral" and settings["steps"] == 1 and temperature != 1.0:
             raise ValueError("one step is an argmax, which no temperature changes: use num_steps=2 or more")
-        settings.pop("argmax", None)
         rows, counts = [], []
         for start in range(0, count, BATCH):
             places = list(range(start, min(start + BATCH, count)))

@@ -192,8 +192,7 @@ class FlowModel(MegaFlowModel):
         balanced = self.is_map and steps == 1 and method in ("flow_map", "stochastic") and not given
         if balanced and "balance" not in self.config.fixed:
             raise ValueError("this map has no balance for one-step text, it was larger than memory when it was converted: use num_steps=2")
-        argmax = steps == 1 and method != "ancestral"
-        return {"steps": steps, "method": method, "gamma": gamma, "last": last, "balanced": balanced, "argmax": argmax}
+        return {"steps": steps, "method": method, "gamma": gamma, "last": last, "balanced": balanced}
 
     def grid(self, steps: int, last: float | None) -> Tensor:
         """(steps + 1,) times from 0 to 1, even on the clock that training was fitted to but for the last step."""

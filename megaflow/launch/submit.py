@@ -80,13 +80,13 @@ def submit(
     stages = [word.partition("=")[2] for word in overrides if word.startswith("stage=")]
     overrides = [word for word in overrides if not word.startswith("stage=")]
     steps = [step(stages[-1] if stages else "pretrain", [config, *overrides], resources, None, bool(after))]
-    single(steps[0], resources)
     for stage, *words in then or []:
         run = next((earlier.directory for earlier in reversed(steps) if earlier.stage in (*TRAINING, "evaluate")), None)
         for each in (each for each in steps if each.stage in TRAINING):
             if at := known(each.words[1], each.words[2:])[0].config.train.pause_at:
                 raise UserError(f"train.pause_at={at}: the run pauses there, and --then {stage} would begin; leave one of them out")
         steps.append(step(stage, words, resources, run, True))
+    single(steps, resources)
     coming = {os.path.abspath(path) for path in after or []}
     for each in steps:
         if each.stage in OPTIONS:
@@ -254,9 +254,10 @@ def needed(stage: str, resources: Resources) -> Resources:
     return replace(resources, nodes=1, processes=1, gpus=min(1, resources.gpus) if stage == "evaluate" else 0)
 
 
-def single(first: Step, resources: Resources) -> None:
-    if first.stage not in TRAINING and (resources.nodes > 1 or resources.processes > 1 or resources.gpus > 1):
-        raise UserError(f"stage={first.stage} is one process, and has no use for more hosts, GPUs or processes")
+def single(steps: list[Step], resources: Resources) -> None:
+    if resources.nodes == 1 and max(resources.processes, resources.gpus) <= 1 or any(each.stage in TRAINING for each in steps):
+        return
+    raise UserError(f"stage={steps[0].stage} is one process, and has no use for more hosts, GPUs or processes")
 
 
 def limits(resources: Resources) -> None:

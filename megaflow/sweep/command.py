@@ -87,6 +87,8 @@ def run_here(asked: Sweep, all_points: list[design.Point], overrides: list[str],
     halving.check(asked, placed)
     if not searching:
         filed.keep(asked, placed, overrides)
+    if (some := refusals(placed)) and not all(each.refused for each in placed):
+        print(some, file=sys.stderr)  # before hours of the others
     with on_signals(stop):
         if searching:
             tally = searched(asked, slots, retry, stop, overrides)
@@ -101,8 +103,8 @@ def run_here(asked: Sweep, all_points: list[design.Point], overrides: list[str],
         + (f"; {page_of(asked)}" if page_of(asked).exists() else ""),
         file=sys.stderr,
     )
-    if refused := next((each for each in placed if each.refused), None):
-        print(f"megaflow: refused, such as {refused.directory.name}: {refused.refused}", file=sys.stderr)
+    if some:
+        print(some, file=sys.stderr)
     if tally.full:
         print(f"megaflow: {tally.full}; {unfinished} points are left, the same command goes on when there is room", file=sys.stderr)
         return 1
@@ -110,6 +112,15 @@ def run_here(asked: Sweep, all_points: list[design.Point], overrides: list[str],
         print(f"megaflow: stopped by a signal, {unfinished} points are left; the same command goes on", file=sys.stderr)
         return STOPPED if stop[0] != signal.SIGINT else 130
     return 1 if tally.count(FAILED) or unfinished or tally.count(REFUSED) == tally.total else 0
+
+
+def refusals(placed: list[Placed]) -> str:
+    """A line of the points that cannot be trained; empty where there are none."""
+    some = [each for each in placed if each.refused]
+    if not some:
+        return ""
+    told = f"{len(some)} of {len(placed)} points {'are' if len(some) > 1 else 'is'} refused, such as"
+    return f"megaflow: {told} {some[0].directory.name}: {some[0].refused}"
 
 
 def page_of(asked: Sweep) -> Path:
@@ -250,12 +261,10 @@ def submitted(asked: Sweep, all_points: list[design.Point], words: list[str], cl
         if not cluster.dry_run:
             filed.keep(asked, placed, words)
             taken_up(placed, cluster)
-        some = [each for each in placed if each.refused]
-        if some:
-            told = f"{len(some)} of {len(placed)} points are refused, such as {some[0].directory.name}: {some[0].refused}"
-            print(f"megaflow: {told}", file=sys.stderr)
+        if some := refusals(placed):
+            print(some, file=sys.stderr)
         more = any(array.submit(asked, alive, cluster, share) for share, alive in halving.rungs(asked, placed, note=not cluster.dry_run))
-        if not more and len(some) == len(placed):
+        if not more and all(each.refused for each in placed):
             return 1
     if more:
         return 0

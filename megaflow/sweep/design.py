@@ -570,7 +570,11 @@ def points(sweep: Sweep, some: list[Choice] | None = None) -> list[Point]:
     chosen = choices(sweep) if some is None else some
     if some is None and sweep.draw["kind"] == "random":
         # a draw of n is the beginning of a draw of more: raising the count runs only what is new
-        chosen = sorted(chosen, key=lambda choice: _rank(sweep.draw["seed"], choice[0]))[: sweep.draw["count"]]
+        ranked = sorted(chosen, key=lambda choice: _rank(sweep.draw["seed"], choice[0]))
+        chosen = ranked[: sweep.draw["count"]]
+        asked = [choice for choice in ranked if sweep.baseline and _matches(sweep.baseline, *choice)]
+        if asked and not any(choice in chosen for choice in asked):
+            chosen = [asked[0], *chosen[:-1]]  # all others are compared with it
     found, teachers = [], {}
     if sweep.teacher.base:
         for seed in sweep.seeds:

@@ -103,10 +103,16 @@ def run(asked: Sweep, placed: list[Placed], slots: list[dict[str, str]], retry: 
     """Work on all points until none is left that can be, or a signal came; then what trains has saved. share: of their steps, at which
     they pause (halving.py)."""
     tally = Tally(len({each.directory for each in placed}))
-    waiting = list({each.directory: each for each in placed}.values())
+    waiting = []
+    for each in {each.directory: each for each in placed}.values():  # what is over already is not what takes time
+        if (state := standing(asked, each, tally, retry, share)) in (DONE, FAILED, REFUSED, PAUSED):
+            tally.states[str(each.directory)] = state
+        else:
+            waiting.append(each)
     busy: list[Running] = []
     free, shown = list(range(len(slots))), 0.0
     while waiting or busy:
+        elsewhere = 0
         for each in list(waiting) if not stop else []:
             if not free:
                 break
@@ -120,6 +126,7 @@ def run(asked: Sweep, placed: list[Placed], slots: list[dict[str, str]], retry: 
             claim = None if holder(each.directory) == "here" else points.claim(each.directory)
             if claim is None:
                 waiting.append(each)  # of another sweep that runs here, or still saving after one that was killed
+                elsewhere += 1
                 continue
             points.note(each, "running")
             busy.append(Running(each, claim, free.pop(), time.monotonic(), commands(asked, each, share), halving.pauses(each, share)))
@@ -132,9 +139,9 @@ def run(asked: Sweep, placed: list[Placed], slots: list[dict[str, str]], retry: 
                 one.claim.close()
         if tally.full and not stop:
             stop.append(NO_SIGNAL)
-        if time.monotonic() > shown + (SAY if not sys.stderr.isatty() else 1.0) and busy:
+        if time.monotonic() > shown + (SAY if not sys.stderr.isatty() else 1.0) and (busy or elsewhere):
             shown = time.monotonic()
-            say(tally, len(busy), len(waiting), len(slots))
+            say(tally, len(busy), len(waiting), elsewhere, len(slots))
         time.sleep(PERIOD)
     return tally
 
@@ -251,13 +258,15 @@ def end_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def say(tally: Tally, busy: int, waiting: int, slots: int) -> None:
-    """A line on the console: how many are done, and how long the others will take."""
+def say(tally: Tally, busy: int, waiting: int, elsewhere: int, slots: int) -> None:
+    """A line on the console: how many are done, and how long the others will take. elsewhere: those of `waiting` that another process works
+    on."""
     time_left = ""
     if tally.seconds:
         rest = (waiting + 0.5 * busy) * statistics.mean(tally.seconds) / slots
         time_left = f", {duration(rest)} left"
-    failed = f", {tally.count(FAILED)} failed" if tally.count(FAILED) else ""
-    line = f"{tally.count(DONE)}/{tally.total} points done, {busy} running, {waiting} waiting{failed}{time_left}"
+    others = f" ({elsewhere} that another process works on)" if elsewhere else ""
+    lost = "".join(f", {tally.count(state)} {state}" for state in (FAILED, REFUSED) if tally.count(state))
+    line = f"{tally.count(DONE)}/{tally.total} points done, {busy} running, {waiting} waiting{others}{lost}{time_left}"
     sys.stderr.write(f"\r\x1b[K{line}" if sys.stderr.isatty() else f"{line}\n")
     sys.stderr.flush()

@@ -96,13 +96,16 @@ class Design(NamedTuple):
 
 
 class Winner(NamedTuple):
-    """The choice with the best mean of those with the most seeds. ties: others whose paired difference from it is within its own error;
-    incomplete: choices with a better mean over fewer seeds, which is no fair comparison; testable: whether ties could be looked for."""
+    """The choice with the best mean of those with the most seeds. Of the others, by their paired difference from it: ties are within its
+    error, ahead are better by more, on the seeds that both have, clear are worse by more, untested share fewer than two seeds with it.
+    incomplete: choices with a better mean over fewer seeds, which is no fair comparison."""
 
     choice: Choice
     ties: list[Choice]
+    ahead: list[Choice]
+    clear: list[Choice]
+    untested: list[Choice]
     incomplete: list[Choice]
-    testable: bool
 
 
 class Law(NamedTuple):
@@ -181,10 +184,16 @@ def winner(data: dict[str, Any]) -> Winner | None:
         return None
     most = max(len(row.values) for _, row in scored)
     score, best = next(pair for pair in scored if len(pair[1].values) == most)
-    others = [(row, paired(row.values, best.values)) for _, row in scored if row.choice != best.choice]
-    ties = [row.choice for row, pair in others if pair.error is not None and abs(pair.difference or 0.0) <= pair.error]
-    incomplete = [row.choice for other, row in scored if other < score]
-    return Winner(best.choice, ties, incomplete, any(pair.error is not None for _, pair in others))
+    found = Winner(best.choice, [], [], [], [], [row.choice for other, row in scored if other < score])
+    for row in (row for _, row in scored if row.choice != best.choice):
+        pair = paired(row.values, best.values)
+        if pair.difference is None or pair.error is None:
+            found.untested.append(row.choice)
+        elif abs(pair.difference) <= pair.error:
+            found.ties.append(row.choice)
+        else:
+            (found.ahead if sign * pair.difference < 0 else found.clear).append(row.choice)
+    return found
 
 
 def pareto(costs: Sequence[float], scores: Sequence[float], lower_is_better: bool = True) -> list[int]:

@@ -71,6 +71,19 @@ def test_what_is_refused(cli, config, tmp_path, monkeypatch, words, said):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_chain_that_begins_with_one_process_may_ask_for_more(cli, config, texts, tmp_path):
+    own = (f"data.path={tmp_path / 'data'}", f"data.source=[{texts['chapters']}]")
+    prepare, many = (config("coded"), *own, "stage=prepare"), ("--nodes", 2, "--gpus-per-node", 4, "--dry-run")
+    told = cli("submit", *prepare, "--then", "pretrain", config("coded"), *own, f"run.dir={tmp_path / 'run'}", "--then", "evaluate", *many)
+    assert told.code == 0, told.err
+    first, second, third = told.out.split("#!/bin/bash")[1:]
+    assert "#SBATCH --nodes=1\n" in first and "gpus" not in first
+    assert "#SBATCH --nodes=2\n" in second and "#SBATCH --gpus-per-node=4\n" in second
+    assert "#SBATCH --nodes=1\n" in third and "#SBATCH --gpus-per-node=1\n" in third
+    told = cli("submit", *prepare, *many)
+    assert told.code == 2 and "is one process, and has no use for more hosts, GPUs or processes" in told.err
+
+
 def test_a_run_may_be_called_anything(cli, copied, tmp_path, monkeypatch):
     """A point of a sweep has a = in its name; a name may begin as an option does."""
     monkeypatch.chdir(tmp_path)

@@ -135,6 +135,17 @@ def test_a_random_draw_of_more_has_that_of_fewer_in_it(sweep):
     assert len(whole) == 90
 
 
+def test_a_random_draw_holds_the_baseline(sweep):
+    """Wherever it stands in the order of drawing; and more still hold fewer."""
+    axes = "axes: {model.layers: {range: [1, 9], step: 1}, model.hidden: [32, 64]}"
+    text = axes + "\nbaseline: {model.layers: %s}\ndraw: {kind: random, count: %s}"
+    for layers in range(1, 10):
+        few, more, whole = (design.points(sweep(text % (layers, count))) for count in (3, 6, 18))
+        assert design.baseline_of(sweep(text % (layers, 3)), few)["model.layers"] == str(layers)
+        assert {point.name for point in few} < {point.name for point in more} < {point.name for point in whole}
+        assert [len(some) for some in (few, more, whole)] == [3, 6, 18]
+
+
 def test_a_wider_axis_keeps_the_choices_of_a_random_draw_apart_from_their_place(sweep):
     """What is drawn depends on what a choice is: another value of an axis may take its place, and never renames it."""
     narrow = {point.name for point in design.points(sweep("axes: {model.layers: [1, 2, 3, 4]}\ndraw: {kind: random, count: 3}"))}

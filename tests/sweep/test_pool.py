@@ -152,7 +152,36 @@ def test_a_full_disk_ends_a_sweep_with_one_sentence(sweeping, disk):
 def test_a_sweep_of_which_nothing_can_be_trained_says_why(sweeping):
     refused = sweeping("axes: {model.layers: [1, 2]}", "set.model.heads=3")
     assert refused.code == 1 and "0 of 2 points done, 2 refused" in refused.err
-    assert "megaflow: refused, such as model.layers=1-seed=0: " in refused.err and "model.heads=3" in refused.err
+    told = "megaflow: 2 of 2 points are refused, such as model.layers=1-seed=0: "
+    assert refused.err.count(told) == 1 and "model.heads=3" in refused.err
+
+
+@pytest.mark.long
+def test_what_is_refused_is_told_before_the_others_are_trained_and_what_is_done_is_counted_at_once(sweeping):
+    axes = "axes: {flow.weighting: [none, balancd, balanced]}"
+    first = sweeping(axes)
+    told = "megaflow: 1 of 3 points is refused, such as flow.weighting=balancd-seed=0: "
+    assert first.code == 0 and first.err.startswith(told) and first.err.count(told) == 2 and "2 of 3 points done, 1 refused" in first.err
+    more = sweeping.start(axes, "seeds=3")
+    lines = iter(more.stderr.readline, "")
+    assert next(line for line in lines if "points done" in line).startswith("2/9 points done, 2 running, 2 waiting, 3 refused")
+    more.send_signal(signal.SIGINT)
+    assert more.wait(100) == 130 and "4 points are left" in more.stderr.read()
+
+
+def test_points_of_another_process_are_waited_for_with_a_word(tmp_path, monkeypatch, capsys):
+    each = points.Placed(design.Point({"a": "1"}, {}, 0, "pretrain", "base.yaml"), tmp_path / "a=1", "", [])
+    said = ""
+
+    def stands(directory, evaluate):
+        nonlocal said
+        said += capsys.readouterr().err
+        return "done" if said else "running", ""
+
+    monkeypatch.setattr(points, "stands", stands)
+    with points.claim(each.directory):
+        tally = pool.run(SimpleNamespace(evaluate={}), [each], [{}, {}], False, [])
+    assert said == "0/1 points done, 0 running, 1 waiting (1 that another process works on)\n" and tally.count("done") == 1
 
 
 @pytest.mark.parametrize(

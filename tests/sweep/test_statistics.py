@@ -88,15 +88,25 @@ class TestChoices:
         cells = {("1",): {0: 1.0, 1: 2.0, 2: 3.0}, ("2",): {0: 1.3, 1: 1.9, 2: 3.1}, ("3",): {0: 1.2, 1: 2.2, 2: 3.25}}
         won = statistics.winner(sweep(cells, self.AXES))
         # 2 - 1: .3, -.1, .1, mean .1, error .115; 3 - 1: .2, .2, .25, far from none
-        assert won == statistics.Winner(("1",), [("2",)], [], True)
+        assert won == statistics.Winner(("1",), ties=[("2",)], ahead=[], clear=[("3",)], untested=[], incomplete=[])
         assert statistics.winner(sweep(cells, self.AXES, lower_is_better=False)).choice == ("3",)
 
     def test_a_better_mean_of_fewer_seeds_does_not_win(self):
         won = statistics.winner(sweep({("1",): {0: 1.0, 1: 2.0}, ("2",): {0: 0.9}, ("3",): {0: 1.6, 1: 2.1}}, self.AXES))
-        assert won.choice == ("1",) and won.incomplete == [("2",)]
+        assert won.choice == ("1",) and won.incomplete == won.untested == [("2",)] and won.clear == [("3",)]
+
+    @pytest.mark.parametrize("lower", [True, False])
+    def test_what_is_better_on_the_seeds_that_both_have_is_told(self, lower):
+        """Means of different seeds: that of 1 is better because of the seeds that it has."""
+        sign = 1 if lower else -1
+        cells = {("1",): {0: 4.0, 1: 4.1, 2: 4.2}, ("2",): {1: 4.05, 2: 4.149, 3: 4.5}}
+        signed = {choice: {seed: sign * value for seed, value in values.items()} for choice, values in cells.items()}
+        won = statistics.winner(sweep(signed, self.AXES, lower_is_better=lower))
+        assert won == statistics.Winner(("1",), ties=[], ahead=[("2",)], clear=[], untested=[], incomplete=[])
 
     def test_one_seed_tests_nothing(self):
-        assert statistics.winner(sweep({("1",): {0: 1.0}, ("2",): {0: 0.9}}, self.AXES)) == statistics.Winner(("2",), [], [], False)
+        won = statistics.winner(sweep({("1",): {0: 1.0}, ("2",): {0: 0.9}}, self.AXES))
+        assert won == statistics.Winner(("2",), [], [], [], [("1",)], [])
         assert statistics.winner(sweep({}, self.AXES)) is None
 
     @pytest.mark.parametrize("lower", [True, False])

@@ -16,7 +16,7 @@ PARQUET = ["pyarrow>=15"]
 SEARCH = ["optuna>=4"]
 TENSORBOARD = ["tensorboard>=2.14"]
 ONNX = ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"]
-EVAL = ["mauve-text>=0.4", "lm-eval>=0.4.9"]
+EVAL = ["mauve-text>=0.4", "lm-eval>=0.4.10"]
 
 paths = sysconfig.get_paths()
 site_packages = os.path.relpath(paths["purelib"], paths["data"])  # where data_files are relative to
@@ -47,7 +47,7 @@ setup(
         "wandb>=0.19",
         "numpy>=1.26",
         "tokenizers>=0.20",
-        "transformers>=4.46,<5",
+        "transformers>=4.56,<5",
         "safetensors>=0.4.3",
         "matplotlib>=3.8",
         "Jinja2>=3.1",

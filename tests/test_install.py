@@ -251,6 +251,16 @@ def test_it_imports_nothing(name):
     assert python(code, SITE) == name
 
 
+def test_an_lm_eval_that_is_too_old_is_told(tmp_path):
+    for package in ("lm_eval", "lm_eval/api", "lm_eval/models"):
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").write_text("")
+    (tmp_path / "lm_eval/api/registry.py").write_text("MODEL_REGISTRY = {}\n")
+    code = "import sys; sys.stderr = sys.stdout; import megaflow_lm_eval; import lm_eval.models"
+    said = python(code, tmp_path, SITE)
+    assert said.startswith("megaflow: no model of this lm_eval (") and said.endswith("pip install 'lm-eval>=0.4.10'")
+
+
 def torchvision_with(folder: Path, has_ops: str) -> None:
     """A torchvision of the same shape, whose `_has_ops()` is the expression given."""
     package = folder / "torchvision"

@@ -1,6 +1,6 @@
 """`megaflow sample RUN`: text from a run of any kind."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +44,7 @@ def sample(
     settings = resolved(run, Settings(steps, method, temperature, gamma, seed, last))
     if clock != "auto":
         run.clock = flow_text.grid_clock(run, clock)
-    passes = (settings.steps or run.manifest["length"]) * -(-count // flow_text.BATCH)
-    progress, done = Progress(f"sample {run.directory.name}", passes, "passes"), iter(range(1, passes + 1))
-
-    def tick() -> None:
-        progress.update(next(done))
-
-    rows = generate(run, count, settings, template, tick=tick)
+    rows = generate(run, count, settings, template, tick=ticking(f"sample {run.directory.name}", run, settings, [count]))
     made = {"run": str(directory), "step": run.step, **settings._asdict(), "clock": None if run.parts is None else clock}
     if template is not None:
         made |= {"prompt": prompt, "infill": infill, "given_tokens": int(template.given.sum())}
@@ -116,6 +110,13 @@ def check_given(run: Run, form: str, option: str) -> None:
 
 
 @torch.no_grad()
+def ticking(label: str, run: Run, settings: Settings, counts: Iterable[int], patience: float = 0.0) -> Callable[[], None]:
+    """What `generate` is to call after every pass, so that the passes of calls for so many texts show their progress."""
+    passes = (settings.steps or run.manifest["length"]) * sum(-(-count // flow_text.BATCH) for count in counts)
+    progress, done = Progress(label, passes, "passes", patience=patience), iter(range(1, passes + 1))
+    return lambda: progress.update(next(done))
+
+
 def generate(
     run: Run,
     count: int,

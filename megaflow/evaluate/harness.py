@@ -30,7 +30,7 @@ from torch import Tensor
 from megaflow.data.tokenizer import decode, end_id
 from megaflow.errors import UserError
 from megaflow.evaluate import real_text
-from megaflow.evaluate.generate import check_given, generate, needs_source
+from megaflow.evaluate.generate import check_given, generate, needs_source, ticking
 from megaflow.evaluate.likelihood import nats
 from megaflow.evaluate.loaded import load_run
 from megaflow.evaluate.settings import Settings, check_temperature, resolved
@@ -57,6 +57,9 @@ class Took(NamedTuple):
     error: float
     tokens: int
     draws: int
+
+
+CHAT = "lm_eval: --apply_chat_template: what is trained here reads texts and has no chat template; leave it out"
 
 
 def told(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -282,30 +285,49 @@ class MegaFlow(LM):
 
     # -- text
 
+    def apply_chat_template(self, chat_history: Any, add_generation_prompt: bool = True) -> str:
+        raise UserError(CHAT)
+
+    @property
+    def tokenizer_name(self) -> str:
+        raise UserError(CHAT)  # lm_eval asks for it where a chat template is to be applied, and only there
+
     def generate_until(self, requests: list) -> list[str]:
-        texts = []
-        for number, (context, asked_for) in enumerate(request.args for request in requests):
-            whole = self.given(context)
-            left = self.length - len(whole)
-            how: dict[str, Any] = {**normalize_gen_kwargs(asked_for, left if left > 0 else self.length // 2)}
-            self.heed(how)
-            room = how["max_gen_toks"]
-            if not 0 < room < self.length:
-                rows = f"a row of {self.run.directory} has {self.length} tokens, for the context and what is written"
-                raise UserError(f"lm_eval: max_gen_toks={room}: {rows}; give fewer, --gen_kwargs max_gen_toks={self.length // 2}")
-            before = whole[-(self.length - room) :]
-            self.count_cut(len(before) < len(whole))
-            ids, given = self.padded([before], [len(before)])
-            if before:
-                self.check_given(True)
-            elif needs_source(self.run):
-                raise UserError(f"lm_eval: {self.run.directory} writes what belongs to a source, and a request has no context")
-            heat = 1.0 if self.one_step else self.warmth(how)
-            asked = Settings(self.steps, temperature=heat, seed=self.seed + number)  # `repeats` asks for the same several times
-            settings = resolved(self.run, asked)
-            (row,) = generate(self.run, 1, settings, Template(ids, given) if before else None)
-            texts.append(self.cut(row[len(before) :][:room], how["until"]))
+        """Text i of those at one temperature, with a context or without, is a function of the seed, i and its context: `repeats` of a task,
+        which asks for the same several times, gets several."""
+        asked = [self.asked(*request.args) for request in requests]
+        alike: dict[tuple[float, bool], list[int]] = {}
+        for number, (before, heat, _, _) in enumerate(asked):
+            alike.setdefault((heat, bool(before)), []).append(number)
+        texts, counts = [""] * len(asked), [len(each) for each in alike.values()]
+        tick = ticking(f"text {self.run.directory.name}", self.run, resolved(self.run, Settings(self.steps)), counts, patience=5.0)
+        for (heat, with_context), numbers in alike.items():
+            settings = resolved(self.run, Settings(self.steps, temperature=heat, seed=self.seed))
+            befores = [asked[number][0] for number in numbers]
+            template = Template(*self.padded(befores, [len(before) for before in befores])) if with_context else None
+            rows = generate(self.run, len(numbers), settings, template, tick=tick)
+            for number, row in zip(numbers, rows, strict=True):
+                before, _, room, until = asked[number]
+                texts[number] = self.cut(row[len(before) :][:room], until)
         return texts
+
+    def asked(self, context: str, settings: dict[str, Any]) -> tuple[list[int], float, int, list[str]]:
+        """What is given of a row, the temperature, how many tokens behind it count, and up to which stops. Raises UserError."""
+        whole = self.given(context)
+        left = self.length - len(whole)
+        how: dict[str, Any] = {**normalize_gen_kwargs(settings, left if left > 0 else self.length // 2)}
+        self.heed(how)
+        room = how["max_gen_toks"]
+        if not 0 < room < self.length:
+            rows = f"a row of {self.run.directory} has {self.length} tokens, for the context and what is written"
+            raise UserError(f"lm_eval: max_gen_toks={room}: {rows}; give fewer, --gen_kwargs max_gen_toks={self.length // 2}")
+        before = whole[-(self.length - room) :]
+        self.count_cut(len(before) < len(whole))
+        if before:
+            self.check_given(True)
+        elif needs_source(self.run):
+            raise UserError(f"lm_eval: {self.run.directory} writes what belongs to a source, and a request has no context")
+        return before, 1.0 if self.one_step else self.warmth(how), room, how["until"]
 
     def count_bytes(self, task: str, text: str, ids: list[int]) -> None:
         """Note how many bytes a text has, and how many of them a run reads; lm_eval's bits per byte are of all."""

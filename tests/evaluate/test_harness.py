@@ -13,7 +13,7 @@ import torch
 from megaflow.data.tokenizer import decode
 from megaflow.errors import UserError
 from megaflow.evaluate.evaluation import evaluate
-from megaflow.evaluate.generate import sample
+from megaflow.evaluate.generate import generate, sample
 from megaflow.evaluate.likelihood import nats
 from megaflow.evaluate.loaded import load_run
 from megaflow.evaluate.real_text import made
@@ -24,6 +24,7 @@ from tests.evaluate.problems import prepared
 pytest.importorskip("lm_eval")
 from lm_eval.api.instance import Instance  # noqa: E402
 
+from megaflow.evaluate import harness  # noqa: E402
 from megaflow.evaluate.harness import MegaFlow, key_of, summed  # noqa: E402
 
 TASKS = {
@@ -272,6 +273,28 @@ def test_several_texts_of_one_request_differ(trained):
     model, how = MegaFlow(path=str(trained("documents", "autoregressive"))), {"do_sample": True, "temperature": 1.0, "max_gen_toks": 8}
     texts = model.generate_until([request("And God", how)] * 3)
     assert len(set(texts)) == 3 and model.generate_until([request("And God", how)]) == texts[:1]
+
+
+def test_texts_are_written_many_at_once_in_the_order_of_their_requests(given_run, monkeypatch):
+    counts = []
+    monkeypatch.setattr(
+        harness, "generate", lambda run, count, *more, **named: (counts.append(count), generate(run, count, *more, **named))[1]
+    )
+    model, how = MegaFlow(path=str(given_run), steps=3), {"do_sample": True, "max_gen_toks": 5}
+    asked = [("And God", 1.0), ("", 1.0), ("In the beginning", 0.5), ("In the", 1.0), ("", 1.0), ("And God", 0.5)]
+    texts = model.generate_until([request(context, {**how, "temperature": heat}) for context, heat in asked])
+    assert counts == [2, 2, 2]
+    for some in ([0, 3], [1, 4], [2, 5]):
+        alone = model.generate_until([request(asked[i][0], {**how, "temperature": asked[i][1]}) for i in some])
+        assert alone == [texts[i] for i in some]
+    assert counts == [2] * 6
+
+
+def test_there_is_no_chat_template(trained):
+    model = MegaFlow(path=str(trained("documents", "autoregressive")))
+    for ask in (lambda: model.tokenizer_name, lambda: model.apply_chat_template([{"role": "user", "content": "And"}])):
+        with pytest.raises(UserError, match="--apply_chat_template: what is trained here reads texts .* leave it out"):
+            ask()
 
 
 def test_of_a_context_that_is_too_long_its_end_is_kept(trained):

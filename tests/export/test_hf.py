@@ -243,6 +243,9 @@ class TestGivenTokens:
             ({"temperature": True}, "temperature must be a number, not True"),
             ({"prompt": [40.7, 1.0]}, "the tokens of the prompt must be whole numbers, not torch.float32"),
             ({"prompt": 5}, r"the prompt has the shape \(\); give tokens"),
+            ({"prompt": "In the"}, r"the prompt must be tokens, such as tokenizer\(text\)\['input_ids'\]; several"),
+            ({"prompt": [[1, 2], [3]]}, r"several of other lengths padded on the right, with mask=their attention_mask"),
+            ({"prompt": {"input_ids": [1]}}, r"the prompt must be tokens"),
             ({"prompt": [[[1]]]}, r"the prompt has the shape \(1, 1, 1\)"),
             ({"prompt": []}, r"the prompt has the shape \(0,\)"),
             ({"prompt": [1, 2], "mask": [0.5, 1.0]}, "the mask must be whole numbers, not torch.float32"),
@@ -338,6 +341,17 @@ class TestTheFolder:
         assert torch.equal(model.fixed.code, parts.code.matrix) and torch.equal(model.fixed.log_prior, parts.log_prior)
         assert model.generate(2).shape == (1, 16)
         assert not any(value.requires_grad for value in model.fixed.parameters()) and model.weight.requires_grad
+
+    @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float64])
+    def test_cast_after_it_is_loaded_it_is_what_it_is_loaded_as(self, converted, kind):
+        loaded, cast = (
+            FlowModel.from_pretrained(converted("coded", "flow"), dtype=kind),
+            FlowModel.from_pretrained(converted("coded", "flow")).to(kind),
+        )
+        assert cast.weight.dtype == kind and cast.fixed.code.dtype == torch.float32 and not cast.fixed.code.requires_grad
+        assert all(torch.equal(one, other) for one, other in zip(loaded.parameters(), cast.parameters(), strict=True))
+        assert torch.equal(loaded.generate(2, seed=3), cast.generate(2, seed=3))
+        assert {value.device.type for value in cast.to("meta").parameters()} == {"meta"}
 
     def test_losses_of_a_causal_model_are_the_run_s(self, trained, converted):
         out, run = converted("documents", "autoregressive"), load_run(trained("documents", "autoregressive"))

@@ -22,8 +22,8 @@ class RegisteringFinder:
 
                 if "megaflow" not in model_registry:
                     model_registry.register("megaflow", target=TARGET)
-            except Exception:  # lm_eval then says which models it knows
-                pass
+            except Exception as error:  # lm_eval then says which models it knows
+                sys.stderr.write(f"megaflow: no model of this lm_eval ({error}); pip install 'lm-eval>=0.4.10'\n")
         return None
 
 

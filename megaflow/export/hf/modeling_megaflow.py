@@ -300,6 +300,17 @@ def invert(weights: Tensor, chance: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, chance[:, None].double() * cumulative[:, -1:], right=True)[:, 0].clamp(max=weights.shape[-1] - 1)
 
 
+class Fixed(nn.Module):
+    """What is no weight, and stays in fp32 whatever the weights are cast to: parameters, since transformers keeps these alone so."""
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        for name, value in self._parameters.items():
+            moved = fn(value)
+            kept = moved if moved.dtype == value.dtype else value.to(moved.device)
+            self._parameters[name] = nn.Parameter(kept.detach(), requires_grad=False)
+        return self
+
+
 class MegaFlowModel(PreTrainedModel):
     config_class = MegaFlowConfig
     base_model_prefix = ""
@@ -309,8 +320,8 @@ class MegaFlowModel(PreTrainedModel):
         super().__init__(config)
         vocab, hidden = config.vocab_size, config.hidden_size
         self.weight, self.bias = nn.Parameter(torch.empty(vocab, hidden)), nn.Parameter(torch.empty(vocab))
-        self.fixed = nn.Module()
-        for name, (shape, kind) in config.fixed.items():  # no weights, but transformers keeps parameters alone in fp32
+        self.fixed = Fixed()
+        for name, (shape, kind) in config.fixed.items():
             self.fixed.register_parameter(name, nn.Parameter(torch.zeros(shape, dtype=getattr(torch, kind)), requires_grad=False))
         if config.fixed:
             self._keep_in_fp32_modules = self._keep_in_fp32_modules_strict = ["fixed"]
@@ -413,7 +424,11 @@ class MegaFlowModel(PreTrainedModel):
         if refused := self.config.no_given:
             raise ValueError(refused)
         length = self.config.max_position_embeddings
-        ids = torch.as_tensor(prompt, device=self.device)
+        try:
+            ids = torch.as_tensor(prompt, device=self.device)
+        except (TypeError, ValueError, RuntimeError) as error:
+            how = "such as tokenizer(text)['input_ids']; several of other lengths padded on the right, with mask=their attention_mask"
+            raise ValueError(f"the prompt must be tokens, {how}") from error
         ids = ids.long() if ids.numel() == 0 else numbers(ids, "the tokens of the prompt", self.device).long()
         if ids.ndim not in (1, 2) or ids.numel() == 0:
             raise ValueError(f"the prompt has the shape {tuple(ids.shape)}; give tokens (n,), or (B, n) of B texts")

@@ -153,10 +153,12 @@ def making(out: str | Path) -> Iterator[None]:
     """
     main = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, signal.default_int_handler) if main else None
+    there = os.path.lexists(out)
     try:
         yield
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"interrupted; {out} is not made, and nothing of it is left; the same command begins anew") from None
+        became = "is as it was before" if there else "is not made, and nothing of it is left"
+        raise KeyboardInterrupt(f"interrupted; {out} {became}; the same command begins anew") from None
     finally:
         if main:
             signal.signal(signal.SIGTERM, before)

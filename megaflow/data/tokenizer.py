@@ -138,7 +138,8 @@ def _files(folder: str, kind: str, *names: str) -> list[Path]:
     missing = [path.name for path in paths if not path.is_file()]
     if not folder or missing:
         place = f"{folder} lacks {' and '.join(missing)}" if folder else "data.tokenizer_path is empty"
-        raise UserError(f"{place}: data.tokenizer={kind} needs data.tokenizer_path to be a folder with {' and '.join(names)}.")
+        own = f"; ./{kind} is the folder of that name here" if os.path.exists(kind) else ""
+        raise UserError(f"{place}: data.tokenizer={kind} needs data.tokenizer_path to be a folder with {' and '.join(names)}{own}.")
     return paths
 
 

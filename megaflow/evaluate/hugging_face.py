@@ -104,6 +104,8 @@ def open_folder(path: Path, device: torch.device) -> Folder:
 def _tokenizer(path: Path) -> Any:
     from transformers import AutoTokenizer
 
+    if not any(path.glob("*token*")) and not any((path / name).exists() for name in ("vocab.json", "vocab.txt", "spiece.model")):
+        raise UserError(f"--judge {path}: it has no tokenizer.json: save the model's own tokenizer there (tokenizer.save_pretrained)")
     try:
         found = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever went wrong

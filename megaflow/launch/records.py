@@ -10,6 +10,7 @@ PLACE is RUN/slurm; beside a folder of shards, which prepare makes whole, it is 
 
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,12 @@ def attempts(place: Path) -> list[dict[str, Any]]:
 
 def add_job(place: Path, content: dict[str, Any]) -> None:
     _add(place / JOBS, content)
+
+
+def add_cancelled(place: Path, job: str, step: int, said: str) -> None:
+    """Note at a run that its job has left the queue without an attempt."""
+    never = {"attempt": 0, "end": "stopped", "decision": "left", "cancelled": True, "said": said}
+    add_attempt(place, {"job": job, "time": time.time(), "step": step, **never})
 
 
 def add_attempt(place: Path, content: dict[str, Any]) -> bool:

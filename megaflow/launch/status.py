@@ -115,8 +115,9 @@ def found(places: list[Path]) -> tuple[list[Path], list[Path]]:
         if not place.is_dir():
             raise UserError(f"{place}: no such directory; give a run, or a folder of runs")
         below = [place]
-        for _ in range(DEPTH):
-            here = [path for path in below if is_run(path)]
+        for depth in range(DEPTH):
+            # one that is asked for by name may be a point that is just starting
+            here = [path for path in below if is_run(path) or not depth and point_of(path)]
             runs += here
             sweeps += [path for path in below if is_sweep(path)]
             below = [path for folder in below if folder not in here for path in folders(folder)]
@@ -376,7 +377,7 @@ def cancel(places: list[str]) -> None:
     for run in runs:
         if not ended and point_of(run).get("state") == "running" and (own := pools(run.parent)):
             of = shlex.quote(str(run.parent))
-            print(f"the sweep {run.parent}, process {own[0]}, evaluates {run.name}; megaflow cancel {of} ends that sweep")
+            print(f"the sweep {run.parent}, process {own[0]}, starts or evaluates {run.name}; megaflow cancel {of} ends that sweep")
             ended += 1
     if not ended:
         print("nothing to cancel: no job and no process of this host works on it")
@@ -413,12 +414,12 @@ def cancel_job(run: Path, job: slurm.Queued) -> None:
         slurm.ask("scancel", "--signal=TERM", job.id)
         print(f"job {job.id} of {run} is told to save and end; scancel {job.id} ends it at once")
         return
-    waits = ["--state=PENDING"] if job.state == "PENDING" else []  # one that has begun since is to save
+    # one that has begun since is to save; of an array Slurm would take out all that wait, and plain scancel gives it time to save
+    waits = ["--state=PENDING"] if job.state == "PENDING" and "_" not in job.id else []
     slurm.ask("scancel", *waits, job.id)
     place = place_of(run)
     attempts = [line for line in records.attempts(place) if line["job"] == job.id]
     over = job.state == "COMPLETING" and not (attempts and attempts[-1]["decision"] == "again")  # it has said what became of it
     if not is_sweep(run) and not over:
-        never = {"attempt": 0, "end": "stopped", "decision": "left", "cancelled": True, "said": "cancelled before it began"}
-        records.add_attempt(place, {"job": job.id, "time": time.time(), "step": outcome.newest_step(run), **never})
+        records.add_cancelled(place, job.id, outcome.newest_step(run), "cancelled before it began")
     print(f"job {job.id} of {run} is out of the queue")

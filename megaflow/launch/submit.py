@@ -287,6 +287,9 @@ def seconds_of(text: str) -> int:
 def queued(directory: str, dry_run: bool) -> list[str]:
     """The jobs of a run, or of shards, that are not over. Raises UserError."""
     known_jobs = records.jobs(records.place_of(directory))
+    finished = any((Path(directory) / name).exists() for name in ("summary.json", "prepared.json"))
+    if not known_jobs and finished:
+        return []
     if not known_jobs:
         raise UserError(f"--after {directory}: no job was submitted for it; give the directory of a run or of shards that has one")
     ids = [line["job"] for line in known_jobs]
@@ -297,7 +300,7 @@ def queued(directory: str, dry_run: bool) -> list[str]:
         raise UserError(f"--after {directory}: this sweep submits more as it goes, until it has decided; ask again when it is over")
     if not active and (Path(directory) / "sweeps").is_dir():
         raise UserError(f"--after {directory}: no job of this sweep is in the queue; if it is done, leave --after out")
-    if not active and not any((Path(directory) / name).exists() for name in ("summary.json", "prepared.json")):
+    if not active and not finished:
         raise UserError(f"--after {directory}: its job {ids[-1]} is over and it is not finished; submit that again, or leave --after out")
     return active
 

@@ -20,7 +20,8 @@ from megaflow.config.load import load
 from megaflow.errors import UserError
 from megaflow.files import write_atomically
 from megaflow.launch import records, script, slurm
-from megaflow.launch.after import SAME, fate
+from megaflow.launch.after import SAME
+from megaflow.launch.logs import log_of
 from megaflow.launch.records import TRAINING
 from megaflow.launch.script import Job, Resources
 from megaflow.launch.submit import apart, limits, named_by, needed
@@ -198,7 +199,7 @@ def left(asked: Sweep, placed: list[Placed], how: Cluster, active: dict[Path, li
             lost.add(each.point.name)
             if not how.dry_run:
                 points.note(each, REFUSED if each.refused else FAILED, each.refused or points.why_orphaned(each))
-        elif how.itself and (points.cancelled(each.directory) or cancelled_before_it_began(each)):
+        elif how.itself and (points.cancelled(each.directory) or cancelled_before_it_began(each, how.dry_run)):
             halted.add(each.point.name)
         elif how.itself and len(ids := points.unheard(each.directory)) >= SAME:
             lost.add(each.point.name)
@@ -215,14 +216,20 @@ def left(asked: Sweep, placed: list[Placed], how: Cluster, active: dict[Path, li
     return list(found.values())
 
 
-def cancelled_before_it_began(each: Placed) -> bool:
-    """Whether somebody has cancelled a point's training before it began, as far as Slurm remembers."""
+def cancelled_before_it_began(each: Placed, dry_run: bool) -> bool:
+    """Whether a point's training, which is in the queue no more, was cancelled before it began, and is noted so. Slurm does not remember an
+    element of an array that is cancelled while it waits: what it knows nothing of, and has no log, has not begun. Raises UserError."""
     place = records.place_of(each.directory)
-    ids, heard = (
-        [line["job"] for line in records.jobs(place) if line["stage"] in TRAINING],
-        {line["job"] for line in records.attempts(place)},
-    )
-    return bool(ids) and ids[-1] not in heard and fate(ids[-1]) == "cancelled"
+    jobs = [line for line in records.jobs(place) if line["stage"] in TRAINING]
+    if not jobs or jobs[-1]["job"] in {line["job"] for line in records.attempts(place)}:
+        return False
+    job = jobs[-1]["job"]
+    remembered = slurm.queue([job], PATIENCE).get(job)
+    if log_of(jobs[-1], place).exists() if remembered is None else remembered.state != "CANCELLED":
+        return False
+    if not dry_run:
+        records.add_cancelled(place, job, outcome.newest_step(each.directory), f"job {job} has left the queue before it began")
+    return True
 
 
 def entry(each: Placed, words: list[str]) -> dict[str, Any]:

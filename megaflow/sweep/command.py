@@ -203,7 +203,8 @@ def trained(asked: Sweep, placed: list[Placed], slots: list[dict[str, str]], ret
     """All points, or those of a halving rung by rung."""
     tally = Tally(len({each.directory for each in placed}))
     for share, alive in halving.rungs(asked, placed):
-        tally.add(pool.run(asked, unstopped(alive, tally), slots, retry, stop, share))
+        tally.seconds.clear()  # those of another rung are shorter
+        pool.run(asked, unstopped(alive, tally), slots, retry, stop, share, tally)
         if stop:
             break
     tally.states |= {str(each.directory): EARLY for each in placed if points.stands(each.directory, asked.evaluate)[0] == EARLY}
@@ -225,7 +226,7 @@ def searched(asked: Sweep, slots: list[dict[str, str]], retry: bool, stop: list[
         placed = points.place(asked, design.points(asked, chosen))
         filed.keep(asked, placed, words)
         seen.update(each.directory for each in placed)
-        tally.add(pool.run(asked, unstopped(of_choices(placed, new), tally), slots, retry, stop))
+        pool.run(asked, unstopped(of_choices(placed, new), tally), slots, retry, stop, tally=tally)
         return values(asked, placed, new)
 
     search.search(asked, max(1, len(slots) // len(asked.seeds)), measure, stop)
@@ -254,7 +255,7 @@ def submitted(asked: Sweep, all_points: list[design.Point], words: list[str], cl
             f"{asked.file}: budget.seconds goes by how fast choices train here, and arrays train elsewhere; use tokens or flops"
         )
     if asked.draw["kind"] == "optuna":
-        more = searched_there(asked, words, cluster)
+        more, placed = searched_there(asked, words, cluster), list[Placed]()
     else:
         placed = points.place(asked, all_points, listing=cluster.dry_run)
         halving.check(asked, placed)
@@ -271,7 +272,9 @@ def submitted(asked: Sweep, all_points: list[design.Point], words: list[str], cl
     if array.goes_on(asked) and not cluster.dry_run:
         gather.report(asked.dir, quiet=True)
     page = f"; {page_of(asked)}" if page_of(asked).exists() else ""
-    print(f"{asked.dir}: nothing to submit, every point is over; --retry takes those that have failed{page}")
+    halted = sum(points.cancelled(each.directory) for each in {each.directory: each for each in placed}.values())
+    over = "every point is over" if not halted else f"{halted} points were cancelled, which the same command takes up where you give it"
+    print(f"{asked.dir}: nothing to submit, {over}; --retry takes those that have failed{page}")
     return 0
 
 

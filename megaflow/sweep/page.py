@@ -9,6 +9,7 @@ draws its curves in the browser's own font and can switch them.
 
 import csv
 import io
+import itertools
 import math
 import os
 import re
@@ -27,7 +28,8 @@ from megaflow.config.schema import keys
 from megaflow.files import write_atomically
 from megaflow.progress import duration
 from megaflow.sweep import scaling, statistics
-from megaflow.sweep.statistics import Choice, Design, Effect, Law, Row
+from megaflow.sweep.design import slug
+from megaflow.sweep.statistics import Choice, Design, Effect, Law, Row, Winner
 
 COSTS = {
     "flops": "FLOPs of training",
@@ -215,32 +217,35 @@ def significance(p: float | None) -> str:
     return "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
 
 
-def compact(value: float) -> str:
-    """'1.25M', '3e18', '0.001': a number in few characters."""
+def compact(value: float, digits: int = 3) -> str:
+    """'1.25M', '3e18', '0.001': a number in few characters, to so many digits."""
     size = abs(value)
     for unit, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if unit <= size < 1e15:
-            return f"{value / unit:.3g}{name}".replace("-", "−")
-    text = f"{value:.3g}"
+            return f"{value / unit:.{digits}g}{name}".replace("-", "−")
+    text = f"{value:.{digits}g}"
     mantissa, e, exponent = text.partition("e")
     return (f"{mantissa}e{int(exponent)}" if e else text).replace("-", "−")
 
 
-def cost_text(value: float | None, cost: str) -> str:
+def _cost_to(cost: str, value: float, digits: int) -> str:
+    return cost_text(value, cost, digits)
+
+
+def cost_text(value: float | None, cost: str, digits: int = 3) -> str:
     """A cost as a person would say it."""
     if value is None:
         return "–"
-    return duration(value) if cost == "seconds" else compact(value)
+    if cost == "seconds":
+        return duration(value) if value >= 60 else f"{value:.{digits}g}s"
+    return compact(value, digits)
 
 
-def told_apart(values: Sequence[float], form: Callable[[float], str]) -> list[str]:
-    """Labels of numbers in as few digits as tell them apart."""
-    found = [form(value) for value in values]
-    for digits in range(3, 12):
-        if len(set(found)) == len(found):
-            break
-        found = [f"{value:.{digits}g}".replace("-", "−") for value in values]
-    return found
+def labelled(values: Sequence[float], form: Callable[[float, int], str] = compact) -> list[tuple[float, str]]:
+    """Ticks with their labels, in as many digits as say where they stand to a fiftieth of their distance, three or more."""
+    near = 0.02 * min((abs(a - b) for a, b in itertools.pairwise(values)), default=math.inf)
+    digits = next((d for d in range(3, 12) if all(abs(float(f"{value:.{d}g}") - value) <= near for value in values)), 12)
+    return [(value, form(value, digits)) for value in values]
 
 
 def digits_of(rows: Iterable[Row]) -> int:
@@ -392,13 +397,9 @@ class Panel:
 
     def rules(self, kind: str = "") -> None:
         """Ticks and rules of the y axis."""
-        marks = [(value, self.at(self.x.low, value)[1]) for value in self.y.ticks()]
-        told = told_apart([value for value, _ in marks], compact)
+        marks = [(text, self.at(self.x.low, value)[1]) for value, text in labelled(self.y.ticks())]
         lines = "".join(f'<path class="rule" d="M{self.left} {at}H{self.right}"/>' for _, at in marks)
-        texts = "".join(
-            f'<text x="{self.left - 6}" y="{at + 3.5:.1f}" text-anchor="end">{text}</text>'
-            for (_, at), text in zip(marks, told, strict=True)
-        )
+        texts = "".join(f'<text x="{self.left - 6}" y="{at + 3.5:.1f}" text-anchor="end">{text}</text>' for text, at in marks)
         self.add(f'<g class="ticks {kind}">{lines}{texts}</g>')
 
     def below(self, marks: Iterable[tuple[float, str]], rows: int = 1) -> None:
@@ -455,7 +456,7 @@ def curves(data: dict[str, Any], ranked: Sequence[Choice], shown: set[Choice]) -
     panel.rules("all")
     panel.y = close
     panel.rules("end")
-    panel.below((value, compact(value)) for value in x.ticks(8))
+    panel.below(labelled(x.ticks(8)))
     panel.names("tokens read", "loss")
     panel.add(f'<clipPath id="inside"><rect x="{panel.left}" y="0" width="{panel.width - panel.left}" height="{panel.bottom}"/></clipPath>')
     stretch = (close.high - close.low) / (whole.high - whole.low)
@@ -488,7 +489,7 @@ def effect_figure(effect: Effect, y: Scale, name: str, metric: str) -> Markup | 
     exact = numeric and len(found) <= 8 and not effect.binned
     named = shortest([level.label for _, level in spots])
     marks = [(at, compact(at) if exact else _cut(name, 44 * rows // len(found) + 1)) for (at, _), name in zip(spots, named, strict=True)]
-    panel.below([(value, compact(value)) for value in x.ticks(5)] if numeric and not exact else marks, rows)
+    panel.below(labelled(x.ticks(5)) if numeric and not exact else marks, rows)
     if numeric:
         panel.add(f'<polyline class="effect" points="{panel.path((at, level.mean or 0.0) for at, level in spots)}"/>')
     for at, level in spots:
@@ -552,8 +553,7 @@ def frontiers(data: dict[str, Any], ranked: Sequence[Row]) -> list[Frontier]:
         front = [fair[i] for i in places]
         panel = Panel(760, 340, x, y)
         panel.rules()
-        ticks = x.ticks(7)
-        panel.below(zip(ticks, told_apart(ticks, partial(cost_text, cost=cost)), strict=True))
+        panel.below(labelled(x.ticks(7), partial(_cost_to, cost)))
         panel.names(COSTS[cost], _cut(data["metric"], 50))
         steps: list[tuple[float, float]] = []
         for _, across, mean, _ in front:
@@ -577,7 +577,7 @@ def law_figure(law: Law, cost: str, metric: str) -> Markup:
     ends = [end for _, _, low, high in law.curve for end in (low, high)]
     panel = Panel(760, 340, scale_of(law.x, True), scale_of([*law.y, *ends], True))
     panel.rules()
-    panel.below((value, compact(value)) for value in panel.x.ticks(7))
+    panel.below(labelled(panel.x.ticks(7)))
     panel.names(COSTS[cost], _cut(metric, 50))
     band = [(x, high) for x, _, _, high in law.curve] + [(x, low) for x, _, low, _ in reversed(law.curve)]
     panel.add(f'<polygon class="band" points="{panel.path(band)}"/>')
@@ -618,6 +618,12 @@ def _colours(values: Sequence[str]) -> list[str]:
     return [f"hsl({(137.5 * place + 205) % 360:.0f} {55 + place % 3 * 10}% {46 + place % 2 * 10}%)" for place in range(len(values))]
 
 
+def best_run(data: dict[str, Any], won: Winner | None) -> str:
+    """Where the winner's own run goes: beside the sweep, which has points of its own, and apart from those of other sweeps and winners."""
+    found = [] if won is None else [f"{axis}={value}" for axis, value in zip(data["axes"], won.choice, strict=True)]
+    return f"{data['dir']}.best/{slug(', '.join([data.get('title') or 'sweep', *found]))}"
+
+
 def _view(data: dict[str, Any], folder: Path | str | None) -> dict[str, Any]:
     """What the template shows beside the data themselves: rows of tables in their order, figures, numbers in words."""
     axes = list(data["axes"])
@@ -645,7 +651,7 @@ def _view(data: dict[str, Any], folder: Path | str | None) -> dict[str, Any]:
     tables = {name: [known[choice] for choice in order] for name, known in by_metric.items()}
     waiting = {state: [point["name"] for point in data["points"] if point["state"] == state] for state in ("running", "pending")}
     file = Path(folder if folder is not None else data["dir"]) / "best.yaml"
-    command = ["megaflow", data.get("stage") or "pretrain", str(file), f"run.dir={Path(data['dir']) / 'best'}"]
+    command = ["megaflow", data.get("stage") or "pretrain", str(file), f"run.dir={best_run(data, won)}"]
     return {
         "axes": axes,
         "names": {axis: short_name(axis, axes) for axis in axes},

@@ -64,12 +64,6 @@ class Tally:
     def count(self, state: str) -> int:
         return sum(each == state for each in self.states.values())
 
-    def add(self, other: "Tally") -> None:
-        """What came of more points, or later of the same."""
-        self.states |= other.states
-        self.seconds += other.seconds
-        self.full = self.full or other.full
-
 
 def shares(jobs: int | None) -> list[dict[str, str]]:
     """The environment of each of the points that run at once: a GPU each where there are any, else a share of the cores.
@@ -99,10 +93,18 @@ def visible_gpus() -> list[str]:
     return [str(index) for index in range(torch.cuda.device_count())]
 
 
-def run(asked: Sweep, placed: list[Placed], slots: list[dict[str, str]], retry: bool, stop: list[int], share: float = 1.0) -> Tally:
+def run(
+    asked: Sweep,
+    placed: list[Placed],
+    slots: list[dict[str, str]],
+    retry: bool,
+    stop: list[int],
+    share: float = 1.0,
+    tally: Tally | None = None,
+) -> Tally:
     """Work on all points until none is left that can be, or a signal came; then what trains has saved. share: of their steps, at which
-    they pause (halving.py)."""
-    tally = Tally(len({each.directory for each in placed}))
+    they pause (halving.py); tally: of a sweep that works on some points after others."""
+    tally = Tally(len({each.directory for each in placed})) if tally is None else tally
     waiting = []
     for each in {each.directory: each for each in placed}.values():  # what is over already is not what takes time
         if (state := standing(asked, each, tally, retry, share)) in (DONE, FAILED, REFUSED, PAUSED):
@@ -129,6 +131,7 @@ def run(asked: Sweep, placed: list[Placed], slots: list[dict[str, str]], retry: 
                 elsewhere += 1
                 continue
             points.note(each, "running")
+            tally.states.pop(str(each.directory), None)
             busy.append(Running(each, claim, free.pop(), time.monotonic(), commands(asked, each, share), halving.pauses(each, share)))
         if stop:
             waiting = []
@@ -141,7 +144,7 @@ def run(asked: Sweep, placed: list[Placed], slots: list[dict[str, str]], retry: 
             stop.append(NO_SIGNAL)
         if time.monotonic() > shown + (SAY if not sys.stderr.isatty() else 1.0) and (busy or elsewhere):
             shown = time.monotonic()
-            say(tally, len(busy), len(waiting), elsewhere, len(slots))
+            say(tally, len(busy), len(waiting), elsewhere, len(slots), share)
         time.sleep(PERIOD)
     return tally
 
@@ -258,15 +261,19 @@ def end_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def say(tally: Tally, busy: int, waiting: int, elsewhere: int, slots: int) -> None:
+def say(tally: Tally, busy: int, waiting: int, elsewhere: int, slots: int, share: float = 1.0) -> None:
     """A line on the console: how many are done, and how long the others will take. elsewhere: those of `waiting` that another process works
-    on."""
+    on; share: of their steps, for which they train now."""
+    paused = tally.count(PAUSED)
+    over = sum(tally.count(state) for state in (DONE, FAILED, REFUSED, points.STOPPED))
+    later = max(0, tally.total - over - paused - busy - waiting)  # a search has not chosen them yet
     time_left = ""
     if tally.seconds:
-        rest = (waiting + 0.5 * busy) * statistics.mean(tally.seconds) / slots
-        time_left = f", {duration(rest)} left"
+        rest = (waiting + later + 0.5 * busy) * statistics.mean(tally.seconds) / slots
+        time_left = f", {duration(rest)} left" + (" of this rung" if share < 1.0 else "")
     others = f" ({elsewhere} that another process works on)" if elsewhere else ""
-    lost = "".join(f", {tally.count(state)} {state}" for state in (FAILED, REFUSED) if tally.count(state))
-    line = f"{tally.count(DONE)}/{tally.total} points done, {busy} running, {waiting} waiting{others}{lost}{time_left}"
+    lost = "".join(f", {tally.count(state)} {state}" for state in (PAUSED, FAILED, REFUSED) if tally.count(state))
+    chosen = f", {later} not chosen yet" if later else ""
+    line = f"{tally.count(DONE)}/{tally.total} points done, {busy} running, {waiting} waiting{others}{chosen}{lost}{time_left}"
     sys.stderr.write(f"\r\x1b[K{line}" if sys.stderr.isatty() else f"{line}\n")
     sys.stderr.flush()

@@ -136,6 +136,14 @@ class TestErrors:
         with pytest.raises(UserError, match=f"lacks {file}"):
             tok.given_tokenizer(DataConfig(tokenizer=kind, tokenizer_path=str(tmp_path)))
 
+    def test_a_folder_of_its_name_is_told(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "gpt2").mkdir()
+        tok.save_tokenizer(tok.train_bpe(["and it came to pass"] * 3, 260), tmp_path / "gpt2")
+        with pytest.raises(UserError, match=r"tokenizer_path is empty.*; \./gpt2 is the folder of that name here"):
+            tok.given_tokenizer(DataConfig(tokenizer="gpt2"))
+        assert tok.given_tokenizer(DataConfig(tokenizer="./gpt2")).get_vocab_size() == 260
+
     def test_wrong_vocabulary_files(self, tmp_path):
         (tmp_path / "encoder.json").write_text('{"a": 0}')
         (tmp_path / "vocab.bpe").write_text("#version: 0.2\n")

@@ -270,7 +270,7 @@ class TestHostileFolders:
         made = save_judge(tmp_path / "judge")
         for file in made.glob("*token*"):
             file.unlink()
-        refused(made, "tokenizer")
+        refused(made, "it has no tokenizer.json: save the model's own tokenizer there")
 
     def test_a_tokenizer_of_another_model(self, tmp_path):
         made = save_judge(tmp_path / "judge")

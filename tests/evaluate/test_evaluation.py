@@ -473,13 +473,17 @@ def test_nothing_of_training_is_touched(trained, evaluated):
     assert len(runs.read_json(trained("coded") / "run.json")["starts"]) == 1
 
 
-def test_ended_by_a_signal_it_says_that_nothing_is_kept(cli, copied, monkeypatch):
+@pytest.mark.parametrize("there, became", [(False, "is not made, and nothing of it is left"), (True, "is as it was before")])
+def test_ended_by_a_signal_it_says_what_became_of_the_file(cli, copied, monkeypatch, there, became):
     run = copied("coded", "flow")
     (run / "evaluation.json").unlink(missing_ok=True)
+    if there:
+        (run / "evaluation.json").write_text("{}")
     monkeypatch.setattr("megaflow.evaluate.evaluation.likelihood", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     told = cli("evaluate", run, *OPTIONS)
-    said = f"megaflow: interrupted; {run / 'evaluation.json'} is not made, and nothing of it is left; the same command begins anew\n"
-    assert told.code == 130 and told.err.endswith(said) and not (run / "evaluation.json").exists()
+    said = f"megaflow: interrupted; {run / 'evaluation.json'} {became}; the same command begins anew\n"
+    assert told.code == 130 and told.err.endswith(said) and (run / "evaluation.json").exists() == there
+    assert not there or (run / "evaluation.json").read_text() == "{}"
 
 
 def test_what_it_was_made_with_repeats_it(evaluated, trained):

@@ -188,6 +188,18 @@ def test_what_has_begun_since_it_was_asked_for_is_to_save(cli, tmp_path, monkeyp
     assert asked == [("scancel", "--state=PENDING", "5"), ("scancel", "--batch", "--signal=TERM", "5"), ("scancel", "--signal=TERM", "5")]
 
 
+def test_of_an_array_what_is_asked_for_is_cancelled_alone(cli, tmp_path, monkeypatch):
+    """With a state Slurm would take out all of the array that wait."""
+    (tmp_path / "one" / "slurm").mkdir(parents=True)
+    records.add_job(tmp_path / "one" / "slurm", {"job": "5_3", "stage": "pretrain"})
+    asked = []
+    monkeypatch.setattr(
+        slurm, "waiting_or_running", lambda ids, *more: {} if asked else {"5_3": slurm.Queued("5_3", "PENDING", "", "", "")}
+    )
+    monkeypatch.setattr(slurm, "ask", lambda *words, **more: asked.append(words) or "")
+    assert "job 5_3 of" in cli("cancel", tmp_path / "one").out and asked == [("scancel", "5_3")]
+
+
 def test_all_runs_below_a_folder(copied, cli, tmp_path):
     shutil.move(copied("coded"), tmp_path / "all" / "deep" / "one")
     shutil.copytree(tmp_path / "all" / "deep" / "one", tmp_path / "all" / "two")
@@ -332,7 +344,21 @@ def test_who_cancels_a_point_that_its_sweep_evaluates_is_told_how(cli, copied, t
     monkeypatch.setattr(status, "command_of", lambda pid: b"megaflow")
     (run / ".lock").unlink(missing_ok=True)
     with cancelled_by_name(run.parent):
-        assert f"process {os.getpid()}, evaluates {run.name}; megaflow cancel {run.parent} ends that sweep" in cli("cancel", run).out
+        assert (
+            f"process {os.getpid()}, starts or evaluates {run.name}; megaflow cancel {run.parent} ends that sweep" in cli("cancel", run).out
+        )
+
+
+def test_a_point_that_is_just_starting_is_one(cli, tmp_path, monkeypatch):
+    """It has nothing of a run yet; and one that its sweep was stopped before is told as it is noted."""
+    point = tmp_path / "sweep" / "one"
+    point.mkdir(parents=True)
+    (point / "point.json").write_text(json.dumps({"state": "running"}))
+    monkeypatch.setattr(status, "command_of", lambda pid: b"megaflow")
+    with cancelled_by_name(point.parent):
+        assert f"starts or evaluates one; megaflow cancel {point.parent} ends that sweep" in cli("cancel", point).out
+    (point / "point.json").write_text(json.dumps({"state": "stopped"}))
+    assert cli("status", point).code == 0 and "nothing to cancel" in cli("cancel", point).out
 
 
 def test_what_is_cancelled_before_it_began_is_noted(cli, tmp_path, monkeypatch):

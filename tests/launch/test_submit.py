@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -134,6 +135,17 @@ def test_a_place_that_cannot_be_written_to_gets_no_job(cli, copied, monkeypatch)
     monkeypatch.setattr("megaflow.launch.submit.os.access", lambda path, mode: Path(path) != run.absolute() / "slurm")
     told = cli("submit", run, "stage=evaluate", "steps=1")
     assert told.code == 2 and f"{run / 'slurm'}: cannot be written to (it is not writable)" in told.err
+
+
+def test_what_is_done_is_waited_for_by_nobody(cli, copied, trained, config, tmp_path):
+    """Trained by hand too: a script that chains stages does not hang on when it is run."""
+    done = copied("coded")
+    shutil.rmtree(done / "slurm", ignore_errors=True)
+    words = (config("coded"), f"run.dir={tmp_path / 'next'}", "--dry-run")
+    told = cli("submit", *words, "--after", done)
+    assert told.code == 0 and "--dependency" not in told.out, told.err
+    (done / "summary.json").unlink()
+    assert "no job was submitted for it" in cli("submit", *words, "--after", done).err
 
 
 def test_what_pauses_has_nothing_behind_it(cli, config, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 
 from megaflow.config.load import load
 from megaflow.files import lines
-from megaflow.launch import records
+from megaflow.launch import records, slurm
 from megaflow.launch.script import Resources
 from megaflow.sweep import array, command, design, points
 
@@ -56,14 +56,25 @@ def test_a_sweep_that_asks_for_itself_does_so_for_no_point_for_ever(tmp_path, sw
     how = array.Cluster(tmp_path / "out" / "slurm", tmp_path, Resources(), None, False, False, [])
     free = {each.directory: [] for each in placed}
     assert array.left(asked, placed, how, free, 1.0) == placed
-    monkeypatch.setattr(array, "fate", lambda job: "")
+    logs = [each.directory / "slurm" / f"{job}.log" for each, job in ((gone, "3_0"), (fresh, "2_1"))]
+    for log in logs:
+        log.write_text("")  # they have begun
+    remembered: dict[str, slurm.Queued] = {}
+    monkeypatch.setattr(slurm, "queue", lambda ids, *more: {id: remembered[id] for id in ids if id in remembered})
     assert array.left(asked, placed, replace(how, itself=True), free, 1.0) == placed[2:]
-    monkeypatch.setattr(array, "fate", lambda job: {"2_1": "cancelled"}.get(job, ""))  # before it began, as Slurm remembers for a while
+    # cancelled before it began, as Slurm remembers for a while, or never: of an element of an array that waits
+    remembered["2_1"] = slurm.Queued("2_1", "NODE_FAIL", "", "", "")
+    assert array.left(asked, placed, replace(how, itself=True, dry_run=True), free, 1.0) == placed[2:]
+    remembered["2_1"] = slurm.Queued("2_1", "CANCELLED", "", "", "")
+    assert array.left(asked, placed, replace(how, itself=True, dry_run=True), free, 1.0) == placed[3:]
+    remembered.clear()
+    logs[1].unlink()
     assert array.left(asked, placed, replace(how, itself=True), free, 1.0) == placed[3:]
+    assert points.cancelled(fresh.directory) and records.attempts(fresh.directory / "slurm")[-1]["said"].startswith("job 2_1 has left")
     # of a flow that was cancelled no map is submitted, nor told to have failed: whoever asks has all of them
     taught = [replace(fresh, point=replace(fresh.point, teacher=cancelled.point.name))]
     assert array.left(asked, [cancelled, *taught], replace(how, itself=True), free, 1.0) == []
-    assert points.stands(fresh.directory, {})[0] == "queued"
+    assert points.stands(fresh.directory, {})[0] == "stopped"
     assert array.left(asked, [cancelled, *taught], how, free, 1.0) == [cancelled, *taught]
     state, said = points.stands(gone.directory, {})
     assert state == "failed" and said.startswith("its jobs 1_1, 2_0, 3_0 have left the queue before any attempt of theirs could be noted")
@@ -74,7 +85,6 @@ def test_a_sweep_that_asks_for_itself_does_so_for_no_point_for_ever(tmp_path, sw
 def test_what_could_not_queue_again_is_submitted_again_and_not_for_ever(tmp_path, sweep, monkeypatch):
     """By its site, or since its flow was not there: three times with no new checkpoint between it has failed. Nobody has cancelled it."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(array, "fate", lambda job: "")
     asked = design.read(str(sweep), ["evaluate={}"])
     each, *_ = points.place(asked, design.points(asked))
     points.note(each, "queued")

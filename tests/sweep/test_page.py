@@ -301,7 +301,7 @@ class TestTheFiles:
         ]
         assert found.config == load("configs/base.yaml", [*wanted, "run.seed=3"]).config
         assert (
-            "megaflow pretrain runs/sweep/report/best.yaml run.dir=runs/sweep/best"
+            "megaflow pretrain runs/sweep/report/best.yaml run.dir=runs/sweep.best/A_sweep-"
             in Page(sweep_page.page(data, "runs/sweep/report")).words
         )
 
@@ -317,7 +317,10 @@ class TestTheFiles:
             "flow": {"skip": "on", "clock": {"name": "gumbel"}},
             "model": {"layers": 4, "hidden": 96},
         }
-        assert "megaflow distill runs/sweep/best.yaml run.dir=runs/sweep/best" in Page(sweep_page.page(data)).words
+        assert (
+            "megaflow distill runs/sweep/best.yaml run.dir=runs/sweep.best/A_sweep-size=large-flow.clock.name=gumbel"
+            in Page(sweep_page.page(data)).words
+        )
 
     def test_values_of_several_keys_at_once(self):
         assert sweep_page.overrides({"size": "model.layers=4, model.hidden=64", "lr": "1"}) == {
@@ -392,10 +395,21 @@ class TestDrawing:
 
 
 def test_labels_that_are_told_apart():
-    """Ticks in more digits where few make them alike, values of the same keys by what they are alone."""
-    assert sweep_page.told_apart([1.0, 2.0], sweep_page.compact) == ["1", "2"]
-    assert sweep_page.told_apart([5.842, 5.844, 5.846], sweep_page.compact) == ["5.842", "5.844", "5.846"]
-    assert sweep_page.told_apart([62.1, 62.2], lambda value: "1m 02s") == ["62.1", "62.2"]
+    """Ticks in as many digits as say where they are, values of the same keys by what they are alone."""
+
+    def labels(*values: float, **form: object) -> list[str]:
+        return [text for _, text in sweep_page.labelled(values, **form)]
+
+    assert labels(1.0, 2.0) == ["1", "2"] and labels(0.0, 1e6) == ["0", "1M"] and labels(4.0) == ["4"]
+    assert labels(5.842, 5.844, 5.846) == ["5.842", "5.844", "5.846"]
+    assert labels(3.275, 3.3, 3.325, 3.35) == ["3.275", "3.3", "3.325", "3.35"]
+    assert labels(-1.25e6, 1e6) == ["−1.25M", "1M"] and labels(1.0025e6, 1.005e6) == ["1.0025M", "1.005M"]
+    assert [sweep_page.cost_text(value, "seconds") for value in (None, 0.31, 12.5, 75)] == ["–", "0.31s", "12.5s", "1m 15s"]
+    for low, high in ((3.27, 3.41), (0.0, 7.0), (1234.5, 1234.6), (2e-7, 9e-7)):
+        ticks = sweep_page.Scale(low, high).ticks()
+        signs = {"k": 1e3, "M": 1e6}
+        read = [float(text.rstrip("kM").replace("−", "-")) * signs.get(text[-1], 1.0) for text in labels(*ticks)]
+        assert all(abs(a - b) <= 0.02 * (ticks[1] - ticks[0]) + 1e-12 * abs(b) for a, b in zip(read, ticks, strict=True))
     sizes = ["model.layers=2, model.hidden=96", "model.layers=2, model.hidden=128"]
     assert sweep_page.shortest(sizes) == ["2, 96", "2, 128"]
     assert sweep_page.shortest([*sizes, "as it is"]) == ["layers=2, hidden=96", "layers=2, hidden=128", "as it is"]

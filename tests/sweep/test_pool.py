@@ -127,6 +127,16 @@ def test_a_point_that_is_still_saving_is_waited_for(sweeping, environment, tmp_p
     assert "already working" not in err and states(sweeping.out)["model.layers=1-seed=0"] != "pending"
 
 
+def test_progress_is_of_all_points_whatever_is_worked_on_now(capsys):
+    """A search has not chosen them all; of a halving some wait for the others of their rung."""
+    searching = pool.Tally(8, {"a": "done", "b": "failed"}, [30.0])
+    pool.say(searching, busy=2, waiting=0, elsewhere=0, slots=2)
+    assert capsys.readouterr().err == "1/8 points done, 2 running, 0 waiting, 4 not chosen yet, 1 failed, 1m 15s left\n"
+    halving = pool.Tally(9, {"a": "paused", "b": "paused"}, [30.0])
+    pool.say(halving, busy=2, waiting=5, elsewhere=0, slots=2, share=0.25)
+    assert capsys.readouterr().err == "0/9 points done, 2 running, 5 waiting, 2 paused, 1m 30s left of this rung\n"
+
+
 def test_what_was_told_to_stop_has_not_paused(tmp_path):
     """Both leave with 75: a halving would take one that somebody has cancelled for one that came to the end of its rung."""
     each = points.Placed(design.Point({}, {}, 0, "pretrain", ""), tmp_path, "", [])

@@ -205,6 +205,29 @@ def test_a_halving_goes_on_by_itself_rung_by_rung(cluster, megaflow, config, tmp
 
 
 @pytest.mark.long
+def test_a_halving_goes_on_without_what_is_cancelled_while_it_waits(cluster, megaflow, config, tmp_path):
+    """By megaflow cancel, or by scancel, after which Slurm knows nothing of it; and each takes no other out of the queue."""
+    path = tmp_path / "halved.yaml"
+    path.write_text(HALVED.format(base=config("coded")) + "draw: {kind: halving, keep: 0.5, rungs: 2}\n")
+    done = megaflow("sweep", path, "--slurm", "--limit", 1)
+    assert done.code == 0, done.err
+    train, out = done.jobs[0], tmp_path / "out"
+    cluster.until(lambda: f"{train}_0" in cluster.run("squeue", "-h", "-r", "-t", "RUNNING", "-o", "%i"))
+    points_of = [Path(each["directory"]).name for each in json.loads(Path(records.jobs(out / "slurm")[0]["words"][0]).read_text())]
+    assert f"job {train}_3 of" in megaflow("cancel", out / points_of[3]).out
+    cluster.run("scancel", f"{train}_2")
+    waiting = cluster.run("squeue", "-h", "-r", "-t", "PENDING", "-o", "%i").split()
+    assert f"{train}_1" in waiting and not {f"{train}_2", f"{train}_3"} & set(waiting)
+    cluster.until(lambda: len(records.jobs(out / "slurm")) >= 4, 200.0)
+    assert cluster.over(records.jobs(out / "slurm")[-1]["job"]) == "COMPLETED"
+    found = {run.name: points.stands(run, {})[0] for run in points.recorded(out)}
+    assert [found[name] for name in points_of[2:]] == ["stopped"] * 2
+    assert sorted(found[name] for name in points_of[:2]) == ["done", "stopped early"]
+    assert not any((out / name / "run.json").exists() for name in points_of[2:])
+    assert "nothing to submit, 2 points were cancelled, which the same command takes up" in megaflow("logs", out).out
+
+
+@pytest.mark.long
 def test_a_search_goes_on_by_itself(cluster, megaflow, config, tmp_path):
     """Two choices at once with two seeds each, then one more."""
     path = tmp_path / "searched.yaml"

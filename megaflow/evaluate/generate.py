@@ -109,7 +109,6 @@ def check_given(run: Run, form: str, option: str) -> None:
         )
 
 
-@torch.no_grad()
 def ticking(label: str, run: Run, settings: Settings, counts: Iterable[int], patience: float = 0.0) -> Callable[[], None]:
     """What `generate` is to call after every pass, so that the passes of calls for so many texts show their progress."""
     passes = (settings.steps or run.manifest["length"]) * sum(-(-count // flow_text.BATCH) for count in counts)
@@ -117,6 +116,7 @@ def ticking(label: str, run: Run, settings: Settings, counts: Iterable[int], pat
     return lambda: progress.update(next(done))
 
 
+@torch.no_grad()
 def generate(
     run: Run,
     count: int,

@@ -42,6 +42,7 @@ from megaflow.model.discrete import Discrete
 
 MOST_DRAWS = 4096
 ARGMAX = "one step is an argmax, which no temperature changes"
+CHAT = "lm_eval: --apply_chat_template: what is trained here reads texts and has no chat template; leave it out"
 GREEDY = 1e-6
 """Temperature of an autoregressive network that is to write its likeliest tokens."""
 OPTIONS = {"path": str, "draws": int, "tolerance": float, "seed": int, "steps": int, "temperature": float}
@@ -57,9 +58,6 @@ class Took(NamedTuple):
     error: float
     tokens: int
     draws: int
-
-
-CHAT = "lm_eval: --apply_chat_template: what is trained here reads texts and has no chat template; leave it out"
 
 
 def told(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -12,7 +12,7 @@ from megaflow.errors import UserError
 from megaflow.evaluate.flow_text import grid_clock
 from megaflow.evaluate.generate import generate, sample
 from megaflow.evaluate.loaded import load_run, row_lengths, text_of
-from megaflow.evaluate.settings import Settings
+from megaflow.evaluate.settings import Settings, resolved
 from megaflow.flow import clock as clocks
 from megaflow.flow import head as heads
 from megaflow.parallel import random
@@ -71,6 +71,14 @@ def test_more_texts_than_one_batch(trained):
     run = load_run(trained("coded", "autoregressive"))
     rows = generate(run, 66, Settings(None, "autoregressive"))
     assert len(rows) == 66 and rows[64] != rows[0] and rows[:3] == generate(run, 3, Settings(None, "autoregressive"))
+
+
+@pytest.mark.parametrize("family, steps", [("flow", 2), ("autoregressive", None)])
+def test_nothing_is_kept_for_a_gradient(trained, family, steps):
+    run, kept = load_run(trained("coded", family)), list[bool]()
+    settings = resolved(run, Settings(steps))
+    generate(run, 2, settings, tick=lambda: kept.append(torch.is_grad_enabled()))
+    assert kept and not any(kept)
 
 
 @pytest.mark.parametrize("family, steps, passes", [("flow", 3, 6), ("autoregressive", None, 32)])

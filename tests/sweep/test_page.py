@@ -394,6 +394,32 @@ class TestDrawing:
         assert [sweep_page.significance(p) for p in (None, 0.0, 0.0312, 0.5)] == ["–", "< 0.001", "0.031", "0.50"]
 
 
+@pytest.mark.parametrize(
+    "lost, said, unsaid",
+    [
+        (set(), ["Every other mean is worse by more than one standard error"], ["no error is known", "is behind"]),
+        ({"1-s1", "1-s2"}, ["One other mean is worse by more", "Of 1 other choice no error is known"], ["Every other mean"]),
+        (
+            {"3-s2"},
+            ["One other mean is worse", "A better mean, but over fewer seeds, which is no fair comparison: n=3"],
+            ["Every other", "is behind"],
+        ),
+        ({"3-s2", "2-s0"}, ["On the seeds that both have, it is behind n=2, by more than one standard error"], ["worse by"]),
+        ({f"{n}-s{seed}" for n in "123" for seed in (1, 2)}, ["it may have won by chance"], ["worse by", "no error is known, which"]),
+    ],
+)
+def test_what_is_said_of_the_winner_is_what_was_tested(lost, said, unsaid):
+    """Three choices apart by a tenth; seeds of some are missing, and later seeds are worse by a third."""
+    data = sweep({"model.n": ["1", "2", "3"]}, [0, 1, 2])
+    for point in data["points"]:
+        point["metrics"]["loss"] = 3.0 - 0.1 * int(point["values"]["model.n"]) + 0.3 * point["seed"] * (point["name"][0] != "x")
+        point["metrics"]["loss"] += 0.01 * (int(point["values"]["model.n"]) * point["seed"] % 2)
+    data["points"] = [point for point in data["points"] if point["name"] not in lost]
+    words = Page(sweep_page.page(data)).words
+    assert all(text in words for text in said), words
+    assert not any(text in words for text in unsaid), words
+
+
 def test_labels_that_are_told_apart():
     """Ticks in as many digits as say where they are, values of the same keys by what they are alone."""
 

@@ -170,14 +170,14 @@ def evaluated(run: str) -> dict[str, Any]:
 
 
 def against_first(found: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Of each run its likelihood and its difference from the first run's, which is None where they are not of the same tokens."""
+    """Of each run that has one its likelihood and its difference from that of the first of these, where they are of the same tokens."""
     runs = [run for run, entry in found.items() if entry.get("rows")]
-    first = next(iter(found))
+    first = runs[0] if runs else ""
     table: dict[str, dict[str, Any]] = {}
     for run in runs:
         entry = found[run]
         table[run] = {key: entry[key] for key in KEPT + EQUATION if key in entry}
-        same = run != first and first in runs and entry["rows"]["tokens"] == found[first]["rows"]["tokens"]
+        same = run != first and entry["rows"]["tokens"] == found[first]["rows"]["tokens"]
         if same and all(entry.get(key) == found[first].get(key) for key in ("given", "steps", "probes")):  # of an equation both
             apart = per_unit(entry["rows"]["nats"], found[first]["rows"]["nats"], entry["rows"]["tokens"])
             table[run]["difference"] = apart._asdict()

@@ -291,15 +291,15 @@ class MegaFlow(LM):
         raise UserError(CHAT)  # lm_eval asks for it where a chat template is to be applied, and only there
 
     def generate_until(self, requests: list) -> list[str]:
-        """Text i of those at one temperature, with a context or without, is a function of the seed, i and its context: `repeats` of a task,
-        which asks for the same several times, gets several."""
+        """Text i of those of a task at one temperature, with a context or without, is a function of the seed, i and its context, whatever
+        other tasks ask for: `repeats`, which asks for the same several times, gets several."""
         asked = [self.asked(*request.args) for request in requests]
-        alike: dict[tuple[float, bool], list[int]] = {}
+        alike: dict[tuple[str, float, bool], list[int]] = {}
         for number, (before, heat, _, _) in enumerate(asked):
-            alike.setdefault((heat, bool(before)), []).append(number)
+            alike.setdefault((requests[number].task_name or "", heat, bool(before)), []).append(number)
         texts, counts = [""] * len(asked), [len(each) for each in alike.values()]
         tick = ticking(f"text {self.run.directory.name}", self.run, resolved(self.run, Settings(self.steps)), counts, patience=5.0)
-        for (heat, with_context), numbers in alike.items():
+        for (_, heat, with_context), numbers in alike.items():
             settings = resolved(self.run, Settings(self.steps, temperature=heat, seed=self.seed))
             befores = [asked[number][0] for number in numbers]
             template = Template(*self.padded(befores, [len(before) for before in befores])) if with_context else None

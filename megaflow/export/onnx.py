@@ -10,7 +10,7 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -52,10 +52,12 @@ def write(source: Source, partial: Path, out: Path, model: Any) -> str:
     one_step = OneStep(model).eval()
     y, lengths = model.noise(list(range(CHECKED)), 0, "initial noise") / model.path.scale, model.drawn_lengths(list(range(CHECKED)), 0)
     inputs = {"noise": y} | ({} if lengths is None else {"lengths": lengths})
+    with torch.no_grad():
+        wanted = one_step(*inputs.values())
     texts = torch.export.Dim("texts", min=1, max=2**20)
     with quiet():
         made = torch.onnx.export(
-            one_step,
+            one_step.at_its_times(),
             tuple(value[:2] for value in inputs.values()),
             dynamo=True,
             input_names=list(inputs),
@@ -70,8 +72,6 @@ def write(source: Source, partial: Path, out: Path, model: Any) -> str:
     shutil.copyfile(source.run / SHARDS / TOKENIZER_FILE, partial / TOKENIZER_FILE)
     for path in (partial / FILE, partial / TOKENIZER_FILE):
         shards.describe_file(path)  # on disk
-    with torch.no_grad():
-        wanted = one_step(*inputs.values())
     same = (run(partial / FILE, inputs) == wanted).double().mean().item()
     if same < SAME:
         raise UserError(verify.failed(out, f"ONNX Runtime writes {same:.1%} of the tokens that transformers writes"))
@@ -110,9 +110,15 @@ class OneStep(nn.Module):
 
     def __init__(self, model: Any) -> None:
         super().__init__()
-        model.time = None if model.time is None else AtTime(model.time, 0.0)
-        model.map_time = None if model.map_time is None else AtTime(model.map_time, 1.0)
         self.model, self.offsets = model, nn.Buffer(model.fixed.balance.detach())
+
+    def at_its_times(self) -> Self:
+        """Itself, with the embeddings of its two times as numbers."""
+        if self.model.time is not None:
+            self.model.time = AtTime(self.model.time, 0.0)
+        if self.model.map_time is not None:
+            self.model.map_time = AtTime(self.model.map_time, 1.0)
+        return self
 
     def forward(self, noise: Tensor, lengths: Tensor | None = None) -> Tensor:
         zero = torch.zeros(noise.shape[0], dtype=torch.float64)

@@ -286,8 +286,8 @@ def said(state: str, ended: dict[str, Any] | None, attempts: list[dict[str, Any]
         return None
     if ended is not None and ended["code"] not in (0, STOPPED):
         return ended["said"]
-    if attempts and attempts[-1]["end"] == "failed":
-        return attempts[-1]["said"]
+    if attempts and (attempts[-1]["end"] == "failed" or state == "stopped" and attempts[-1].get("cancelled")):
+        return attempts[-1]["said"] or None
     if state == "ended":
         return "ended without a word (killed, or its host is gone); the same command goes on from its last checkpoint"
     if state == BEGUN:

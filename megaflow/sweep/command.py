@@ -204,11 +204,17 @@ def trained(asked: Sweep, placed: list[Placed], slots: list[dict[str, str]], ret
     tally = Tally(len({each.directory for each in placed}))
     for share, alive in halving.rungs(asked, placed):
         tally.seconds.clear()  # those of another rung are shorter
+        tally.states |= dropped(asked, placed)
         pool.run(asked, unstopped(alive, tally), slots, retry, stop, share, tally)
         if stop:
             break
-    tally.states |= {str(each.directory): EARLY for each in placed if points.stands(each.directory, asked.evaluate)[0] == EARLY}
+    tally.states |= dropped(asked, placed)
     return tally
+
+
+def dropped(asked: Sweep, placed: list[Placed]) -> dict[str, str]:
+    """The points that a halving has left behind, with their state."""
+    return {str(each.directory): EARLY for each in placed if points.stands(each.directory, asked.evaluate)[0] == EARLY}
 
 
 def unstopped(some: list[Placed], tally: Tally) -> list[Placed]:
@@ -255,7 +261,7 @@ def submitted(asked: Sweep, all_points: list[design.Point], words: list[str], cl
             f"{asked.file}: budget.seconds goes by how fast choices train here, and arrays train elsewhere; use tokens or flops"
         )
     if asked.draw["kind"] == "optuna":
-        more, placed = searched_there(asked, words, cluster), list[Placed]()
+        more, placed = searched_there(asked, words, cluster)
     else:
         placed = points.place(asked, all_points, listing=cluster.dry_run)
         halving.check(asked, placed)
@@ -285,13 +291,14 @@ def taken_up(placed: list[Placed], cluster: Cluster) -> None:
             points.note(each, "pending")
 
 
-def searched_there(asked: Sweep, words: list[str], cluster: Cluster) -> bool:
-    """The next choices of a search on a cluster. Returns whether there are any."""
+def searched_there(asked: Sweep, words: list[str], cluster: Cluster) -> tuple[bool, list[Placed]]:
+    """The next choices of a search on a cluster. Returns whether there are any, and the points of all that it has chosen."""
     assert cluster.most is not None
-    stop = list[int]()
+    stop, all_placed = list[int](), list[Placed]()
 
     def measure(new: list[Choice], chosen: list[Choice]) -> list[float | None]:
         placed = points.place(asked, design.points(asked, chosen), listing=cluster.dry_run)
+        all_placed[:] = placed
         if not cluster.dry_run:
             filed.keep(asked, placed, words)
             taken_up(placed, cluster)
@@ -300,4 +307,4 @@ def searched_there(asked: Sweep, words: list[str], cluster: Cluster) -> bool:
         return values(asked, placed, new)
 
     search.search(asked, max(1, cluster.most // len(asked.seeds)), measure, stop, keep=not cluster.dry_run)
-    return bool(stop)
+    return bool(stop), all_placed

@@ -14,8 +14,7 @@ import math
 import os
 import re
 import shlex
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -219,6 +218,7 @@ def significance(p: float | None) -> str:
 
 def compact(value: float, digits: int = 3) -> str:
     """'1.25M', '3e18', '0.001': a number in few characters, to so many digits."""
+    value = float(f"{value:.{digits}g}")  # 999,999 is 1M
     size = abs(value)
     for unit, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if unit <= size < 1e15:
@@ -228,24 +228,20 @@ def compact(value: float, digits: int = 3) -> str:
     return (f"{mantissa}e{int(exponent)}" if e else text).replace("-", "−")
 
 
-def _cost_to(cost: str, value: float, digits: int) -> str:
-    return cost_text(value, cost, digits)
-
-
-def cost_text(value: float | None, cost: str, digits: int = 3) -> str:
+def cost_text(value: float | None, cost: str) -> str:
     """A cost as a person would say it."""
     if value is None:
         return "–"
     if cost == "seconds":
-        return duration(value) if value >= 60 else f"{value:.{digits}g}s"
-    return compact(value, digits)
+        return duration(value) if value >= 60 else f"{value:.3g}s"
+    return compact(value)
 
 
-def labelled(values: Sequence[float], form: Callable[[float, int], str] = compact) -> list[tuple[float, str]]:
+def labelled(values: Sequence[float]) -> list[tuple[float, str]]:
     """Ticks with their labels, in as many digits as say where they stand to a fiftieth of their distance, three or more."""
     near = 0.02 * min((abs(a - b) for a, b in itertools.pairwise(values)), default=math.inf)
     digits = next((d for d in range(3, 12) if all(abs(float(f"{value:.{d}g}") - value) <= near for value in values)), 12)
-    return [(value, form(value, digits)) for value in values]
+    return [(value, compact(value, digits)) for value in values]
 
 
 def digits_of(rows: Iterable[Row]) -> int:
@@ -553,7 +549,7 @@ def frontiers(data: dict[str, Any], ranked: Sequence[Row]) -> list[Frontier]:
         front = [fair[i] for i in places]
         panel = Panel(760, 340, x, y)
         panel.rules()
-        panel.below(labelled(x.ticks(7), partial(_cost_to, cost)))
+        panel.below(cost_ticks(x, cost))
         panel.names(COSTS[cost], _cut(data["metric"], 50))
         steps: list[tuple[float, float]] = []
         for _, across, mean, _ in front:
@@ -570,6 +566,14 @@ def frontiers(data: dict[str, Any], ranked: Sequence[Row]) -> list[Frontier]:
             panel.add(f'<g class="{kind}" data-c="{place}">{bar}<circle cx="{at}" cy="{up}" r="4"><title>{text}</title></circle></g>')
         found.append(Frontier(cost, panel.svg(f"{data['metric']} against {COSTS[cost]}"), [spot[:3] for spot in front], same, unknown))
     return sorted(found, key=lambda one: (one.same, len(one.unknown)))
+
+
+def cost_ticks(x: Scale, cost: str) -> list[tuple[float, str]]:
+    """Ticks of a cost, round in the unit in which they are told: seconds are told in hours or minutes where there are as many."""
+    unit, name = 1.0, ""
+    if cost == "seconds":
+        unit, name = next(((unit, name) for unit, name in ((3600.0, "h"), (60.0, "m")) if x.high >= 2 * unit), (1.0, "s"))
+    return [(value * unit, text + name) for value, text in labelled(Scale(x.low / unit, x.high / unit, x.log).ticks(7))]
 
 
 def law_figure(law: Law, cost: str, metric: str) -> Markup:
@@ -621,7 +625,8 @@ def _colours(values: Sequence[str]) -> list[str]:
 def best_run(data: dict[str, Any], won: Winner | None) -> str:
     """Where the winner's own run goes: beside the sweep, which has points of its own, and apart from those of other sweeps and winners."""
     found = [] if won is None else [f"{axis}={value}" for axis, value in zip(data["axes"], won.choice, strict=True)]
-    return f"{data['dir']}.best/{slug(', '.join([data.get('title') or 'sweep', *found]))}"
+    folder = data["dir"] if Path(data["dir"]).name not in ("", "..") else os.path.abspath(data["dir"])
+    return f"{folder}.best/{slug(', '.join([data.get('title') or 'sweep', *found]))}"
 
 
 def _view(data: dict[str, Any], folder: Path | str | None) -> dict[str, Any]:

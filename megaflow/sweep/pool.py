@@ -23,7 +23,7 @@ from megaflow.process import FULL, STOPPED
 from megaflow.progress import duration
 from megaflow.sweep import halving, points
 from megaflow.sweep.design import Sweep
-from megaflow.sweep.points import DONE, FAILED, REFUSED, Placed
+from megaflow.sweep.points import DONE, EARLY, FAILED, REFUSED, Placed
 from megaflow.train import outcome
 
 PERIOD = 0.2
@@ -110,6 +110,7 @@ def run(
         if (state := standing(asked, each, tally, retry, share)) in (DONE, FAILED, REFUSED, PAUSED):
             tally.states[str(each.directory)] = state
         else:
+            tally.states.pop(str(each.directory), None)
             waiting.append(each)
     busy: list[Running] = []
     free, shown = list(range(len(slots))), 0.0
@@ -131,7 +132,6 @@ def run(
                 elsewhere += 1
                 continue
             points.note(each, "running")
-            tally.states.pop(str(each.directory), None)
             busy.append(Running(each, claim, free.pop(), time.monotonic(), commands(asked, each, share), halving.pauses(each, share)))
         if stop:
             waiting = []
@@ -146,6 +146,8 @@ def run(
             shown = time.monotonic()
             say(tally, len(busy), len(waiting), elsewhere, len(slots), share)
         time.sleep(PERIOD)
+    if shown and sys.stderr.isatty():
+        sys.stderr.write("\r\x1b[K")
     return tally
 
 
@@ -195,6 +197,7 @@ def advance(one: Running, environment: dict[str, str], tally: Tally, stopping: b
         one.process = None
         if code == STOPPED and one.pauses and not stopping and paused(one.placed):
             points.note(one.placed, PAUSED)
+            tally.seconds.append(time.monotonic() - one.began)
             tally.states[str(one.placed.directory)] = PAUSED
             return True
         if code or stopping and one.commands:
@@ -265,14 +268,14 @@ def say(tally: Tally, busy: int, waiting: int, elsewhere: int, slots: int, share
     """A line on the console: how many are done, and how long the others will take. elsewhere: those of `waiting` that another process works
     on; share: of their steps, for which they train now."""
     paused = tally.count(PAUSED)
-    over = sum(tally.count(state) for state in (DONE, FAILED, REFUSED, points.STOPPED))
+    over = sum(tally.count(state) for state in (DONE, FAILED, REFUSED, EARLY, points.STOPPED))
     later = max(0, tally.total - over - paused - busy - waiting)  # a search has not chosen them yet
     time_left = ""
     if tally.seconds:
         rest = (waiting + later + 0.5 * busy) * statistics.mean(tally.seconds) / slots
         time_left = f", {duration(rest)} left" + (" of this rung" if share < 1.0 else "")
     others = f" ({elsewhere} that another process works on)" if elsewhere else ""
-    lost = "".join(f", {tally.count(state)} {state}" for state in (PAUSED, FAILED, REFUSED) if tally.count(state))
+    lost = "".join(f", {tally.count(state)} {state}" for state in (PAUSED, EARLY, FAILED, REFUSED) if tally.count(state))
     chosen = f", {later} not chosen yet" if later else ""
     line = f"{tally.count(DONE)}/{tally.total} points done, {busy} running, {waiting} waiting{others}{chosen}{lost}{time_left}"
     sys.stderr.write(f"\r\x1b[K{line}" if sys.stderr.isatty() else f"{line}\n")

@@ -131,6 +131,9 @@ def test_what_is_not_of_the_same_tokens_has_no_difference():
     found = compare.against_first({"a": whole, "b": answers, "c": same_counts, "d": {"kind": "none"}, "e": copy.deepcopy(whole)})
     assert list(found) == ["a", "b", "c", "e"]
     assert [run for run in found if "difference" in found[run]] == ["e"] and found["e"]["difference"]["difference"] == 0.0
+    # where the first run has none, the others compare with the first that has
+    assert compare.against_first({"d": {"kind": "none"}, "a": whole, "e": copy.deepcopy(whole)}) == {"a": found["a"], "e": found["e"]}
+    assert compare.against_first({"d": {"kind": "none"}}) == {}
 
 
 def test_what_cannot_be_compared_is_refused(runs, trained, copied, tmp_path):

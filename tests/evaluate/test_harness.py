@@ -288,6 +288,12 @@ def test_texts_are_written_many_at_once_in_the_order_of_their_requests(given_run
         alone = model.generate_until([request(asked[i][0], {**how, "temperature": asked[i][1]}) for i in some])
         assert alone == [texts[i] for i in some]
     assert counts == [2] * 6
+    # of a task whatever others ask for beside it
+    own, other = ([choices((context, how), question=number)[0] for number, context in enumerate(["And God", "In the"])] for _ in range(2))
+    for each in other:
+        each.metadata = ("another", *each.metadata[1:])
+        each.__post_init__()
+    assert model.generate_until([*other, *own])[2:] == model.generate_until(own) == model.generate_until(other)
 
 
 def test_there_is_no_chat_template(trained):

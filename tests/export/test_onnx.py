@@ -57,6 +57,19 @@ def test_a_file_that_writes_something_else_is_removed(trained, tmp_path, monkeyp
     assert not list(tmp_path.iterdir())
 
 
+def test_constants_of_other_times_are_seen(trained, tmp_path, monkeypatch):
+    """What is compared with has no constants of its own."""
+
+    class Other(onnx_form.AtTime):
+        def __init__(self, embedding, time):
+            super().__init__(embedding, time)
+            self.value += 3.0
+
+    monkeypatch.setattr(onnx_form, "AtTime", Other)
+    with pytest.raises(UserError, match=r"verification failed, ONNX Runtime writes .* of the tokens that transformers writes"):
+        convert(trained("char", "flow_map"), tmp_path / "out", to="onnx")
+
+
 class TestRefused:
     def refused(self, run, tmp_path, said, **words):
         with pytest.raises(UserError, match=said):

@@ -420,17 +420,30 @@ def test_what_is_said_of_the_winner_is_what_was_tested(lost, said, unsaid):
     assert not any(text in words for text in unsaid), words
 
 
+def test_a_winner_s_own_run_is_beside_its_sweep(monkeypatch, tmp_path):
+    """Also of a sweep that is asked for from its own folder."""
+    data = sweep({"a.b": ["1"]}, [0])
+    assert sweep_page.best_run(data, None) == "runs/sweep.best/A_sweep"
+    monkeypatch.chdir(tmp_path)
+    assert sweep_page.best_run(data | {"dir": "."}, None) == f"{tmp_path}.best/A_sweep"
+
+
 def test_labels_that_are_told_apart():
     """Ticks in as many digits as say where they are, values of the same keys by what they are alone."""
 
-    def labels(*values: float, **form: object) -> list[str]:
-        return [text for _, text in sweep_page.labelled(values, **form)]
+    def labels(*values: float) -> list[str]:
+        return [text for _, text in sweep_page.labelled(values)]
 
     assert labels(1.0, 2.0) == ["1", "2"] and labels(0.0, 1e6) == ["0", "1M"] and labels(4.0) == ["4"]
     assert labels(5.842, 5.844, 5.846) == ["5.842", "5.844", "5.846"]
     assert labels(3.275, 3.3, 3.325, 3.35) == ["3.275", "3.3", "3.325", "3.35"]
     assert labels(-1.25e6, 1e6) == ["−1.25M", "1M"] and labels(1.0025e6, 1.005e6) == ["1.0025M", "1.005M"]
     assert [sweep_page.cost_text(value, "seconds") for value in (None, 0.31, 12.5, 75)] == ["–", "0.31s", "12.5s", "1m 15s"]
+    for low, high in ((3700, 3757), (100, 102.5), (0, 90), (0.2, 1.4), (0, 13000), (7200, 7300)):
+        units, ticks = {"h": 3600.0, "m": 60.0, "s": 1.0}, sweep_page.cost_ticks(sweep_page.Scale(low, high), "seconds")
+        read = [float(text[:-1]) * units[text[-1]] for _, text in ticks]
+        assert len(ticks) > 2 and np.allclose(read, [value for value, _ in ticks], rtol=0, atol=0.02 * (ticks[1][0] - ticks[0][0]))
+    assert [sweep_page.compact(value) for value in (999_600, 999_999, 999_400)] == ["1M", "1M", "999k"]
     for low, high in ((3.27, 3.41), (0.0, 7.0), (1234.5, 1234.6), (2e-7, 9e-7)):
         ticks = sweep_page.Scale(low, high).ticks()
         signs = {"k": 1e3, "M": 1e6}

@@ -102,7 +102,7 @@ def levels(result: dict[str, Any], evaluations: dict[str, dict[str, Any]]) -> li
             {
                 "kind": kind,
                 "path": path,
-                "first": next(iter(evaluations)),
+                "first": next(iter(entries)),
                 "entries": entries,
                 "whole": {run: whole[run] for run in entries},
                 "one_way": side_by_side.one_way(entries),
@@ -126,10 +126,10 @@ def bar(apart: dict[str, Any], reach: float) -> Markup:
 
 def rows_figures(result: dict[str, Any], evaluations: dict[str, dict[str, Any]], style: dict[str, drawn.Style]) -> dict[str, Any]:
     """Of `validation` and `continuation`, where any run has a difference: the drawing, and {run: (lower, equal, rows)} how many rows of it
-    have fewer nats than those of the first."""
-    first, found = next(iter(evaluations)), {}
+    have fewer nats than those of the `first` that has such rows."""
+    found = {}
     for kind, part in (("validation", "likelihood"), ("continuation", "continuation")):
-        differences = {}
+        differences, first = {}, next(iter(result[part]), "")
         for run in (run for run, entry in result[part].items() if "difference" in entry):
             both = [evaluations[each]["likelihood"] for each in (run, first)]
             own, base = ((one if kind == "validation" else one["continuation"])["rows"] for one in both)
@@ -137,7 +137,7 @@ def rows_figures(result: dict[str, Any], evaluations: dict[str, dict[str, Any]],
         if differences:
             counts = {run: (int((each < 0).sum()), len(each)) for run, each in differences.items()}
             svg = drawn.sorted_rows({run: each.tolist() for run, each in differences.items()}, style, f"rows-{kind}")
-            found[kind] = {"svg": Markup(svg), "lower": counts}
+            found[kind] = {"svg": Markup(svg), "lower": counts, "first": first}
     return found
 
 

@@ -132,9 +132,10 @@ def test_judges_frontiers_mauve_and_repetition_are_those_of_the_evaluations(whol
 
 
 def test_the_equation_has_its_bound_and_its_steps(whole, three):
-    """Of flows; where the first run has none, there is no difference."""
+    """Of flows; where the first run has none, differences are from the first that has."""
     result, _, page = whole
-    bounds, steps = page.rows["Of the flow's equation"][:3], page.rows["Of the flow's equation"][3:]
+    bounds, apart, steps = (page.rows["Of the flow's equation"][part] for part in (slice(3), slice(3, 5), slice(5, None)))
+    assert apart[0][0] == "minus flow" and apart[1][0] == "other"
     for name, bound, by in zip(("flow", "other"), bounds[1:], steps[1:], strict=True):
         found = three[f"runs/{name}"]["likelihood"]
         assert bound[:3] == [name, "upper bound, if the steps are many", f"{found['ode']['nats_per_token']:.4f} ± 0.017"]
@@ -252,7 +253,9 @@ def test_what_is_missing_has_no_section():
     _, text = made({"a/ar": found, "b/ar": none})
     assert Page(text).rows["Validation rows"][2] == ["b/ar", "none: no <bound> of it"]
     assert "no &lt;bound&gt; of it" in made({"b/ar": none})[1]
-    assert "adjusted p" not in made({"b/ar": none, "a/ar": found, "c/ar": found})[1]  # nothing to subtract
+    assert "adjusted p" not in made({"b/ar": none, "a/ar": found})[1]  # nothing to subtract
+    words = made({"b/ar": none, "a/ar": found, "c/ar": found})[1]  # from the first that has a number
+    assert "adjusted p" in words and "minus a/ar" in words and "minus those of a/ar, sorted" in words and "minus b/ar" not in words
 
 
 def test_texts_that_are_all_the_same_have_numbers_and_no_drawing():

@@ -1,6 +1,6 @@
 """What MegaFlow needs and installs. `make` puts it into .venv with the exact versions of constraints.txt;
-`pip install -c constraints.txt -e .` does so in an environment of your own. The least versions are those that pass the tests: before
-0.19.8 DeepSpeed lost gradients of several micro-batches, or took steps that were not finite, in some layouts.
+`pip install -c constraints.txt -e .` does so in an environment of your own. The least versions are those that pass the tests: in some
+layouts DeepSpeed 0.17 and 0.18.0 have other gradients where a step has several micro-batches, and 0.19.0 a finite norm of one that is not.
 """
 
 import os

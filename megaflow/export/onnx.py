@@ -94,8 +94,8 @@ def quiet() -> Iterator[None]:
 
 
 class AtTime(nn.Module):
-    """A time embedding at the one time that one step asks it for, (B,) to (B, c): a constant of the graph, which ONNX Runtime below 1.25
-    would have no cosine of doubles for."""
+    """A time embedding at the one time that one step asks it for, (B,) to (B, c): a constant of the graph, for which ONNX Runtime 1.24 and
+    before would have no cosine of doubles."""
 
     def __init__(self, embedding: nn.Module, time: float) -> None:
         super().__init__()

@@ -412,7 +412,7 @@ def test_what_is_said_of_the_winner_is_what_was_tested(lost, said, unsaid):
     """Three choices apart by a tenth; seeds of some are missing, and later seeds are worse by a third."""
     data = sweep({"model.n": ["1", "2", "3"]}, [0, 1, 2])
     for point in data["points"]:
-        point["metrics"]["loss"] = 3.0 - 0.1 * int(point["values"]["model.n"]) + 0.3 * point["seed"] * (point["name"][0] != "x")
+        point["metrics"]["loss"] = 3.0 - 0.1 * int(point["values"]["model.n"]) + 0.3 * point["seed"]
         point["metrics"]["loss"] += 0.01 * (int(point["values"]["model.n"]) * point["seed"] % 2)
     data["points"] = [point for point in data["points"] if point["name"] not in lost]
     words = Page(sweep_page.page(data)).words
